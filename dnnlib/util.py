@@ -1,0 +1,140 @@
+"""Small utilities shared by every room: EasyDict, a tee for log.txt, atomic writes, number formats."""
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+
+class EasyDict(dict):
+    """A dict whose entries are also attributes. Raises AttributeError for a missing name."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError as err:
+            raise AttributeError(name) from err
+
+    def __setattr__(self, name, value):
+        self[name] = value
+
+    def __delattr__(self, name):
+        del self[name]
+
+
+class Logger:
+    """Mirrors stdout and stderr to a file (append, flushed) while used as a context manager.
+
+    Carriage-return progress bars stay on the terminal: only whole lines reach the file.
+    """
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+        self.streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (_Tee(stream, self.file) for stream in self.streams)
+        return self
+
+    def __exit__(self, *exc):
+        sys.stdout, sys.stderr = self.streams
+        self.file.close()
+
+
+class _Tee:
+    def __init__(self, stream, file):
+        self.stream, self.file = stream, file
+
+    def write(self, text):
+        count = self.stream.write(text)
+        if "\r" not in text and not self.file.closed:
+            self.file.write(text)
+            self.file.flush()
+        return count
+
+    def flush(self):
+        self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """Open a temporary neighbour of `path` for writing; it takes the name of `path` only when all went well.
+
+    The data is on the disk before the rename, so a crash leaves either the old file or the new one.
+    A failed write raises OSError that names `path`, and leaves nothing behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    encoding = None if "b" in mode else "utf-8"
+    try:
+        with os.fdopen(fd, mode, encoding=encoding) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600: restore what a plain open() would have given
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+_NIMG = re.compile(r"(\d+)(Ki|Mi|Gi|)")
+_UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+
+
+def parse_nimg(text):
+    """A count of images: an integer, or an integer with Ki, Mi or Gi. Raises ValueError."""
+    match = _NIMG.fullmatch(str(text))
+    if match is None:
+        raise ValueError(f"{text!r} is no count of images: give an integer, or one with Ki, Mi or Gi, such as 64Ki")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def format_nimg(nimg):
+    """The inverse of `parse_nimg`, in the largest unit that divides the count."""
+    for unit in ("Gi", "Mi", "Ki"):
+        if nimg and nimg % _UNITS[unit] == 0:
+            return f"{nimg // _UNITS[unit]}{unit}"
+    return str(nimg)
+
+
+MAX_SEEDS = 100_000_000
+
+
+def parse_seeds(text):
+    """A list of seeds such as '0,3,16-19' (ranges inclusive). Raises ValueError."""
+    seeds = []
+    for part in str(text).split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise ValueError(f"{text!r} is no list of seeds: give integers and ranges, such as 0,3,16-19")
+        first = int(match[1])
+        last = int(match[2]) if match[2] is not None else first
+        if last < first:
+            raise ValueError(f"{part.strip()!r} is an empty range of seeds: the first must not exceed the last")
+        if len(seeds) + last - first >= MAX_SEEDS:
+            raise ValueError(f"{part.strip()!r} is more than {MAX_SEEDS} seeds: split the work")
+        seeds.extend(range(first, last + 1))
+    return seeds
+
+
+def format_time(seconds):
+    """'7s', '3m 07s', '2h 03m 07s' or '1d 02h 03m'."""
+    s = int(round(float(seconds)))
+    if s < 60:
+        return f"{s}s"
+    if s < 60 * 60:
+        return f"{s // 60}m {s % 60:02}s"
+    if s < 24 * 60 * 60:
+        return f"{s // 3600}h {s // 60 % 60:02}m {s % 60:02}s"
+    return f"{s // 86400}d {s // 3600 % 24:02}h {s // 60 % 60:02}m"
