@@ -1,7 +1,7 @@
 """The EDM2 network: a magnitude-preserving U-Net and its preconditioning.
 
 Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2), CVPR 2024, arXiv 2312.02696:
-section 2.3 (magnitude preservation), appendix B.6-B.8 (eq. 47-102). Constructor arguments, state_dict names, shapes, the
+section 2.3 (magnitude preservation), appendix B.6-B.8 (eq. 47-102). Constructor arguments, state_dict names, shapes,
 order of random draws and outputs agree with the reference, so weights are interchangeable.
 
 Every learned layer and every fixed function keeps the expected magnitude (RMS per element) of its input.
