@@ -1,0 +1,103 @@
+"""The container format of data sets, byte by byte: PNG and NPY items, `dataset.json`, labels (EDM2). Needs no torch."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import zlib
+
+import numpy as np
+
+LABELS_FILE = "dataset.json"
+_PIL_MODES = {"L": "L", "RGB": "RGB", "RGBA": "RGBA", "LA": "LA", "1": "L", "P": "RGB"}  # stored mode -> mode read
+
+
+@functools.lru_cache
+def image_extensions():
+    """Lower-case extensions that Pillow reads."""
+    import PIL.Image
+
+    PIL.Image.init()
+    return frozenset(PIL.Image.EXTENSION)
+
+
+def decode_image(data, fname):
+    """Bytes of a PNG (or any Pillow format) or NPY file -> [C,H,W], uint8 or float32. ValueError names `fname`."""
+    import PIL.Image
+
+    if os.path.splitext(fname)[1].lower() == ".npy":
+        try:
+            array = np.load(io.BytesIO(data), allow_pickle=False)
+        except (ValueError, EOFError, OSError) as err:
+            raise ValueError(f"{fname} is no readable NPY array ({err})") from err
+        if array.ndim < 2 or array.size == 0 or array.dtype.kind not in "uif":
+            raise ValueError(f"{fname} must hold numbers of shape [C,H,W], got {array.dtype} {list(array.shape)}")
+        array = array.reshape(-1, *array.shape[-2:])  # Leading axes are flattened into C.
+        return array if array.dtype == np.uint8 else array.astype(np.float32)
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            mode = image.mode
+            if mode in _PIL_MODES:
+                pixels = np.array(image if _PIL_MODES[mode] == mode else image.convert(_PIL_MODES[mode]))
+    except (OSError, SyntaxError, ValueError, EOFError, zlib.error, PIL.Image.DecompressionBombError) as err:
+        raise ValueError(f"{fname} is corrupt or no image ({err}); replace it or convert again") from err
+    if mode not in _PIL_MODES:
+        raise ValueError(f"{fname} has pixel mode {mode}, not 8-bit grey or colour; run `dataset_tool.py convert`")
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def parse_meta(data, where=LABELS_FILE):
+    """Bytes of dataset.json -> dict with `labels` ({name: label} or None), `num_classes`, `class_names` (or None)."""
+    try:
+        meta = json.loads(data)
+    except (ValueError, RecursionError) as err:  # Bad JSON and bad UTF-8 alike.
+        raise ValueError(f"{where}: not valid JSON ({err})") from err
+    if not isinstance(meta, dict):
+        raise ValueError(f'{where}: must be an object like {{"labels": [[name, label], ...]}}')
+    labels, num, names = meta.get("labels"), meta.get("num_classes"), meta.get("class_names")
+    if labels is not None:
+        pairs = isinstance(labels, list) and all(isinstance(e, list) and len(e) == 2 for e in labels)
+        if not pairs or not all(isinstance(e[0], str) for e in labels):
+            raise ValueError(f"{where}: labels must be null or a list of [name, label] pairs")
+        wrong = [e for e in labels if not _is_label(e[1])]
+        if wrong:
+            raise ValueError(f"{where}: the label of {wrong[0][0]} must be an integer or a list of numbers")
+        labels = {name.replace("\\", "/"): label for name, label in labels}
+    if num is not None and (isinstance(num, bool) or not isinstance(num, int) or not 1 <= num <= 10**7):
+        raise ValueError(f"{where}: num_classes={num!r} must be a positive integer")
+    if names is not None:
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"{where}: class_names must be a list of strings")
+        num = len(names) if num is None else num
+        if len(names) != num:
+            raise ValueError(f"{where}: {len(names)} class_names, but num_classes={num}")
+    return {"labels": labels, "num_classes": num, "class_names": names}
+
+
+def _is_label(label):
+    if isinstance(label, list):
+        return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in label)
+    return isinstance(label, int) and not isinstance(label, bool)
+
+
+def check_labels(labels, count, num_classes=None, where="labels"):
+    """int64 [N] in 0..num_classes-1 or finite float32 [N,K]; ValueError otherwise."""
+    labels = np.asarray(labels)
+    if labels.shape[:1] != (count,) or labels.ndim not in (1, 2) or labels.dtype.kind not in "iuf":
+        raise ValueError(f"{where}: labels must be class indices [N] or vectors [N,K], one for each of {count} images")
+    if labels.ndim == 1:
+        if labels.dtype.kind == "f":
+            raise ValueError(f"{where}: class indices must be integers")
+        labels = labels.astype(np.int64)
+        top = num_classes if num_classes is not None else 10**7
+        bad = labels[(labels < 0) | (labels >= top)]
+        if bad.size:
+            hint = f"0..{top - 1}; raise num_classes or" if num_classes is not None else "counted from 0;"
+            raise ValueError(f"{where}: label {bad[0]} out of range: labels are {hint} correct {LABELS_FILE}")
+        return labels
+    labels = labels.astype(np.float32)
+    if not np.isfinite(labels).all():
+        raise ValueError(f"{where}: label vectors must be finite")
+    return labels
