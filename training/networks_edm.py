@@ -1,0 +1,502 @@
+"""U-Nets and preconditioners of the EDM era: DDPM++, NCSN++ and ADM under VP, VE, iDDPM and EDM preconditioning.
+
+Karras et al. 2022 (EDM), arXiv 2206.00364, Table 1 and Appendix F.3; the networks are those of Song et al. 2021 and of
+Dhariwal & Nichol 2021. Their state_dicts interchange with the released EDM and PFGM++ checkpoints.
+Every preconditioner is a denoiser: `net(x, sigma, class_labels) -> estimate of the clean image`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from training.networks_edm_layers import (
+    Conv2d,
+    FourierEmbedding,
+    GroupNorm,
+    Linear,
+    LogVariance,
+    PositionalEmbedding,
+    UNetBlock,
+)
+
+__all__ = ["SongUNet", "DhariwalUNet", "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"]
+
+
+def _require(name, value, known):
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(known)}")
+
+
+def _require_resolution(img_resolution, channel_mult):
+    step = 2 ** (len(channel_mult) - 1)
+    if img_resolution < step or img_resolution % step:
+        raise ValueError(
+            f"img_resolution={img_resolution} is not a multiple of {step}, which the {len(channel_mult)} levels of "
+            f"channel_mult={list(channel_mult)} need; pad the images or give fewer levels (--cres)"
+        )
+
+
+class SongUNet(torch.nn.Module):
+    """DDPM++ (default) and NCSN++ (embedding_type="fourier", encoder_type="residual", channel_mult_noise=2,
+    resample_filter=[1, 3, 3, 1]) of Song et al. 2021.
+
+    forward(x [N, in_channels, R, R], noise_labels [N or 1], class_labels [N or 1, label_dim] or None,
+    augment_labels [N, augment_dim] or None) -> [N, out_channels, R, R]. Raises ValueError for unknown types and for a
+    resolution that its levels do not divide.
+    """
+
+    def __init__(
+        self,
+        img_resolution,
+        in_channels,
+        out_channels,
+        label_dim=0,  # 0: unconditional
+        augment_dim=0,  # 0: no augmentation labels
+        model_channels=128,
+        channel_mult=(1, 2, 2, 2),
+        channel_mult_emb=4,
+        num_blocks=4,
+        attn_resolutions=(16,),
+        dropout=0.10,
+        label_dropout=0,  # probability of a zeroed label row in training
+        embedding_type="positional",
+        channel_mult_noise=1,
+        encoder_type="standard",
+        decoder_type="standard",
+        resample_filter=(1, 1),
+    ):
+        _require("embedding_type", embedding_type, ("positional", "fourier"))
+        _require("encoder_type", encoder_type, ("standard", "skip", "residual"))
+        _require("decoder_type", decoder_type, ("standard", "skip"))
+        _require_resolution(img_resolution, channel_mult)
+        super().__init__()
+        self.label_dropout = label_dropout
+        emb_channels = model_channels * channel_mult_emb
+        noise_channels = model_channels * channel_mult_noise
+        init = {"init_mode": "xavier_uniform"}
+        init_zero = {"init_mode": "xavier_uniform", "init_weight": 1e-5}
+        block = {
+            "emb_channels": emb_channels,
+            "num_heads": 1,
+            "dropout": dropout,
+            "skip_scale": math.sqrt(0.5),
+            "eps": 1e-6,
+            "resample_filter": resample_filter,
+            "resample_proj": True,
+            "adaptive_scale": False,
+            "init": init,
+            "init_zero": init_zero,
+            "init_attn": {"init_mode": "xavier_uniform", "init_weight": math.sqrt(0.2)},
+        }
+
+        if embedding_type == "positional":
+            self.map_noise = PositionalEmbedding(noise_channels, endpoint=True)
+        else:
+            self.map_noise = FourierEmbedding(noise_channels)
+        self.map_label = Linear(label_dim, noise_channels, **init) if label_dim else None
+        self.map_augment = Linear(augment_dim, noise_channels, bias=False, **init) if augment_dim else None
+        self.map_layer0 = Linear(noise_channels, emb_channels, **init)
+        self.map_layer1 = Linear(emb_channels, emb_channels, **init)
+
+        self.enc = torch.nn.ModuleDict()
+        cout = caux = in_channels
+        for level, mult in enumerate(channel_mult):
+            res = img_resolution >> level
+            if level == 0:
+                cin, cout = cout, model_channels
+                self.enc[f"{res}x{res}_conv"] = Conv2d(cin, cout, kernel=3, **init)
+            else:
+                self.enc[f"{res}x{res}_down"] = UNetBlock(cout, cout, down=True, **block)
+                down = {"down": True, "resample_filter": resample_filter}
+                if encoder_type == "skip":
+                    self.enc[f"{res}x{res}_aux_down"] = Conv2d(caux, caux, kernel=0, **down)
+                    self.enc[f"{res}x{res}_aux_skip"] = Conv2d(caux, cout, kernel=1, **init)
+                if encoder_type == "residual":
+                    aux = Conv2d(caux, cout, kernel=3, fused_resample=True, **down, **init)
+                    self.enc[f"{res}x{res}_aux_residual"] = aux
+                    caux = cout
+            for i in range(num_blocks):
+                cin, cout = cout, model_channels * mult
+                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=res in attn_resolutions, **block)
+        skips = [layer.out_channels for name, layer in self.enc.items() if "aux" not in name]
+
+        self.dec = torch.nn.ModuleDict()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            res = img_resolution >> level
+            deepest = level == len(channel_mult) - 1
+            if deepest:
+                self.dec[f"{res}x{res}_in0"] = UNetBlock(cout, cout, attention=True, **block)
+                self.dec[f"{res}x{res}_in1"] = UNetBlock(cout, cout, **block)
+            else:
+                self.dec[f"{res}x{res}_up"] = UNetBlock(cout, cout, up=True, **block)
+            for i in range(num_blocks + 1):
+                cin, cout = cout + skips.pop(), model_channels * mult
+                attend = i == num_blocks and res in attn_resolutions
+                self.dec[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=attend, **block)
+            if decoder_type == "skip" or level == 0:
+                if decoder_type == "skip" and not deepest:
+                    up = {"up": True, "resample_filter": resample_filter}
+                    self.dec[f"{res}x{res}_aux_up"] = Conv2d(out_channels, out_channels, kernel=0, **up)
+                self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(cout, eps=1e-6)
+                self.dec[f"{res}x{res}_aux_conv"] = Conv2d(cout, out_channels, kernel=3, **init_zero)
+
+    def _embed(self, x, noise_labels, class_labels, augment_labels):
+        emb = self.map_noise(noise_labels)
+        emb = emb.reshape(emb.shape[0], 2, -1).flip(1).reshape(emb.shape)  # sines first
+        if self.map_label is not None:
+            if self.training and self.label_dropout:
+                keep = torch.rand([x.shape[0], 1], device=x.device) >= self.label_dropout
+                class_labels = class_labels * keep.to(class_labels.dtype)
+            emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = F.silu(self.map_layer0(emb))
+        return F.silu(self.map_layer1(emb))  # [N or 1, emb_channels]
+
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+        emb = self._embed(x, noise_labels, class_labels, augment_labels)
+        skips = []
+        aux = x
+        for name, layer in self.enc.items():
+            if "aux_down" in name:
+                aux = layer(aux)
+            elif "aux_skip" in name:
+                x = skips[-1] = x + layer(aux)
+            elif "aux_residual" in name:
+                x = skips[-1] = aux = (x + layer(aux)) / math.sqrt(2)
+            else:
+                x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
+                skips.append(x)
+
+        out = None
+        for name, layer in self.dec.items():
+            if "aux_up" in name:
+                out = layer(out)
+            elif "aux_norm" in name:
+                normed = layer(x)
+            elif "aux_conv" in name:
+                image = layer(F.silu(normed))
+                out = image if out is None else image + out
+            else:
+                if x.shape[1] != layer.in_channels:
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = layer(x, emb)
+        return out
+
+
+class DhariwalUNet(torch.nn.Module):
+    """ADM of Dhariwal & Nichol 2021, as EDM trained it; arguments and forward as SongUNet.
+
+    With fewer than 64 channels at an attention resolution there is no attention there (zero heads), as released.
+    """
+
+    def __init__(
+        self,
+        img_resolution,
+        in_channels,
+        out_channels,
+        label_dim=0,  # 0: unconditional
+        augment_dim=0,  # 0: no augmentation labels
+        model_channels=192,
+        channel_mult=(1, 2, 3, 4),
+        channel_mult_emb=4,
+        num_blocks=3,
+        attn_resolutions=(32, 16, 8),
+        dropout=0.10,
+        label_dropout=0,  # probability of a zeroed label row in training
+    ):
+        _require_resolution(img_resolution, channel_mult)
+        super().__init__()
+        self.label_dropout = label_dropout
+        emb_channels = model_channels * channel_mult_emb
+        third = math.sqrt(1 / 3)
+        init = {"init_mode": "kaiming_uniform", "init_weight": third, "init_bias": third}
+        init_zero = {"init_mode": "kaiming_uniform", "init_weight": 0, "init_bias": 0}
+        block = {
+            "emb_channels": emb_channels,
+            "channels_per_head": 64,
+            "dropout": dropout,
+            "init": init,
+            "init_zero": init_zero,
+        }
+
+        self.map_noise = PositionalEmbedding(model_channels)
+        self.map_augment = Linear(augment_dim, model_channels, bias=False, **init_zero) if augment_dim else None
+        self.map_layer0 = Linear(model_channels, emb_channels, **init)
+        self.map_layer1 = Linear(emb_channels, emb_channels, **init)
+        self.map_label = None
+        if label_dim:
+            label_init = {"init_mode": "kaiming_normal", "init_weight": math.sqrt(label_dim)}
+            self.map_label = Linear(label_dim, emb_channels, bias=False, **label_init)
+
+        self.enc = torch.nn.ModuleDict()
+        cout = in_channels
+        for level, mult in enumerate(channel_mult):
+            res = img_resolution >> level
+            if level == 0:
+                cin, cout = cout, model_channels * mult
+                self.enc[f"{res}x{res}_conv"] = Conv2d(cin, cout, kernel=3, **init)
+            else:
+                self.enc[f"{res}x{res}_down"] = UNetBlock(cout, cout, down=True, **block)
+            for i in range(num_blocks):
+                cin, cout = cout, model_channels * mult
+                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=res in attn_resolutions, **block)
+        skips = [layer.out_channels for layer in self.enc.values()]
+
+        self.dec = torch.nn.ModuleDict()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            res = img_resolution >> level
+            if level == len(channel_mult) - 1:
+                self.dec[f"{res}x{res}_in0"] = UNetBlock(cout, cout, attention=True, **block)
+                self.dec[f"{res}x{res}_in1"] = UNetBlock(cout, cout, **block)
+            else:
+                self.dec[f"{res}x{res}_up"] = UNetBlock(cout, cout, up=True, **block)
+            for i in range(num_blocks + 1):
+                cin, cout = cout + skips.pop(), model_channels * mult
+                self.dec[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=res in attn_resolutions, **block)
+        self.out_norm = GroupNorm(cout)
+        self.out_conv = Conv2d(cout, out_channels, kernel=3, **init_zero)
+
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+        emb = self.map_noise(noise_labels)
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if self.map_label is not None:
+            if self.training and self.label_dropout:
+                keep = torch.rand([x.shape[0], 1], device=x.device) >= self.label_dropout
+                class_labels = class_labels * keep.to(class_labels.dtype)
+            emb = emb + self.map_label(class_labels)
+        emb = F.silu(emb)  # [N or 1, emb_channels]
+
+        skips = []
+        for layer in self.enc.values():
+            x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
+            skips.append(x)
+        for layer in self.dec.values():
+            if x.shape[1] != layer.in_channels:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = layer(x, emb)
+        return self.out_conv(F.silu(self.out_norm(x)))
+
+
+MODELS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+
+
+class _Precond(torch.nn.Module):
+    """What the four preconditioners share: labels, precision and D = c_skip x + c_out F(c_in x, c_noise) (EDM eq. 7).
+
+    forward(x [N, C, R, R], sigma [N] or scalar, class_labels [N, label_dim] or None) -> [N, C, R, R] float32, and
+    additionally the log-variance [N, 1, 1, 1] if return_logvar (zeros without `logvar_channels`).
+    A conditional network given no labels uses a zero vector, which is a trained null label only with label dropout.
+    """
+
+    def __init__(
+        self, img_resolution, img_channels, label_dim, use_fp16, sigma_data, model_type, logvar_channels, model_kwargs
+    ):
+        _require("model_type", model_type, MODELS)
+        super().__init__()
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels
+        self.label_dim = label_dim
+        self.use_fp16 = use_fp16
+        self.sigma_data = sigma_data
+        self.model = MODELS[model_type](
+            img_resolution=img_resolution,
+            in_channels=img_channels,
+            out_channels=img_channels * self.outputs_per_channel,
+            label_dim=label_dim,
+            **model_kwargs,
+        )
+        # Created after the model and only on request: state_dicts and seeded weights of the release stay valid.
+        self.logvar = LogVariance(logvar_channels) if logvar_channels else None
+
+    outputs_per_channel = 1
+
+    def coefficients(self, sigma):
+        """(c_skip, c_out, c_in, c_noise) for sigma [N, 1, 1, 1]."""
+        raise NotImplementedError
+
+    def round_sigma(self, sigma):
+        """The nearest noise level the network was trained for, in the shape of sigma."""
+        return torch.as_tensor(sigma)
+
+    def forward(
+        self,
+        x,
+        sigma,
+        class_labels=None,
+        force_fp32=False,
+        return_logvar=False,
+        augment_labels=None,
+        **model_kwargs,
+    ):
+        x = x.to(torch.float32)
+        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
+        if self.label_dim == 0:
+            class_labels = None
+        elif class_labels is None:
+            class_labels = torch.zeros([1, self.label_dim], device=x.device)
+        else:
+            class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
+        dtype = torch.float16 if self.use_fp16 and not force_fp32 and x.device.type == "cuda" else torch.float32
+
+        c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
+        output = self.model(
+            (c_in * x).to(dtype), c_noise.flatten(), class_labels, augment_labels=augment_labels, **model_kwargs
+        )
+        denoised = c_skip * x + c_out * output[:, : self.img_channels].to(torch.float32)
+        if not return_logvar:
+            return denoised
+        logvar = torch.zeros_like(sigma) if self.logvar is None else self.logvar(sigma)
+        return denoised, logvar.expand(x.shape[0], 1, 1, 1)
+
+
+class EDMPrecond(_Precond):
+    """EDM's own preconditioning (EDM Table 1, last column)."""
+
+    def __init__(
+        self,
+        img_resolution,
+        img_channels,
+        label_dim=0,  # 0: unconditional
+        use_fp16=False,  # half precision on a GPU
+        sigma_min=0,
+        sigma_max=float("inf"),
+        sigma_data=0.5,  # standard deviation of the data
+        model_type="DhariwalUNet",
+        logvar_channels=0,  # 0: no uncertainty head
+        **model_kwargs,
+    ):
+        super().__init__(
+            img_resolution, img_channels, label_dim, use_fp16, sigma_data, model_type, logvar_channels, model_kwargs
+        )
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+
+    def coefficients(self, sigma):
+        total = sigma**2 + self.sigma_data**2
+        return self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
+
+
+class VPPrecond(_Precond):
+    """Variance preserving (DDPM, Song et al.) seen as a denoiser (EDM Table 1, first column). x is not VP-scaled."""
+
+    def __init__(
+        self,
+        img_resolution,
+        img_channels,
+        label_dim=0,
+        use_fp16=False,
+        beta_d=19.9,  # extent of the noise schedule
+        beta_min=0.1,  # its slope at t = 0
+        M=1000,  # number of time steps of the original
+        epsilon_t=1e-5,  # smallest time
+        model_type="SongUNet",
+        logvar_channels=0,
+        sigma_data=0.5,  # for losses and solvers; the preconditioning does not use it
+        **model_kwargs,
+    ):
+        super().__init__(
+            img_resolution, img_channels, label_dim, use_fp16, sigma_data, model_type, logvar_channels, model_kwargs
+        )
+        self.beta_d = beta_d
+        self.beta_min = beta_min
+        self.M = M
+        self.epsilon_t = epsilon_t
+        # float32 on purpose: cancellation makes sigma(1e-5) = 2^-10, which released networks carry.
+        limits = torch.tensor([epsilon_t, 1.0], dtype=torch.float32, device="cpu")
+        self.sigma_min, self.sigma_max = self.sigma(limits).tolist()
+
+    def sigma(self, t):
+        """Noise level at time t (float32)."""
+        t = t if torch.is_tensor(t) else torch.as_tensor(t)
+        return ((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt()
+
+    def sigma_inv(self, sigma):
+        """Time at which the noise level is sigma."""
+        sigma = torch.as_tensor(sigma)
+        return ((self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt() - self.beta_min) / self.beta_d
+
+    def coefficients(self, sigma):
+        return torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
+
+
+class VEPrecond(_Precond):
+    """Variance exploding (NCSN, Song et al.) seen as a denoiser (EDM Table 1, second column)."""
+
+    def __init__(
+        self,
+        img_resolution,
+        img_channels,
+        label_dim=0,
+        use_fp16=False,
+        sigma_min=0.02,
+        sigma_max=100,
+        model_type="SongUNet",
+        logvar_channels=0,
+        sigma_data=0.5,  # for losses and solvers; the preconditioning does not use it
+        **model_kwargs,
+    ):
+        super().__init__(
+            img_resolution, img_channels, label_dim, use_fp16, sigma_data, model_type, logvar_channels, model_kwargs
+        )
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+
+    def coefficients(self, sigma):
+        return torch.ones_like(sigma), sigma, torch.ones_like(sigma), (0.5 * sigma).log()
+
+
+class iDDPMPrecond(_Precond):
+    """Improved DDPM (Nichol & Dhariwal 2021) seen as a denoiser (EDM Table 1, third column).
+
+    The network has twice the output channels (its learned variances); only the first half is used.
+    """
+
+    outputs_per_channel = 2
+
+    def __init__(
+        self,
+        img_resolution,
+        img_channels,
+        label_dim=0,
+        use_fp16=False,
+        C_1=0.001,  # largest ratio of successive signal levels kept
+        C_2=0.008,  # offset of the cosine schedule
+        M=1000,  # number of time steps
+        model_type="DhariwalUNet",
+        logvar_channels=0,
+        sigma_data=0.5,  # for losses and solvers; the preconditioning does not use it
+        **model_kwargs,
+    ):
+        super().__init__(
+            img_resolution, img_channels, label_dim, use_fp16, sigma_data, model_type, logvar_channels, model_kwargs
+        )
+        self.C_1 = C_1
+        self.C_2 = C_2
+        self.M = M
+        steps = torch.arange(M + 1, dtype=torch.float32, device="cpu")
+        alpha_bar = (0.5 * math.pi * steps / M / (C_2 + 1)).sin() ** 2
+        ratio = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=C_1)  # [M]
+        u = torch.zeros(M + 1, dtype=torch.float32, device="cpu")
+        for j in range(M, 0, -1):  # EDM Appendix C.3.4
+            u[j - 1] = ((u[j] ** 2 + 1) / ratio[j - 1] - 1).sqrt()
+        self.register_buffer("u", torch.tensor(u.tolist()))
+        self.sigma_min = float(u[M - 1])
+        self.sigma_max = float(u[0])
+
+    def _nearest(self, sigma):
+        distance = (sigma.to(self.u).reshape(-1, 1) - self.u).abs()  # [N, M + 1]
+        return distance.argmin(dim=1)
+
+    def round_sigma(self, sigma, return_index=False):
+        sigma = torch.as_tensor(sigma)
+        index = self._nearest(sigma)
+        result = index if return_index else self.u[index].to(sigma.dtype)
+        return result.reshape(sigma.shape).to(sigma.device)
+
+    def coefficients(self, sigma):
+        c_noise = (self.M - 1 - self.round_sigma(sigma, return_index=True)).to(torch.float32)
+        return torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise

@@ -1,0 +1,252 @@
+"""Layers and the residual block shared by the EDM-era U-Nets (Karras et al. 2022, "EDM").
+
+Parameter names, creation order and random draws follow the released checkpoints, so that their state_dicts load and
+a given seed initialises a network alike.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def init_tensor(shape, mode, fan_in, fan_out):
+    """Random initial values: Glorot ("xavier") or He ("kaiming"), uniform or normal."""
+    if mode == "xavier_uniform":
+        return math.sqrt(6 / (fan_in + fan_out)) * (torch.rand(*shape) * 2 - 1)
+    if mode == "xavier_normal":
+        return math.sqrt(2 / (fan_in + fan_out)) * torch.randn(*shape)
+    if mode == "kaiming_uniform":
+        return math.sqrt(3 / fan_in) * (torch.rand(*shape) * 2 - 1)
+    if mode == "kaiming_normal":
+        return math.sqrt(1 / fan_in) * torch.randn(*shape)
+    raise ValueError(
+        f"init_mode={mode!r} is unknown; choose from xavier_uniform, xavier_normal, kaiming_uniform, kaiming_normal"
+    )
+
+
+class Linear(torch.nn.Module):
+    """x [..., in_features] -> [..., out_features], weights drawn before the bias."""
+
+    def __init__(
+        self, in_features, out_features, bias=True, init_mode="kaiming_normal", init_weight=1.0, init_bias=0.0
+    ):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        fans = {"mode": init_mode, "fan_in": in_features, "fan_out": out_features}
+        self.weight = torch.nn.Parameter(init_tensor([out_features, in_features], **fans) * init_weight)
+        self.bias = torch.nn.Parameter(init_tensor([out_features], **fans) * init_bias) if bias else None
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Conv2d(torch.nn.Module):
+    """Convolution with optional 2x resampling before it; kernel=0 only resamples.
+
+    x [N, in_channels, H, W] -> [N, out_channels, H', W'], H' = H, 2H (up) or H/2 (down).
+    `fused_resample` changes the padding order: no padding between the convolution and the resampling filter.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel,  # odd side length, 0: no convolution
+        bias=True,
+        up=False,
+        down=False,
+        resample_filter=(1, 1),  # 1-D taps, normalised to sum 1, used along both axes
+        fused_resample=False,
+        init_mode="kaiming_normal",
+        init_weight=1.0,
+        init_bias=0.0,
+    ):
+        if up and down:
+            raise ValueError("up=True and down=True exclude each other; choose one")
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.up = up
+        self.down = down
+        self.fused_resample = fused_resample
+        fans = {"mode": init_mode, "fan_in": in_channels * kernel**2, "fan_out": out_channels * kernel**2}
+        self.weight = self.bias = None
+        if kernel:
+            self.weight = torch.nn.Parameter(
+                init_tensor([out_channels, in_channels, kernel, kernel], **fans) * init_weight
+            )
+            if bias:
+                self.bias = torch.nn.Parameter(init_tensor([out_channels], **fans) * init_bias)
+        taps = torch.as_tensor(resample_filter, dtype=torch.float32)
+        taps = taps.ger(taps)[None, None] / taps.sum().square()  # [1, 1, n, n]
+        self.register_buffer("resample_filter", taps if up or down else None)
+
+    def _upsample(self, x, padding):
+        kernel = self.resample_filter.to(x.dtype).mul(4).tile([x.shape[1], 1, 1, 1])
+        return F.conv_transpose2d(x, kernel, groups=x.shape[1], stride=2, padding=padding)
+
+    def _downsample(self, x, padding):
+        kernel = self.resample_filter.to(x.dtype).tile([x.shape[1], 1, 1, 1])
+        return F.conv2d(x, kernel, groups=x.shape[1], stride=2, padding=padding)
+
+    def forward(self, x):
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        pad_w = 0 if weight is None else weight.shape[-1] // 2
+        pad_f = 0 if self.resample_filter is None else (self.resample_filter.shape[-1] - 1) // 2
+        if self.fused_resample and self.up and weight is not None:
+            x = self._upsample(x, max(pad_f - pad_w, 0))
+            x = F.conv2d(x, weight, padding=max(pad_w - pad_f, 0))
+        elif self.fused_resample and self.down and weight is not None:
+            x = F.conv2d(x, weight, padding=pad_w + pad_f)
+            x = self._downsample(x, 0)
+        else:
+            if self.up:
+                x = self._upsample(x, pad_f)
+            if self.down:
+                x = self._downsample(x, pad_f)
+            if weight is not None:
+                x = F.conv2d(x, weight, padding=pad_w)
+        return x if self.bias is None else x + self.bias.to(x.dtype).reshape(1, -1, 1, 1)
+
+
+class GroupNorm(torch.nn.Module):
+    """Group normalisation with at least `min_channels_per_group` channels in every group."""
+
+    def __init__(self, num_channels, num_groups=32, min_channels_per_group=4, eps=1e-5):
+        super().__init__()
+        self.num_groups = min(num_groups, num_channels // min_channels_per_group)
+        if self.num_groups < 1 or num_channels % self.num_groups:
+            raise ValueError(
+                f"{num_channels} channels cannot be split into groups of at least {min_channels_per_group}; "
+                f"choose model_channels as a multiple of 32 (or of {min_channels_per_group} below 128)"
+            )
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(num_channels))
+        self.bias = torch.nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, x):
+        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class PositionalEmbedding(torch.nn.Module):
+    """x [N] -> [N, num_channels]: cosines, then sines, of geometrically spaced frequencies."""
+
+    def __init__(self, num_channels, max_positions=10000, endpoint=False):
+        super().__init__()
+        self.num_channels = num_channels
+        self.max_positions = max_positions
+        self.endpoint = endpoint
+
+    def forward(self, x):
+        half = self.num_channels // 2
+        freqs = torch.arange(half, dtype=torch.float32, device=x.device) / (half - (1 if self.endpoint else 0))
+        freqs = (1 / self.max_positions) ** freqs
+        x = x.ger(freqs.to(x.dtype))  # [N, C/2]
+        return torch.cat([x.cos(), x.sin()], dim=1)
+
+
+class FourierEmbedding(torch.nn.Module):
+    """x [N] -> [N, num_channels]: cosines, then sines, of random frequencies (buffer `freqs`)."""
+
+    def __init__(self, num_channels, scale=16):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(num_channels // 2) * scale)
+
+    def forward(self, x):
+        x = x.ger((2 * math.pi * self.freqs).to(x.dtype))  # [N, C/2]
+        return torch.cat([x.cos(), x.sin()], dim=1)
+
+
+def attention(q, k, v):
+    """Softmax attention for q, k, v [B, C, L]; weights in float32 whatever the inputs' type. -> [B, C, L]"""
+    logits = torch.einsum("bcq,bck->bqk", q.float(), (k / math.sqrt(k.shape[1])).float())
+    return torch.einsum("bqk,bck->bcq", logits.softmax(dim=2).to(v.dtype), v)
+
+
+class UNetBlock(torch.nn.Module):
+    """Residual block with embedding, resampling and self-attention, for DDPM++, NCSN++ and ADM alike.
+
+    x [N, in_channels, H, W], emb [N or 1, emb_channels] -> [N, out_channels, H', W'].
+    Attention silently disappears when out_channels < channels_per_head and num_heads is None, as in the release.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        emb_channels,
+        up=False,
+        down=False,
+        attention=False,
+        num_heads=None,  # None: out_channels // channels_per_head
+        channels_per_head=64,
+        dropout=0.0,
+        skip_scale=1.0,
+        eps=1e-5,
+        resample_filter=(1, 1),
+        resample_proj=False,  # 1x1 convolution on the skip path whenever it resamples
+        adaptive_scale=True,  # the embedding scales and shifts, instead of being added
+        init=None,
+        init_zero=None,
+        init_attn=None,
+    ):
+        super().__init__()
+        init = {} if init is None else init
+        init_zero = {"init_weight": 0.0} if init_zero is None else init_zero
+        init_attn = init if init_attn is None else init_attn
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.num_heads = (
+            0 if not attention else num_heads if num_heads is not None else out_channels // channels_per_head
+        )
+        self.dropout = dropout
+        self.skip_scale = skip_scale
+        self.adaptive_scale = adaptive_scale
+        resample = {"up": up, "down": down, "resample_filter": resample_filter}
+
+        self.norm0 = GroupNorm(in_channels, eps=eps)
+        self.conv0 = Conv2d(in_channels, out_channels, kernel=3, **resample, **init)
+        self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), **init)
+        self.norm1 = GroupNorm(out_channels, eps=eps)
+        self.conv1 = Conv2d(out_channels, out_channels, kernel=3, **init_zero)
+        self.skip = None
+        if in_channels != out_channels or up or down:
+            kernel = 1 if resample_proj or in_channels != out_channels else 0
+            self.skip = Conv2d(in_channels, out_channels, kernel=kernel, **resample, **init)
+        if self.num_heads:
+            self.norm2 = GroupNorm(out_channels, eps=eps)
+            self.qkv = Conv2d(out_channels, out_channels * 3, kernel=1, **init_attn)
+            self.proj = Conv2d(out_channels, out_channels, kernel=1, **init_zero)
+
+    def forward(self, x, emb):
+        y = self.conv0(F.silu(self.norm0(x)))  # [N, out, H', W']
+        params = self.affine(emb)[:, :, None, None].to(x.dtype)  # [N, out or 2 out, 1, 1]
+        if self.adaptive_scale:
+            scale, shift = params.chunk(2, dim=1)
+            y = F.silu(torch.addcmul(shift, self.norm1(y), scale + 1))
+        else:
+            y = F.silu(self.norm1(y + params))
+        y = self.conv1(F.dropout(y, p=self.dropout, training=self.training))
+        x = (y + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        if self.num_heads:
+            n, c = x.shape[:2]
+            qkv = self.qkv(self.norm2(x)).reshape(n * self.num_heads, c // self.num_heads, 3, -1)
+            x = (self.proj(attention(*qkv.unbind(2)).reshape(x.shape)) + x) * self.skip_scale
+        return x
+
+
+class LogVariance(torch.nn.Module):
+    """Optional uncertainty head: log-variance u(sigma) [N, 1, 1, 1] from Fourier features of ln(sigma)/4, 0 at first.
+
+    sigma [N, 1, 1, 1]; the loss it serves is the multi-task weighting of EDM2, after Kendall et al. 2018.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.fourier = FourierEmbedding(channels, scale=1)
+        self.linear = Linear(channels, 1, init_weight=0.0)
+
+    def forward(self, sigma):
+        return self.linear(self.fourier(sigma.log().flatten() / 4)).reshape(-1, 1, 1, 1)
