@@ -1,0 +1,1 @@
+"""Feature detectors, streamed statistics, distances and per-source reports."""

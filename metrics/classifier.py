@@ -1,0 +1,232 @@
+"""A small convolutional classifier trained on the reference data in seconds: feature detector and judge of labels.
+
+Stands in for Inception where the data is not photographs, or where no downloaded weights are wanted.
+"""
+
+import hashlib
+import json
+import os
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from dnnlib.util import atomic_write
+
+FORMAT = "classifier-detector-1"
+
+
+def _block(c_in, c_out, stride):
+    conv = torch.nn.Conv2d(c_in, c_out, 3, padding=1, stride=stride, bias=False)
+    return [conv, torch.nn.BatchNorm2d(c_out), torch.nn.SiLU()]
+
+
+class ConvNet(torch.nn.Module):
+    """Two convolutions per resolution, halving down to 4x4, then a linear layer of `features` units and the logits."""
+
+    def __init__(self, image_shape, num_classes, width=32, features=64):
+        super().__init__()
+        c, h, w = image_shape
+        layers = _block(c, width, 1)
+        while min(h, w) > 4:
+            c_out = min(2 * width, 128)
+            layers += _block(width, c_out, 2) + _block(c_out, c_out, 1)
+            width, h, w = c_out, -(-h // 2), -(-w // 2)
+        layers += [torch.nn.AdaptiveAvgPool2d((min(h, 4), min(w, 4))), torch.nn.Flatten(), torch.nn.Dropout(0.3)]
+        self.trunk = torch.nn.Sequential(*layers)
+        self.penultimate = torch.nn.Linear(width * min(h, 4) * min(w, 4), features)
+        self.head = torch.nn.Linear(features, num_classes)
+
+    def features(self, x):
+        return torch.nn.functional.silu(self.penultimate(self.trunk(x)))
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+class Classifier:
+    """A detector that also names the source: `.features`, `.classify(features)`, `.predict(images)`.
+
+    `accuracy` is the held-out accuracy measured when it was trained, `identity` names its exact weights, so statistics
+    made with another training run are told apart.
+    """
+
+    name = "classifier"
+
+    def __init__(self, net, header, device="cpu"):
+        self.net = net.to(device).eval().requires_grad_(False)
+        self.header = dict(header)
+        self.device = torch.device(device)
+        self.identity = f"{self.name}:{self._hash()}"
+
+    image_shape = property(lambda self: tuple(self.header["image_shape"]))
+    num_classes = property(lambda self: self.header["num_classes"])
+    accuracy = property(lambda self: self.header["accuracy"])
+
+    @torch.no_grad()
+    def features(self, images):
+        """images uint8 [N, C, H, W] of the trained shape -> penultimate activations [N, F] float32."""
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"classifier was trained on uint8 images {list(self.image_shape)} [C, H, W], "
+                f"got {str(images.dtype).removeprefix('torch.')} {list(images.shape[1:])}"
+            )
+        return self.net.features(_normalize(images.to(self.device)))
+
+    @torch.no_grad()
+    def classify(self, features):
+        """Features [N, F] -> predicted sources [N] int64, on the CPU."""
+        return self.net.head(torch.as_tensor(features).to(self.device, torch.float32)).argmax(1).cpu()
+
+    def predict(self, images):
+        """images uint8 [N, C, H, W] -> predicted sources [N] int64."""
+        return self.classify(self.features(images))
+
+    def agreement(self, images, labels):
+        """Share of images whose predicted source is their label: {"overall": float, source: float, ...}."""
+        return source_agreement(self.predict(images), labels)
+
+    def _hash(self):
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.net.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, path):
+        """Write a safetensors file whose metadata holds one JSON header; atomic."""
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.net.state_dict().items()}
+        header = json.dumps(self.header, sort_keys=True)
+        with atomic_write(path) as f:
+            f.write(safetensors.torch.save(state, metadata={"header": header}))
+
+
+def source_agreement(predicted, labels):
+    """Share of predictions equal to the label, overall and for each label that occurs; labels -1 do not count."""
+    predicted, labels = np.asarray(predicted), np.asarray(labels)
+    right = (predicted == labels)[labels >= 0]
+    known = labels[labels >= 0]
+    result = {"overall": float(right.mean()) if len(known) else None}
+    return result | {int(s): float(right[known == s].mean()) for s in np.unique(known)}
+
+
+def load_classifier(path, device="cpu"):
+    """Read a file written by `Classifier.save`; nothing in it is executed. ValueError names the file and the remedy."""
+    remedy = "make one with: calculate_metrics.py detector --data=ZIP --dest=FILE.safetensors"
+    if not os.path.isfile(path):
+        raise ValueError(f"classifier file '{path}' does not exist; {remedy}")
+    try:
+        with safetensors.safe_open(path, "pt") as f:
+            header = json.loads((f.metadata() or {}).get("header", "{}"))
+            state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"'{path}' is not a classifier file ({error}); {remedy}") from None
+    if header.get("format") != FORMAT:
+        raise ValueError(f"'{path}' is a safetensors file but not a classifier; {remedy}")
+    net = ConvNet(header["image_shape"], header["num_classes"], header["width"], header["features"])
+    try:
+        net.load_state_dict(state)
+    except RuntimeError:
+        raise ValueError(f"'{path}': weights do not fit the header, the file is damaged; {remedy}") from None
+    return Classifier(net, header, device)
+
+
+def _normalize(images):
+    return images.float() / 127.5 - 1
+
+
+def _shift(x, generator, limit):
+    """Move every image by its own whole number of pixels, up to `limit`, edges repeated."""
+    if limit == 0:
+        return x
+    n, _, h, w = x.shape
+    x = torch.nn.functional.pad(x, [limit] * 4, mode="replicate")
+    dy, dx = torch.randint(0, 2 * limit + 1, (2, n), generator=generator).to(x.device)
+    rows = dy[:, None] + torch.arange(h, device=x.device)
+    cols = dx[:, None] + torch.arange(w, device=x.device)
+    index = torch.arange(n, device=x.device)[:, None, None]
+    return x.permute(0, 2, 3, 1)[index, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _check(images, labels, what):
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"{what}: images must be uint8 [N, C, H, W], got {images.dtype} {tuple(images.shape)}")
+    if labels.ndim == 2:
+        labels = labels.argmax(1)  # one-hot
+    if labels.shape != images.shape[:1] or len(labels) == 0 or int(labels.min()) < 0:
+        raise ValueError(f"{what}: every image needs a label >= 0, got {len(images)} images, {len(labels)} labels")
+    return images, labels.long()
+
+
+def stratified_split(labels, fraction, seed):
+    """(kept, held-out) index arrays: `fraction` of every source is held out, at least one of two images."""
+    rng, held = np.random.default_rng(seed), []
+    labels = np.asarray(labels)
+    for source in np.unique(labels):
+        index = rng.permutation(np.flatnonzero(labels == source))
+        held.append(index[: max(round(fraction * len(index)), 1 if len(index) > 1 else 0)])
+    held = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), held), held
+
+
+def train_classifier(
+    images,                     # uint8 [N, C, H, W], array or tensor
+    labels,                     # [N] integers from 0, or [N, K] one-hot
+    *,
+    holdout_images=None,        # measure accuracy on these; None: on a seeded share of `images`, not trained on
+    holdout_labels=None,
+    holdout_fraction=0.2,
+    num_classes=None,           # None: largest label + 1
+    epochs=20,
+    batch_size=64,
+    lr=4e-3,
+    width=32,                   # channels at full resolution
+    features=64,                # units of the penultimate layer
+    shift=1,                    # augmentation: move by up to this many pixels (0: off)
+    seed=0,
+    device="cpu",
+    progress=lambda batches: batches,   # wraps the epoch iterator, e.g. tqdm
+):  # fmt: skip
+    """Train the detector; AdamW, one-cycle learning rate, seconds on a CPU for small images.
+
+    Returns a `Classifier` whose `accuracy` (and header "source_accuracy") was measured on images it never saw.
+    Raises ValueError on other dtypes, missing labels or fewer than two classes.
+    """
+    images, labels = _check(images, labels, "training data")
+    if holdout_images is None:
+        kept, held = stratified_split(labels, holdout_fraction, seed)
+        if len(held) == 0 or len(kept) == 0:
+            raise ValueError("too few images to hold some out; give separate held-out images")
+        holdout_images, holdout_labels, images, labels = images[held], labels[held], images[kept], labels[kept]
+    holdout_images, holdout_labels = _check(holdout_images, holdout_labels, "held-out data")
+    num_classes = num_classes or int(max(labels.max(), holdout_labels.max())) + 1
+    if num_classes < 2:
+        raise ValueError("a classifier needs images of at least two sources")
+    header = dict(format=FORMAT, image_shape=list(images.shape[1:]), num_classes=num_classes, width=width,
+                  features=features, seed=seed, epochs=epochs, num_train=len(images))  # fmt: skip
+    with torch.random.fork_rng(devices=[]):  # initialisation and dropout draw from the global generator
+        torch.manual_seed(seed)
+        net = ConvNet(header["image_shape"], num_classes, width, features).to(device).train()
+        generator = torch.Generator().manual_seed(seed)
+        batch_size = min(batch_size, len(images))
+        steps = max(len(images) // batch_size, 1)  # the incomplete last batch waits for the next shuffle
+        optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps * epochs)
+        images, labels = images.to(device), labels.to(device)
+        for _ in progress(range(epochs)):
+            for index in torch.randperm(len(images), generator=generator)[: steps * batch_size].split(batch_size):
+                index = index.to(device)
+                logits = net(_shift(_normalize(images[index]), generator, shift))
+                loss = torch.nn.functional.cross_entropy(logits, labels[index], label_smoothing=0.05)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    judge = Classifier(net, header, device)
+    predicted = torch.cat([judge.predict(part) for part in holdout_images.split(512)])
+    scores = source_agreement(predicted, holdout_labels)
+    header |= dict(accuracy=scores.pop("overall"), num_holdout=len(holdout_images),
+                   source_accuracy={str(source): score for source, score in scores.items()})  # fmt: skip
+    return Classifier(net, header, device)

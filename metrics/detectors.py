@@ -1,0 +1,96 @@
+"""Feature detectors: images in, features out.
+
+A detector has `.name` and `.features(images uint8 [N, C, H, W] tensor) -> [N, F] float tensor`. Any plain callable
+images -> features is one too. `identity` (default: the name) says which exact detector it was; statistics of different
+identities are never compared. A detector that also has `.classify(features) -> sources [N]` judges labels.
+
+Add your own in one line, a function of what follows the colon of the spec (None without a colon):
+
+    DETECTORS["brightness"] = lambda argument: lambda images: images.float().mean(dim=(2, 3))
+"""
+
+from metrics.classifier import load_classifier
+
+
+class FunctionDetector:
+    """A plain callable images -> features, with a name."""
+
+    def __init__(self, function, name, identity=None):
+        self.features = function
+        self.name = name
+        self.identity = identity or name
+
+
+def pixel_features(images):
+    """[N, C, H, W] uint8 -> [N, C H W] float32 in [-1, 1], the units in which networks are trained."""
+    return images.flatten(1).float() / 127.5 - 1
+
+
+def _pixel(argument, device):
+    if argument:
+        raise ValueError(f"detector 'pixel:{argument}': pixel takes no argument; use 'pixel'")
+    return FunctionDetector(lambda images: pixel_features(images.to(device)), "pixel")
+
+
+def _classifier(argument, device):
+    if not argument:
+        raise ValueError("detector 'classifier' needs a file: classifier:FILE.safetensors")
+    return load_classifier(argument, device)
+
+
+def _planned(name, network):
+    def refuse(argument):
+        raise ValueError(f"detector '{name}' ({network}) is not available yet; use pixel or classifier:FILE")
+
+    return refuse
+
+
+DETECTORS = {
+    "pixel": _pixel,
+    "classifier": _classifier,
+    "fid": _planned("fid", "Inception-v3 of the FID"),
+    "fd_dinov2": _planned("fd_dinov2", "DINOv2 ViT-L/14"),
+}
+
+
+def get_detector(spec, device="cpu"):
+    """A detector from a spec string `NAME` or `NAME:ARGUMENT`, a callable, or a detector (returned as it is).
+
+    Entries of DETECTORS are called with the argument, and with the device where they take a second parameter.
+    Raises ValueError for an unknown name (listing the known ones).
+    """
+    if not isinstance(spec, str):
+        return _wrap(spec, getattr(spec, "__name__", type(spec).__name__))
+    name, _, argument = spec.strip().partition(":")
+    if name not in DETECTORS:
+        raise ValueError(f"unknown detector '{name}'; known: {', '.join(sorted(DETECTORS))}")
+    factory = DETECTORS[name]
+    takes_device = factory.__code__.co_argcount > 1 if hasattr(factory, "__code__") else False
+    return _wrap(factory(argument or None, device) if takes_device else factory(argument or None), name)
+
+
+def get_detectors(specs, device="cpu"):
+    """{identity: detector} of a comma-separated string or a list of specs; the same detector twice is an error."""
+    if not isinstance(specs, (list, tuple)):
+        specs = specs.split(",") if isinstance(specs, str) else [specs]
+    result = {}
+    for detector in (get_detector(spec, device) for spec in specs):
+        key = identity_of(detector)
+        if key in result:
+            raise ValueError(f"detector '{key}' is named twice")
+        result[key] = detector
+    return result
+
+
+def identity_of(detector):
+    return getattr(detector, "identity", None) or detector.name
+
+
+def _wrap(detector, name):
+    if hasattr(detector, "features"):
+        if not hasattr(detector, "name"):
+            detector.name = name
+        return detector
+    if not callable(detector):
+        raise ValueError(f"detector '{name}' must be callable or have .features(images), got {type(detector).__name__}")
+    return FunctionDetector(detector, name)

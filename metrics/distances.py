@@ -1,0 +1,153 @@
+"""Distances between two sets of images, computed from feature statistics or from the features themselves.
+
+Everything here is a function of numbers: it knows no detector, no file and no process group.
+"""
+
+import numpy as np
+import torch
+
+
+def _matrix(x, name, ndim):
+    x = torch.as_tensor(x).detach().to("cpu", torch.float64)
+    if x.ndim != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimension(s), got shape {tuple(x.shape)}")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{name}: holds values that are not finite")
+    return x
+
+
+def _feature_pair(generated, reference, at_least):
+    x, y = _matrix(generated, "generated", 2), _matrix(reference, "reference", 2)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"generated and reference features differ in width: {x.shape[1]} and {y.shape[1]}")
+    for name, rows in (("generated", len(x)), ("reference", len(y))):
+        if rows < at_least:
+            raise ValueError(f"{name}: {rows} images are too few, this measure needs at least {at_least}")
+    return x, y
+
+
+def _factor(sigma):
+    """A with A A' = sigma. Directions below float64 resolution (rank-deficient sigma) are dropped."""
+    values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)
+    keep = values > values.abs().amax() * len(values) * torch.finfo(values.dtype).eps
+    return vectors[:, keep] * values[keep].sqrt()  # [F, rank]
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
+    """Squared 2-Wasserstein distance of two Gaussians (Heusel et al. 2017, eq. 6; "FID" with Inception features).
+
+    ``|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2)``. The trace of the root is the sum of the singular
+    values of ``A1' A2`` where ``A A' = sigma`` comes from a symmetric eigen-decomposition: no root of a non-symmetric
+    product, no epsilon, and singular covariances (fewer images than features) are exact to float64.
+
+    mu1, mu2: [F]; sigma1, sigma2: [F, F] symmetric positive semi-definite; arrays or tensors of any float type.
+    Raises ValueError when shapes disagree or a value is not finite.
+    """
+    mu1, mu2 = _matrix(mu1, "mu1", 1), _matrix(mu2, "mu2", 1)
+    sigma1, sigma2 = _matrix(sigma1, "sigma1", 2), _matrix(sigma2, "sigma2", 2)
+    shapes = [tuple(m.shape) for m in (mu1, sigma1, mu2, sigma2)]
+    f = len(mu1)
+    if shapes != [(f,), (f, f), (f,), (f, f)]:
+        raise ValueError(f"statistics of different widths: mu1, sigma1, mu2, sigma2 have shapes {shapes}")
+    root = torch.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()  # empty when one covariance is zero
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root
+    return max(float(distance), 0.0)  # rounding can leave -1e-13 for equal statistics
+
+
+def _mmd2_unbiased(x, y, degree, gamma, coef0):
+    kernel = lambda a, b: (gamma * a @ b.T + coef0) ** degree
+    m, n = len(x), len(y)
+    kxx, kyy = kernel(x, x), kernel(y, y)
+    within = (kxx.sum() - kxx.trace()) / (m * (m - 1)) + (kyy.sum() - kyy.trace()) / (n * (n - 1))
+    return float(within - 2 * kernel(x, y).mean())
+
+
+def kid(
+    generated,                  # [N, F] features of generated images
+    reference,                  # [M, F] features of reference images
+    *,
+    subset_size=1000,           # images per subset; None: always all images at once
+    num_subsets=100,            # subsets averaged, when either side is larger than subset_size
+    seed=0,                     # of the subsets
+    degree=3,
+    gamma=None,                 # None: 1 / F
+    coef0=1.0,
+    return_std=False,           # also the standard deviation over subsets (0 when all images fit in one)
+):  # fmt: skip
+    """Kernel Inception Distance: unbiased squared MMD with the kernel (gamma x'y + coef0)^degree (Binkowski et al. 2018).
+
+    When both sides hold at most `subset_size` images the U-statistic of all of them is returned and nothing is random.
+    Returns a float, or (mean, sd). The estimate is unbiased, so it may be negative.
+    """
+    x, y = _feature_pair(generated, reference, at_least=2)
+    options = (degree, 1 / x.shape[1] if gamma is None else gamma, coef0)
+    if subset_size is None or max(len(x), len(y)) <= subset_size:
+        values = [_mmd2_unbiased(x, y, *options)]
+    else:
+        if subset_size < 2 or num_subsets < 1:
+            raise ValueError(f"subset_size={subset_size}, num_subsets={num_subsets}: need at least 2 and 1")
+        rng = np.random.default_rng(seed)
+        draw = lambda z: z[torch.from_numpy(rng.permutation(len(z))[:subset_size])]
+        values = [_mmd2_unbiased(draw(x), draw(y), *options) for _ in range(num_subsets)]
+    mean = float(np.mean(values))
+    return (mean, float(np.std(values))) if return_std else mean
+
+
+def _squared_distances(x, y):
+    """[N, F], [M, F] -> [N, M]; the fast form |x|^2 - 2 x'y + |y|^2, so accurate to about 1e-15 (|x|^2 + |y|^2)."""
+    return (x.square().sum(1, keepdim=True) - 2 * x @ y.T + y.square().sum(1)).clamp_min_(0)
+
+
+def _radii2(x, k, chunk):
+    """Squared distance of every row to its k-th nearest other row; the row itself is the 0-th."""
+    rows = []
+    for start in range(0, len(x), chunk):
+        d2 = _squared_distances(x[start : start + chunk], x)
+        d2[torch.arange(len(d2)), torch.arange(start, start + len(d2))] = 0
+        rows.append(d2.kthvalue(k + 1, dim=1).values)
+    return torch.cat(rows)
+
+
+def prdc(*, generated, reference, k=5, chunk=2048) -> dict:
+    """k-nearest-neighbour precision, recall (Kynkaanniemi et al. 2019, eqs. 1-2), density, coverage (Naeem et al. 2020).
+
+    generated: [N, F], reference: [M, F] features, N and M > k; both by keyword, because swapping them swaps precision
+    and recall. Balls are closed (distance <= radius), as in Kynkaanniemi et al. Memory is O(chunk * max(N, M)).
+    Returns a dict of four floats.
+    """
+    if k < 1:
+        raise ValueError(f"k={k}: at least one neighbour is needed")
+    x, y = _feature_pair(generated, reference, at_least=k + 1)
+    center = y.mean(0)  # distances keep more digits near the origin
+    x, y = x - center, y - center
+    slack = 1e-12 * max(float(x.square().sum(1).max()), float(y.square().sum(1).max()))  # exact ties count as inside
+    radii_x, radii_y = _radii2(x, k, chunk) + slack, _radii2(y, k, chunk) + slack
+    inside_reference, recalled, covered = [], torch.zeros(len(y), dtype=bool), torch.zeros(len(y), dtype=bool)
+    for start in range(0, len(x), chunk):
+        d2 = _squared_distances(x[start : start + chunk], y)  # [n, M]
+        hits = d2 <= radii_y
+        inside_reference.append(hits.sum(1))
+        covered |= hits.any(0)
+        recalled |= (d2 <= radii_x[start : start + chunk, None]).any(0)
+    inside_reference = torch.cat(inside_reference).double()
+    return dict(
+        precision=float((inside_reference > 0).double().mean()),
+        recall=float(recalled.double().mean()),
+        density=float(inside_reference.mean() / k),
+        coverage=float(covered.double().mean()),
+    )
+
+
+def nearest_distance(samples, reference, chunk=2048) -> np.ndarray:
+    """Euclidean distance of every sample to its nearest reference row: [N, F], [M, F] -> [N] float64.
+
+    Small distances of samples to training images, beside those of held-out images, show memorisation. The neighbour is
+    found by matrix products and its distance then taken from the difference, so a copy is at exactly 0.
+    """
+    x, y = _feature_pair(samples, reference, at_least=1)
+    center = y.mean(0)
+    found = []
+    for start in range(0, len(x), chunk):
+        part = x[start : start + chunk]
+        found.append(part - y[_squared_distances(part - center, y - center).argmin(1)])
+    return torch.cat(found).norm(dim=1).numpy()
