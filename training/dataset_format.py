@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
 import os
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -101,3 +103,19 @@ def check_labels(labels, count, num_classes=None, where="labels"):
     if not np.isfinite(labels).all():
         raise ValueError(f"{where}: label vectors must be finite")
     return labels
+
+
+@dataclasses.dataclass
+class ImageSource:
+    """A listed collection of images that is not yet a data set: what every reader returns."""
+
+    name: str
+    count: int
+    read: Callable  # index -> PIL image, or float32 [C,H,W] where `latents`
+    labels: list | None = None  # Per image: int, list of floats, or None where there is no entry.
+    num_classes: int | None = None  # Number of sources in the whole collection.
+    class_names: list | None = None
+    grey: bool = False  # Grey by nature: stays one channel under --channels=auto.
+    latents: bool = False  # Items are arrays to be copied, not images.
+    describe: Callable = str  # index -> name for messages
+    size: Callable | None = None  # index -> (width, height) without decoding

@@ -182,9 +182,7 @@ class LogitEncoder(UniformDequantizer):
 
     def log_abs_det(self, x):
         if not x.is_floating_point():
-            raise ValueError(
-                "log_abs_det takes the final latents (float), not pixels: its value depends on the noise U"
-            )
+            raise ValueError("log_abs_det takes the final latents (float), not pixels: it depends on the noise U")
         x = x.double().flatten(1)
         log_sigmoid = torch.nn.functional.logsigmoid
         return (math.log(1 - 2 * self.alpha) - log_sigmoid(x) - log_sigmoid(-x)).sum(1)
@@ -310,7 +308,7 @@ def for_channels(num_channels):
 
 
 def from_spec(spec, classes=None):
-    """Encoder from `to_spec()`. Unknown class names raise ValueError; `classes` {name: class} extends the allow-list."""
+    """Encoder from `to_spec()`; an unknown class is a ValueError; `classes` {name: class} extends the allow-list."""
     known = {**ENCODERS, **(classes or {})}
     if not isinstance(spec, dict) or spec.get("class") not in known:
         name = spec.get("class") if isinstance(spec, dict) else spec

