@@ -60,6 +60,11 @@ class Classifier:
         self.device = torch.device(device)
         self.identity = f"{self.name}:{self._hash()}"
 
+    def to(self, device):
+        self.net.to(device)
+        self.device = torch.device(device)
+        return self
+
     image_shape = property(lambda self: tuple(self.header["image_shape"]))
     num_classes = property(lambda self: self.header["num_classes"])
     accuracy = property(lambda self: self.header["accuracy"])
@@ -204,8 +209,16 @@ def train_classifier(
     num_classes = num_classes or int(max(labels.max(), holdout_labels.max())) + 1
     if num_classes < 2:
         raise ValueError("a classifier needs images of at least two sources")
-    header = dict(format=FORMAT, image_shape=list(images.shape[1:]), num_classes=num_classes, width=width,
-                  features=features, seed=seed, epochs=epochs, num_train=len(images))  # fmt: skip
+    header = {
+        "format": FORMAT,
+        "image_shape": list(images.shape[1:]),
+        "num_classes": num_classes,
+        "width": width,
+        "features": features,
+        "epochs": epochs,
+        "seed": seed,
+        "num_train": len(images),
+    }
     with torch.random.fork_rng(devices=[]):  # initialisation and dropout draw from the global generator
         torch.manual_seed(seed)
         net = ConvNet(header["image_shape"], num_classes, width, features).to(device).train()
@@ -227,6 +240,7 @@ def train_classifier(
     judge = Classifier(net, header, device)
     predicted = torch.cat([judge.predict(part) for part in holdout_images.split(512)])
     scores = source_agreement(predicted, holdout_labels)
-    header |= dict(accuracy=scores.pop("overall"), num_holdout=len(holdout_images),
-                   source_accuracy={str(source): score for source, score in scores.items()})  # fmt: skip
+    header["num_holdout"] = len(holdout_images)
+    header["accuracy"] = scores.pop("overall")
+    header["source_accuracy"] = {str(source): score for source, score in scores.items()}
     return Classifier(net, header, device)

@@ -26,16 +26,16 @@ def pixel_features(images):
     return images.flatten(1).float() / 127.5 - 1
 
 
-def _pixel(argument, device):
+def _pixel(argument):
     if argument:
         raise ValueError(f"detector 'pixel:{argument}': pixel takes no argument; use 'pixel'")
-    return FunctionDetector(lambda images: pixel_features(images.to(device)), "pixel")
+    return FunctionDetector(pixel_features, "pixel")
 
 
-def _classifier(argument, device):
+def _classifier(argument):
     if not argument:
         raise ValueError("detector 'classifier' needs a file: classifier:FILE.safetensors")
-    return load_classifier(argument, device)
+    return load_classifier(argument)
 
 
 def _planned(name, network):
@@ -54,19 +54,19 @@ DETECTORS = {
 
 
 def get_detector(spec, device="cpu"):
-    """A detector from a spec string `NAME` or `NAME:ARGUMENT`, a callable, or a detector (returned as it is).
+    """A detector from a spec string `NAME` or `NAME:ARGUMENT`, a callable, or a detector.
 
-    Entries of DETECTORS are called with the argument, and with the device where they take a second parameter.
-    Raises ValueError for an unknown name (listing the known ones).
+    A detector with a network has `.to(device)`; images reach every detector on the CPU. Raises ValueError for an unknown
+    name (listing the known ones) and for what is no detector.
     """
-    if not isinstance(spec, str):
-        return _wrap(spec, getattr(spec, "__name__", type(spec).__name__))
-    name, _, argument = spec.strip().partition(":")
-    if name not in DETECTORS:
-        raise ValueError(f"unknown detector '{name}'; known: {', '.join(sorted(DETECTORS))}")
-    factory = DETECTORS[name]
-    takes_device = factory.__code__.co_argcount > 1 if hasattr(factory, "__code__") else False
-    return _wrap(factory(argument or None, device) if takes_device else factory(argument or None), name)
+    if isinstance(spec, str):
+        name, _, argument = spec.strip().partition(":")
+        if name not in DETECTORS:
+            raise ValueError(f"unknown detector '{name}'; known: {', '.join(sorted(DETECTORS))}")
+        detector = _wrap(DETECTORS[name](argument or None), name)
+    else:
+        detector = _wrap(spec, getattr(spec, "__name__", type(spec).__name__))
+    return detector.to(device) if hasattr(detector, "to") else detector
 
 
 def get_detectors(specs, device="cpu"):

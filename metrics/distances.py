@@ -74,7 +74,7 @@ def kid(
     coef0=1.0,
     return_std=False,           # also the standard deviation over subsets (0 when all images fit in one)
 ):  # fmt: skip
-    """Kernel Inception Distance: unbiased squared MMD with the kernel (gamma x'y + coef0)^degree (Binkowski et al. 2018).
+    """Kernel Inception Distance (Binkowski et al. 2018): unbiased squared MMD, kernel (gamma x'y + coef0)^degree.
 
     When both sides hold at most `subset_size` images the U-statistic of all of them is returned and nothing is random.
     Returns a float, or (mean, sd). The estimate is unbiased, so it may be negative.
@@ -109,7 +109,7 @@ def _radii2(x, k, chunk):
 
 
 def prdc(*, generated, reference, k=5, chunk=2048) -> dict:
-    """k-nearest-neighbour precision, recall (Kynkaanniemi et al. 2019, eqs. 1-2), density, coverage (Naeem et al. 2020).
+    """Precision, recall (Kynkaanniemi et al. 2019, eqs. 1-2), density, coverage (Naeem et al. 2020) by k-NN balls.
 
     generated: [N, F], reference: [M, F] features, N and M > k; both by keyword, because swapping them swaps precision
     and recall. Balls are closed (distance <= radius), as in Kynkaanniemi et al. Memory is O(chunk * max(N, M)).
@@ -130,12 +130,12 @@ def prdc(*, generated, reference, k=5, chunk=2048) -> dict:
         covered |= hits.any(0)
         recalled |= (d2 <= radii_x[start : start + chunk, None]).any(0)
     inside_reference = torch.cat(inside_reference).double()
-    return dict(
-        precision=float((inside_reference > 0).double().mean()),
-        recall=float(recalled.double().mean()),
-        density=float(inside_reference.mean() / k),
-        coverage=float(covered.double().mean()),
-    )
+    return {
+        "precision": float((inside_reference > 0).double().mean()),
+        "recall": float(recalled.double().mean()),
+        "density": float(inside_reference.mean() / k),
+        "coverage": float(covered.double().mean()),
+    }
 
 
 def nearest_distance(samples, reference, chunk=2048) -> np.ndarray:
