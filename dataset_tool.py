@@ -136,5 +136,91 @@ def convert(**options):
     click.echo(json.dumps(summary))
 
 
+def latents_options(function):
+    """Options that encode and decode share."""
+    for option in reversed(
+        [
+            click.option("--model-url", help="VAE: local folder or hub name", metavar="PATH|NAME",
+                         default="stabilityai/sd-vae-ft-mse", show_default=True),
+            click.option("--source", help="Data set to read", metavar="PATH", required=True),
+            click.option("--dest", help="Data set to write", metavar="DIR|ZIP", required=True),
+            click.option("--max-images", help="Only the first so many images", metavar="INT",
+                         type=click.IntRange(min=1)),
+            click.option("--batch", help="Images per call of the VAE", metavar="INT", type=click.IntRange(min=1),
+                         default=8, show_default=True),
+            click.option("--device", help="Where the VAE runs [default: a GPU where there is one]", metavar="DEVICE"),
+            click.option("--overwrite", help="Replace an existing data set", is_flag=True),
+            click.option("-n", "--dry-run", help="Print what would be written", is_flag=True),
+        ]
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+@main.command()
+@latents_options
+@user_errors
+def encode(**options):
+    """Encode a data set of images into VAE latents (8 channels: posterior mean and standard deviation).
+
+    \b
+    python dataset_tool.py encode --source=img512.zip --dest=img512-sd.zip
+    python dataset_tool.py encode --source=img256.zip --dest=img256-sd.zip --model-url=models/sd-vae-ft-mse
+    """
+    from training.dataset_latents import encode_dataset
+
+    click.echo(json.dumps(encode_dataset(progress=progress, **options)))
+
+
+@main.command()
+@latents_options
+@click.option(
+    "--sample-seed",
+    help="Draw from the posterior with this seed [default: its mean]",
+    metavar="INT",
+    type=click.IntRange(min=0),
+)
+@user_errors
+def decode(**options):
+    """Decode a data set of VAE latents into pictures.
+
+    \b
+    python dataset_tool.py decode --source=img512-sd.zip --dest=look/ --max-images=64
+    """  # fmt: skip
+    from training.dataset_latents import decode_dataset
+
+    click.echo(json.dumps(decode_dataset(progress=progress, **options)))
+
+
+@main.command()
+@click.argument("path", metavar="DIR|ZIP")
+@click.option("--json", "as_json", help="Print one JSON object", is_flag=True)
+@click.option(
+    "--sample",
+    help="Images among which the largest distance is sought",
+    metavar="INT",
+    type=click.IntRange(min=2),
+    default=2000,
+    show_default=True,
+)
+@click.option("--max-images", help="Look at a random subset of this size", metavar="INT", type=click.IntRange(min=1))
+@click.option(
+    "--seed", help="Seed of the sample", metavar="INT", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True
+)
+@click.option("--hash", "with_hash", help="Also print a hash of images and labels", is_flag=True)
+@user_errors
+def inspect(path, as_json, **options):
+    """Count, shape, images per source, mean, std, largest distance, suggested sigma_data and sigma_max.
+
+    \b
+    python dataset_tool.py inspect digits.zip
+    python dataset_tool.py inspect digits.zip --json --hash
+    """  # fmt: skip
+    from training.dataset_inspect import format_report, inspect_dataset
+
+    info = inspect_dataset(path, **options)
+    click.echo(json.dumps(info) if as_json else "\n".join(format_report(info)))
+
+
 if __name__ == "__main__":
     main()

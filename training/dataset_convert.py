@@ -21,6 +21,7 @@ from training.dataset_format import LABELS_FILE, ImageSource
 from training.dataset_sources import open_source
 
 TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal", "pad")
+_NO_DESTINATION = (".tar", ".tgz", ".gz", ".7z", ".rar", ".npz", ".npy", ".png", ".jpg", ".json")
 
 # ----------------------------------------------------------------------------
 # Crops (EDM2 dataset tool). Each takes and returns a PIL image; center-crop-wide may return None: skipped.
@@ -150,7 +151,7 @@ def check_dest(dest, overwrite=False):
     """ValueError where `dest` exists already (an empty folder is fine) or is neither a folder name nor .zip."""
     dest = os.fspath(dest)
     extension = os.path.splitext(dest)[1].lower()
-    if extension not in ("", ".zip") and not os.path.isdir(dest):
+    if extension in _NO_DESTINATION:
         raise ValueError(f"{dest}: the destination must be a folder or end in .zip")
     if os.path.isdir(dest):
         if extension == ".zip":
@@ -321,11 +322,11 @@ def convert(
         "per_source": _count(labels, chosen),
         "unlabelled": unlabelled,
     }
+    if holdout is not None and not len(rest):
+        raise ValueError(f"--holdout={holdout}: no images are left for it; lower --per-source={per_source}")
     if dry_run:
         return summary
     for path, indices in [(dest, chosen)] + ([(holdout, rest)] if holdout is not None else []):
-        if not len(indices):
-            raise ValueError(f"{path}: no images are left for it; lower --per-source")
         with DatasetWriter(path, overwrite, source.num_classes, source.class_names) as writer:
             for index in progress(indices.tolist(), os.path.basename(path)):
                 if source.latents:

@@ -231,6 +231,9 @@ class StabilityVAEEncoder(Encoder):
     def encode_pixels(self, x):  # uint8 [N,3,H,W] -> float32 [N,8,H/8,W/8]
         self.init(x.device)
         x = _check_pixels(x, channels=range(3, 4)).to(torch.float32) / 255
+        factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        if x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(f"images of {x.shape[3]}x{x.shape[2]}: the VAE needs sides divisible by {factor}")
         posteriors = [self._vae.encode(part)["latent_dist"] for part in x.split(self.batch_size)]
         return torch.cat([torch.cat([p.mean, p.std], dim=1) for p in posteriors])
 
