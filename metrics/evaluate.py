@@ -95,7 +95,9 @@ def compare(
 
         fd, fd_floor, fd_floor_sd       Frechet distance; floor: two disjoint random halves of the reference, cut to
                                         `floor_size` = min(count, half) images each, mean and sd over `splits`
-        kid, kid_floor, kid_floor_sd    likewise
+        fd_at_floor_size, ..._sd        floor_size samples against the same halves: what to hold against the floor
+                                        when the reference is too small for a floor at `count` images
+        kid, kid_floor, kid_floor_sd    likewise (KID is unbiased: sizes need not match)
         precision, recall, density, coverage
         agreement, agreement_reference  share of samples whose predicted source is their label; of reference images
         nearest_train, nearest_train_reference
@@ -163,7 +165,7 @@ def _section(samples, reference, source, *, seed, splits, k, measures, verdicts,
         section["fd"] = frechet_distance(*moments) if both else None
     if "kid" in measures:
         section["kid"] = kid(x, y, seed=seed) if kept and min(m, n) >= 2 else None
-    section |= _floor(y, m, seed, splits, [name for name in ("fd", "kid") if name in measures])
+    section |= _floor(x, y, m, seed, splits, [name for name in ("fd", "kid") if name in measures])
     if "prdc" in measures:
         nothing = dict.fromkeys(("precision", "recall", "density", "coverage"))
         section |= prdc(generated=x, reference=y, k=k) if kept and min(m, n) > k else nothing
@@ -177,22 +179,32 @@ def _section(samples, reference, source, *, seed, splits, k, measures, verdicts,
     return section
 
 
-def _floor(features, compared, seed, splits, measures):
-    """Distances between two disjoint random halves of the reference, each cut to the compared number of images."""
-    n = 0 if features is None else len(features)
+def _floor(x, y, compared, seed, splits, measures):
+    """Distances between two disjoint random halves of the reference y, each cut to the compared number of images.
+
+    Where half the reference is smaller than that, the Frechet distance of equally many samples to the same half is
+    given too: its bias falls with the number of images, so the full distance would look better than it is.
+    """
+    n = 0 if y is None else len(y)
     size = min(compared, n // 2)
-    values = {name: [] for name in measures}
+    values = {f"{name}_floor": [] for name in measures}
+    if "fd" in measures and x is not None:
+        values["fd_at_floor_size"] = []
     for split in range(splits if size >= 2 else 0):
-        order = np.random.default_rng([seed, split]).permutation(n)
-        a, b = features[order[:size]], features[order[n // 2 : n // 2 + size]]
-        if "fd" in values:
-            values["fd"].append(frechet_distance(*_moments(a), *_moments(b)))
-        if "kid" in values:
-            values["kid"].append(kid(a, b, seed=seed))
+        rng = np.random.default_rng([seed, split])
+        order = rng.permutation(n)
+        a, b = y[order[:size]], y[order[n // 2 : n // 2 + size]]
+        if "fd" in measures:
+            values["fd_floor"].append(frechet_distance(*_moments(a), *_moments(b)))
+        if "fd_at_floor_size" in values:
+            part = x[rng.permutation(len(x))[:size]]
+            values["fd_at_floor_size"].append(frechet_distance(*_moments(part), *_moments(b)))
+        if "kid" in measures:
+            values["kid_floor"].append(kid(a, b, seed=seed))
     section = {"floor_size": size if size >= 2 else None}
     for name, found in values.items():
-        section[f"{name}_floor"] = float(np.mean(found)) if found else None
-        section[f"{name}_floor_sd"] = float(np.std(found, ddof=1)) if len(found) > 1 else None
+        section[name] = float(np.mean(found)) if found else None
+        section[f"{name}_sd"] = float(np.std(found, ddof=1)) if len(found) > 1 else None
     return section
 
 
@@ -202,6 +214,10 @@ def _moments(features):
 
 
 def _mean(sections):
-    names = [name for name in (sections[0] if sections else {}) if not name.endswith(("count", "_sd", "_size"))]
+    names = [
+        name
+        for name in (sections[0] if sections else {})
+        if not name.endswith(("count", "_sd")) and name != "floor_size"
+    ]
     values = {name: [section.get(name) for section in sections] for name in names}
     return {name: float(np.mean(v)) for name, v in values.items() if None not in v}

@@ -1,13 +1,16 @@
 """Images -> features: one pass over the images for any number of detectors, in one or several processes."""
 
+import contextlib
 import dataclasses
+import sys
 
 import numpy as np
 import torch
+import tqdm
 
 from metrics.detectors import get_detectors
 from metrics.statistics import FeatureStatistics, gather_rows
-from torch_utils.distributed import broadcast_object, get_rank, split_batches
+from torch_utils.distributed import broadcast_object, get_rank, get_world_size, split_batches
 
 FEATURE_LIMIT = 2**30  # bytes of float32 features kept in memory per detector; beyond it only the sums are kept
 
@@ -192,3 +195,20 @@ def require_same_detector(samples, reference, where="the reference"):
             f"statistics made with different detectors cannot be compared: samples with '{samples.detector}', "
             f"{where} with '{reference.detector}'; remake it with `calculate_metrics.py ref --metrics=...`"
         )
+
+
+def load_labelled(dataset):
+    """(images uint8 [N, C, H, W], labels int64 [N], number of sources) of a labelled data set that fits in memory."""
+    items = [dataset[i] for i in range(len(dataset))]
+    images, labels, _ = _collate([(np.asarray(image), label_of(label), i) for i, (image, label) in enumerate(items)])
+    if labels.min() < 0:
+        raise ValueError(f"{getattr(dataset, 'name', 'the data set')}: images have no labels; a classifier needs them")
+    return images, labels, count_sources(dataset)
+
+
+@contextlib.contextmanager
+def progress_bar(num_images, what):
+    """Progress of this process's share on stderr, on rank 0 only; gives the function to call with finished images."""
+    hidden, share = get_rank() != 0, -(-num_images // get_world_size())
+    with tqdm.tqdm(total=share, desc=what, unit="img", file=sys.stderr, disable=hidden) as bar:
+        yield bar.update

@@ -56,6 +56,17 @@ def load_references(path):
         raise ValueError(f"'{path}' is no readable reference file ({error})") from None
 
 
+def require_detectors(references, identities, path):
+    """`references` itself, if it holds statistics of every one of the detectors; ValueError names the first that lacks."""
+    for identity in identities:
+        if identity not in references:
+            raise ValueError(
+                f"--ref={path} holds statistics of {', '.join(references)}, not of {identity}; different detectors "
+                f"cannot be compared: make it with `calculate_metrics.py ref --metrics=...`"
+            )
+    return references
+
+
 def _from_npz(data):
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
         arrays = dict(file)

@@ -1,0 +1,282 @@
+"""Scores images against a reference: Frechet distance, KID, precision/recall, agreement; overall and per source.
+
+JSON goes to stdout, progress to stderr. Runs plain or under torchrun.
+"""
+
+import json
+import os
+import sys
+
+import click
+
+
+class UserError(click.ClickException):
+    exit_code = 2
+
+
+class _Group(click.Group):
+    """Turns ValueError and OSError of the libraries into one line and exit code 2."""
+
+    def invoke(self, ctx):
+        from torch_utils import distributed
+
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError) as error:
+            raise UserError(" ".join(str(error).split())) from None
+        finally:
+            distributed.shutdown()
+
+
+def _int(name, help, default=None, at_least=0):
+    bounds = click.IntRange(min=at_least)
+    return click.option(name, help=help, metavar="INT", type=bounds, default=default, show_default=default is not None)
+
+
+def _text(name, help, metavar, default=None, **options):
+    shown = default is not None
+    return click.option(name, help=help, metavar=metavar, default=default, show_default=shown, **options)
+
+
+def _options(*decorators):
+    def apply(function):
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+EXTRACT = _options(
+    _text("--metrics", "Detectors: pixel, classifier:FILE", "LIST", "pixel"),
+    click.option("--per-source/--no-per-source", help="Also per source", default=True, show_default=True),
+    _int("--batch", "Images per batch and process", 64, at_least=1),
+    _int("--workers", "Processes that decode images", 0),
+    _text("--device", "cpu, cuda, ... [default: cuda where there is one]", "STR"),
+)
+
+COMPARE = _options(
+    _text("--ref", "Reference file (ours, EDM's .npz, EDM2's .pkl)", "FILE"),
+    _text("--data", "Reference images, instead of --ref", "DIR|ZIP"),
+    EXTRACT,
+    _int("--seed", "calc: of the subset; gen: of the first image; also of the floor's splits", 0),
+    _text("--train", "Training images: adds nearest-neighbour distances", "DIR|ZIP"),
+    _text("--distances", "Some of fd, kid, prdc", "LIST", "fd,kid,prdc"),
+    _int("--splits", "Half-against-half splits of the floor", 4),
+)
+
+
+@click.group(cls=_Group)
+def cmdline():
+    """Score images against a reference, overall and per source.
+
+    Examples:
+
+    \b
+    # Train a small classifier on real images: a detector that also judges labels
+    python calculate_metrics.py detector --data=datasets/digits.zip --dest=detector.safetensors
+
+    \b
+    # Reference statistics, then score generated images (labels from their dataset.json)
+    python calculate_metrics.py ref --data=datasets/holdout.zip --dest=refs/digits.npz \\
+        --metrics=pixel,classifier:detector.safetensors
+    python calculate_metrics.py calc --images=out --ref=refs/digits.npz --train=datasets/train.zip \\
+        --metrics=pixel,classifier:detector.safetensors
+
+    \b
+    # Generate on the fly and score, nothing written
+    torchrun --standalone --nproc_per_node=2 calculate_metrics.py gen --net=SNAPSHOT --ref=refs/digits.npz --num=1000
+    """
+
+
+def _start(device):
+    import torch
+
+    from torch_utils import distributed
+
+    if device is not None:
+        try:
+            torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"--device={device}: no such device; use cpu or cuda") from None
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"--device={device}: no GPU is available; use --device=cpu")
+    return distributed.init(device)
+
+
+def _open(path, option):
+    from training.dataset import ImageFolderDataset
+
+    try:
+        return ImageFolderDataset(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+def _detectors(metrics, device):
+    from metrics.detectors import get_detectors
+
+    try:
+        return get_detectors(metrics, device)
+    except ValueError as error:
+        raise ValueError(f"--metrics={metrics}: {error}") from None
+
+
+def _print(result):
+    from torch_utils import distributed
+
+    distributed.print0(json.dumps(result, indent=2, allow_nan=False))
+
+
+@cmdline.command()
+@_text("--data", "Reference images", "DIR|ZIP", required=True)
+@_text("--dest", "Where to write the statistics (.npz)", "FILE", required=True)
+@EXTRACT
+@click.option("--features/--no-features", help="Keep features, for floors, KID, precision", default=True)
+def ref(data, dest, metrics, per_source, batch, workers, device, features):
+    """Write reference statistics, overall and per source, with their provenance."""
+    from metrics.features import collect_dataset, dataset_hash, progress_bar
+    from metrics.references import save_references
+    from torch_utils import distributed
+
+    device = _start(device)
+    root, suffix = os.path.splitext(dest)
+    if suffix != ".npz":
+        dest = (root if suffix == ".pkl" else dest) + ".npz"
+        click.echo(f"Statistics are stored as npz: writing {dest}", err=True)
+    detectors, dataset = _detectors(metrics, device), _open(data, "--data")
+    with progress_bar(len(dataset), "ref") as progress:
+        sets = collect_dataset(
+            dataset, detectors, per_source=per_source, batch_size=batch, workers=workers, progress=progress
+        )
+    content = dataset_hash(dataset)
+    for feature_set in sets.values():
+        feature_set.provenance["content_hash"] = content
+    if distributed.get_rank() == 0:
+        save_references(dest, sets, **({} if features else {"feature_limit": 0}))
+    counts = next(iter(sets.values())).statistics.n.tolist()
+    result = {"dest": dest, "data": data, "content_hash": content, "detectors": list(sets)}
+    _print(result | {"num_images": counts[0], "source_counts": counts[1:]})
+
+
+def _prepare(metrics, ref, data, train, batch, workers, device, **rest):
+    """(detectors, {identity: reference}, {identity: training images} or None, device); refuses before any long work."""
+    from metrics.features import collect_dataset, progress_bar
+    from metrics.references import load_references, require_detectors
+
+    if (ref is None) == (data is None):
+        raise ValueError("give either --ref=FILE or --data=ZIP as the reference")
+    device = _start(device)
+    detectors = _detectors(metrics, device)
+
+    def collect(path, option):
+        dataset = _open(path, option)
+        with progress_bar(len(dataset), option.strip("-")) as progress:
+            return collect_dataset(dataset, detectors, batch_size=batch, workers=workers, progress=progress)
+
+    references = collect(data, "--data") if ref is None else require_detectors(load_references(ref), detectors, ref)
+    return detectors, references, collect(train, "--train") if train else None, device
+
+
+def _score(name, samples, prepared, seed, per_source, distances, splits, **rest):
+    """Compare on rank 0 and print the JSON."""
+    from metrics.evaluate import compare
+    from torch_utils import distributed
+
+    detectors, references, training, _ = prepared
+    if distributed.get_rank() != 0:
+        return
+    options = {"seed": seed, "per_source": per_source, "splits": splits}
+    options["measures"] = tuple(part for part in distances.split(",") if part)
+    result = {"images": name, "seed": seed, "metrics": {}}
+    for key, detector in detectors.items():
+        seen = samples[key].statistics
+        if seen.count() <= seen.width:
+            notice = "covariances are singular, read distances beside their floor"
+            click.echo(f"{key}: {seen.count()} images, {seen.width} features: {notice}", err=True)
+        scores = compare(samples[key], references[key], detector=detector, train=training and training[key], **options)
+        result["metrics"][key] = scores | {"reference": references[key].provenance}
+    _print(result)
+
+
+@cmdline.command()
+@_text("--images", "Images to score, labels in dataset.json", "DIR|ZIP", required=True)
+@_int("--num", "Seeded subset of so many [default: all]", at_least=2)
+@COMPARE
+def calc(images, num, **options):
+    """Score a folder or zip of images."""
+    from metrics.features import collect_dataset, progress_bar
+
+    dataset = _open(images, "--images")
+    if num is not None and num > len(dataset):
+        raise ValueError(f"--num={num}: {images} holds {len(dataset)} images; generate more or lower --num")
+    prepared = _prepare(**options)
+    extract = {"batch_size": options["batch"], "workers": options["workers"], "seed": options["seed"]}
+    with progress_bar(num or len(dataset), "images") as progress:
+        samples = collect_dataset(dataset, prepared[0], num=num, progress=progress, **extract)
+    _score(images, samples, prepared, **options)
+
+
+def _parse_class(ctx, param, value):
+    if value is None or value == "balanced":
+        return value
+    if not value.isdigit():
+        raise click.BadParameter(f"'{value}': give a source id (0, 1, ...) or balanced")
+    return int(value)
+
+
+@cmdline.command()
+@_text("--net", "Snapshot", "FILE", required=True)
+@_int("--num", "Images to generate, with seeds SEED to SEED + NUM - 1", 50000, at_least=2)
+@_text("--class", "Source id, or balanced [default: random]", "INT|balanced", callback=_parse_class)
+@_int("--steps", "Sampling steps [default: the sampler's]", at_least=2)
+@COMPARE
+def gen(net, num, steps, **options):
+    """Generate images from a snapshot and score them; nothing is written."""
+    from generate_images import generate_images
+
+    from metrics.features import collect, generated_batches, progress_bar
+
+    class_idx = options.pop("class")
+    prepared = _prepare(**options)
+    detectors, references, _, device = prepared
+    seeds = range(options["seed"], options["seed"] + num)
+    sampler = {} if steps is None else {"num_steps": steps}
+    images = generate_images(net, seeds, class_idx=class_idx, max_batch_size=options["batch"], device=device, **sampler)
+    sources = max(reference.num_sources for reference in references.values())
+    with progress_bar(num, "gen") as progress:
+        batches = generated_batches(images)
+        samples = collect(batches, detectors, num_sources=sources, num_images=num, progress=progress)
+    _score(net, samples, prepared, **options)
+
+
+@cmdline.command()
+@_text("--data", "Labelled images to train on", "DIR|ZIP", required=True)
+@_text("--holdout", "Images to measure accuracy on [default: a fifth of --data]", "DIR|ZIP")
+@_text("--dest", "Where to write the detector (.safetensors)", "FILE", required=True)
+@_int("--epochs", "Passes over the data", 20, at_least=1)
+@_int("--seed", "Of initialisation, order and split", 0)
+@_text("--device", "cpu, cuda, ... [default: cuda where there is one]", "STR")
+def detector(data, holdout, dest, epochs, seed, device):
+    """Train a small classifier: the detector `classifier:FILE`."""
+    import tqdm
+
+    from metrics.classifier import train_classifier
+    from metrics.features import load_labelled
+    from torch_utils import distributed
+
+    device = _start(device)
+    if distributed.get_world_size() > 1:
+        raise ValueError("the detector is trained by one process: run it without torchrun")
+    images, labels, num_classes = load_labelled(_open(data, "--data"))
+    held = load_labelled(_open(holdout, "--holdout"))[:2] if holdout else (None, None)
+    options = {"num_classes": num_classes, "epochs": epochs, "seed": seed, "device": device}
+    options["progress"] = lambda epochs: tqdm.tqdm(epochs, desc="detector", unit="epoch", file=sys.stderr)
+    judge = train_classifier(images, labels, holdout_images=held[0], holdout_labels=held[1], **options)
+    judge.save(dest)
+    report = {name: judge.header[name] for name in ("accuracy", "source_accuracy", "num_train", "num_holdout")}
+    _print({"dest": dest, "data": data, "detector": judge.identity} | report)
+
+
+if __name__ == "__main__":
+    cmdline()
