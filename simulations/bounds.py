@@ -1,0 +1,352 @@
+"""Total-variation bounds of the multi-source theory paper with all their constants. Command: run_bounds.py.
+
+Every bound has the form R_TV <= g(log N, n, delta) with probability >= 1 - delta, where N is the upper bracketing
+number of the model class and R_TV the TV error averaged over the sources:
+
+    published (Theorem 3.2)  g = 3 sqrt((log N + log(1/delta)) / n),      N at eps = 1/n
+    sharp     (Eq. 12)       g = 1/2 sqrt(eps (eps + 4) + 2 (eps + 2) (eps + 2 q / n)),   q = log N + log(1/delta)
+
+and log N = P * ell with a parameter count P (multi or single source) and a logarithm ell that both share.
+
+`published` always uses ell as it is printed. `sharp` uses a corrected ell (corrected=False: as printed):
+
+* Gaussian: the printed proof integrates a d-dimensional bracket as if d = 1. Repaired, the grid step
+  eps / (1 + d) is fine enough only for eps below about 2 / d; above, the corrected form takes the largest step that is.
+* ARM: the last line of the covering lemma drops a factor de inside the logarithm; the corrected form has it.
+* EBM: one display loses a factor n and another misplaces a parenthesis; the consistent form is used for both.
+* `positions` (optional): number of places for the S non-zero weights. The printed count fixes the sparsity pattern;
+  with `positions` the corrected form adds log binomial(positions, S) per network.
+
+The printed beta_sim of the ARM has denominator S+D+(D+M+K)de+de; only S+D+(D+M)de+de satisfies the printed ratio
+identity sqrt(1 - (K-1)/K beta_sim), and that is what `arm_bound` returns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from numbers import Real
+
+
+class _Record:
+    """Attribute and item access: bound.multi.sharp == bound["multi"]["sharp"]."""
+
+    def __getitem__(self, name: str):
+        if not isinstance(name, str) or name.startswith("_") or not hasattr(self, name):
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def keys(self) -> list[str]:
+        return [f.name for f in dataclasses.fields(self)]
+
+    def as_dict(self) -> dict[str, object]:
+        """Nested plain types, for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Side(_Record):
+    """Bound of one model class (multi or single source)."""
+
+    params: int  # P, the exponent of the bracketing number
+    log_n: float  # log bracketing number behind `sharp`
+    log_n_published: float  # log bracketing number behind `published`
+    sharp: float  # Eq. 12
+    published: float  # Theorem 3.2, constant 3
+    order: float  # sqrt(P / n): what the paper plots; neither constant nor logarithm
+    vacuous: bool  # sharp >= 1: says nothing, since TV <= 1
+    vacuous_published: bool  # published >= 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound(_Record):
+    """Bounds of both model classes. Flat names such as `multi_sharp`, `single_published` exist as well."""
+
+    model: str
+    multi: Side
+    single: Side
+    n: float
+    delta: float
+    eps: float  # bracket size behind `sharp`
+    ell: float  # the logarithm behind `sharp`
+    ell_published: float
+    beta_sim: float  # share of the parameters that is shared
+    ratio: float  # sqrt(P_multi / P_single) = sqrt(1 - (K-1)/K beta_sim)
+    ratio_sharp: float  # multi.sharp / single.sharp
+    ratio_published: float  # multi.published / single.published
+
+    @property
+    def vacuous(self) -> dict[str, dict[str, bool]]:
+        """{"multi": {"sharp": bool, "published": bool}, "single": ...}"""
+        return {
+            name: {"sharp": side.vacuous, "published": side.vacuous_published}
+            for name, side in (("multi", self.multi), ("single", self.single))
+        }
+
+    def __getattr__(self, name: str):
+        arm, _, field = name.partition("_")
+        if arm in ("multi", "single") and field in Side.__dataclass_fields__:
+            return getattr(object.__getattribute__(self, arm), field)
+        raise AttributeError(f"Bound has no {name!r}; it has {', '.join(self.__dataclass_fields__)}")
+
+
+def eq12(log_n: float, n: float, delta: float, eps: float) -> float:
+    """Eq. 12: the bound for a class with log bracketing number `log_n` at bracket size `eps`."""
+    q = log_n + math.log(1.0 / delta)
+    return 0.5 * math.sqrt((eps + 4.0) * eps + 2.0 * (eps + 2.0) * (eps + 2.0 * q / n))
+
+
+def theorem32(log_n: float, n: float, delta: float) -> float:
+    """Theorem 3.2: 3 sqrt((log N + log(1/delta)) / n), N the bracketing number at 1/n."""
+    return 3.0 * math.sqrt((log_n + math.log(1.0 / delta)) / n)
+
+
+def general_bound(
+    log_n: float, n: float, delta: float, log_n_single: float | None = None, eps: float | None = None
+) -> Bound:
+    """Bounds from log bracketing numbers that you know.
+
+    Args:
+        log_n:        log N[](1/n; P_multi, L1) >= 0 (at `eps`, if given).
+        n:            samples of all sources together, >= 1.
+        delta:        failure probability, in (0, 1/2].
+        log_n_single: the same for P_single; default `log_n`, so that multi and single agree.
+        eps:          bracket size of Eq. 12, default 1/n.
+
+    Returns:
+        Bound, with params = order = 0, ell = 0 and ratio = sqrt(log_n / log_n_single); beta_sim is 0 here, because one
+        pair of numbers does not tell K.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    _check(n=n, delta=delta)
+    log_n_single = log_n if log_n_single is None else log_n_single
+    for name, value in (("log_n", log_n), ("log_n_single", log_n_single)):
+        if not _finite(value) or value < 0:
+            raise ValueError(f"{name}={value} must be a finite number >= 0")
+    eps = _bracket(eps, n)
+    sides = [_side(0, value, value, n, delta, eps) for value in (log_n, log_n_single)]
+    ratio = math.sqrt(log_n / log_n_single) if log_n_single else 1.0
+    return _bound("general", sides[0], sides[1], n, delta, eps, 0.0, 0.0, 0.0, ratio)
+
+
+def gaussian_bound(
+    K: int, n: float, d: int, d1: int, B: float, delta: float, *, eps: float | None = None, corrected: bool = True
+) -> Bound:
+    """N(mu_k, I_d) with d1 source-specific and d - d1 shared mean entries in [-B, B] (Theorem 4.1, Lemma B.1).
+
+    ell = log(2 (1 + d) B n + 1), P_multi = (K - 1) d1 + d, P_single = K d, beta_sim = (d - d1) / d.
+
+    Args:
+        K, n, delta: sources, samples of all sources together, failure probability.
+        d, d1:       dimension; entries that differ between sources (0..d).
+        B:           box that holds every true mean entry.
+        eps:         bracket size of Eq. 12, default 1/n.
+        corrected:   repair the grid step where the printed one is too coarse (module docstring).
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    _check(K=K, n=n, delta=delta, d=d, B=B)
+    if d1 != int(d1) or not 0 <= d1 <= d:
+        raise ValueError(f"d1={d1} must be a whole number within [0, d={d}]")
+    eps = _bracket(eps, n)
+    step = eps / (1.0 + d)
+    if corrected:
+        step = min(step, _largest_gaussian_step(d, eps))
+    ell = math.log1p(2.0 * B / step)
+    printed = math.log1p(2.0 * (1.0 + d) * B * n)
+    return _family("gaussian", K, n, delta, eps, (K - 1) * d1 + d, K * d, ell, printed, (d - d1) / d)
+
+
+def arm_bound(
+    K: int,
+    n: float,
+    D: int,
+    M: int,
+    de: int,
+    L: int,
+    W: int,
+    S: int,
+    B: float,
+    delta: float,
+    *,
+    eps: float | None = None,
+    corrected: bool = True,
+    positions: int | None = None,
+) -> Bound:
+    """Autoregressive model on [M]^D (Theorem 4.3, Lemmas C.6 and C.7).
+
+    ell = log(24 e D n (L + 3) max(B, 1)^(L + 2) (W + 1)^L), corrected: + log de.
+    P_multi = S + D + (D + M + K) de, P_single = K (S + D + (D + M + 1) de).
+
+    Args:
+        K, n, delta: sources, samples of all sources together, failure probability.
+        D, M, de:    sequence length, vocabulary, embedding width.
+        L, W, S, B:  MLP: affine layers, largest width, non-zero parameters, largest absolute parameter.
+        eps:         bracket size of Eq. 12, default 1/n.
+        corrected:   with the factor de that the printed form dropped.
+        positions:   places for the S non-zero weights (adds the count of sparsity patterns).
+
+    Raises:
+        ValueError: an argument out of range, e.g. W < max(D, M).
+    """
+    _check(K=K, n=n, delta=delta, D=D, M=M, de=de, L=L, W=W, S=S, B=B)
+    if max(D, M) > W:
+        raise ValueError(f"W={W} must be >= max(D={D}, M={M}): width includes the input and the output")
+    eps = _bracket(eps, n)
+    base = math.log(24.0 * math.e * D * (L + 3)) + (L + 2) * math.log(max(B, 1.0)) + L * math.log(W + 1.0)
+    ell = base - math.log(eps) + (math.log(de) if corrected else 0.0)
+    shared = S + D + (D + M) * de
+    extra = _patterns(positions, S) if corrected else 0.0
+    return _family(
+        "arm",
+        K,
+        n,
+        delta,
+        eps,
+        shared + K * de,
+        K * (shared + de),
+        ell,
+        base + math.log(n),
+        shared / (shared + de),
+        extra,
+    )
+
+
+def ebm_bound(
+    K: int,
+    n: float,
+    de: int,
+    L: int,
+    W: int,
+    S: int,
+    B: float,
+    delta: float,
+    *,
+    D: int | None = None,
+    eps: float | None = None,
+    corrected: bool = True,
+    positions: int | None = None,
+) -> Bound:
+    """Energy-based model on [0, 1]^D (Theorem 4.4, Lemmas D.1 and D.2).
+
+    ell = log(12 e n (L + 1) max(B, 1)^(L + 1) (W + 1)^L), P_multi = S + K de, P_single = K (S + de).
+
+    Args:
+        K, n, delta: sources, samples of all sources together, failure probability.
+        de:          width of the source embedding.
+        L, W, S, B:  MLP: affine layers, largest width, non-zero parameters, largest absolute parameter.
+        D:           data dimension; only used to check W >= D + de.
+        eps:         bracket size of Eq. 12, default 1/n.
+        corrected:   only matters with `positions`.
+        positions:   places for the S non-zero weights (adds the count of sparsity patterns).
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    _check(K=K, n=n, delta=delta, de=de, L=L, W=W, S=S, B=B)
+    if D is not None and D + de > W:
+        raise ValueError(f"W={W} must be >= D + de = {D + de}: width includes the input")
+    eps = _bracket(eps, n)
+    base = math.log(12.0 * math.e * (L + 1)) + (L + 1) * math.log(max(B, 1.0)) + L * math.log(W + 1.0)
+    extra = _patterns(positions, S) if corrected else 0.0
+    return _family(
+        "ebm", K, n, delta, eps, S + K * de, K * (S + de), base - math.log(eps), base + math.log(n), S / (S + de), extra
+    )
+
+
+FAMILIES: dict[str, Callable[..., Bound]] = {
+    "general": general_bound,
+    "gaussian": gaussian_bound,
+    "arm": arm_bound,
+    "ebm": ebm_bound,
+}
+
+
+def solve_n(target: float, value: Callable[[int], float], largest: int = 10**18) -> int:
+    """Smallest n with value(n) <= target, for a `value` that falls with n (all bounds here do).
+
+    Raises:
+        ValueError: target <= 0, or not reached at `largest`.
+    """
+    if not target > 0:
+        raise ValueError(f"target-tv={target} must be > 0")
+    high = 1
+    while value(high) > target:
+        if high >= largest:
+            raise ValueError(f"target-tv={target} is not reached below n={largest:.0e}; raise the target")
+        high = min(2 * high, largest)
+    low = high // 2  # value(low) > target, or low == 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if value(middle) <= target else (middle, high)
+    return high
+
+
+def _largest_gaussian_step(d: int, eps: float) -> float:
+    """Largest grid step eta whose bracket gap (1 - eta)^(-d/2) exp(d (1 - eta) eta / 2) - 1 is <= eps."""
+    target = math.log1p(eps)
+
+    def log_gap(eta: float) -> float:
+        return -0.5 * d * math.log1p(-eta) + 0.5 * d * (1.0 - eta) * eta
+
+    low, high = 0.0, 1.0 - 1e-12
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if log_gap(middle) <= target else (low, middle)
+    return low
+
+
+def _patterns(positions: int | None, S: int) -> float:
+    if positions is None:
+        return 0.0
+    if positions < S:
+        raise ValueError(f"positions={positions} must be >= S={S}")
+    return math.lgamma(positions + 1) - math.lgamma(S + 1) - math.lgamma(positions - S + 1)
+
+
+def _family(model, K, n, delta, eps, p_multi, p_single, ell, ell_published, beta_sim, extra=0.0) -> Bound:
+    multi = _side(p_multi, p_multi * ell + extra, p_multi * ell_published, n, delta, eps)
+    single = _side(p_single, p_single * ell + K * extra, p_single * ell_published, n, delta, eps)
+    ratio = math.sqrt(1.0 - (K - 1) / K * beta_sim)
+    return _bound(model, multi, single, n, delta, eps, ell, ell_published, beta_sim, ratio)
+
+
+def _side(params: int, log_n: float, log_n_published: float, n: float, delta: float, eps: float) -> Side:
+    sharp, published = eq12(log_n, n, delta, eps), theorem32(log_n_published, n, delta)
+    return Side(params, log_n, log_n_published, sharp, published, math.sqrt(params / n), sharp >= 1.0, published >= 1.0)
+
+
+def _bound(model, multi, single, n, delta, eps, ell, ell_published, beta_sim, ratio) -> Bound:
+    return Bound(
+        model, multi, single, n, delta, eps, ell, ell_published, beta_sim, ratio,
+        multi.sharp / single.sharp, multi.published / single.published,
+    )  # fmt: skip
+
+
+def _bracket(eps: float | None, n: float) -> float:
+    eps = 1.0 / n if eps is None else eps
+    if not _finite(eps) or not 0.0 < eps <= 1.0:
+        raise ValueError(f"eps={eps} must lie within (0, 1]")
+    return eps
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _check(**values: float) -> None:
+    for name, value in values.items():
+        if not _finite(value):
+            raise ValueError(f"{name}={value} must be a finite number")
+        if name == "delta":
+            if not 0.0 < value <= 0.5:
+                raise ValueError(f"delta={value} must lie within (0, 0.5]")
+        elif name == "B":
+            if value <= 0:
+                raise ValueError(f"B={value} must be > 0")
+        elif value < 1 or value != int(value):
+            raise ValueError(f"{name}={value} must be a whole number >= 1")

@@ -1,0 +1,152 @@
+"""Bounds on the average TV error of multi- and single-source training, and the sample size that a target needs."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+if not __package__:  # run as a file: the packages are one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from simulations import bounds  # noqa: E402
+from simulations.theory_io import OneLineCommand, shared_count, write_json  # noqa: E402
+
+_COUNT = click.IntRange(min=1)
+_USES = {
+    "general": {"log_n", "log_n_single"},
+    "gaussian": {"K", "d", "d1", "beta", "B"},
+    "arm": {"K", "D", "M", "de", "L", "W", "S", "B", "positions"},
+    "ebm": {"K", "D", "de", "L", "W", "S", "B", "positions"},
+}
+_DEFAULTS = {  # the paper's simulations; it has no EBM one
+    "gaussian": {"K": 5, "d": 10, "B": 5.0, "n": 500},
+    "arm": {"K": 3, "D": 10, "M": 2, "de": 64, "L": 5, "W": 64, "B": 1.0, "n": 10000},
+    "ebm": {"K": 3, "D": 2, "de": 4, "L": 3, "W": 32, "B": 1.0, "n": 10000},
+    "general": {"n": 500},
+}
+
+
+# fmt: off  (one option a line)
+@click.command(cls=OneLineCommand)
+@click.option("--model", type=click.Choice(list(_USES)), default="gaussian", show_default=True, help="Model family.")
+@click.option("--K", "K", type=_COUNT, help="Sources.  [gaussian 5, arm 3, ebm 3]")
+@click.option("--n", "n", type=_COUNT, help="Samples of all sources together.  [500; arm, ebm 10000]")
+@click.option(
+    "--delta",
+    type=click.FloatRange(0, 0.5, min_open=True),
+    default=0.05,
+    show_default=True,
+    help="The bound may fail with this probability.",
+)
+@click.option("--eps", type=click.FloatRange(0, 1, min_open=True), help="Bracket size of the sharp bound.  [1/n]")
+@click.option(
+    "--log-n", "log_n", type=click.FloatRange(min=0), help="general: log bracketing number of the multi class."
+)
+@click.option(
+    "--log-n-single", "log_n_single", type=click.FloatRange(min=0), help="general: of the single class.  [--log-n]"
+)
+@click.option("--d", "d", type=_COUNT, help="gaussian: dimension.  [10]")
+@click.option("--d1", "d1", type=click.IntRange(min=0), help="gaussian: source-specific dimensions.  [from --beta]")
+@click.option(
+    "--beta", "--sim", "beta", type=click.FloatRange(0, 1), help="gaussian: share of shared dimensions.  [0.5]"
+)
+@click.option(
+    "--B", "B", type=click.FloatRange(0, min_open=True), help="Largest absolute parameter.  [gaussian 5, else 1]"
+)
+@click.option("--D", "D", type=_COUNT, help="arm: sequence length [10]; ebm: dimension, checks W >= D + de  [2]")
+@click.option("--M", "M", type=_COUNT, help="arm: vocabulary.  [2]")
+@click.option("--de", "de", type=_COUNT, help="arm, ebm: embedding width.  [arm 64, ebm 4]")
+@click.option("--L", "L", type=_COUNT, help="arm, ebm: affine layers.  [arm 5, ebm 3]")
+@click.option("--W", "W", type=_COUNT, help="arm, ebm: largest width, input and output included.  [arm 64, ebm 32]")
+@click.option("--S", "S", type=_COUNT, help="arm, ebm: non-zero MLP parameters.  [all of a dense MLP]")
+@click.option(
+    "--positions", type=_COUNT, help="arm, ebm: places for the S non-zero parameters; counts sparsity patterns."
+)
+@click.option("--as-published", is_flag=True, help="Sharp bound with the logarithm as printed, errors included.")
+@click.option("--target-tv", type=click.FloatRange(0, min_open=True), help="Error to reach; needs --solve-for.")
+@click.option("--solve-for", type=click.Choice(["n"]), help="Smallest n whose bound is at most --target-tv.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON here as well.")
+def main(model, n, delta, eps, as_published, target_tv, solve_for, out, **options):
+    """Print the bounds of the theory paper as JSON, with constants, beta_sim, ratio and vacuity.
+
+    "sharp" is Eq. 12, "published" Theorem 3.2 (constant 3). A bound >= 1 is vacuous.
+
+    \b
+    Examples:
+      python simulations/run_bounds.py --model=gaussian --K=5 --n=5000 --d=10 --d1=5
+      python simulations/run_bounds.py --target-tv=0.1 --solve-for=n
+      python simulations/run_bounds.py --model=arm --K=10 --D=12 --n=1000000
+    """
+    if (target_tv is None) != (solve_for is None):
+        raise click.UsageError("--target-tv and --solve-for=n belong together; give both or neither")
+    if solve_for and (n is not None or eps is not None):
+        raise click.UsageError("--solve-for=n finds n and uses eps = 1/n; leave --n and --eps out")
+    for name, value in options.items():
+        if value is not None and name not in _USES[model]:
+            click.echo(f"Warning: --{name.replace('_', '-')} has no effect on --model={model}", err=True)
+    defaults = dict(_DEFAULTS[model])
+    n = n or defaults.pop("n")
+    used = defaults | {k: v for k, v in options.items() if v is not None and k in _USES[model]}
+    used.pop("n", None)
+    used = _complete(model, used)
+
+    def evaluate(size):
+        extra = {} if model == "general" else {"corrected": not as_published}
+        return bounds.FAMILIES[model](n=size, delta=delta, eps=eps, **used, **extra)
+
+    report = {"model": model, "inputs": used | {"delta": delta}}
+    if solve_for:
+        report["target_tv"] = target_tv
+        report["n"] = _required(model, target_tv, evaluate, used)
+    else:
+        bound = evaluate(n)
+        report |= bound.as_dict() | {"vacuous": bound.vacuous}
+        if model == "gaussian":
+            from simulations.gaussian_exact import expected_tv
+
+            single, multi = expected_tv(used["K"], n, used["d"], used["d1"])
+            report["expected_tv"] = {"multi": multi, "single": single}
+    if out:
+        write_json(out, report)
+    print(json.dumps(report, indent=2))
+
+
+# fmt: on
+
+
+def _complete(model, used):
+    """Fill in what follows from other options: d1 from beta, S from a dense MLP."""
+    used = dict(used)
+    if model == "general" and "log_n" not in used:
+        raise click.UsageError("--model=general needs --log-n, the log bracketing number at 1/n")
+    if model == "gaussian":
+        beta = used.pop("beta", None)
+        if beta is not None and "d1" in used:
+            raise click.UsageError("--d1 and --beta exclude each other; give one")
+        used.setdefault("d1", used["d"] - shared_count(0.5 if beta is None else beta, used["d"]))
+    if model in ("arm", "ebm") and "S" not in used:
+        first, last = (used["D"], used["M"]) if model == "arm" else (used["D"] + used["de"], 1)
+        widths = [first] + [used["W"]] * (used["L"] - 1) + [last]
+        used["S"] = sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
+    return used
+
+
+def _required(model, target, evaluate, used):
+    """{"multi": {"sharp": n, ...}, "single": ...}; the Gaussian also by its exact expected error."""
+    report = {
+        arm: {f: bounds.solve_n(target, lambda m, a=arm, f=f: evaluate(m)[a][f]) for f in ("sharp", "published")}
+        for arm in ("multi", "single")
+    }
+    if model == "gaussian":
+        from simulations.gaussian_exact import expected_tv
+
+        for index, arm in ((1, "multi"), (0, "single")):
+            report[arm]["expected_tv"] = bounds.solve_n(
+                target, lambda m, i=index: expected_tv(used["K"], m, used["d"], used["d1"])[i], largest=10**9
+            )
+    return report
+
+
+if __name__ == "__main__":
+    main()
