@@ -323,14 +323,7 @@ class _Precond(torch.nn.Module):
         return torch.as_tensor(sigma)
 
     def forward(
-        self,
-        x,
-        sigma,
-        class_labels=None,
-        force_fp32=False,
-        return_logvar=False,
-        augment_labels=None,
-        **model_kwargs,
+        self, x, sigma, class_labels=None, force_fp32=False, return_logvar=False, augment_labels=None, **model_kwargs
     ):
         x = x.to(torch.float32)
         sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
