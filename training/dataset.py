@@ -299,9 +299,7 @@ class ImageFolderDataset(Dataset):
             try:
                 self._zipfile = zipfile.ZipFile(self._path)
             except (zipfile.BadZipFile, OSError) as err:
-                raise ValueError(
-                    f"{self._path}: not a readable zip, perhaps truncated ({err}); write it again"
-                ) from err
+                raise ValueError(f"{self._path}: no readable zip, perhaps truncated ({err}); write it again") from err
             self._zip_pid = os.getpid()
         return self._zipfile
 
