@@ -1,9 +1,27 @@
-"""What noise: the kernels (Gaussian, PFGM++) and the processes (EDM, linear diffusions) behind one contract."""
+"""What noise: the kernels (Gaussian, PFGM++) and the processes (EDM, linear diffusions) behind one contract.
+
+A new linear process is a class with its Q and D:
+
+    class Underdamped(LinearProcess):
+        def __init__(self, friction=1.0, **options):
+            super().__init__(Q=[[0, -1], [1, 0]], D=[[0, 0], [0, friction]], **options)
+"""
 
 from training.processes.edm import EDM
 from training.processes.kernels import GaussianKernel, PFGMpp
+from training.processes.linear import LinearProcess
+from training.processes.named import ALDA, CLD, MALDA, VP, Learned
 
-REGISTRY = {"edm": EDM, "pfgmpp": PFGMpp}
+REGISTRY = {
+    "edm": EDM,
+    "pfgmpp": PFGMpp,
+    "vp": VP,
+    "cld": CLD,
+    "alda": ALDA,
+    "malda": MALDA,
+    "learned": Learned,
+    "linear": LinearProcess,
+}
 
 
 def get(name, **options):
@@ -17,9 +35,25 @@ def get(name, **options):
 
 
 def from_spec(spec: dict):
-    """Rebuild a process from the plain dictionary that `process.spec()` returned (a snapshot header holds it)."""
+    """Rebuild a process from the plain dictionary that `process.spec()` returned (a snapshot header holds it).
+
+    Learned matrices are parameters: their values travel with the tensors of the snapshot, not with the description.
+    """
     options = dict(spec)
     return get(options.pop("name"), **options)
 
 
-__all__ = ["EDM", "GaussianKernel", "PFGMpp", "REGISTRY", "from_spec", "get"]
+__all__ = [
+    "ALDA",
+    "CLD",
+    "EDM",
+    "MALDA",
+    "REGISTRY",
+    "VP",
+    "GaussianKernel",
+    "Learned",
+    "LinearProcess",
+    "PFGMpp",
+    "from_spec",
+    "get",
+]

@@ -1,0 +1,384 @@
+"""Linear diffusions: a process is two matrices (MDM, Singhal et al. 2023; CLD, Dockhorn et al. 2022).
+
+Per data dimension the state is u = (x, v_1, ..., v_{V-1}) with
+
+    du = A u beta(t) dt + sqrt(2 D beta(t)) dW,    A = -(Q + D) S^-1,
+
+Q skew-symmetric, D positive semi-definite, S the diagonal stationary covariance. The auxiliaries start as
+N(0, init_aux_var), independent of x0, and are integrated out: p(u_t | x0) = N(m x0, C). What u_t says about x0 is
+y = m' C^-1 u / snr ~ N(x0, sigma^2) with snr = m' C^-1 m = sigma^-2, so one EDM denoiser D(y; sigma) serves every process.
+"""
+
+import collections
+import math
+from typing import NamedTuple
+
+import torch
+
+from torch_utils import random
+from training.processes import numerics
+from training.processes.edm import expand
+from training.processes.kernels import GaussianKernel
+
+
+class Kernel(NamedTuple):
+    """p(u_t | x0) = N(m x0, C) at one or several times, with T C T' = L L' and a = L^-1 T m.
+
+    The shear T u = (x - w v, v) removes what the start of the auxiliaries put into x. For small t that is nearly all of
+    x's variance, and C itself would be numerically singular for chains of variables.
+    """
+
+    F: torch.Tensor  # [..., V, V]
+    T: torch.Tensor  # [..., V, V]
+    L: torch.Tensor  # [..., V, V], lower triangular
+    a: torch.Tensor  # [..., V]
+    snr: torch.Tensor  # [...]
+
+    def to(self, device):
+        return Kernel(*(part.to(device) for part in self))
+
+
+def as_matrix(name, value):
+    matrix = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.isfinite().all():
+        raise ValueError(f"{name}: give a finite square matrix, not shape {tuple(matrix.shape)}")
+    return matrix
+
+
+class LinearProcess(GaussianKernel):
+    """Linear diffusion given by its matrices; time t in [0, 1], all V x V work in float64 on the CPU.
+
+    Q: [V, V] skew-symmetric. D: [V, V] positive semi-definite. S: diagonal, [V] or [V, V], default ones.
+    beta: values at t = 0 and t = 1, linear between. init_aux_var: variance of the auxiliaries at t = 0.
+
+    Subclasses pass their Q and D, or define them as properties (see `Learned`). Raises ValueError if the matrices do
+    not define a process, or if no noise ever reaches some variable.
+    """
+
+    T = 1.0
+
+    def __init__(self, Q, D, S=None, beta=(0.1, 10.0), init_aux_var=0.01):
+        self._Q, self._D = as_matrix("Q", Q), as_matrix("D", D)
+        self._setup(len(self._Q), S, beta, init_aux_var)
+
+    def _setup(self, V, S, beta, init_aux_var):
+        """Everything but Q and D."""
+        S = torch.ones(V) if S is None else torch.as_tensor(S).detach().cpu()
+        self.S = torch.diag(S.to(torch.float64)) if S.ndim == 1 else as_matrix("S", S)
+        try:
+            self.beta_range = tuple(float(value) for value in beta)
+            low, high = self.beta_range
+        except (TypeError, ValueError):
+            raise ValueError(f"beta = {beta!r}: give two numbers, the values at t = 0 and t = 1") from None
+        if not (min(low, high) >= 0 and 0 < low + high < math.inf):
+            raise ValueError(f"beta = {beta!r}: give two numbers >= 0, not both 0")
+        if not 0 <= init_aux_var < math.inf:
+            raise ValueError(f"init_aux_var = {init_aux_var}: give a variance >= 0")
+        self.init_aux_var = float(init_aux_var)
+        self._cache = collections.OrderedDict()
+        self._tables = {}
+        self._check()
+
+    def _check(self):
+        Q, D, S, V = self.Q.detach(), self.D.detach(), self.S, self.V
+        if not Q.shape == D.shape == S.shape:
+            raise ValueError(f"Q {tuple(Q.shape)}, D {tuple(D.shape)} and S {tuple(S.shape)} must be of one size")
+        if (Q + Q.mT).abs().max() > 1e-10 * (1 + Q.abs().max()):
+            raise ValueError("Q must be skew-symmetric: Q = -Q'")
+        if (D - D.mT).abs().max() > 1e-10 * (1 + D.abs().max()):
+            raise ValueError("D must be symmetric")
+        if torch.linalg.eigvalsh(D)[0] < -1e-10 * (1 + D.abs().max()):
+            raise ValueError("D must be positive semi-definite")
+        if not torch.equal(S, torch.diag(torch.diagonal(S))) or (torch.diagonal(S) <= 0).any():
+            raise ValueError("S must be diagonal with entries > 0")
+        # Kalman's rank condition: C(t) is regular for t > 0 iff the noises, carried along by A, span the state.
+        A = self.A.detach() / torch.linalg.matrix_norm(self.A.detach()).clamp_min(1e-300)
+        reach = [torch.cat([numerics.psd_root(D) / D.abs().max().sqrt().clamp_min(1e-300), self.initial_root()], dim=1)]
+        for _ in range(V - 1):
+            reach.append(A @ reach[-1])
+        if torch.linalg.matrix_rank(torch.cat(reach, dim=1), rtol=1e-13) < V:
+            raise ValueError(
+                "no noise reaches some variable: C(t) is singular; give it noise of its own in D, or a coupling in Q"
+            )
+
+    def __repr__(self):
+        return f"{type(self).__name__}(V={self.V}, beta={self.beta_range}, init_aux_var={self.init_aux_var:g})"
+
+    def spec(self) -> dict:
+        """Plain description, see `training.processes.from_spec`."""
+        return {
+            "name": "linear",
+            "Q": self.Q.tolist(),
+            "D": self.D.tolist(),
+            "S": torch.diagonal(self.S).tolist(),
+            "beta": list(self.beta_range),
+            "init_aux_var": self.init_aux_var,
+        }
+
+    # The matrices: float64, on the CPU.
+
+    @property
+    def V(self) -> int:
+        """Number of variables per data dimension."""
+        return len(self.S)
+
+    @property
+    def Q(self):
+        return self._Q
+
+    @property
+    def D(self):
+        return self._D
+
+    @property
+    def A(self):
+        """Drift matrix -(Q + D) S^-1, [V, V]."""
+        return -(self.Q + self.D) / torch.diagonal(self.S)
+
+    def precision(self):
+        """S^-1, [V, V]."""
+        return torch.diag(1 / torch.diagonal(self.S))
+
+    def initial_root(self):
+        """Root of the covariance at t = 0: diag(0, sqrt(init_aux_var), ...)."""
+        root = torch.full((self.V,), math.sqrt(self.init_aux_var), dtype=torch.float64)
+        root[0] = 0
+        return torch.diag(root)
+
+    def _version(self):
+        """Changes whenever Q or D may have changed; None while a gradient is wanted."""
+        Q, D = self.Q, self.D
+        if torch.is_grad_enabled() and (Q.requires_grad or D.requires_grad):
+            return None
+        return bytes(Q.detach().numpy().tobytes() + D.detach().numpy().tobytes())
+
+    # Time.
+
+    @staticmethod
+    def _time(t):
+        return torch.as_tensor(t, dtype=torch.float64)
+
+    def beta(self, t):
+        """beta(t), linear in t."""
+        low, high = self.beta_range
+        return low + (high - low) * self._time(t)
+
+    def beta_integral(self, t, start=0.0):
+        """int_start^t beta."""
+        t, start, (low, high) = self._time(t), self._time(start), self.beta_range
+        return (t - start) * (low + (high - low) * (t + start) / 2)
+
+    def beta_integral_inverse(self, B):
+        """Time t with int_0^t beta = B."""
+        B, (low, high) = self._time(B), self.beta_range
+        return torch.where(B > 0, 2 * B / (low + (low**2 + 2 * (high - low) * B).clamp_min(0).sqrt()), 0.0)
+
+    # Kernels.
+
+    def _kernel_at(self, B):
+        """Kernel for B [K] > 0, differentiable if Q or D are."""
+        A, D, start = self.A, self.D, self.initial_root()
+        F, L = numerics.noise_root(A, D, B)
+        small = (numerics.halvings(A, B) == 0)[..., None]  # [..., 1]; beyond, F_vv may be singular and T is 1
+        T = torch.eye(self.V, dtype=torch.float64).repeat(*B.shape, 1, 1)
+        T[..., 0, 1:] = -torch.where(small, self._shear(F, small), 0.0)
+        X = T @ F @ start
+        X[..., 0, :] = torch.where(small, 0.0, X[..., 0, :])
+        L = numerics.lower_root(torch.cat([X, T @ L], dim=-1))
+        if torch.is_grad_enabled() and (A.requires_grad or D.requires_grad):
+            F, C = numerics.noise_covariance(A, D, B)
+            X = T @ F @ start
+            L = numerics.attach_gradient(L, T @ C @ T.mT + X @ X.mT)
+        a = torch.linalg.solve_triangular(L, T @ F[..., :1], upper=False)[..., 0]
+        return Kernel(F, T, L, a, a.square().sum(-1))
+
+    def _shear(self, F, small):
+        """w [..., V-1] = F_xv F_vv^-1 where `small`."""
+        inner = torch.where(small[..., None], F[..., 1:, 1:], torch.eye(self.V - 1, dtype=F.dtype))
+        return torch.linalg.solve(inner.mT, F[..., 0, 1:, None])[..., 0]
+
+    def kernel_parts(self, t) -> Kernel:
+        """`Kernel` at t (any batch shape, t > 0), on the CPU; cached per time while no gradient is wanted."""
+        t = self._time(t).detach().cpu()
+        version = self._version()
+        key = (version, float(t)) if t.ndim == 0 and version is not None else None
+        if key is not None and key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        if not bool(((t > 0) & (t <= 1 + 1e-9)).all()):
+            raise ValueError(f"t = {t.tolist()}: the kernel is a density for times in (0, 1]")
+        times, inverse = torch.unique(t, return_inverse=True)
+        parts = self._kernel_at(self.beta_integral(times))
+        parts = Kernel(*(part[inverse] for part in parts))
+        if key is not None:
+            self._cache[key] = parts
+            if len(self._cache) > 1024:
+                self._cache.popitem(last=False)
+        return parts
+
+    def transition(self, t):
+        """F(t) [..., V, V]: E[u_t | u_0] = F u_0."""
+        t = self._time(t)
+        return numerics.transition(self.A, self.beta_integral(t.cpu())).to(t.device)
+
+    def kernel(self, t, hybrid=True):
+        """(mean [..., V], cov [..., V, V]) of p(u_t | x0 = 1), the auxiliaries integrated out.
+
+        hybrid=False: (F [..., V, V], cov) of p(u_t | u_0), where the mean is F u_0 and nothing is integrated out.
+        """
+        t = self._time(t)
+        B = self.beta_integral(t.cpu())
+        F, C = numerics.noise_covariance(self.A, self.D, B)
+        X = F @ self.initial_root()
+        if hybrid:
+            return F[..., 0].to(t.device), (C + X @ X.mT).to(t.device)
+        return F.to(t.device), C.to(t.device)
+
+    def cholesky(self, t):
+        """L [..., V, V], lower triangular, with L L' = cov of `kernel(t)`. Not differentiable."""
+        parts = self.kernel_parts(t)
+        X = torch.linalg.solve_triangular(parts.T, parts.L.detach(), upper=True, unitriangular=True)
+        return numerics.lower_root(X).to(self._time(t).device)
+
+    def snr(self, t):
+        """m' C^-1 m, the signal-to-noise ratio per unit signal; inf at t = 0."""
+        t = self._time(t)
+        safe = torch.where(t > 0, t, self.T)
+        return torch.where(t > 0, self.kernel_parts(safe).snr.to(t.device), math.inf)
+
+    def sigma(self, t):
+        """EDM noise level snr^-1/2."""
+        return self.snr(t).rsqrt()
+
+    def snr_rate(self, t):
+        """-d snr / dt = m' C^-1 (2 D beta) C^-1 m >= 0: twice the ELBO's weight on |D - x0|^2."""
+        t = self._time(t)
+        return (self._rate(self.kernel_parts(t)) * self.beta(t.cpu())).to(t.device)
+
+    def _rate(self, parts):
+        gain = parts.T.mT @ torch.linalg.solve_triangular(parts.L.mT, parts.a[..., None], upper=True)  # C^-1 m
+        return (gain.mT @ (2 * self.D) @ gain)[..., 0, 0]
+
+    @torch.no_grad()
+    def time(self, sigma):
+        """Time in (0, 1] with sigma(t) = sigma > 0, to about 1e-12 relative.
+
+        Raises ValueError above sigma(1), the noisiest state the process reaches.
+        """
+        sigma = torch.as_tensor(sigma, dtype=torch.float64)
+        target, inverse = torch.unique(sigma.detach().cpu(), return_inverse=True)
+        top = float(self.sigma(1.0))
+        if not bool(((target > 0) & (target <= top * (1 + 1e-9))).all()):
+            raise ValueError(f"sigma = {sigma.tolist()}: this process reaches noise levels in (0, {top:.4g}]")
+        log_B = self._invert(target.clamp_max(top).log())
+        t = self.beta_integral_inverse(log_B.exp()).clamp_max(1.0)
+        return t[inverse].to(sigma.device)
+
+    def _invert(self, goal):
+        """log B for log sigma [K]: Newton's method, by bisection where it would leave its bracket."""
+        version = self._version()
+        if version not in self._tables:
+            end = math.log(float(self.beta_integral(1.0)))
+            grid = torch.linspace(end - 40, end, 321, dtype=torch.float64)
+            self._tables = {version: (grid, -self._kernel_at(grid.exp()).snr.log() / 2)}
+        grid, values = self._tables[version]
+        right = torch.searchsorted(values.contiguous(), goal).clamp(1, len(grid) - 1)
+        low, high = grid[right - 1], grid[right]
+        below = goal < values[0]  # outside the table sigma is a power of B
+        low = torch.where(below, low - 600, low)
+        slope = (high - grid[right - 1]) / (values[right] - values[right - 1])
+        log_B = torch.where(below, grid[0] + slope * (goal - values[0]), high + slope * (goal - values[right]))
+        for _ in range(80):
+            parts = self._kernel_at(log_B.exp())
+            error = -parts.snr.log() / 2 - goal
+            low, high = torch.where(error < 0, log_B, low), torch.where(error > 0, log_B, high)
+            newton = log_B - error / (0.5 * log_B.exp() * self._rate(parts) / parts.snr)
+            bad = ~((newton >= low) & (newton <= high))
+            update = torch.where(bad, (low + high) / 2, newton)
+            done = (error.abs() < 1e-13 * (1 + goal.abs())) | ((update - log_B).abs() < 1e-14)
+            log_B = torch.where(done, log_B, update)
+            if bool(done.all()):
+                break
+        return log_B
+
+    # States u [N, V, *data_shape].
+
+    def _flat(self, u):
+        if u.ndim < 2 or u.shape[1] != self.V:
+            raise ValueError(
+                f"state of shape {tuple(u.shape)}: this process has {self.V} variables, [N, {self.V}, ...]"
+            )
+        return u.reshape(*u.shape[:2], -1).to(torch.float64)  # [N, V, d]
+
+    def _whiten(self, u, t):
+        """(parts on u's device, L^-1 T u [N, V, d])."""
+        parts = self.kernel_parts(t).to(u.device)
+        return parts, torch.linalg.solve_triangular(parts.L, parts.T @ self._flat(u), upper=False)
+
+    def apply(self, matrix, u):
+        """matrix [V, V] or [N, V, V] times the state, in float64, as u's type."""
+        return (matrix.to(u.device) @ self._flat(u)).reshape(u.shape).to(u.dtype)
+
+    def project(self, u, t):
+        """(y [N, *data_shape], sigma): y | x0 ~ N(x0, sigma^2) is all that u [N, V, *data_shape] says about x0.
+
+        t: scalar or [N]; sigma has its shape.
+        """
+        parts, white = self._whiten(u, t)
+        y = (parts.a[..., None, :] @ white)[:, 0] / parts.snr[..., None]
+        return y.reshape(u.shape[0], *u.shape[2:]).to(u.dtype), parts.snr.rsqrt()
+
+    def score(self, u, t, denoised):
+        """grad log p_t(u) [N, V, *data_shape] = -C^-1 (u - m D), from the denoiser's output [N, *data_shape]."""
+        parts, white = self._whiten(u, t)
+        signal = denoised.reshape(len(u), 1, -1).to(torch.float64)  # [N, 1, d]
+        white = white - parts.a[..., None] * signal
+        score = -parts.T.mT @ torch.linalg.solve_triangular(parts.L.mT, white, upper=True)
+        return score.reshape(u.shape).to(u.dtype)
+
+    def denoised_from_score(self, u, t, score):
+        """Posterior mean of x0 [N, *data_shape] from the score: y + m' score / snr (Tweedie)."""
+        parts = self.kernel_parts(t).to(u.device)
+        y, _ = self.project(u, t)
+        shift = (parts.F[..., None, :, 0] @ self._flat(score))[:, 0] / parts.snr[..., None]
+        return y + shift.reshape(y.shape).to(y.dtype)
+
+    def drift(self, u, t):
+        """Forward drift A u beta(t)."""
+        return self.apply(self.A, u) * expand(self.beta(t), u).to(u.dtype)
+
+    def diffusion(self, t):
+        """G [..., V, V] with G G' = 2 D beta(t): the symmetric root (MDM)."""
+        t = self._time(t)
+        return (self.beta(t.cpu()).sqrt()[..., None, None] * numerics.psd_root(2 * self.D.detach())).to(t.device)
+
+    def splitting(self, t, t_next):
+        """(F, L) of SSCS's exact Ornstein-Uhlenbeck part, time-reversed from t down to t_next < t.
+
+        Generator -(D - Q) S^-1, stationary law N(0, S): u <- F u + L noise, [..., V, V] each.
+        """
+        A = -(self.D - self.Q) / torch.diagonal(self.S)
+        return numerics.noise_root(A.detach(), self.D.detach(), self.beta_integral(t, t_next).cpu())
+
+    def prior_covariance(self, prior="stationary", t=None, sigma_data=0.5):
+        """[V, V] covariance of the sampler's start at time t: S, or C + sigma_data^2 m m' ("matched")."""
+        if prior == "stationary":
+            return self.S
+        if prior != "matched":
+            raise ValueError(f"prior {prior!r}: choose matched or stationary")
+        mean, cov = self.kernel(self.T if t is None else t)
+        return cov + sigma_data**2 * mean[..., :, None] * mean[..., None, :]
+
+    def prior_sample(
+        self, shape, generator=None, *, prior="stationary", t=None, sigma_data=0.5, device=None, dtype=torch.float64
+    ):
+        """Draw a start state of shape [N, V, *data_shape].
+
+        prior: "stationary" draws from N(0, S); "matched" from N(0, C + sigma_data^2 m m') at time t (default 1), which
+        is where data of standard deviation sigma_data really is at t. generator: as in `unit_noise`.
+        """
+        if len(shape) < 2 or shape[1] != self.V:
+            raise ValueError(f"shape {tuple(shape)}: this process has {self.V} variables, [N, {self.V}, ...]")
+        noise = random.randn(shape, generator, device, dtype)
+        root = torch.linalg.cholesky(self.prior_covariance(prior, t, sigma_data).detach())
+        return self.apply(root, noise)
