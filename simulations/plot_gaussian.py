@@ -1,0 +1,159 @@
+"""Figures of the Gaussian experiment from the files of run_gaussian.py."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+if not __package__:  # run as a file: the packages are one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from simulations.theory_io import FIGURES_DIR, RESULTS_DIR, OneLineCommand, read_csv, shared_count  # noqa: E402
+
+_ARMS = ("single", "multi")
+_PAPER_LABELS = {"K": "(a) Number of Sources", "n": "(b) Sample Size", "sim": "(c) Distribution Similarity"}
+
+
+def read_results(results_dir: Path, tag: str) -> list[dict]:
+    """Rows of results_<tag>.csv, by ascending swept value."""
+    return sorted(read_csv(Path(results_dir) / tag / f"results_{tag}.csv"), key=lambda row: row[tag])
+
+
+def plot_paper_panel(tag: str, results_dir: Path, figures_dir: Path, dpi: int = 200) -> list[Path]:
+    """One panel of the paper's Figure 1: empirical TV (left axis) and sqrt(P/n) (right axis)."""
+    from matplotlib.ticker import MaxNLocator
+
+    from simulations import style
+
+    rows = read_results(results_dir, tag)
+    x = [row[tag] for row in rows]
+    fig, left = style.figure()
+    right = left.twinx()
+    handles = []
+    for axis, column, colors, line in (
+        (left, "empirical TV", style.EMPIRICAL, style.EMPIRICAL_LINE),
+        (right, "theoretical TV bound", style.THEORETICAL, style.THEORETICAL_LINE),
+    ):
+        seen = []
+        for arm in _ARMS:
+            y = [row[f"{column} of {arm}"] for row in rows]
+            kind = "empirical" if axis is left else "theoretical"
+            handles += axis.plot(x, y, color=colors[arm], label=f"{kind}, {arm}", **line)
+            seen += y
+        style.pad(axis, seen)  # each axis by its own range, as in the paper: compare shapes, not heights
+        axis.yaxis.set_major_locator(MaxNLocator(5))
+        axis.tick_params(labelsize=12)
+        axis.grid(False)
+    left.set_xticks([100, 1000, 5000] if tag == "n" and {100, 1000, 5000} <= set(x) else x)
+    left.set_xlabel(_PAPER_LABELS[tag], fontsize=14)
+    left.set_ylabel("Empirical TV Error", fontsize=14)
+    right.set_ylabel("Theoretical Bound", fontsize=14)
+    fig.legend(handles=handles, loc="outside upper center", ncols=2, columnspacing=1.2, handlelength=2.4)
+    return style.save(fig, Path(figures_dir) / f"gaussian_{tag}", dpi)
+
+
+def plot_overview(results_dir: Path, figures_dir: Path, name: str = "gaussian", dpi: int = 200) -> list[Path]:
+    """Three panels side by side: measured TV with error bands, and the exact expectation."""
+    from simulations import style
+    from simulations.gaussian_exact import expected_tv
+
+    fig, axes = style.figure(columns=3, width=3.1, height=2.7)
+    for letter, tag, axis in zip("abc", ("K", "n", "sim"), axes, strict=True):
+        rows = read_results(results_dir, tag)
+        x = [row[tag] for row in rows]
+        cells = [_cell(rows[0] | {tag: value}) for value in _fine(tag, x, rows[0]["D"])]
+        curve = [expected_tv(K, n, D, D - shared_count(sim, D)) for K, n, D, sim in cells]
+        fine = _fine(tag, x, rows[0]["D"])
+        for index, arm in enumerate(_ARMS):
+            color = style.LINE[arm]
+            y = [row[f"empirical TV of {arm}"] for row in rows]
+            error = [row[f"standard error of empirical {arm}"] for row in rows]
+            lower, upper = ([a + s * b for a, b in zip(y, error, strict=True)] for s in (-1, 1))
+            axis.fill_between(x, lower, upper, color=color, alpha=0.18, linewidth=0)
+            axis.plot(x, y, linestyle="none", marker=style.MARKER[arm], markersize=4.5, color=color,
+                      label=f"{style.LABEL[arm]}, mean of {rows[0]['runs']} runs ± standard error")  # fmt: skip
+            axis.plot(fine, [c[index] for c in curve], color=color, linewidth=1.3,
+                      label=f"{style.LABEL[arm]}, exact expectation")  # fmt: skip
+        if tag == "n":
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            _plain_log_ticks(axis)
+        elif len(x) <= 8:
+            axis.set_xticks(x)
+        axis.set_xlabel(f"({letter}) {style.PANEL_LABELS[tag]}")
+    axes[0].set_ylabel("Average TV error")
+    handles, labels = axes[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside upper center", ncols=2)
+    return style.save(fig, Path(figures_dir) / name, dpi)
+
+
+def _cell(row: dict) -> tuple[int, int, int, float]:
+    return int(row["K"]), int(row["n"]), int(row["D"]), row["sim"]
+
+
+def _fine(tag: str, x: list, D: float) -> list:
+    """Where the exact curve is evaluated: more points than were simulated."""
+    low, high = min(x), max(x)
+    if tag == "sim":
+        return [j / int(D) for j in range(int(D) + 1) if low <= j / int(D) <= high] or list(x)
+    points = 40
+    grid = {round(low * (high / low) ** (i / points)) for i in range(points + 1)}
+    return sorted(grid | {int(v) for v in x})
+
+
+def _plain_log_ticks(axis) -> None:
+    """Log axes with 0.05, 0.1, 0.2, ... instead of powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def figure_options(function):
+    """Options that every Gaussian plot command shares."""
+    options = [
+        click.option("--results-dir", "--results_dir", type=click.Path(file_okay=False, path_type=Path),
+                     default=RESULTS_DIR / "gaussian", show_default="simulations/results/gaussian",
+                     help="Where run_gaussian.py wrote."),
+        click.option("--figures-dir", type=click.Path(file_okay=False, path_type=Path),
+                     default=FIGURES_DIR, show_default="simulations/figures", help="Where the figures go."),
+        click.option("--dpi", type=click.IntRange(50, 1200), default=200, show_default=True, help="Resolution of the PNG."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def paper_panel_command(tag: str) -> click.Command:
+    """The command behind plot_gaussian_K.py, _n.py and _sim.py."""
+
+    @click.command(cls=OneLineCommand, help=f"Draw gaussian_{tag}.png and .svg: Figure 1 {_PAPER_LABELS[tag]}.")
+    @figure_options
+    def command(results_dir, figures_dir, dpi):
+        files = plot_paper_panel(tag, results_dir, figures_dir, dpi)
+        print(json.dumps({"files": [str(f) for f in files]}))
+
+    return command
+
+
+@click.command(cls=OneLineCommand)
+@figure_options
+@click.option("--name", default="gaussian", show_default=True, help="File name without suffix.")
+def main(results_dir, figures_dir, dpi, name):
+    """Draw the three sweeps side by side, with error bands and exact expected errors.
+
+    \b
+    Examples:
+      python simulations/run_gaussian.py --tag=all
+      python simulations/plot_gaussian.py
+    """
+    files = plot_overview(results_dir, figures_dir, name, dpi)
+    print(json.dumps({"files": [str(f) for f in files]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The look of every theory figure: colours, markers, sizes, and how a figure is saved. Headless."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+# Figure 1 of the multi-source theory paper.
+EMPIRICAL = {"single": "#FF9900", "multi": "#8CD282"}
+THEORETICAL = {"single": "#FF7F50", "multi": "#8FBC8F"}
+EMPIRICAL_LINE = {"linestyle": "-", "marker": "s", "markersize": 6, "alpha": 0.6}
+THEORETICAL_LINE = {"linestyle": "--", "marker": "D", "markersize": 7, "alpha": 0.7}
+
+# Further figures: the same hues, dark enough to read as thin lines on white.
+LINE = {"single": "#D9730D", "multi": "#3C8F3A"}
+MARKER = {"single": "s", "multi": "o"}
+LABEL = {"single": "single-source", "multi": "multi-source"}
+NEUTRAL = "#555555"
+PANEL_LABELS = {
+    "K": "Number of sources $K$",
+    "n": "Sample size $n$",
+    "sim": "Distribution similarity",
+    "D": "Sequence length $D$",
+}
+
+_RC = {
+    "font.family": "serif",
+    "font.serif": ["DejaVu Serif"],
+    "mathtext.fontset": "dejavuserif",
+    "font.size": 9,
+    "axes.labelsize": 10,
+    "axes.titlesize": 10,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "axes.linewidth": 0.7,
+    "lines.linewidth": 1.5,
+    "xtick.direction": "in",
+    "ytick.direction": "in",
+    "xtick.top": True,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.5,
+    "svg.hashsalt": "multi-source",
+    "figure.constrained_layout.use": True,
+}
+
+
+def figure(columns: int = 1, width: float = 4.0, height: float = 3.0, rows: int = 1, **kwargs):
+    """(figure, axes) of `columns` x `rows` panels, each width x height inches, in the shared style."""
+    plt.rcParams.update(_RC)
+    return plt.subplots(rows, columns, figsize=(columns * width, rows * height), **kwargs)
+
+
+def pad(axis, values, share: float = 0.1) -> None:
+    """Limits of a y axis: its values plus 10 % of their range, as in the paper."""
+    low, high = min(values), max(values)
+    margin = (high - low or abs(high) or 1.0) * share
+    axis.set_ylim(low - margin, high + margin)
+
+
+def save(fig, stem: str | Path, dpi: int = 200) -> list[Path]:
+    """Write stem.png and stem.svg atomically and close the figure."""
+    stem = Path(stem)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for kind in ("png", "svg"):
+        handle, temporary = tempfile.mkstemp(dir=stem.parent, suffix=f".{kind}")
+        os.close(handle)
+        try:
+            metadata = {"Date": None} if kind == "svg" else None
+            fig.savefig(temporary, format=kind, dpi=dpi, bbox_inches="tight", pad_inches=0.03, metadata=metadata)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, stem.with_name(f"{stem.name}.{kind}"))
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        paths.append(stem.with_name(f"{stem.name}.{kind}"))
+    plt.close(fig)
+    return paths
