@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.nn.functional import conv2d, conv_transpose2d, dropout, scaled_dot_product_attention, silu
 
+from torch_utils.persistence import persistent
+
 
 def normalize(x, dim=None, eps=1e-4):
     """x over (eps + RMS over `dim`), EDM2 eq. 47. `dim` defaults to all axes but the first.
@@ -259,6 +261,7 @@ class UNet(torch.nn.Module):
         return self.out_conv(x, gain=self.out_gain)
 
 
+@persistent
 class Precond(torch.nn.Module):
     """Preconditioned denoiser with learned uncertainty: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise).
 

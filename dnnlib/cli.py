@@ -1,0 +1,134 @@
+"""What all command lines share: option types, configuration files, and errors of one line with exit code 2.
+
+A script uses `@cli.command()` or `@cli.group()` in place of click's. ValueError and OSError raised inside become one line
+on stderr; set DNNLIB_TRACEBACK=1 to see where they come from.
+"""
+
+import os
+import sys
+
+import click
+
+from dnnlib.util import parse_nimg, parse_seeds
+
+INTERRUPTED = 75  # exit code of a training that was stopped by a signal after writing a checkpoint (EX_TEMPFAIL)
+
+
+class _Parsed(click.ParamType):
+    """An option type made from a function text -> value that raises ValueError."""
+
+    def __init__(self, name, parse):
+        self.name, self.parse = name, parse
+
+    def convert(self, value, param, ctx):
+        if not isinstance(value, str):
+            value = ",".join(str(v) for v in value) if isinstance(value, (list, tuple)) else str(value)
+        try:
+            return self.parse(value)
+        except ValueError as err:
+            self.fail(str(err), param, ctx)
+
+
+def _list_of(kind, name):
+    def parse(text):
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise ValueError(f"{text!r} is no comma-separated list of {name}") from None
+
+    return parse
+
+
+NIMG = _Parsed("nimg", parse_nimg)
+SEEDS = _Parsed("seeds", parse_seeds)
+INTS = _Parsed("ints", _list_of(int, "integers"))
+FLOATS = _Parsed("floats", _list_of(float, "numbers"))
+STRINGS = _Parsed("names", lambda text: [part for part in text.split(",") if part])
+
+
+def _read_config(ctx, param, paths):
+    """Merge YAML files into the defaults of the command: later files win, the command line wins over all."""
+    if not paths:
+        return paths
+    import yaml
+
+    merged = dict(ctx.default_map or {})
+    known = {name: p for p in ctx.command.params for name in (p.name, *(o.lstrip("-") for o in p.opts))}
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = yaml.safe_load(file) or {}
+        except (OSError, yaml.YAMLError) as err:
+            raise click.BadParameter(f"{path}: {str(err).splitlines()[0]}", ctx, param) from err
+        if not isinstance(values, dict):
+            raise click.BadParameter(f"{path}: must map option names to values", ctx, param)
+        for name, value in values.items():
+            option = known.get(str(name)) or known.get(str(name).replace("_", "-"))
+            if option is None:
+                raise click.BadParameter(f"{path}: {name!r} is no option of this command", ctx, param)
+            merged[option.name] = value
+    ctx.default_map = merged
+    return paths
+
+
+def config_option(function):
+    """--config FILE.yaml (may be repeated)."""
+    return click.option(
+        "--config",
+        metavar="YAML",
+        multiple=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_read_config,
+        help="Read options from a file; repeat for several, later ones win, the command line wins over all.",
+    )(function)
+
+
+class _OneLineErrors:
+    """Mixed into click's classes: every error is one line, bad input exits with 2."""
+
+    def main(self, args=None, prog_name=None, standalone_mode=True, **extra):
+        if not standalone_mode:
+            return super().main(args, prog_name, standalone_mode=False, **extra)
+        try:
+            code = super().main(args, prog_name, standalone_mode=False, **extra)
+            sys.exit(code if isinstance(code, int) else 0)
+        except click.exceptions.Exit as err:
+            sys.exit(err.exit_code)
+        except click.Abort:
+            self._fail("interrupted", 130)
+        except click.ClickException as err:
+            self._fail(err.format_message(), 2)
+        except KeyboardInterrupt:
+            self._fail("interrupted", 130)
+        except (ValueError, OSError) as err:
+            if os.environ.get("DNNLIB_TRACEBACK"):
+                raise
+            self._fail(str(err) or type(err).__name__, 2)
+
+    @staticmethod
+    def _fail(message, code):
+        print("Error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+        sys.exit(code)
+
+
+class Command(_OneLineErrors, click.Command):
+    pass
+
+
+class Group(_OneLineErrors, click.Group):
+    def command(self, *args, **kwargs):
+        """A sub-command, with --config."""
+        make = super().command(*args, **kwargs)
+        return lambda function: make(config_option(function))
+
+
+def command(name=None, **kwargs):
+    """click.command with one-line errors and --config."""
+    make = click.command(name, cls=Command, context_settings={"show_default": True}, **kwargs)
+    return lambda function: make(config_option(function))
+
+
+def group(name=None, **kwargs):
+    """click.group with one-line errors; its sub-commands take --config."""
+    return click.group(name, cls=Group, context_settings={"show_default": True}, **kwargs)

@@ -1,0 +1,102 @@
+"""Training states on disk: plain types, written atomically, with a checksum beside them, the newest sound one found again."""
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from dnnlib.util import atomic_write
+
+_NAME = re.compile(r"training-state-(\d+)\.pt")
+
+
+class _HashingWriter:
+    """A binary file that hashes what passes through it."""
+
+    def __init__(self, file):
+        self.file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data):
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+def _file_digest(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sum_path(path):
+    return path.with_name(path.name + ".sha256")
+
+
+def save(path, state):
+    """Write `state` (plain containers and tensors) to `path` and its sha256 (in sha256sum's format) beside it.
+
+    The checksum appears first, so a file under its final name always has one.
+    """
+    path = Path(path)
+    with atomic_write(path) as file:
+        writer = _HashingWriter(file)
+        torch.save(state, writer)
+        with atomic_write(_sum_path(path), "w") as sums:
+            sums.write(f"{writer.digest.hexdigest()}  {path.name}\n")
+
+
+def damage(path):
+    """None for a sound checkpoint, else a phrase that says what is wrong with it."""
+    path = Path(path)
+    try:
+        wanted = _sum_path(path).read_text(encoding="utf-8").split()[0]
+    except (OSError, IndexError):
+        return "its checksum file is missing"
+    return None if _file_digest(path) == wanted else "its checksum does not match"
+
+
+def load(path):
+    """Read a checkpoint to the CPU, executing nothing. Raises ValueError for a missing, damaged or foreign file."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as err:  # zip, pickle and storage errors have no common base
+        raise ValueError(f"{path}: not a readable checkpoint ({str(err).splitlines()[0]})") from err
+
+
+def list_checkpoints(run_dir):
+    """Paths of the checkpoints in a run folder, oldest first."""
+    found = [(int(m[1]), p) for p in Path(run_dir).glob("training-state-*.pt") if (m := _NAME.fullmatch(p.name))]
+    return [p for _, p in sorted(found)]
+
+
+def newest_sound(run_dir):
+    """The newest checkpoint whose checksum matches, or None. Damaged ones are named on stderr and passed over."""
+    for path in reversed(list_checkpoints(run_dir)):
+        why = damage(path)
+        if why is None:
+            return path
+        print(f"Warning: {path} is damaged ({why}); looking for an earlier checkpoint", file=sys.stderr)
+    return None
+
+
+def remove_old(run_dir, keep):
+    """Delete all but the newest `keep` checkpoints (0 keeps all), and only once the newest one reads back sound."""
+    paths = list_checkpoints(run_dir)
+    if keep < 1 or len(paths) <= keep:
+        return
+    why = damage(paths[-1])
+    if why is not None:
+        raise OSError(f"{paths[-1]} was written but {why}: check the disk; older checkpoints were kept")
+    for path in paths[:-keep]:
+        path.unlink(missing_ok=True)
+        _sum_path(path).unlink(missing_ok=True)

@@ -1,0 +1,45 @@
+"""Means of quantities reported between two status lines, over all ranks, without device synchronisation per report."""
+
+import torch
+
+from torch_utils import distributed as dist
+
+
+class Collector:
+    """report(name, value) any number of times; means() gives {name: mean} over all ranks since the last call.
+
+    Non-finite samples are left out of the mean and counted: `nonfinite_share(name)` after `means()`. All ranks must
+    know the same names; a rank that has nothing to report calls `report(name, [])`.
+    """
+
+    def __init__(self, device="cpu"):
+        # float64 sums; some accelerators have no float64, their sums live on the CPU.
+        self.device = torch.device(device) if torch.device(device).type in ("cpu", "cuda") else torch.device("cpu")
+        self.sums = {}
+        self.shares = {}
+
+    def report(self, name, value):
+        """value: number or tensor of any shape; every element is one sample."""
+        value = torch.as_tensor(value).detach().to(self.device, torch.float64).flatten()
+        finite = value.isfinite()
+        moments = torch.stack([finite.sum(), value.where(finite, 0).sum(), (~finite).sum()]).to(torch.float64)
+        if name in self.sums:
+            self.sums[name] += moments
+        else:
+            self.sums[name] = moments
+
+    def means(self):
+        """{name: mean or None}, in order of first report; starts anew. Raises RuntimeError if ranks know other names."""
+        names = list(self.sums)
+        if dist.get_world_size() > 1 and dist.broadcast_object(names) != names:
+            raise RuntimeError(f"rank {dist.get_rank()} reported other statistics than rank 0: {names}")
+        if not names:
+            return {}
+        table = dist.all_reduce_(torch.stack([self.sums[name] for name in names])).cpu()
+        self.shares = {n: float(bad / max(count + bad, 1)) for n, (count, _, bad) in zip(names, table, strict=True)}
+        self.sums = {name: torch.zeros_like(value) for name, value in self.sums.items()}
+        return {n: float(s / count) if count > 0 else None for n, (count, s, _) in zip(names, table, strict=True)}
+
+    def nonfinite_share(self, name):
+        """Share of non-finite samples of `name` before the last `means()`."""
+        return self.shares.get(name, 0.0)

@@ -1,0 +1,132 @@
+"""From positions in the data order to training examples with their noise, independent of how the work is split.
+
+The data order is cut into blocks of `block` consecutive positions. Everything random about a block (encoder noise, noise
+level, augmentation, noise, label dropout) comes from one generator seeded by (seed, first position). Processes and
+micro-batches take whole blocks, so neither their number nor their size changes any draw.
+"""
+
+import torch
+import torch.utils.data
+
+from torch_utils.random import hash_seed, seeded_generator
+from training.dataset import load_arrays, order
+from training.losses import Draws
+
+CACHE_BYTES = 2**29  # data sets that decode to less stay in memory as tensors
+
+
+def block_slices(position, count, block):
+    """[(first, size)] blocks of the positions position .. position + count - 1; the last one may be shorter."""
+    return [(first, min(block, position + count - first)) for first in range(position, position + count, block)]
+
+
+def share(items, rank, world_size):
+    """The contiguous part of `items` that falls to `rank`; parts differ in length by one at most, some may be empty."""
+    small, extra = divmod(len(items), world_size)
+    start = rank * small + min(rank, extra)
+    return items[start : start + small + (rank < extra)]
+
+
+class _Rounds(torch.utils.data.Sampler):
+    """Endless lists of data-set indices, one list per block of this rank; rounds follow each other without a gap."""
+
+    def __init__(self, num_items, position, count, block, rank, world_size, seed, shuffle):
+        self.arguments = num_items, position, count, block, rank, world_size, seed, shuffle
+
+    def __iter__(self):
+        num_items, position, count, block, rank, world_size, seed, shuffle = self.arguments
+        while True:
+            for first, size in share(block_slices(position, count, block), rank, world_size):
+                yield order(range(first, first + size), num_items, seed, shuffle).tolist()
+            position += count
+
+
+class Feed:
+    """Blocks of (first position, images uint8 or float32 [b, C, H, W], labels [b, K]) on `device`, for this rank.
+
+    Small data sets live in memory; larger ones come through a DataLoader that reads ahead with `workers` processes.
+    """
+
+    def __init__(
+        self,
+        dataset,  # training.dataset.Dataset
+        seed=0,  # of the data order
+        block=32,  # positions per block
+        device="cpu",
+        rank=0,
+        world_size=1,
+        workers=2,  # loader processes, for data sets that do not fit in memory
+        cache=None,  # keep all decoded images in memory; None: if they take less than CACHE_BYTES
+        shuffle=True,
+    ):
+        self.dataset = dataset
+        self.seed, self.block, self.shuffle = seed, block, shuffle
+        self.device = torch.device(device)
+        self.rank, self.world_size, self.workers = rank, world_size, workers
+        if cache is None:
+            image, _ = dataset[0]
+            cache = image.nbytes * len(dataset) < CACHE_BYTES
+        self.arrays = load_arrays(dataset) if cache else None
+        self.loader, self.expected = None, None
+
+    def blocks(self, position, count):
+        """Blocks of this rank among the positions position .. position + count - 1."""
+        slices = share(block_slices(position, count, self.block), self.rank, self.world_size)
+        for first, size in slices:
+            if self.arrays is not None:
+                index = torch.as_tensor(order(range(first, first + size), len(self.dataset), self.seed, self.shuffle))
+                images, labels = (a[index] for a in self.arrays)
+            else:
+                images, labels = self._next(position, count, restart=first == slices[0][0])
+            yield first, images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def _next(self, position, count, restart):
+        if restart and self.expected != (position, count):  # first use, or the number of candidates changed
+            rounds = _Rounds(
+                len(self.dataset), position, count, self.block, self.rank, self.world_size, self.seed, self.shuffle
+            )
+            self.loader = iter(
+                torch.utils.data.DataLoader(
+                    self.dataset,
+                    batch_sampler=rounds,
+                    num_workers=self.workers,
+                    pin_memory=self.device.type == "cuda",
+                    prefetch_factor=4 if self.workers else None,
+                )
+            )
+        self.expected = (position + count, count)
+        return next(self.loader)
+
+
+class Candidates:
+    """What a selector chooses from in one step: iterating draws micro-batches of Draws lazily, in data order.
+
+    batch: images to train on in this step, over all ranks. count: candidates over all ranks. generator: a CPU generator,
+    the same on every rank, for the selection's own choices. cur_nimg: images trained on so far. first: index, among the
+    candidates of all ranks, of this rank's first one.
+    """
+
+    def __init__(self, feed, encoder, loss, position, count, batch, cur_nimg, max_batch=None):
+        self.feed, self.encoder, self.loss = feed, encoder, loss
+        self.position, self.count, self.batch, self.cur_nimg = position, count, batch, cur_nimg
+        self.max_batch = max_batch or count
+        self.generator = torch.Generator().manual_seed(hash_seed(feed.seed, position, 1))
+        slices = share(block_slices(position, count, feed.block), feed.rank, feed.world_size)
+        self.first = slices[0][0] - position if slices else 0
+
+    def __iter__(self):
+        pending = None
+        for first, images, labels in self.feed.blocks(self.position, self.count):
+            block = self.draw_block(first, images, labels)
+            pending = block if pending is None else Draws.cat([pending, block])
+            while len(pending) >= self.max_batch:
+                yield pending[: self.max_batch]
+                pending = pending[self.max_batch :]
+        if pending is not None and len(pending):
+            yield pending
+
+    def draw_block(self, first, images, labels):
+        """The Draws of one block, a function of (seed, first position, images) alone."""
+        generator = seeded_generator(self.feed.device, self.feed.seed, first)
+        latents = self.encoder.encode_latents(images, generator)
+        return self.loss.draw(latents, labels if labels.shape[1] else None, generator)

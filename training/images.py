@@ -1,0 +1,55 @@
+"""Pictures: uint8 tensors to PNG files, and labelled grids with a row per source."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+
+from dnnlib.util import atomic_write
+
+
+def to_pil(image):
+    """uint8 tensor or array [C, H, W] with 1 or 3 channels -> PIL image."""
+    array = np.asarray(image)
+    if array.shape[0] == 1:
+        return PIL.Image.fromarray(array[0], "L")
+    return PIL.Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)), "RGB")
+
+
+def png_bytes(image):
+    """The bytes of `image` [C, H, W] as an uncompressed PNG (as EDM2's tools write them)."""
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, format="png", compress_level=0, optimize=False)
+    return buffer.getvalue()
+
+
+def save_grid(path, rows, titles=None, zoom=None, background=255):
+    """One PNG with a row of images per entry of `rows`, each row a sequence of uint8 [C, H, W]; written atomically.
+
+    titles: text left of each row. zoom: integer factor; None: so that small images are at least 32 pixels wide.
+    """
+    rows = [list(row) for row in rows if len(row)]
+    if not rows:
+        return
+    height, width = rows[0][0].shape[-2:]
+    zoom = zoom or max(1, -(-32 // width))
+    margin = 2
+    left = 0
+    if titles:
+        left = 8 + 7 * max(len(str(t)) for t in titles)
+    size = (
+        left + max(map(len, rows)) * (width * zoom + margin) + margin,
+        len(rows) * (height * zoom + margin) + margin,
+    )
+    canvas = PIL.Image.new("RGB", size, (background,) * 3)
+    pen = PIL.ImageDraw.Draw(canvas)
+    for y, row in enumerate(rows):
+        top = margin + y * (height * zoom + margin)
+        if titles:
+            pen.text((4, top + height * zoom // 2 - 6), str(titles[y]), fill=(0, 0, 0))
+        for x, image in enumerate(row):
+            tile = to_pil(image).resize((width * zoom, height * zoom), PIL.Image.NEAREST)
+            canvas.paste(tile, (left + margin + x * (width * zoom + margin), top))
+    with atomic_write(path) as file:
+        canvas.save(file, format="png")

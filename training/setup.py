@@ -1,0 +1,347 @@
+"""From a TrainingConfig to the parts of a run. Each choice by name is one entry of one dict below.
+
+An entry of your own (`ARCHS["mine"] = build_mine`) is a choice of `train_edm2.py` at once.
+"""
+
+import functools
+import json
+import math
+import subprocess
+import warnings
+from pathlib import Path
+
+import torch
+
+from dnnlib.util import atomic_write
+from torch_utils import checkpoint, persistence
+from torch_utils import distributed as dist
+from torch_utils.random import hash_seed
+from training import encoders, losses, phema, processes, selection
+from training.config import check_same_run
+from training.dataset import ImageFolderDataset
+from training.feed import Feed
+from training.networks_edm2 import Precond
+from training.schedules import SCHEDULES
+from training.training_loop import Periods, training_loop
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+def _given(**options):
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def build_edm2(config, interface):
+    """The EDM2 U-Net (training/networks_edm2.py)."""
+    return Precond(
+        **interface,
+        use_fp16=config.fp16,
+        sigma_data=config.sigma_data,
+        dropout=config.dropout,
+        **_given(
+            model_channels=config.channels,
+            channel_mult=config.channel_mult,
+            num_blocks=config.num_blocks,
+            attn_resolutions=config.attn_resolutions,
+            channels_per_head=config.channels_per_head,
+        ),
+        **config.net_options,
+    )
+
+
+_SONG = dict(model_type="SongUNet", model_channels=128, channel_mult=[2, 2, 2])
+_EDM_ARCHS = {
+    "ddpmpp": dict(
+        _SONG, embedding_type="positional", encoder_type="standard", decoder_type="standard",
+        channel_mult_noise=1, resample_filter=[1, 1],
+    ),
+    "ncsnpp": dict(
+        _SONG, embedding_type="fourier", encoder_type="residual", decoder_type="standard",
+        channel_mult_noise=2, resample_filter=[1, 3, 3, 1],
+    ),
+    "adm": dict(model_type="DhariwalUNet", model_channels=192, channel_mult=[1, 2, 3, 4]),
+}  # fmt: skip
+_PRECONDS = {"edm": "EDMPrecond", "vp": "VPPrecond", "ve": "VEPrecond"}
+
+
+def build_edm(config, interface):
+    """The EDM-era networks (training/networks_edm.py): ddpmpp, ncsnpp, adm with EDM, VP or VE preconditioning."""
+    from training import networks_edm
+
+    if config.precond not in _PRECONDS:
+        raise ValueError(f"--precond={config.precond} is unknown; known: {', '.join(_PRECONDS)}")
+    options = dict(_EDM_ARCHS[config.arch])
+    options.update(
+        _given(
+            model_channels=config.channels,
+            channel_mult=config.channel_mult,
+            num_blocks=config.num_blocks,
+            attn_resolutions=config.attn_resolutions,
+            augment_dim=9 if config.augment else None,
+        )
+    )
+    if config.precond == "edm":
+        options["sigma_data"] = config.sigma_data
+    options.update(config.net_options)
+    build = getattr(networks_edm, _PRECONDS[config.precond])
+    return build(**interface, use_fp16=config.fp16, dropout=config.dropout, **options)
+
+
+ARCHS = {"edm2": build_edm2, "ddpmpp": build_edm, "ncsnpp": build_edm, "adm": build_edm}
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+LOSSES = {
+    "edm2": lambda config, common: losses.EDM2Loss(config.P_mean, config.P_std, **common),
+    "edm": lambda config, common: losses.EDMLoss(config.P_mean, config.P_std, **common),
+    "vp": lambda config, common: losses.VPLoss(**common),
+    "ve": lambda config, common: losses.VELoss(**common),
+}
+
+
+def build_process(config):
+    """The noise of a run: a kernel or process of training/processes."""
+    if config.process == "pfgmpp":
+        return processes.get("pfgmpp", **_given(D=config.aug_dim))
+    return processes.get(config.process)
+
+
+def build_loss(config, references):
+    """The loss of a run. references: callable (n, generator) -> (images, labels), clean and encoded, for stable targets."""
+    kernel = build_process(config)
+    if not hasattr(kernel, "unit_noise"):
+        raise ValueError(
+            f"--process={config.process} has no training noise of its own: train with edm and sample with it"
+        )
+    augment = None
+    if config.augment:
+        from training.augment import AugmentPipe
+
+        augment = AugmentPipe(p=config.augment, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
+    uncertainty = config.uncertainty
+    if uncertainty is None and not getattr(kernel, "logvar_default", True):
+        uncertainty = False  # the head would chase a mean that does not exist
+    stable = None
+    if config.stf:
+        stable = losses.StableTargets(references, config.stf_refs, getattr(kernel, "D", math.inf))
+    common = _given(
+        sigma_data=config.sigma_data, kernel=kernel, augment=augment, label_dropout=config.label_dropout,
+        uncertainty=uncertainty, stable_targets=stable,
+    )  # fmt: skip
+    return _choose(LOSSES, "loss", config.loss)(config, common)
+
+
+def _choose(table, option, name):
+    if name not in table:
+        raise ValueError(f"--{option}={name} is unknown; known: {', '.join(sorted(table))}")
+    return table[name]
+
+
+# --- optimization -----------------------------------------------------------------------------------------------------
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adamax": torch.optim.Adamax}
+
+EMAS = {
+    "power": lambda config, objective: phema.PowerFunctionEMA(objective, config.ema_std),
+    "halflife": lambda config, objective: phema.HalfLifeEMA(objective, config.ema_halflife, config.ema_rampup),
+    "decay": lambda config, objective: phema.DecayEMA(objective, config.ema_decay),
+}
+
+# --- selection --------------------------------------------------------------------------------------------------------
+
+
+def build_selector(config, device):
+    """IdentitySelector, or a LossSelector around the function named by --select."""
+    if config.select == "none":
+        return selection.IdentitySelector()
+    reference = None
+    if config.reference is not None:
+        reference = persistence.load_snapshot(config.reference, device).net
+    return selection.LossSelector(
+        _choose(selection.FUNCTIONS, "select", config.select),
+        reference=reference,
+        filter_ratio=config.filter_ratio,
+        scope=config.select_scope,
+        score_scale=config.score_scale,
+        when=config.select_when,
+        select_from=config.select_from,
+        select_until=math.inf if config.select_until is None else config.select_until,
+        options=config.select_options,
+    )
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def open_dataset(config):
+    """The training data. Raises ValueError where --cond asks for labels that are not there."""
+    dataset = ImageFolderDataset(
+        config.data, use_labels=config.cond, xflip=config.xflip, max_size=config.max_images, random_seed=config.seed
+    )
+    if config.cond and not dataset.has_labels:
+        raise ValueError(f"--data={config.data} has no labels: give --cond=False, or a data set with dataset.json")
+    return dataset
+
+
+def interface_of(dataset, encoder):
+    """{img_resolution, img_channels, label_dim} as the network sees them."""
+    image, label = dataset[0]
+    latent = encoder.encode_latents(torch.as_tensor(image)[None])
+    return dict(img_resolution=latent.shape[-1], img_channels=latent.shape[1], label_dim=len(label))
+
+
+def build_network(config, interface, device):
+    """The network with weights that depend on the seed alone, or from --init."""
+    torch.manual_seed(hash_seed(config.seed, 0))
+    net = _choose(ARCHS, "arch", config.arch)(config, interface).to(device)
+    if config.init is not None:
+        donor = persistence.load_snapshot(config.init, device).net
+        try:
+            net.load_state_dict(donor.state_dict())
+        except RuntimeError as err:
+            raise ValueError(f"--init={config.init} does not fit the network ({str(err).splitlines()[0]})") from err
+    return net.train().requires_grad_(True)
+
+
+def _references(dataset, encoder, device):
+    """Random clean examples of the data set, by generator: what losses with reference images are built with."""
+
+    def references(n, generator):
+        index = torch.randint(len(dataset), [n], generator=generator, device=generator.device).tolist()
+        items = [dataset[i] for i in index]
+        images = torch.stack([torch.as_tensor(image) for image, _ in items]).to(device)
+        labels = torch.stack([torch.as_tensor(label) for _, label in items]).to(device)
+        return encoder.encode_latents(images, generator), labels if labels.shape[1] else None
+
+    return references
+
+
+def git_commit():
+    """The commit of this checkout, or None."""
+    try:
+        out = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+        return out.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def check_inputs(config, outdir):
+    """Raises ValueError for what would fail later: another run in `outdir`, unreadable data, unknown names."""
+    check_same_run(outdir, config)
+    open_dataset(config)
+    tables = (ARCHS, "arch"), (LOSSES, "loss"), (OPTIMIZERS, "optimizer"), (SCHEDULES, "lr_schedule")
+    for table, name in tables:
+        _choose(table, name.replace("_", "-"), getattr(config, name))
+    build_process(config)
+    if config.val_data:
+        ImageFolderDataset(config.val_data)
+    for name in ("init", "reference"):
+        if getattr(config, name) is not None:
+            persistence.read_header(getattr(config, name))
+
+
+def grid_shape(config):
+    """([C, R, R], label_dim, sources present) of the latents that the network makes: what a sample grid needs."""
+    dataset = open_dataset(config)
+    interface = interface_of(dataset, encoders.for_channels(dataset.num_channels))
+    shape = [interface["img_channels"], interface["img_resolution"], interface["img_resolution"]]
+    present = sorted({int(k) for k in dataset.raw_labels}) if dataset.has_onehot_labels else None
+    return shape, interface["label_dim"], present
+
+
+def train(config, outdir, device="cpu", resume=None, hooks=None):
+    """Run (or resume) the training that `config` describes in the folder `outdir`; returns the TrainingLoop.
+
+    resume: a checkpoint to continue from; None takes the newest sound one in `outdir`, if any. hooks: dict of
+    on_status, on_snapshot, stop_requested (see TrainingLoop). Raises ValueError for bad input before anything is
+    written, TrainingFailed if training breaks down.
+    """
+    outdir = Path(outdir)
+    device = torch.device(device)
+    check_same_run(outdir, config)
+    dataset = open_dataset(config)
+    encoder = encoders.for_channels(dataset.num_channels)
+    interface = interface_of(dataset, encoder)
+    _fast_math(config)
+    net = build_network(config, interface, device)
+    loss = build_loss(config, _references(dataset, encoder, device)).to(device)
+    objective = losses.Objective(net, loss)
+    optimizer = _choose(OPTIMIZERS, "optimizer", config.optimizer)(
+        objective.param_groups(), lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay
+    )
+    schedule = _choose(SCHEDULES, "lr-schedule", config.lr_schedule)
+    ema = _choose({"none": lambda *_: None, **EMAS}, "ema", config.ema)(config, objective)
+    selector = build_selector(config, device)
+    _warn_no_effect(config)
+    feed = Feed(
+        dataset,
+        seed=config.seed,
+        block=config.block,
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        workers=config.workers,
+    )
+    if resume is None:
+        resume = dist.broadcast_object(str(checkpoint.newest_sound(outdir) or "") if dist.get_rank() == 0 else None)
+    if dist.get_rank() == 0:
+        outdir.mkdir(parents=True, exist_ok=True)
+        with atomic_write(outdir / "training_options.json", "w") as file:
+            json.dump(config.to_dict(), file, indent=2)
+    dist.barrier()
+    dist.print0(f"Network: {sum(p.numel() for p in net.parameters()):,} parameters, {interface}")
+    header = dict(
+        options=config.to_dict(),
+        dataset=dict(
+            path=str(config.data), num_images=len(dataset), label_dim=dataset.label_dim, class_names=dataset.class_names
+        ),
+        git_commit=git_commit(),
+    )
+    return training_loop(
+        objective,
+        feed,
+        encoder,
+        selector,
+        optimizer,
+        ema,
+        functools.partial(_learning_rate, schedule, config),
+        outdir,
+        Periods(
+            total_nimg=config.total_nimg,
+            slice_nimg=config.slice_nimg,
+            status_nimg=config.status_nimg,
+            snapshot_nimg=config.snapshot_nimg,
+            checkpoint_nimg=config.checkpoint_nimg,
+            keep=config.keep,
+        ),
+        batch_size=config.batch_size,
+        batch_gpu=config.batch_gpu or None,
+        seed=config.seed,
+        loss_scaling=config.loss_scaling,
+        grad_clip=config.grad_clip,
+        header=header,
+        snapshot_dtype=torch.float16 if config.snapshot_fp16 else None,
+        resume=resume or None,
+        **(hooks or {}),
+    )
+
+
+def _learning_rate(schedule, config, cur_nimg):
+    return schedule(cur_nimg, config.batch_size, config.lr, config.decay, config.rampup)
+
+
+def _fast_math(config):
+    torch.backends.cudnn.benchmark = config.bench
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def _warn_no_effect(config):
+    """Options that are given but do nothing deserve a word."""
+    if config.select == "none" and config.reference is not None:
+        warnings.warn("--reference has no effect without --select", stacklevel=2)
+    if config.label_dropout and not config.cond:
+        warnings.warn("--label-dropout has no effect without labels", stacklevel=2)

@@ -1,0 +1,358 @@
+"""The training loop. It knows contracts only: an Objective, a selector, averages, and hooks; no process, loss or data set.
+
+One step: the selector turns candidates into micro-batches of Draws; losses are summed over them on every process;
+gradients are summed over processes and divided by the number of trained examples. All randomness but the network's own
+dropout is a function of (seed, position in the data order), see training/feed.py.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from dnnlib.util import format_time
+from torch_utils import checkpoint, persistence
+from torch_utils import distributed as dist
+from torch_utils.random import hash_seed
+from torch_utils.training_stats import Collector
+from training.feed import Candidates
+
+MAX_BAD_STEPS = 100  # consecutive steps without one finite gradient, after which training stops
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the message says why and what to do."""
+
+
+@dataclasses.dataclass
+class Periods:
+    """Lengths and intervals in images; 0 switches an interval off."""
+
+    total_nimg: int
+    slice_nimg: int = 0  # train at most so many images in this invocation
+    status_nimg: int = 128 << 10
+    snapshot_nimg: int = 8 << 20
+    checkpoint_nimg: int = 128 << 20
+    keep: int = 0  # checkpoints to keep; 0: all
+
+
+@dataclasses.dataclass
+class State:
+    """Where the training stands."""
+
+    cur_nimg: int = 0  # images trained on
+    position: int = 0  # place in the data order: candidates read
+    elapsed: float = 0.0  # seconds, over all invocations
+
+
+class TrainingLoop:
+    """Everything that one run holds. `run()` trains until the total, the slice or a stop request."""
+
+    def __init__(
+        self,
+        objective,  # training.losses.Objective on its device
+        feed,  # training.feed.Feed
+        encoder,  # training.encoders.Encoder
+        selector,  # .candidates(batch), .minibatches(objective, candidates), .state_dict(), .load_state_dict()
+        optimizer,  # its param groups carry `lr_scale`
+        ema,  # .update(cur_nimg, batch), .get(), .state_dict(), .load_state_dict(); or None
+        learning_rate,  # cur_nimg -> lr
+        run_dir,  # existing folder
+        periods,  # Periods
+        batch_size,  # images trained on per step, over all processes
+        batch_gpu=None,  # largest micro-batch per process; None: no limit
+        seed=0,  # of everything random
+        loss_scaling=1.0,  # factor on the loss before backward (fp16); never divided out, as in EDM2
+        grad_clip=None,  # global norm; None: no clipping
+        header=None,  # plain data for the snapshots' headers
+        snapshot_dtype=None,  # storage type of parameters in snapshots; None: as they are
+        on_status=None,  # (loop) -> dict of further statistics or None; called on every process
+        on_snapshot=None,  # (loop, [(module, name)]) -> None; called on every process
+        stop_requested=None,  # () -> bool; True on any process ends training after the step
+    ):
+        for name in ("snapshot_nimg", "checkpoint_nimg"):
+            if getattr(periods, name) % 1024:
+                raise ValueError(f"{name}={getattr(periods, name)} must be a multiple of 1024 images (1Ki)")
+        for name in ("total_nimg", "slice_nimg", "status_nimg", "snapshot_nimg", "checkpoint_nimg"):
+            if getattr(periods, name) % batch_size:
+                raise ValueError(f"{name}={getattr(periods, name)} must be a multiple of the batch size {batch_size}")
+        self.objective, self.feed, self.encoder, self.selector = objective, feed, encoder, selector
+        self.optimizer, self.ema, self.learning_rate = optimizer, ema, learning_rate
+        self.run_dir, self.periods = Path(run_dir), periods
+        self.batch_size, self.batch_gpu, self.seed = batch_size, batch_gpu, seed
+        self.loss_scaling, self.grad_clip = loss_scaling, grad_clip
+        self.header, self.snapshot_dtype = header or {}, snapshot_dtype
+        self.on_status, self.on_snapshot = on_status, on_snapshot
+        self.stop_requested = stop_requested or (lambda: False)
+        self.state = State()
+        self.stats = Collector(feed.device)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.bad_steps = torch.zeros([], device=feed.device)  # consecutive steps without finite gradients
+        self.interrupted = False
+
+    # --- saving and loading ------------------------------------------------------------------------------------------
+
+    def state_dict(self):
+        """Everything a resumed run needs, as plain types."""
+        return {
+            "state": dataclasses.asdict(self.state),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "selector": self.selector.state_dict(),
+        }
+
+    def load(self, path):
+        """Continue from a checkpoint. Raises ValueError if it is damaged or does not fit."""
+        data = checkpoint.load(path)
+        try:
+            self.objective.load_state_dict(data["objective"])
+            self.optimizer.load_state_dict(data["optimizer"])
+            if self.ema is not None:
+                self.ema.load_state_dict(data["ema"])
+            self.selector.load_state_dict(data["selector"])
+            self.state = State(**data["state"])
+        except (KeyError, RuntimeError, TypeError) as err:
+            raise ValueError(f"{path}: does not fit this model ({str(err).splitlines()[0]})") from err
+
+    def save_checkpoint(self):
+        self._check_ranks_agree()
+        if dist.get_rank() == 0:
+            checkpoint.save(self.run_dir / f"training-state-{self.kimg:07d}.pt", self.state_dict())
+            checkpoint.remove_old(self.run_dir, self.periods.keep)
+        dist.barrier()
+
+    def save_snapshots(self):
+        averages = self.ema.get() if self.ema is not None else [(self.objective, "ema")]
+        if dist.get_rank() == 0:
+            for objective, name in averages:
+                process = getattr(objective.loss, "process", None)
+                tensors = process.state_dict() if isinstance(process, torch.nn.Module) else {}
+                persistence.save_snapshot(
+                    self.run_dir / f"network-snapshot-{self.kimg:07d}-{name}.safetensors",
+                    objective.net,
+                    encoder=self.encoder,
+                    process=objective.loss.process_spec() if hasattr(objective.loss, "process_spec") else None,
+                    tensors={f"process.{k}": v for k, v in tensors.items()},
+                    dtype=self.snapshot_dtype,
+                    nimg=self.state.cur_nimg,
+                    ema=name,
+                    **self.header,
+                )
+        if self.on_snapshot is not None:
+            self.on_snapshot(self, averages)
+        dist.barrier()
+
+    @property
+    def kimg(self):
+        return self.state.cur_nimg // 1000
+
+    def _check_ranks_agree(self):
+        """All processes must hold the same weights; a difference means diverged or broken hardware."""
+        total = torch.stack([p.detach().double().sum() for p in self.parameters]).sum().reshape(1)
+        low, high = dist.all_reduce_(total.clone(), "min"), dist.all_reduce_(total.clone(), "max")
+        if not torch.equal(low, high) and bool(low.isfinite()):
+            raise TrainingFailed("the processes hold different weights: resume from the last checkpoint")
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def step(self):
+        """Train on one batch; returns nothing, reports Loss/loss and Loss/learning_rate."""
+        torch.manual_seed(hash_seed(self.seed, dist.get_rank(), self.state.cur_nimg))  # dropout only
+        candidates = Candidates(
+            self.feed,
+            self.encoder,
+            self.objective.loss,
+            position=self.state.position,
+            count=self.selector.candidates(self.batch_size),
+            batch=self.batch_size,
+            cur_nimg=self.state.cur_nimg,
+            max_batch=self.batch_gpu,
+        )
+        self.optimizer.zero_grad(set_to_none=False)
+        self.objective.train()
+        count = 0
+        self.stats.report("Loss/loss", [])
+        for draws in self.selector.minibatches(self.objective, candidates):
+            losses = self.objective(draws)
+            self.stats.report("Loss/loss", losses)
+            (losses.sum() * (self.loss_scaling / self.batch_size)).backward()
+            count += len(draws)
+        lr = self.learning_rate(self.state.cur_nimg)
+        self.stats.report("Loss/learning_rate", lr)
+        self._apply_gradients(lr, count)
+        self.state.position += candidates.count
+        self.state.cur_nimg += self.batch_size
+        if self.ema is not None:
+            self.ema.update(self.state.cur_nimg, self.batch_size)
+
+    def _apply_gradients(self, lr, count):
+        gradients = []
+        for p in self.parameters:
+            if p.grad is None:  # a parameter the loss never touched still takes part in the reduction
+                p.grad = torch.zeros_like(p)
+            gradients.append(p.grad)
+        # Gradients are sums over examples / batch_size; what the ranks trained on together need not be batch_size.
+        extra = torch.tensor([float(count), float(self.stop_requested())], device=gradients[0].device)
+        dist.all_reduce_flat_([*gradients, extra])
+        trained, stop = extra.tolist() if dist.get_world_size() > 1 else (count, float(self.stop_requested()))
+        self.interrupted = stop > 0
+        if trained < 1:
+            raise TrainingFailed("no example was selected on any process: lower the filter ratio")
+        if trained != self.batch_size:
+            torch._foreach_mul_(gradients, self.batch_size / trained)
+        finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+        self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
+        self.stats.report("Progress/nonfinite_steps", (~finite).double())
+        for g in gradients:
+            torch.nan_to_num(g, nan=0, posinf=0, neginf=0, out=g)
+        if self.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        self.optimizer.step()
+        if self.state.cur_nimg // self.batch_size % MAX_BAD_STEPS == 0 and int(self.bad_steps) >= MAX_BAD_STEPS:
+            raise TrainingFailed(
+                f"the last {int(self.bad_steps)} steps had non-finite gradients, at {self.kimg} kimg: "
+                f"lower --lr or --ls, or train with --fp16=False"
+            )
+
+    # --- status ------------------------------------------------------------------------------------------------------
+
+    def _status(self, clock):
+        now = time.time()
+        process = psutil.Process(os.getpid())
+        memory = process.memory_info().rss
+        for child in process.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                memory += child.memory_info().rss
+        gpu = self.feed.device.type == "cuda"
+        fields = {
+            "Progress/kimg": self.state.cur_nimg / 1e3,
+            "Timing/total_sec": self.state.elapsed + now - clock.start,
+            "Timing/sec_per_tick": now - clock.tick,
+            "Timing/sec_per_kimg": clock.training / max(clock.nimg, 1) * 1e3,
+            "Timing/maintenance_sec": now - clock.tick - clock.training,
+            "Resources/cpu_mem_gb": memory / 2**30,
+            "Resources/peak_gpu_mem_gb": torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0,
+            "Resources/peak_gpu_mem_reserved_gb": torch.cuda.max_memory_reserved() / 2**30 if gpu else 0.0,
+        }
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        fields.update(self.stats.means())
+        fields.update(self.selector.statistics() if hasattr(self.selector, "statistics") else {})
+        fields["Progress/nonfinite_loss_share"] = self.stats.nonfinite_share("Loss/loss")
+        if fields.get("Progress/nonfinite_steps"):
+            share = fields["Progress/nonfinite_steps"]
+            dist.print0(f"Warning: {share:.1%} of the steps had non-finite gradients; these entries were set to zero")
+        if self.on_status is not None:
+            fields.update(self.on_status(self) or {})
+        if dist.get_rank() == 0:
+            line = (
+                f"Status: kimg {fields['Progress/kimg']:<9.1f} time {format_time(fields['Timing/total_sec']):<12s} "
+                f"sec/tick {fields['Timing/sec_per_tick']:<8.2f} sec/kimg {fields['Timing/sec_per_kimg']:<7.3f} "
+                f"maintenance {fields['Timing/maintenance_sec']:<7.2f} cpumem {fields['Resources/cpu_mem_gb']:<6.2f} "
+                f"gpumem {fields['Resources/peak_gpu_mem_gb']:<6.2f} "
+                f"reserved {fields['Resources/peak_gpu_mem_reserved_gb']:<6.2f}"
+            )
+            loss = fields.get("Loss/loss")
+            print(line + (f" loss {loss:<9.4f}" if loss is not None else ""), flush=True)
+            with open(self.run_dir / "stats.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({**fields, "timestamp": now}) + "\n")
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def _due(self, period, anyway=False):
+        return bool(period) and (anyway or self.state.cur_nimg % period == 0)
+
+    def run(self):
+        """Train. Returns the final State; `interrupted` tells whether a stop request ended it."""
+        periods, state = self.periods, self.state
+        start = state.cur_nimg
+        stop = periods.total_nimg
+        if periods.slice_nimg:
+            unit = periods.checkpoint_nimg or periods.snapshot_nimg or self.batch_size
+            rounded = (start + periods.slice_nimg) // unit * unit
+            stop = min(stop, rounded if rounded > start else start + periods.slice_nimg)
+        if stop <= start:
+            dist.print0(f"Nothing to do: {start} of {periods.total_nimg} images are already trained.")
+            return state
+        dist.print0(f"Training from {start / 1e3:g} kimg to {stop / 1e3:g} kimg:")
+        clock = _Clock()
+        bar = tqdm(
+            total=periods.total_nimg,
+            initial=start,
+            unit="img",
+            unit_scale=True,
+            disable=dist.get_rank() != 0,
+            mininterval=1.0,
+        )
+        try:
+            while True:
+                done = state.cur_nimg >= stop or self.interrupted
+                fresh = state.cur_nimg != start or start == 0
+                if fresh and self._due(periods.status_nimg, done):
+                    self._status(clock)
+                    clock.restart_tick()
+                if fresh and self._due(periods.snapshot_nimg, state.cur_nimg >= periods.total_nimg):
+                    self.save_snapshots()
+                if state.cur_nimg != start and (done or self._due(periods.checkpoint_nimg)):
+                    state.elapsed += clock.lap()
+                    self.save_checkpoint()
+                if done:
+                    break
+                with clock.step(self.batch_size):
+                    self.step()
+                bar.update(self.batch_size)
+        finally:
+            bar.close()
+        return state
+
+
+class _Clock:
+    """Seconds since the start, since the last status, and of those spent in training steps."""
+
+    def __init__(self):
+        self.start = self.tick = time.time()
+        self.training, self.nimg = 0.0, 0
+
+    def restart_tick(self):
+        self.tick, self.training, self.nimg = time.time(), 0.0, 0
+
+    def lap(self):
+        now = time.time()
+        seconds, self.start = now - self.start, now
+        return seconds
+
+    def step(self, nimg):
+        clock, begin = self, time.time()
+
+        class Timer:
+            def __enter__(self):
+                pass
+
+            def __exit__(self, *exc):
+                clock.training += time.time() - begin
+                clock.nimg += nimg
+
+        return Timer()
+
+
+def training_loop(*args, resume=None, **kwargs):
+    """Make a TrainingLoop (same arguments), continue from the checkpoint `resume` if given, run it, and return it."""
+    loop = TrainingLoop(*args, **kwargs)
+    if resume is not None:
+        dist.print0(f"Resuming from {resume}")
+        loop.load(resume)
+    dist.broadcast_([*loop.objective.parameters(), *loop.objective.buffers()])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
+        loop.run()
+    return loop
