@@ -122,6 +122,14 @@ def _detectors(metrics, device):
         raise ValueError(f"--metrics={metrics}: {error}") from None
 
 
+def _writable(path):
+    """Fail before the work, not after it."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise ValueError(f"--dest={path}: cannot write there; give a file in a writable folder")
+
+
 def _print(result):
     from torch_utils import distributed
 
@@ -144,6 +152,7 @@ def ref(data, dest, metrics, per_source, batch, workers, device, features):
     if suffix != ".npz":
         dest = (root if suffix == ".pkl" else dest) + ".npz"
         click.echo(f"Statistics are stored as npz: writing {dest}", err=True)
+    _writable(dest)
     detectors, dataset = _detectors(metrics, device), _open(data, "--data")
     with progress_bar(len(dataset), "ref") as progress:
         sets = collect_dataset(
@@ -159,13 +168,18 @@ def ref(data, dest, metrics, per_source, batch, workers, device, features):
     _print(result | {"num_images": counts[0], "source_counts": counts[1:]})
 
 
-def _prepare(metrics, ref, data, train, batch, workers, device, **rest):
+def _prepare(metrics, ref, data, train, batch, distances, workers, device, **rest):
     """(detectors, {identity: reference}, {identity: training images} or None, device); refuses before any long work."""
+    from metrics.evaluate import check_measures
     from metrics.features import collect_dataset, progress_bar
     from metrics.references import load_references, require_detectors
 
     if (ref is None) == (data is None):
         raise ValueError("give either --ref=FILE or --data=ZIP as the reference")
+    try:
+        check_measures(distances.split(","))
+    except ValueError as error:
+        raise ValueError(f"--distances={distances}: {error}") from None
     device = _start(device)
     detectors = _detectors(metrics, device)
 
@@ -187,7 +201,7 @@ def _score(name, samples, prepared, seed, per_source, distances, splits, **rest)
     if distributed.get_rank() != 0:
         return
     options = {"seed": seed, "per_source": per_source, "splits": splits}
-    options["measures"] = tuple(part for part in distances.split(",") if part)
+    options["measures"] = distances.split(",")
     result = {"images": name, "seed": seed, "metrics": {}}
     for key, detector in detectors.items():
         seen = samples[key].statistics
@@ -268,6 +282,7 @@ def detector(data, holdout, dest, epochs, seed, device):
     device = _start(device)
     if distributed.get_world_size() > 1:
         raise ValueError("the detector is trained by one process: run it without torchrun")
+    _writable(dest)
     images, labels, num_classes = load_labelled(_open(data, "--data"))
     held = load_labelled(_open(holdout, "--holdout"))[:2] if holdout else (None, None)
     options = {"num_classes": num_classes, "epochs": epochs, "seed": seed, "device": device}

@@ -106,9 +106,7 @@ def compare(
 
     With a judge, `predicted` beside "overall" counts the samples by predicted source.
     """  # fmt: skip
-    unknown = set(measures) - set(MEASURES)
-    if unknown:
-        raise ValueError(f"unknown measure '{sorted(unknown)[0]}'; known: {', '.join(MEASURES)}")
+    check_measures(measures)
     require_same_detector(samples, reference)
     if train is not None:
         require_same_detector(samples, train, "the training images")
@@ -129,12 +127,20 @@ def compare(
     if verdicts:
         values, counts = np.unique(verdicts["samples"][0], return_counts=True)
         result["predicted"] = {str(v): int(c) for v, c in zip(values, counts, strict=True)}
-    if per_source and samples.num_sources:
+    if per_source and samples.num_sources and (reference.num_sources or verdicts):
         known = [s for s in range(max(samples.num_sources, reference.num_sources)) if _count(samples, s)]
         known += [s for s in range(reference.num_sources) if _count(reference, s) and s not in known]
         result["sources"] = {str(s): _section(samples, reference, s, **options) for s in sorted(known)}
         result["mean"] = _mean([section for section in result["sources"].values() if section["count"]])
     return result
+
+
+def check_measures(measures):
+    """Raises ValueError for a name that is none of MEASURES; returns the names as a tuple."""
+    for name in measures:
+        if name not in MEASURES:
+            raise ValueError(f"unknown distance '{name}'; known: {', '.join(MEASURES)}")
+    return tuple(measures)
 
 
 def _count(features, source):

@@ -53,7 +53,8 @@ def load_references(path):
         return _from_dict(_Unpickler(io.BytesIO(data)).load())
     except (pickle.UnpicklingError, zipfile.BadZipFile, KeyError, EOFError, IndexError, TypeError, AttributeError,
             ValueError, OverflowError, MemoryError) as error:  # fmt: skip
-        raise ValueError(f"'{path}' is no readable reference file ({error})") from None
+        reason = f"no entry {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"'{path}' is no readable reference file ({reason})") from None
 
 
 def require_detectors(references, identities, path):

@@ -16,7 +16,8 @@ class FeatureStatistics:
     >>> mu, sigma = statistics.moments(source=3)    # source=None: all images
 
     `n`: [1 + K] int64, `sum`: [1 + K, F], `outer`: [1 + K, F, F]; row 0 is overall. The width F is learned from the
-    first features. num_sources=0 keeps overall sums alone (K F^2 float64 values can be much).
+    first features. num_sources=0 keeps overall sums alone (K F^2 float64 values can be much); otherwise larger source
+    ids make room for themselves.
     """
 
     def __init__(self, num_sources=0):
@@ -29,6 +30,15 @@ class FeatureStatistics:
         self.sum = torch.zeros(rows, width, dtype=torch.float64)
         self.outer = torch.zeros(rows, width, width, dtype=torch.float64)
 
+    def _grow(self, num_sources):
+        """Make room for source ids that were not announced."""
+        more = num_sources - self.num_sources
+        if self.width is not None and more > 0:
+            for name in ("n", "sum", "outer"):
+                rows = getattr(self, name)
+                setattr(self, name, torch.cat([rows, rows.new_zeros(more, *rows.shape[1:])]))
+        self.num_sources = max(self.num_sources, num_sources)
+
     def update(self, features, labels=None):
         """features: [N, F]; labels: [N] integers (-1: no source; counted overall only) or None."""
         f = torch.as_tensor(features).detach().to("cpu", torch.float64)
@@ -39,10 +49,9 @@ class FeatureStatistics:
         if f.shape[1] != self.width:
             raise ValueError(f"features of width {f.shape[1]} after features of width {self.width}")
         self._add(0, f)
-        if self.num_sources and labels is not None:
+        if self.num_sources and labels is not None and len(labels):
             labels = torch.as_tensor(labels).cpu()
-            if len(labels) and int(labels.max()) >= self.num_sources:
-                raise ValueError(f"label {int(labels.max())} with {self.num_sources} sources (labels start at 0)")
+            self._grow(int(labels.max()) + 1)
             for source in labels.unique().tolist():
                 if source >= 0:
                     self._add(1 + source, f[labels == source])
@@ -54,16 +63,18 @@ class FeatureStatistics:
         self.outer[row] += f.T @ f
 
     def merge(self, other):
-        """Add the sums of another object (of the same width and sources, or empty)."""
+        """Add the sums of another object (of the same width, or empty)."""
         if other.width is None:
             return self
         if self.width is None:
             self._allocate(other.width)
-        if (self.width, self.num_sources) != (other.width, other.num_sources):
-            raise ValueError("statistics of different width or number of sources cannot be merged")
-        self.n += other.n
-        self.sum += other.sum
-        self.outer += other.outer
+        if self.width != other.width:
+            raise ValueError(f"statistics of widths {self.width} and {other.width} cannot be merged")
+        self._grow(other.num_sources)
+        rows = len(other.n)
+        self.n[:rows] += other.n
+        self.sum[:rows] += other.sum
+        self.outer[:rows] += other.outer
         return self
 
     def all_reduce(self):
@@ -73,9 +84,11 @@ class FeatureStatistics:
         device = communication_device()
         shape = torch.tensor([self.width or 0, self.num_sources], device=device)
         width, num_sources = all_reduce_(shape, "max").tolist()
+        self._grow(num_sources)
         if self.width is None and width > 0:
-            self.num_sources = num_sources
             self._allocate(width)
+        if self.width not in (None, width):
+            raise ValueError(f"features of width {self.width} on one process and {width} on another")
         if self.width is not None:
             for name in ("n", "sum", "outer"):
                 setattr(self, name, all_reduce_(getattr(self, name).to(device)).cpu())

@@ -1,0 +1,150 @@
+"""Detectors: the registry, pixel features, the classifier and its file."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from sklearn.datasets import load_digits
+
+from metrics.classifier import load_classifier, source_agreement, stratified_split, train_classifier
+from metrics.detectors import DETECTORS, get_detector, get_detectors, identity_of
+
+
+def digits():
+    data = load_digits()
+    return np.round(data.images * 255 / 16).astype(np.uint8)[:, None], data.target
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return train_classifier(*digits())
+
+
+def test_pixel_features_are_in_training_units():
+    images = torch.tensor([[[[0, 255]]], [[[51, 204]]]], dtype=torch.uint8)
+    features = get_detector("pixel").features(images)
+    np.testing.assert_allclose(features, [[-1, 1], [-0.6, 0.6]], rtol=1e-6)
+
+
+def test_own_detectors(monkeypatch):
+    monkeypatch.setitem(DETECTORS, "brightness", lambda argument: lambda images: images.float().mean(dim=(2, 3)))
+    images = torch.full((4, 3, 2, 2), 7, dtype=torch.uint8)
+    detector = get_detector("brightness")
+    assert detector.name == identity_of(detector) == "brightness"
+    assert detector.features(images).tolist() == [[7.0] * 3] * 4
+
+    def first_pixel(images):
+        return images[:, 0, 0, :1].float()
+
+    assert list(get_detectors(["pixel", first_pixel])) == ["pixel", "first_pixel"]
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("nothing", "known: .*pixel"),
+        ("classifier", "needs a file"),
+        ("classifier:missing.safetensors", "missing.safetensors.*does not exist"),
+        ("pixel:3", "no argument"),
+        ("fid", "not available yet"),
+        ("fd_dinov2", "not available yet"),
+        ("pixel,pixel", "twice"),
+    ],
+)
+def test_bad_specs(spec, message):
+    with pytest.raises(ValueError, match=message):
+        get_detectors(spec)
+
+
+def test_classifier_learns_all_ten_digits(judge):
+    assert judge.accuracy >= 0.97
+    images, labels = digits()
+    kept, held = stratified_split(labels, 0.2, seed=0)
+    right = judge.predict(torch.from_numpy(images[held])).numpy() == labels[held]
+    assert right.mean() == pytest.approx(judge.accuracy)  # measured on images it never saw
+    assert not set(kept) & set(held)
+    assert np.bincount(labels[held]).min() >= 34  # every source is held out
+
+
+def test_classifier_features(judge):
+    images = torch.from_numpy(digits()[0][:40])
+    features = judge.features(images)
+    assert features.shape == (40, 64)
+    assert features.dtype == torch.float32
+    one_by_one = torch.cat([judge.features(image[None]) for image in images])
+    np.testing.assert_allclose(features, one_by_one, rtol=1e-4, atol=1e-5)
+    assert judge.classify(features).tolist() == judge.predict(images).tolist()
+
+
+def test_classifier_file_holds_tensors_and_json_only(judge, tmp_path):
+    path = tmp_path / "d.safetensors"
+    judge.save(path)
+    again = load_classifier(path)
+    assert again.identity == judge.identity
+    assert again.accuracy == judge.accuracy
+    images = torch.from_numpy(digits()[0][:40])
+    assert torch.equal(again.features(images), judge.features(images))
+    with safetensors.safe_open(path, "pt") as f:
+        assert json.loads(f.metadata()["header"])["num_classes"] == 10
+    assert [p.name for p in tmp_path.iterdir()] == ["d.safetensors"]
+
+
+def test_bad_classifier_files(judge, tmp_path):
+    path = tmp_path / "d.safetensors"
+    path.write_bytes(b"not safetensors at all")
+    with pytest.raises(ValueError, match="not a classifier file"):
+        load_classifier(path)
+    safetensors.torch.save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="not a classifier"):
+        load_classifier(path)
+    judge.save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a classifier file"):
+        load_classifier(path)
+
+
+def test_classifier_refuses_other_images(judge):
+    with pytest.raises(ValueError, match=r"\[1, 8, 8\].*\[3, 8, 8\]"):
+        judge.features(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="uint8"):
+        judge.features(torch.zeros(2, 1, 8, 8))
+
+
+def test_training_is_seeded_and_leaves_the_global_generator_alone():
+    images, labels = digits()
+    images, labels = images[:200], labels[:200]
+    torch.manual_seed(5)
+    first = train_classifier(images, labels, epochs=1, width=8)
+    drawn = torch.randn(3)
+    torch.manual_seed(6)
+    again = train_classifier(images, np.eye(10)[labels], epochs=1, width=8)  # one-hot labels are labels too
+    assert first.identity == again.identity
+    assert first.identity != train_classifier(images, labels, epochs=1, width=8, seed=1).identity
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.randn(3))
+
+
+def test_training_errors():
+    images, labels = digits()
+    with pytest.raises(ValueError, match="uint8"):
+        train_classifier(images.astype(np.float32), labels)
+    with pytest.raises(ValueError, match="two sources"):
+        train_classifier(images[:20], np.zeros(20, int))
+    with pytest.raises(ValueError, match="label"):
+        train_classifier(images[:20], labels[:19])
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 5, 9)])
+def test_other_image_shapes(shape):
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) % 2
+    images = (rng.integers(0, 60, (40, *shape)) + 150 * labels[:, None, None, None]).astype(np.uint8)
+    assert train_classifier(images, labels, epochs=4, width=8, features=16, batch_size=16).accuracy == 1
+
+
+def test_source_agreement():
+    assert source_agreement([0, 1, 1, 2, 9], [0, 1, 2, 2, -1]) == {"overall": 0.75, 0: 1.0, 1: 1.0, 2: 0.5}
+    assert source_agreement([1], [-1]) == {"overall": None}
