@@ -1,11 +1,471 @@
-"""Readers of published archives. Nothing inside a file is ever executed. Needs no torch."""
+"""Readers of published archives: CIFAR, MNIST idx, ImageNet32 npz shards, TFRecords, LMDB, Tiny ImageNet.
+
+Nothing inside a file is ever executed: CIFAR's pickles go through a reader that knows three harmless names, protocol
+buffers are taken apart here. Needs no torch.
+"""
 
 from __future__ import annotations
 
-_READERS = ()  # functions path -> ImageSource, or None where the path is not theirs
+import gzip
+import io
+import os
+import pickle
+import re
+import struct
+import tarfile
+import zipfile
+import zlib
+
+import numpy as np
+
+from training.dataset_format import ImageSource, open_image
 
 
 def open_archive(path):
-    """Path -> ImageSource, or None where it is none of the known archives."""
-    sources = (reader(path) for reader in _READERS)
+    """Path -> ImageSource, or None where it is none of the known archives. ValueError where it is one but broken."""
+    sources = (reader(path) for reader in (_tiny_imagenet, _cifar, _mnist, _npz_shards, _tfrecords, _lmdb))
     return next((source for source in sources if source is not None), None)
+
+
+def _from_arrays(name, images, labels, num_classes, class_names=None, grey=False):
+    """uint8 [N,H,W] or [N,H,W,3] in memory -> ImageSource."""
+    import PIL.Image
+
+    if labels is not None:
+        if len(labels) != len(images) or not all(isinstance(k, (int, np.integer)) and k >= 0 for k in labels):
+            raise ValueError(f"{name}: {len(labels)} labels for {len(images)} images, or one that is no class index")
+        labels = [int(label) for label in labels]
+    return ImageSource(
+        name=name,
+        count=len(images),
+        read=lambda i: PIL.Image.fromarray(images[i]),
+        labels=labels,
+        num_classes=None if labels is None else max(num_classes or 0, max(labels, default=-1) + 1),
+        class_names=class_names,
+        grey=grey,
+        describe=lambda i: f"{name}[{i}]",
+        size=lambda i: images[i].shape[1::-1],
+    )
+
+
+# ----------------------------------------------------------------------------
+# CIFAR-10 and CIFAR-100, python version.
+
+
+class _Array:
+    """Stands for a NumPy array while a pickle is read: keeps shape and bytes, accepts nothing but uint8."""
+
+    def __init__(self, *_args):
+        self.value = None
+
+    def __setstate__(self, state):
+        _version, shape, dtype, fortran, data = state
+        if not isinstance(dtype, _DType) or dtype.name not in ("u1", "|u1", b"u1", b"|u1"):
+            raise pickle.UnpicklingError("only uint8 arrays are expected")
+        data = data.encode("latin1") if isinstance(data, str) else data
+        self.value = np.frombuffer(data, dtype=np.uint8).reshape(shape, order="F" if fortran else "C")
+
+
+class _DType:
+    def __init__(self, name, *_args):
+        self.name = name
+
+    def __setstate__(self, state):
+        pass
+
+
+def _latin1(text, encoding):
+    if encoding not in ("latin1", b"latin1"):
+        raise pickle.UnpicklingError("unexpected text encoding")
+    return text.encode("latin1")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dictionaries, lists, numbers, text and uint8 arrays; every other name is refused, nothing is imported."""
+
+    _NAMES = {"_reconstruct": lambda *_args: _Array(), "ndarray": _Array, "dtype": _DType}
+
+    def find_class(self, module, name):
+        if (module, name) == ("_codecs", "encode"):
+            return _latin1
+        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in self._NAMES:
+            return self._NAMES[name]
+        raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which no CIFAR archive needs")
+
+
+def _load_plain_pickle(data, name):
+    try:
+        content = _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
+    except Exception as err:  # A broken pickle can fail in any way at all.
+        raise ValueError(f"{name}: not read ({err})") from err
+    if not isinstance(content, dict):
+        raise ValueError(f"{name}: not read (no dictionary inside)")
+    content = {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
+    return {key: value.value if isinstance(value, _Array) else value for key, value in content.items()}
+
+
+def _cifar(path):
+    """The .tar.gz as published, or the folder inside it. The training part: 50 000 images, 10 or 100 classes."""
+    if os.path.isdir(path):
+        names = [name for name in os.listdir(path) if os.path.isfile(os.path.join(path, name))]
+        if not ({"data_batch_1", "batches.meta"} <= set(names) or {"train", "test", "meta"} <= set(names)):
+            return None
+        files = {}
+        for name in names:
+            if _is_cifar_part(name):
+                with open(os.path.join(path, name), "rb") as f:
+                    files[name] = f.read()
+    elif path.lower().endswith((".tar.gz", ".tgz", ".tar")):
+        try:
+            with tarfile.open(path) as tar:
+                members = [m for m in tar if m.isfile() and _is_cifar_part(os.path.basename(m.name))]
+                files = {os.path.basename(m.name): tar.extractfile(m).read() for m in members}
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as err:
+            raise ValueError(f"--source={path}: no readable tar archive, perhaps truncated ({err})") from err
+    else:
+        return None
+    parts = sorted(name for name in files if name.startswith("data_batch_") or name == "train")
+    if not parts:
+        raise ValueError(f"--source={path}: holds no CIFAR batches (data_batch_1 ... or train); extract other archives")
+    images, labels = [], []
+    for part in parts:
+        batch = _load_plain_pickle(files[part], f"{path}: {part}")
+        data = batch.get("data")
+        values = batch.get("labels", batch.get("fine_labels"))
+        if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != 3072 or not isinstance(values, list):
+            raise ValueError(f"{path}: {part} has no uint8 data [N,3072] with labels")
+        images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels += values
+    meta_name = next((name for name in ("batches.meta", "meta") if name in files), None)
+    meta = _load_plain_pickle(files[meta_name], f"{path}: {meta_name}") if meta_name else {}
+    class_names = meta.get("label_names", meta.get("fine_label_names"))
+    num_classes = 100 if parts == ["train"] else 10
+    if not isinstance(class_names, list) or len(class_names) != num_classes:
+        class_names = None
+    return _from_arrays(
+        "cifar100" if parts == ["train"] else "cifar10",
+        np.ascontiguousarray(np.concatenate(images)),
+        labels,
+        num_classes,
+        class_names and [str(name) for name in class_names],
+    )
+
+
+def _is_cifar_part(name):
+    return re.fullmatch(r"data_batch_\d+|train|batches\.meta|meta", name) is not None
+
+
+# ----------------------------------------------------------------------------
+# MNIST and its relatives: idx files.
+
+
+def _mnist(path):
+    """`...-images-idx3-ubyte[.gz]`; labels from the `...-labels-idx1-ubyte[.gz]` beside it."""
+    base = os.path.basename(path)
+    match = re.fullmatch(r"(.*)images([-.])idx3-ubyte(\.gz)?", base)
+    if match is None or not os.path.isfile(path):
+        return None
+    labels_base = f"{match[1]}labels{match[2]}idx1-ubyte{match[3] or ''}"
+    labels_path = os.path.join(os.path.dirname(path), labels_base)
+    if not os.path.isfile(labels_path):
+        raise ValueError(f"--source={path}: the labels file {labels_base} must lie beside it")
+    images, labels = read_idx(path, dimensions=3), read_idx(labels_path, dimensions=1)
+    return _from_arrays("mnist", images, labels, 10, grey=True)
+
+
+def read_idx(path, dimensions):
+    """idx file of unsigned bytes, gzipped or not -> uint8 array with so many dimensions."""
+    try:
+        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as f:
+            data = f.read()
+    except (OSError, EOFError, zlib.error) as err:
+        raise ValueError(f"{path}: not readable, perhaps truncated ({err})") from err
+    header = 4 + 4 * dimensions
+    if len(data) < header or data[:4] != bytes([0, 0, 8, dimensions]):
+        raise ValueError(f"{path}: no idx file of {dimensions}-dimensional unsigned bytes")
+    shape = struct.unpack(f">{dimensions}I", data[4:header])
+    if len(data) - header != int(np.prod(shape, dtype=np.int64)):
+        raise ValueError(f"{path}: {len(data) - header} bytes of data, {list(shape)} expected; download it again")
+    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+
+
+# ----------------------------------------------------------------------------
+# npz shards: downsampled ImageNet.
+
+
+def _npz_shards(path):
+    """One .npz or a folder of them, with `data` uint8 [N,3*S*S] and `labels` (downsampled ImageNet counts from 1)."""
+    if os.path.isdir(path):
+        names = sorted((n for n in os.listdir(path) if n.lower().endswith(".npz")), key=_natural)
+        if not names or len(names) < len([n for n in os.listdir(path) if not n.startswith(".")]):
+            return None
+        files = [os.path.join(path, n) for n in names]
+    elif path.lower().endswith(".npz"):
+        files = [path]
+    else:
+        return None
+    images, labels = [], []
+    for file in files:
+        try:
+            with np.load(file, allow_pickle=False) as shard:
+                data, values = shard["data"], shard["labels"]
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as err:
+            raise ValueError(f"{file}: no readable npz with arrays `data` and `labels` ({err})") from err
+        side = int(round((data.shape[1] / 3) ** 0.5)) if data.ndim == 2 else 0
+        if data.dtype != np.uint8 or side < 1 or 3 * side * side != data.shape[1] or values.shape != data.shape[:1]:
+            raise ValueError(f"{file}: `data` must be uint8 [N,3*S*S] with `labels` [N]")
+        images.append(data.reshape(-1, 3, side, side).transpose(0, 2, 3, 1))
+        labels.append(values.astype(np.int64))
+        if images[-1].shape[1:] != images[0].shape[1:]:
+            raise ValueError(f"{file}: images of side {side}, unlike {files[0]}")
+    labels = np.concatenate(labels)
+    from_one = labels.min() >= 1
+    count = 1000 if from_one and labels.max() <= 1000 else None
+    name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
+    return _from_arrays(name, np.ascontiguousarray(np.concatenate(images)), labels - int(from_one), count)
+
+
+def _natural(name):
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+# ----------------------------------------------------------------------------
+# TFRecords, without TensorFlow.
+
+
+def _tfrecords(path):
+    """One .tfrecord(s) file or a folder of them. Examples hold `data` (raw [C,H,W]) with `shape`, or an encoded image."""
+    is_record = lambda name: re.search(r"\.tfrecords?(-\d+-of-\d+)?$", name.lower()) is not None
+    if os.path.isdir(path):
+        names = sorted((n for n in os.listdir(path) if is_record(n)), key=_natural)
+        if not names or len(names) < len([n for n in os.listdir(path) if not n.startswith(".")]):
+            return None
+        files = [os.path.join(path, n) for n in names]
+    elif is_record(path):
+        files = [path]
+    else:
+        return None
+    places = [(file, start, length) for file in files for start, length in index_tfrecord(file)]
+    if not places:
+        raise ValueError(f"--source={path}: no records inside")
+    describe = lambda i: f"{places[i][0]}@{places[i][1]}"
+
+    def features(i):
+        file, start, length = places[i]
+        with open(file, "rb") as f:
+            f.seek(start)
+            return parse_example(f.read(length), describe(i))
+
+    def read(i):
+        return _image_of_example(features(i), describe(i))
+
+    first = features(0)
+    label_key = next((key for key in ("label", "image/class/label") if key in first), None)
+    labels = None
+    if label_key is not None:
+        labels = [int((features(i).get(label_key) or [-1])[0]) for i in range(len(places))]
+        if min(labels) < 0:
+            raise ValueError(f"--source={path}: some records have no label, or a negative one")
+    name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
+    num_classes = None if labels is None else max(labels) + 1
+    return ImageSource(
+        name=name, count=len(places), read=read, labels=labels, num_classes=num_classes, describe=describe
+    )
+
+
+def index_tfrecord(path):
+    """[(offset, length)] of the records of one file; the checksum of every length is verified."""
+    places, size = [], os.path.getsize(path)
+    with open(path, "rb") as f:
+        while True:
+            header = f.read(12)
+            if not header:
+                return places
+            length, checksum = struct.unpack("<QI", header) if len(header) == 12 else (size, 0)
+            if f.tell() + length + 4 > size or masked_crc32c(header[:8]) != checksum:
+                raise ValueError(f"{path}: record {len(places)} is damaged or cut off; download the file again")
+            places.append((f.tell(), length))
+            f.seek(length + 4, os.SEEK_CUR)
+
+
+def masked_crc32c(data):
+    """TFRecord's checksum: CRC-32C (Castagnoli), rotated and offset."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _fields(data):
+    """Protocol buffer -> (field number, int or bytes) pairs."""
+    at = 0
+
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        key = varint()
+        kind = key & 7
+        if kind == 0:
+            yield key >> 3, varint()
+            continue
+        length = {1: 8, 2: None, 5: 4}[kind]
+        length = varint() if length is None else length
+        if at + length > len(data):
+            raise IndexError("field runs over the end")
+        yield key >> 3, data[at : at + length]
+        at += length
+
+
+def parse_example(data, name="record"):
+    """tf.train.Example -> {feature: list of bytes, of floats, or of ints}. ValueError where it is none."""
+    try:
+        features = {}
+        for _, group in (f for f in _fields(data) if f[0] == 1):  # Example.features
+            for _, entry in (f for f in _fields(group) if f[0] == 1):  # one key and value of the map
+                pair = dict(_fields(entry))
+                features[pair[1].decode()] = _feature_values(pair.get(2, b""))
+        return features
+    except (IndexError, KeyError, AttributeError, TypeError, ValueError, struct.error) as err:
+        raise ValueError(f"{name}: no tf.train.Example inside ({type(err).__name__})") from err
+
+
+def _feature_values(data):
+    values = []
+    for kind, content in _fields(data):  # 1: bytes, 2: float, 3: int64
+        for _, value in _fields(content):
+            if kind == 1:
+                values.append(value)
+            elif kind == 2:
+                values += struct.unpack(f"<{len(value) // 4}f", value)
+            elif isinstance(value, int):
+                values.append(_signed(value))
+            else:
+                values += _packed(value)
+    return values
+
+
+def _signed(value):
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _packed(data):
+    """A row of varints without keys."""
+    values, value, shift = [], 0, 0
+    for byte in data:
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            values.append(_signed(value))
+            value = shift = 0
+    return values
+
+
+def _image_of_example(features, name):
+    import PIL.Image
+
+    for key in ("image/encoded", "image", "encoded"):
+        if key in features:
+            return open_image(features[key][0], name)
+    if "data" not in features:
+        raise ValueError(f"{name}: no feature `data`, `image` or `image/encoded`; it has {', '.join(sorted(features))}")
+    raw = np.frombuffer(features["data"][0], dtype=np.uint8)
+    shape = features.get("shape")
+    if shape is None or len(shape) != 3 or int(np.prod(shape)) != raw.size or shape[0] not in (1, 3):
+        raise ValueError(f"{name}: {raw.size} bytes do not fit the shape {shape} (channels, rows, columns)")
+    raw = raw.reshape(shape)
+    return PIL.Image.fromarray(raw[0] if shape[0] == 1 else np.ascontiguousarray(raw.transpose(1, 2, 0)))
+
+
+# ----------------------------------------------------------------------------
+# LMDB (only with the lmdb package).
+
+
+def _lmdb(path):
+    """Folder with data.mdb: encoded images, or raw uint8 [S,S,3]. No labels."""
+    if not os.path.isfile(os.path.join(path, "data.mdb")):
+        return None
+    try:
+        import lmdb
+    except ImportError as err:
+        raise ValueError(f"--source={path}: LMDB needs the lmdb package: pip install lmdb") from err
+    import PIL.Image
+
+    base = lmdb.open(path, readonly=True, lock=False, readahead=False)
+    with base.begin() as transaction:
+        keys = sorted((bytes(key) for key, _ in transaction.cursor()), key=lambda k: _natural(k.decode("latin1")))
+
+    def read(i):
+        with base.begin() as transaction:
+            data = bytes(transaction.get(keys[i]))
+        side = int(round((len(data) / 3) ** 0.5))
+        if 3 * side * side == len(data) and data[:4] not in (b"\x89PNG", b"\xff\xd8\xff\xe0", b"RIFF"):
+            return PIL.Image.fromarray(np.frombuffer(data, dtype=np.uint8).reshape(side, side, 3))
+        return open_image(data, f"{path}[{keys[i]!r}]")
+
+    return ImageSource(name=os.path.basename(os.path.normpath(path)), count=len(keys), read=read)
+
+
+# ----------------------------------------------------------------------------
+# Tiny ImageNet.
+
+
+def _tiny_imagenet(path):
+    """The extracted folder (its training part), or its `val`. Labels: rank of the WordNet id, names from words.txt."""
+    root, validation = path, os.path.isfile(os.path.join(path, "val_annotations.txt"))
+    if validation:
+        root = os.path.dirname(os.path.abspath(path))
+    if not os.path.isfile(os.path.join(root, "wnids.txt")):
+        return None
+    wnids = sorted(_read_text(os.path.join(root, "wnids.txt")).split())
+    words = {}
+    if os.path.isfile(os.path.join(root, "words.txt")):
+        words = dict(
+            line.split("\t", 1) for line in _read_text(os.path.join(root, "words.txt")).splitlines() if "\t" in line
+        )
+    index = {wnid: i for i, wnid in enumerate(wnids)}
+    files = []
+    if validation:
+        for line in _read_text(os.path.join(path, "val_annotations.txt")).splitlines():
+            fields = line.split("\t")
+            if len(fields) < 2 or fields[1] not in index:
+                raise ValueError(f"{path}/val_annotations.txt: no known class in the line {line!r}")
+            files.append((os.path.join(path, "images", fields[0]), index[fields[1]]))
+    else:
+        for wnid in wnids:
+            folder = os.path.join(root, "train", wnid, "images")
+            if not os.path.isdir(folder):
+                raise ValueError(f"--source={path}: {folder} is missing; extract Tiny ImageNet again")
+            names = sorted(n for n in os.listdir(folder) if n.lower().endswith((".jpeg", ".jpg", ".png")))
+            files += [(os.path.join(folder, name), index[wnid]) for name in sorted(names, key=_natural)]
+
+    def read(i, header_only=False):
+        with open(files[i][0], "rb") as f:
+            return open_image(f.read(), files[i][0], header_only)
+
+    return ImageSource(
+        name="tiny-imagenet",
+        count=len(files),
+        read=read,
+        labels=[label for _, label in files],
+        num_classes=len(wnids),
+        class_names=[f"{wnid} {words[wnid]}" if wnid in words else wnid for wnid in wnids],
+        describe=lambda i: files[i][0],
+        size=lambda i: read(i, header_only=True).size,
+    )
+
+
+def _read_text(path):
+    with open(path, encoding="utf-8") as f:
+        return f.read()

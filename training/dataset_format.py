@@ -27,27 +27,25 @@ def image_extensions():
 
 def decode_image(data, fname):
     """Bytes of a PNG (or any Pillow format) or NPY file -> [C,H,W], uint8 or float32. ValueError names `fname`."""
-    import PIL.Image
-
     if os.path.splitext(fname)[1].lower() == ".npy":
-        try:
-            array = np.load(io.BytesIO(data), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as err:
-            raise ValueError(f"{fname} is no readable NPY array ({err})") from err
-        if array.ndim < 2 or array.size == 0 or array.dtype.kind not in "uif":
-            raise ValueError(f"{fname} must hold numbers of shape [C,H,W], got {array.dtype} {list(array.shape)}")
-        array = array.reshape(-1, *array.shape[-2:])  # Leading axes are flattened into C.
-        return array if array.dtype == np.uint8 else array.astype(np.float32)
-    try:
-        with PIL.Image.open(io.BytesIO(data)) as image:
-            mode = image.mode
-            if mode in _PIL_MODES:
-                pixels = np.array(image if _PIL_MODES[mode] == mode else image.convert(_PIL_MODES[mode]))
-    except (OSError, SyntaxError, ValueError, EOFError, zlib.error, PIL.Image.DecompressionBombError) as err:
-        raise ValueError(f"{fname} is corrupt or no image ({err}); replace it or convert again") from err
-    if mode not in _PIL_MODES:
-        raise ValueError(f"{fname} has pixel mode {mode}, not 8-bit grey or colour; run `dataset_tool.py convert`")
+        return load_npy(data, fname)
+    image = open_image(data, fname)
+    if image.mode not in _PIL_MODES:
+        raise ValueError(f"{fname} has pixel mode {image.mode}, not grey or RGB; run `dataset_tool.py convert`")
+    pixels = np.array(image if _PIL_MODES[image.mode] == image.mode else image.convert(_PIL_MODES[image.mode]))
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def load_npy(data, name):
+    """Bytes of an NPY file -> uint8 or float32 [C,H,W]; leading axes are flattened into C. ValueError names it."""
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as err:
+        raise ValueError(f"{name} is no readable NPY array ({err})") from err
+    if not isinstance(array, np.ndarray) or array.ndim < 2 or array.size == 0 or array.dtype.kind not in "uif":
+        raise ValueError(f"{name} must hold numbers of shape [C,H,W]")
+    array = array.reshape(-1, *array.shape[-2:])
+    return array if array.dtype == np.uint8 else array.astype(np.float32)
 
 
 def parse_meta(data, where=LABELS_FILE):
@@ -103,6 +101,21 @@ def check_labels(labels, count, num_classes=None, where="labels"):
     if not np.isfinite(labels).all():
         raise ValueError(f"{where}: label vectors must be finite")
     return labels
+
+
+def open_image(data, name, header_only=False):
+    """Bytes -> PIL image with 8-bit channels. ValueError names the file where it is corrupt or deeper than 8 bits."""
+    import PIL.Image
+
+    try:
+        image = PIL.Image.open(io.BytesIO(data))
+        if not header_only:
+            image.load()
+    except (OSError, SyntaxError, ValueError, EOFError, zlib.error, PIL.Image.DecompressionBombError) as err:
+        raise ValueError(f"{name} is corrupt or no image ({err}); replace or remove it") from err
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{name} has pixel mode {image.mode}; convert it to 8 bits per channel first")
+    return image
 
 
 @dataclasses.dataclass

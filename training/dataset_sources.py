@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import io
 import os
 import zipfile
 import zlib
@@ -17,7 +16,7 @@ import zlib
 import numpy as np
 
 from training import dataset_archives
-from training.dataset_format import LABELS_FILE, ImageSource, image_extensions, parse_meta
+from training.dataset_format import LABELS_FILE, ImageSource, image_extensions, load_npy, open_image, parse_meta
 
 
 def open_source(spec):
@@ -99,7 +98,7 @@ def _list_images(path, names, read_bytes, subfolders):
 
     def read(i):
         data = checked_bytes(images[i])
-        return _load_npy(data, images[i]) if latents else open_image(data, f"{path}: {images[i]}")
+        return load_npy(data, images[i]) if latents else open_image(data, f"{path}: {images[i]}")
 
     # EDM2 turns every image into RGB. A file with `num_classes` was written here: then what is grey stays grey.
     grey = not latents and meta.get("num_classes") is not None and read(0).mode in ("L", "LA", "1")
@@ -120,31 +119,6 @@ def _list_images(path, names, read_bytes, subfolders):
 def _count_classes(labels):
     labels = [label for label in labels if isinstance(label, int)]
     return max(labels) + 1 if labels else None
-
-
-def _load_npy(data, name):
-    try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as err:
-        raise ValueError(f"{name} is no readable NPY array ({err})") from err
-    if array.ndim != 3 or array.dtype.kind not in "fui":
-        raise ValueError(f"{name} must hold numbers of shape [C,H,W], got {array.dtype} {list(array.shape)}")
-    return array
-
-
-def open_image(data, name, header_only=False):
-    """Bytes -> PIL image with 8-bit channels. ValueError names the file where it is corrupt or deeper than 8 bits."""
-    import PIL.Image
-
-    try:
-        image = PIL.Image.open(io.BytesIO(data))
-        if not header_only:
-            image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, zlib.error, PIL.Image.DecompressionBombError) as err:
-        raise ValueError(f"{name} is corrupt or no image ({err}); replace or remove it") from err
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{name} has pixel mode {image.mode}; convert it to 8 bits per channel first")
-    return image
 
 
 # ----------------------------------------------------------------------------
