@@ -4,12 +4,7 @@ import torch
 
 from torch_utils import random
 from training.processes.kernels import GaussianKernel
-
-
-def expand(values, like):
-    """Append axes to `values` (scalar or [N]) so that it broadcasts against `like` [N, ...], on its device."""
-    values = torch.as_tensor(values).to(device=like.device)
-    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
+from training.processes.states import expand
 
 
 class EDM(GaussianKernel):

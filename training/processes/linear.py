@@ -17,8 +17,8 @@ import torch
 
 from torch_utils import random
 from training.processes import numerics
-from training.processes.edm import expand
 from training.processes.kernels import GaussianKernel
+from training.processes.states import apply_matrix, expand, flatten
 
 
 class Kernel(NamedTuple):
@@ -303,21 +303,10 @@ class LinearProcess(GaussianKernel):
 
     # States u [N, V, *data_shape].
 
-    def _flat(self, u):
-        if u.ndim < 2 or u.shape[1] != self.V:
-            raise ValueError(
-                f"state of shape {tuple(u.shape)}: this process has {self.V} variables, [N, {self.V}, ...]"
-            )
-        return u.reshape(*u.shape[:2], -1).to(torch.float64)  # [N, V, d]
-
     def _whiten(self, u, t):
         """(parts on u's device, L^-1 T u [N, V, d])."""
         parts = self.kernel_parts(t).to(u.device)
-        return parts, torch.linalg.solve_triangular(parts.L, parts.T @ self._flat(u), upper=False)
-
-    def apply(self, matrix, u):
-        """matrix [V, V] or [N, V, V] times the state, in float64, as u's type."""
-        return (matrix.to(u.device) @ self._flat(u)).reshape(u.shape).to(u.dtype)
+        return parts, torch.linalg.solve_triangular(parts.L, parts.T @ flatten(u, self.V), upper=False)
 
     def project(self, u, t):
         """(y [N, *data_shape], sigma): y | x0 ~ N(x0, sigma^2) is all that u [N, V, *data_shape] says about x0.
@@ -340,12 +329,12 @@ class LinearProcess(GaussianKernel):
         """Posterior mean of x0 [N, *data_shape] from the score: y + m' score / snr (Tweedie)."""
         parts = self.kernel_parts(t).to(u.device)
         y, _ = self.project(u, t)
-        shift = (parts.F[..., None, :, 0] @ self._flat(score))[:, 0] / parts.snr[..., None]
+        shift = (parts.F[..., None, :, 0] @ flatten(score, self.V))[:, 0] / parts.snr[..., None]
         return y + shift.reshape(y.shape).to(y.dtype)
 
     def drift(self, u, t):
         """Forward drift A u beta(t)."""
-        return self.apply(self.A, u) * expand(self.beta(t), u).to(u.dtype)
+        return apply_matrix(self.A, u) * expand(self.beta(t), u).to(u.dtype)
 
     def diffusion(self, t):
         """G [..., V, V] with G G' = 2 D beta(t): the symmetric root (MDM)."""
@@ -381,4 +370,4 @@ class LinearProcess(GaussianKernel):
             raise ValueError(f"shape {tuple(shape)}: this process has {self.V} variables, [N, {self.V}, ...]")
         noise = random.randn(shape, generator, device, dtype)
         root = torch.linalg.cholesky(self.prior_covariance(prior, t, sigma_data).detach())
-        return self.apply(root, noise)
+        return apply_matrix(root, noise)

@@ -1,0 +1,75 @@
+"""How a network becomes the score that solvers and likelihoods call: `score(u, t) -> [N, V, *data_shape]`.
+
+A network that brings its own `score(u, t)` (a joint network, or any test double) is used as it is. A denoiser sees
+y = m' C^-1 u / snr at noise level sigma(t), which is all that the state says about the data.
+"""
+
+import inspect
+
+import torch
+
+from training.processes.states import expand
+
+
+class DenoiserScore:
+    """Score of a process from an EDM denoiser `net(y, sigma, labels)`, guided or not.
+
+    net_dtype: what the network is fed, float32 as trained. States are float64, so y is rounded; the first-order effect
+    of that, with the slope c_skip = sigma_data^2 / (sigma^2 + sigma_data^2) which every EDM denoiser nearly has at low
+    noise, is given back. So scores stay exact to noise levels below float32's resolution.
+    """
+
+    def __init__(self, net, process, labels=None, net_dtype=torch.float32):
+        if not hasattr(process, "project"):
+            raise ValueError(
+                f"{process!r} is a noise kernel without a linear-process view: use heun, or a process such as edm or cld"
+            )
+        self.net, self.process, self.labels, self.net_dtype = net, process, labels, net_dtype
+        self.sigma_data = float(getattr(net, "sigma_data", 0.5))
+
+    def denoise(self, y, sigma):
+        """D(y; sigma) in y's type; y: [N, *data_shape], sigma: scalar or [N]."""
+        sigma = torch.as_tensor(sigma, device=y.device).expand(len(y))
+        rounded = y.to(self.net_dtype)
+        denoised = self.net(rounded, sigma.to(self.net_dtype), self.labels).to(y.dtype)
+        if y.dtype == self.net_dtype:
+            return denoised
+        skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
+        return denoised + expand(skip, y).to(y.dtype) * (y - rounded.to(y.dtype)).detach()
+
+    def denoised(self, u, t):
+        """Posterior mean of x0 [N, *data_shape] for the state u [N, V, *data_shape] at time t."""
+        return self.denoise(*self.process.project(u, t))
+
+    def __call__(self, u, t):
+        return self.process.score(u, t, self.denoised(u, t))
+
+
+class GivenScore:
+    """Score of a network that brings its own: `net.score(u, t)`, or `net.score(u, t, labels)` if it takes labels."""
+
+    def __init__(self, net, process, labels=None):
+        self.net, self.process, self.labels = net, process, labels
+        self.sigma_data = float(getattr(net, "sigma_data", 0.5))
+        self.arguments = ()
+        if labels is not None:
+            parameters = inspect.signature(net.score).parameters
+            if len(parameters) >= 3 or any(p.kind == p.VAR_POSITIONAL for p in parameters.values()):
+                self.arguments = (labels,)
+
+    def denoised(self, u, t):
+        """Posterior mean of x0 [N, *data_shape], from the score (Tweedie)."""
+        return self.process.denoised_from_score(u, t, self(u, t))
+
+    def __call__(self, u, t):
+        return self.net.score(u, t, *self.arguments).to(u.dtype)
+
+
+def make_score(net, process, labels=None, net_dtype=torch.float32):
+    """The score of `net` under `process`: callable (u, t) -> [N, V, *data_shape], with `.denoised(u, t)`.
+
+    Raises ValueError if the process has no linear-process view (PFGM++ at finite D).
+    """
+    if hasattr(net, "score"):
+        return GivenScore(net, process, labels)
+    return DenoiserScore(net, process, labels, net_dtype)
