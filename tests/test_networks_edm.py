@@ -8,6 +8,7 @@ import scipy.signal
 import torch
 import torch.nn.functional as F
 
+from torch_utils.persistence import load_snapshot, save_snapshot
 from training.networks_edm import DhariwalUNet, EDMPrecond, SongUNet, VEPrecond, VPPrecond, iDDPMPrecond
 from training.networks_edm_layers import Conv2d, Linear, UNetBlock, attention
 
@@ -322,3 +323,12 @@ def test_initial_adm_denoiser_is_the_skip_connection():
 def test_user_errors(options, message):
     with pytest.raises(ValueError, match=message):
         EDMPrecond(8, 3, **{"model_type": "SongUNet", "model_channels": 8, **options})
+
+
+def test_snapshots_keep_network_and_arguments(tmp_path):
+    net = tiny(VPPrecond, "ncsnpp", label_dim=3, logvar_channels=8)
+    save_snapshot(tmp_path / "net.safetensors", net)
+    loaded = load_snapshot(tmp_path / "net.safetensors").net
+    x, sigma, labels = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 2.0]), torch.eye(3)[:2]
+    assert type(loaded) is VPPrecond and loaded.sigma_min == net.sigma_min
+    assert torch.equal(loaded(x, sigma, labels), net(x, sigma, labels))

@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from torch_utils.persistence import persistent
 from training.networks_edm_layers import (
     Conv2d,
     FourierEmbedding,
@@ -346,6 +347,7 @@ class _Precond(torch.nn.Module):
         return denoised, logvar.expand(x.shape[0], 1, 1, 1)
 
 
+@persistent
 class EDMPrecond(_Precond):
     """EDM's own preconditioning (EDM Table 1, last column)."""
 
@@ -373,6 +375,7 @@ class EDMPrecond(_Precond):
         return self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
 
 
+@persistent
 class VPPrecond(_Precond):
     """Variance preserving (DDPM, Song et al.) seen as a denoiser (EDM Table 1, first column). x is not VP-scaled."""
 
@@ -416,6 +419,7 @@ class VPPrecond(_Precond):
         return torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
 
 
+@persistent
 class VEPrecond(_Precond):
     """Variance exploding (NCSN, Song et al.) seen as a denoiser (EDM Table 1, second column)."""
 
@@ -442,6 +446,7 @@ class VEPrecond(_Precond):
         return torch.ones_like(sigma), sigma, torch.ones_like(sigma), (0.5 * sigma).log()
 
 
+@persistent
 class iDDPMPrecond(_Precond):
     """Improved DDPM (Nichol & Dhariwal 2021) seen as a denoiser (EDM Table 1, third column).
 
