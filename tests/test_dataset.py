@@ -232,6 +232,24 @@ def test_errors_of_the_container(tmp_path, pixels):
         _ = wide.resolution
 
 
+def test_damaged_zips_raise_nothing_but_value_errors(tmp_path, pixels):
+    write(tmp_path / "d.zip", collection(pixels, [0] * 6))
+    data = (tmp_path / "d.zip").read_bytes()
+    random, refused = np.random.RandomState(0), 0
+    for _ in range(200):
+        damaged = bytearray(data)
+        for at in random.randint(len(data) * random.randint(2) // 2, len(data), size=random.choice([1, 3, 10])):
+            damaged[at] = random.randint(256)
+        (tmp_path / "x.zip").write_bytes(damaged)
+        try:
+            dataset = ds.ImageFolderDataset(tmp_path / "x.zip")
+            assert dataset.label_dim <= 10**7 and [dataset[i] for i in range(len(dataset))]
+        except ValueError as err:
+            assert "x.zip" in str(err) and "\n" not in str(err)
+            refused += 1
+    assert refused > 100
+
+
 def test_forked_workers_read_the_same(tmp_path, pixels):
     dataset = ds.ImageFolderDataset(write(tmp_path / "d.zip", collection(pixels, [0, 1, 2, 0, 1, 2])))
     expected, _ = ds.load_arrays(dataset)

@@ -13,13 +13,12 @@ import functools
 import hashlib
 import os
 import zipfile
-import zlib
 
 import numpy as np
 import torch
 
 from dnnlib import EasyDict
-from training.dataset_format import LABELS_FILE, check_labels, decode_image, image_extensions, parse_meta
+from training.dataset_format import LABELS_FILE, ZIP_ERRORS, check_labels, decode_image, image_extensions, parse_meta
 
 # ----------------------------------------------------------------------------
 # Data sets.
@@ -298,7 +297,7 @@ class ImageFolderDataset(Dataset):
         if self._zipfile is None or self._zip_pid != os.getpid():  # A forked worker must not share a file position.
             try:
                 self._zipfile = zipfile.ZipFile(self._path)
-            except (zipfile.BadZipFile, OSError) as err:
+            except ZIP_ERRORS as err:
                 raise ValueError(f"{self._path}: no readable zip, perhaps truncated ({err}); write it again") from err
             self._zip_pid = os.getpid()
         return self._zipfile
@@ -309,7 +308,7 @@ class ImageFolderDataset(Dataset):
                 with open(os.path.join(self._path, fname), "rb") as f:
                     return f.read()
             return self._get_zipfile().read(fname)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, KeyError) as err:
+        except ZIP_ERRORS as err:
             raise ValueError(f"{self._path}: cannot read {fname} ({err}); write the data set again") from err
 
     def _read_image(self, fname):

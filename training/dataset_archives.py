@@ -13,12 +13,11 @@ import pickle
 import re
 import struct
 import tarfile
-import zipfile
 import zlib
 
 import numpy as np
 
-from training.dataset_format import ImageSource, open_image
+from training.dataset_format import ZIP_ERRORS, ImageSource, open_image
 
 
 def open_archive(path):
@@ -209,7 +208,7 @@ def _npz_shards(path):
         try:
             with np.load(file, allow_pickle=False) as shard:
                 data, values = shard["data"], shard["labels"]
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as err:
+        except (*ZIP_ERRORS, MemoryError) as err:
             raise ValueError(f"{file}: no readable npz with arrays `data` and `labels` ({err})") from err
         side = int(round((data.shape[1] / 3) ** 0.5)) if data.ndim == 2 else 0
         if data.dtype != np.uint8 or side < 1 or 3 * side * side != data.shape[1] or values.shape != data.shape[:1]:

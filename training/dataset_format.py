@@ -7,12 +7,27 @@ import functools
 import io
 import json
 import os
+import struct
+import zipfile
 import zlib
 from collections.abc import Callable
 
 import numpy as np
 
 LABELS_FILE = "dataset.json"
+
+# What the standard library raises for a damaged zip, at opening or reading.
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    KeyError,
+    ValueError,
+    OverflowError,
+    RuntimeError,  # also NotImplementedError: unknown version or compression
+)
 _PIL_MODES = {"L": "L", "RGB": "RGB", "RGBA": "RGBA", "LA": "LA", "1": "L", "P": "RGB"}  # stored mode -> mode read
 
 
@@ -40,7 +55,7 @@ def load_npy(data, name):
     """Bytes of an NPY file -> uint8 or float32 [C,H,W]; leading axes are flattened into C. ValueError names it."""
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as err:
+    except Exception as err:  # A damaged header can also ask for more memory than there is.
         raise ValueError(f"{name} is no readable NPY array ({err})") from err
     if not isinstance(array, np.ndarray) or array.ndim < 2 or array.size == 0 or array.dtype.kind not in "uif":
         raise ValueError(f"{name} must hold numbers of shape [C,H,W]")
@@ -111,7 +126,7 @@ def open_image(data, name, header_only=False):
         image = PIL.Image.open(io.BytesIO(data))
         if not header_only:
             image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, zlib.error, PIL.Image.DecompressionBombError) as err:
+    except Exception as err:  # Every plugin of Pillow fails in its own way.
         raise ValueError(f"{name} is corrupt or no image ({err}); replace or remove it") from err
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"{name} has pixel mode {image.mode}; convert it to 8 bits per channel first")

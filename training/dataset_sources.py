@@ -11,12 +11,19 @@ import gzip
 import importlib.util
 import os
 import zipfile
-import zlib
 
 import numpy as np
 
 from training import dataset_archives
-from training.dataset_format import LABELS_FILE, ImageSource, image_extensions, load_npy, open_image, parse_meta
+from training.dataset_format import (
+    LABELS_FILE,
+    ZIP_ERRORS,
+    ImageSource,
+    image_extensions,
+    load_npy,
+    open_image,
+    parse_meta,
+)
 
 
 def open_source(spec):
@@ -61,7 +68,7 @@ def _open_folder(path):
 def _open_zip(path):
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as err:
+    except ZIP_ERRORS as err:
         raise ValueError(f"{path}: no readable zip, perhaps truncated ({err})") from err
     names = [name for name in archive.namelist() if not name.endswith("/")]
     return _list_images(path, names, archive.read, subfolders=False)
@@ -80,7 +87,7 @@ def _list_images(path, names, read_bytes, subfolders):
     def checked_bytes(name):
         try:
             return read_bytes(name)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as err:
+        except ZIP_ERRORS as err:
             raise ValueError(f"{path}: cannot read {name} ({err})") from err
 
     meta = parse_meta(checked_bytes(LABELS_FILE), f"{path}/{LABELS_FILE}") if LABELS_FILE in names else {}
