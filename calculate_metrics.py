@@ -125,7 +125,10 @@ def _detectors(metrics, device):
 def _writable(path):
     """Fail before the work, not after it."""
     folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--dest={path}: {error.strerror}; give a file in a writable folder") from None
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
         raise ValueError(f"--dest={path}: cannot write there; give a file in a writable folder")
 

@@ -1,0 +1,149 @@
+"""calculate_metrics.py as a user types it: JSON on stdout, progress on stderr, one line and exit code 2 on errors."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import calculate_metrics
+
+SCRIPT = calculate_metrics.__file__
+
+
+def run(*args, launcher=(), cwd=None):
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    command = [sys.executable, *launcher, SCRIPT, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, timeout=300)
+
+
+def result(*args, **kwargs):
+    done = run(*args, **kwargs)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.fixture
+def inside(capsys):
+    """The same without the time that a new interpreter takes: args -> (exit code, stdout, stderr)."""
+
+    def call(*args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            calculate_metrics.cmdline([str(arg) for arg in args])
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def write_zip(path, images, labels):
+    names = [f"00000/img{i:08d}.png" for i in range(len(images))]
+    with zipfile.ZipFile(path, "w") as z:
+        for name, image in zip(names, images, strict=True):
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "png")
+            z.writestr(name, buffer.getvalue())
+        pairs = [[name, int(label)] for name, label in zip(names, labels, strict=True)]
+        z.writestr("dataset.json", json.dumps({"labels": pairs, "num_classes": 10}))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("metrics")
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    images, labels = np.round(data.images * 255 / 16).astype(np.uint8)[order], data.target[order]
+    for name, part in {"train": slice(0, 300), "ref": slice(300, 700), "samples": slice(700, 900)}.items():
+        write_zip(folder / f"{name}.zip", images[part], labels[part])
+    return folder
+
+
+def test_detector_ref_calc(files, inside):
+    detector = files / "detector.safetensors"
+    options = (f"--holdout={files}/ref.zip", f"--dest={detector}", "--epochs=6")
+    code, stdout, progress = inside("detector", f"--data={files}/train.zip", *options)
+    trained = json.loads(stdout)
+    assert code == 0
+    assert trained["num_holdout"] == 400
+    assert 0.8 < trained["accuracy"] <= 1
+    assert "epoch" in progress
+
+    metrics = f"--metrics=pixel,classifier:{detector}"
+    _, stdout, notice = inside("ref", f"--data={files}/ref.zip", f"--dest={files}/sub/ref.pkl", metrics)
+    written = json.loads(stdout)
+    assert "npz" in notice  # another suffix is replaced with a notice
+    assert written["detectors"] == ["pixel", trained["detector"]]
+    assert sum(written["source_counts"]) == written["num_images"] == 400
+
+    common = (f"--ref={files}/sub/ref.npz", metrics, f"--train={files}/train.zip", "--splits=2")
+    scores, progress = result("calc", f"--images={files}/samples.zip", *common)
+    assert "img/s" in progress
+    judged = scores["metrics"][trained["detector"]]
+    assert judged["overall"]["agreement"] > 0.8
+    assert judged["overall"]["fd_floor"] > 0
+    assert judged["num_images"] == 200
+    assert judged["reference"]["content_hash"] == written["content_hash"]
+    assert set(scores["metrics"]["pixel"]["sources"]) == {str(s) for s in range(10)}
+    assert "agreement" not in scores["metrics"]["pixel"]["overall"]
+
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    twice, _ = result("calc", f"--images={files}/samples.zip", *common, "--batch=7", "--device=cpu", launcher=launcher)
+    for name in ("fd", "kid", "precision", "nearest_train", "fd_floor"):
+        for key, both in twice["metrics"].items():
+            assert both["overall"][name] == pytest.approx(scores["metrics"][key]["overall"][name], rel=1e-4), name
+
+
+def test_reference_from_a_data_set_and_subset(files, inside):
+    common = (f"--images={files}/samples.zip", f"--data={files}/ref.zip", "--distances=fd", "--splits=0")
+    _, stdout, notice = inside("calc", *common, "--num=50", "--seed=3", "--no-per-source")
+    pixel = json.loads(stdout)["metrics"]["pixel"]
+    assert pixel["num_images"] == 50
+    assert "sources" not in pixel
+    assert "singular" in notice  # fewer images than features
+
+
+IMAGES = "--images={0}/samples.zip"
+REF = "--data={0}/ref.zip"
+
+
+@pytest.mark.parametrize(
+    "message, args",
+    [
+        ("--num=201", ("calc", IMAGES, REF, "--num=201")),
+        ("give either --ref", ("calc", IMAGES)),
+        ("give either --ref", ("calc", IMAGES, REF, "--ref={0}/edm.npz")),
+        ("statistics of fid, not of pixel", ("calc", IMAGES, "--ref={0}/edm.npz")),
+        ("missing.npz", ("calc", IMAGES, "--ref={0}/missing.npz")),
+        ("unknown detector 'nope'; known:", ("calc", IMAGES, REF, "--metrics=nope")),
+        ("unknown distance 'fid'; known:", ("calc", IMAGES, REF, "--distances=fd,fid")),
+        ("--device=nope", ("calc", IMAGES, REF, "--device=nope")),
+        ("--images: ", ("calc", "--images={0}/missing.zip", REF)),
+        ("--data: ", ("ref", "--data={0}/missing.zip", "--dest={0}/x.npz")),
+        ("--dest=", ("ref", REF, "--dest={0}/ref.zip/x.npz")),
+        ("--class", ("gen", "--net=x", REF, "--class=some")),
+    ],
+)
+def test_errors_are_one_line(files, inside, message, args):
+    np.savez(files / "edm.npz", mu=np.zeros(4), sigma=np.eye(4))
+    code, stdout, stderr = inside(*(arg.format(files) for arg in args))
+    assert code == 2
+    assert stdout == ""
+    assert message in stderr.splitlines()[-1]
+    assert not (files / "x.npz").exists()
+
+
+def test_error_from_the_shell(files):
+    done = run("calc", f"--images={files}/samples.zip")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == ["Error: give either --ref=FILE or --data=ZIP as the reference"]
+
+
+def test_help_shows_every_command():
+    assert all(name in run("--help").stdout for name in ("ref", "calc", "gen", "detector"))
