@@ -9,33 +9,15 @@ import sys
 
 import click
 
-
-class UserError(click.ClickException):
-    exit_code = 2
-
-
-class _Group(click.Group):
-    """Turns ValueError and OSError of the libraries into one line and exit code 2."""
-
-    def invoke(self, ctx):
-        from torch_utils import distributed
-
-        try:
-            return super().invoke(ctx)
-        except (ValueError, OSError) as error:
-            raise UserError(" ".join(str(error).split())) from None
-        finally:
-            distributed.shutdown()
+from dnnlib import cli
 
 
 def _int(name, help, default=None, at_least=0):
-    bounds = click.IntRange(min=at_least)
-    return click.option(name, help=help, metavar="INT", type=bounds, default=default, show_default=default is not None)
+    return click.option(name, help=help, metavar="INT", type=click.IntRange(min=at_least), default=default)
 
 
 def _text(name, help, metavar, default=None, **options):
-    shown = default is not None
-    return click.option(name, help=help, metavar=metavar, default=default, show_default=shown, **options)
+    return click.option(name, help=help, metavar=metavar, default=default, **options)
 
 
 def _options(*decorators):
@@ -49,10 +31,10 @@ def _options(*decorators):
 
 EXTRACT = _options(
     _text("--metrics", "Detectors: pixel, classifier:FILE", "LIST", "pixel"),
-    click.option("--per-source/--no-per-source", help="Also per source", default=True, show_default=True),
+    click.option("--per-source/--no-per-source", help="Also per source", default=True),
     _int("--batch", "Images per batch and process", 64, at_least=1),
     _int("--workers", "Processes that decode images", 0),
-    _text("--device", "cpu, cuda, ... [default: cuda where there is one]", "STR"),
+    _text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR"),
 )
 
 COMPARE = _options(
@@ -66,7 +48,7 @@ COMPARE = _options(
 )
 
 
-@click.group(cls=_Group)
+@cli.group()
 def cmdline():
     """Score images against a reference, overall and per source.
 
@@ -101,6 +83,7 @@ def _start(device):
             raise ValueError(f"--device={device}: no such device; use cpu or cuda") from None
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"--device={device}: no GPU is available; use --device=cpu")
+    click.get_current_context().call_on_close(distributed.shutdown)
     return distributed.init(device)
 
 
@@ -218,7 +201,7 @@ def _score(name, samples, prepared, seed, per_source, distances, splits, **rest)
 
 @cmdline.command()
 @_text("--images", "Images to score, labels in dataset.json", "DIR|ZIP", required=True)
-@_int("--num", "Seeded subset of so many [default: all]", at_least=2)
+@_int("--num", "Seeded subset of so many; default: all", at_least=2)
 @COMPARE
 def calc(images, num, **options):
     """Score a folder or zip of images."""
@@ -243,37 +226,46 @@ def _parse_class(ctx, param, value):
 
 
 @cmdline.command()
-@_text("--net", "Snapshot", "FILE", required=True)
+@_text("--net", "Network snapshot", "FILE", required=True)
 @_int("--num", "Images to generate, with seeds SEED to SEED + NUM - 1", 50000, at_least=2)
-@_text("--class", "Source id, or balanced [default: random]", "INT|balanced", callback=_parse_class)
-@_int("--steps", "Sampling steps [default: the sampler's]", at_least=2)
+@_text("--class", "Source id, or balanced; default: random per seed", "INT|balanced", callback=_parse_class)
+@_text("--sources", "With --class=balanced: cycle through these ids only", "LIST", type=cli.INTS)
+@_int("--steps", "Sampling steps", 32, at_least=1)
+@_text("--gnet", "Guiding network", "FILE")
+@_text("--guidance", "Guidance strength; 1: none", "FLOAT", 1.0, type=float)
 @COMPARE
-def gen(net, num, steps, **options):
+def gen(net, num, sources, steps, gnet, guidance, **options):
     """Generate images from a snapshot and score them; nothing is written."""
     from generate_images import generate_images
-
     from metrics.features import collect, generated_batches, progress_bar
 
+    for option, path in (("--net", net), ("--gnet", gnet)):
+        if path is not None and "://" not in path and not os.path.exists(path):
+            raise ValueError(f"{option}={path}: no such file; give a snapshot")
+    if (guidance == 1) != (gnet is None):
+        raise ValueError(f"--guidance={guidance:g} and --gnet go together: give both or none")
+    sampler = {"num_steps": steps} | ({} if gnet is None else {"gnet": gnet, "guidance": guidance})
     class_idx = options.pop("class")
     prepared = _prepare(**options)
     detectors, references, _, device = prepared
     seeds = range(options["seed"], options["seed"] + num)
-    sampler = {} if steps is None else {"num_steps": steps}
-    images = generate_images(net, seeds, class_idx=class_idx, max_batch_size=options["batch"], device=device, **sampler)
-    sources = max(reference.num_sources for reference in references.values())
+    images = generate_images(
+        net, seeds, class_idx=class_idx, sources=sources, max_batch_size=options["batch"], device=device, **sampler
+    )
+    num_sources = max(reference.num_sources for reference in references.values())
     with progress_bar(num, "gen") as progress:
         batches = generated_batches(images)
-        samples = collect(batches, detectors, num_sources=sources, num_images=num, progress=progress)
+        samples = collect(batches, detectors, num_sources=num_sources, num_images=num, progress=progress)
     _score(net, samples, prepared, **options)
 
 
 @cmdline.command()
 @_text("--data", "Labelled images to train on", "DIR|ZIP", required=True)
-@_text("--holdout", "Images to measure accuracy on [default: a fifth of --data]", "DIR|ZIP")
+@_text("--holdout", "Images to measure accuracy on; default: a fifth of --data", "DIR|ZIP")
 @_text("--dest", "Where to write the detector (.safetensors)", "FILE", required=True)
 @_int("--epochs", "Passes over the data", 20, at_least=1)
 @_int("--seed", "Of initialisation, order and split", 0)
-@_text("--device", "cpu, cuda, ... [default: cuda where there is one]", "STR")
+@_text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR")
 def detector(data, holdout, dest, epochs, seed, device):
     """Train a small classifier: the detector `classifier:FILE`."""
     import tqdm

@@ -13,6 +13,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import calculate_metrics
+from generate_images import generate_images
+from torch_utils.persistence import save_snapshot
+from training.networks_edm2 import Precond
 
 SCRIPT = calculate_metrics.__file__
 
@@ -108,6 +111,31 @@ def test_reference_from_a_data_set_and_subset(files, inside):
     assert "singular" in notice  # fewer images than features
 
 
+def test_gen_scores_what_generate_images_writes(files, inside):
+    net = Precond(
+        8, 1, 10, model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], channels_per_head=8
+    )
+    net.unet.out_gain.data.fill_(1)  # an untrained network starts at zero
+    snapshot = files / "network-snapshot-0000000-0.100.safetensors"
+    save_snapshot(snapshot, net.eval())
+    for _ in generate_images(
+        snapshot, range(5, 45), files / "out", class_idx="balanced", max_batch_size=16, num_steps=3
+    ):
+        pass
+    common = (f"--data={files}/ref.zip", "--seed=5", "--splits=0", "--batch=16")
+    code, stdout, progress = inside("calc", f"--images={files}/out", *common)
+    written = json.loads(stdout)["metrics"]["pixel"]
+    options = ("--num=40", "--class=balanced", "--steps=3")
+    code, stdout, progress = inside("gen", f"--net={snapshot}", *options, *common)
+    assert code == 0
+    assert "gen" in progress
+    generated = json.loads(stdout)["metrics"]["pixel"]
+    assert generated["num_images"] == 40
+    assert generated["sources"]["3"]["count"] == 4
+    assert generated["overall"]["fd"] > 1
+    assert generated == written
+
+
 IMAGES = "--images={0}/samples.zip"
 REF = "--data={0}/ref.zip"
 
@@ -126,6 +154,8 @@ REF = "--data={0}/ref.zip"
         ("--images: ", ("calc", "--images={0}/missing.zip", REF)),
         ("--data: ", ("ref", "--data={0}/missing.zip", "--dest={0}/x.npz")),
         ("--dest=", ("ref", REF, "--dest={0}/ref.zip/x.npz")),
+        ("--net=x: no such file", ("gen", "--net=x", REF)),
+        ("--guidance=2", ("gen", f"--net={__file__}", REF, "--guidance=2")),
         ("--class", ("gen", "--net=x", REF, "--class=some")),
     ],
 )
