@@ -11,6 +11,14 @@ import torch
 from training.processes.states import expand
 
 
+def require_linear(process):
+    """Raises ValueError for a noise kernel that is no linear process (PFGM++)."""
+    if not hasattr(process, "project"):
+        raise ValueError(
+            f"{process!r} is a noise kernel without a linear-process view: use heun, or a process such as edm or cld"
+        )
+
+
 class DenoiserScore:
     """Score of a process from an EDM denoiser `net(y, sigma, labels)`, guided or not.
 
@@ -20,10 +28,6 @@ class DenoiserScore:
     """
 
     def __init__(self, net, process, labels=None, net_dtype=torch.float32):
-        if not hasattr(process, "project"):
-            raise ValueError(
-                f"{process!r} is a noise kernel without a linear-process view: use heun, or a process such as edm or cld"
-            )
         self.net, self.process, self.labels, self.net_dtype = net, process, labels, net_dtype
         self.sigma_data = float(getattr(net, "sigma_data", 0.5))
 
@@ -70,6 +74,7 @@ def make_score(net, process, labels=None, net_dtype=torch.float32):
 
     Raises ValueError if the process has no linear-process view (PFGM++ at finite D).
     """
+    require_linear(process)
     if hasattr(net, "score"):
         return GivenScore(net, process, labels)
     return DenoiserScore(net, process, labels, net_dtype)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import scipy.integrate
 import torch
 
-from training.parameterization import make_score
+from training.parameterization import make_score, require_linear
 from training.processes.states import apply_matrix
 
 
@@ -106,10 +106,7 @@ def endpoints(net, process, *, grid="sigma", t_min=None, t_max=None, sigma_min=N
 
     Warns if the data still shows at t_max (sigma < 10 sigma_data). Raises ValueError if t_min >= t_max.
     """
-    if not hasattr(process, "project"):
-        raise ValueError(
-            f"{process!r} is a noise kernel without a linear-process view: use heun, or a process such as edm or cld"
-        )
+    require_linear(process)
     top = float(process.sigma(process.T))
     if t_max is None:
         if sigma_max is None:
