@@ -1,0 +1,156 @@
+"""Small networks for 2-D densities. Points are images of one pixel, [N, 2, 1, 1], wherever a denoiser is asked for."""
+
+import math
+
+import torch
+
+from torch_utils.persistence import persistent
+from training.networks_edm2 import MPConv, mp_silu
+
+__all__ = ["ToyModel", "ToyDenoiser", "MLPDenoiser"]
+
+
+class MPSiLU(torch.nn.Module):
+    def forward(self, x):
+        return mp_silu(x)
+
+
+class _PointDenoiser(torch.nn.Module):
+    """What denoisers of points share: the attributes of the denoiser contract."""
+
+    label_dim = 0
+    img_resolution = 1
+    sigma_min = 0.0
+    sigma_max = float("inf")
+
+
+@persistent
+class ToyModel(_PointDenoiser):
+    """EDM2's toy network: an energy-like log-density of points, whose gradient is the score (arXiv 2406.02507).
+
+    `logp`, `pdf` and `score` take points x [..., 2] and sigma > 0, scalar or [...]. Called as a denoiser,
+    net(x [N, 2, 1, 1], sigma [N] or scalar) -> x + sigma^2 score(x; sigma). Because `score` here speaks of points,
+    solvers of linear processes, which would call score(u, t), take ToyDenoiser(model) instead.
+    """
+
+    def __init__(self, in_dim=2, num_layers=4, hidden_dim=64, sigma_data=0.5):
+        super().__init__()
+        self.img_channels = in_dim
+        self.sigma_data = sigma_data
+        layers = [MPConv(in_dim + 2, hidden_dim, kernel=[])]
+        for _ in range(num_layers):
+            layers += [MPSiLU(), MPConv(hidden_dim, hidden_dim, kernel=[])]
+        self.layers = torch.nn.Sequential(*layers)
+        self.gain = torch.nn.Parameter(torch.zeros([]))
+
+    def logp(self, x, sigma):
+        """Unnormalised log-density G(x; sigma) [...] = gain mean(y^2) / sigma - |x/s|^2 / 2, s^2 = sigma_data^2 + sigma^2."""
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).broadcast_to(x.shape[:-1]).unsqueeze(-1)
+        x = x / (self.sigma_data**2 + sigma**2).sqrt()
+        y = self.layers(torch.cat([x, sigma.log() / 4, torch.ones_like(sigma)], dim=-1))
+        return y.square().mean(dim=-1) * self.gain / sigma.squeeze(-1) - x.square().sum(dim=-1) / 2
+
+    def pdf(self, x, sigma):
+        """Density [...] relative to its largest value among the given points."""
+        logp = self.logp(x, sigma)
+        return (logp - logp.max()).exp()
+
+    def score(self, x, sigma, graph=False):
+        """Gradient of logp [..., 2]; graph=True: differentiable, for training."""
+        if x.shape[-1] != self.img_channels:
+            raise ValueError(
+                f"ToyModel.score takes points [..., {self.img_channels}], not {list(x.shape)}; "
+                "as the network of a solver use ToyDenoiser(model)"
+            )
+        with torch.enable_grad():
+            x = x if graph and x.requires_grad else x.detach().requires_grad_(True)
+            return torch.autograd.grad(self.logp(x, sigma).sum(), x, create_graph=graph)[0]
+
+    def forward(self, x, sigma, class_labels=None, return_logvar=False, **kwargs):
+        """Denoiser [N, 2, 1, 1]; labels and further keywords are ignored, the log-variance is zero."""
+        points = x.to(torch.float32).flatten(1)  # [N, 2]
+        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1).expand(len(x))
+        score = self.score(points, sigma, graph=torch.is_grad_enabled())
+        denoised = (points + sigma[:, None] ** 2 * score).reshape(x.shape)
+        return (denoised, denoised.new_zeros([len(x), 1, 1, 1])) if return_logvar else denoised
+
+
+class ToyDenoiser(_PointDenoiser):
+    """A ToyModel as a plain denoiser without a score of its own, for every solver and process."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.sigma_data = model.sigma_data
+        self.img_channels = model.img_channels
+
+    def forward(self, x, sigma, class_labels=None, **kwargs):
+        return self.model(x, sigma, class_labels, **kwargs)
+
+
+@persistent
+class MLPDenoiser(_PointDenoiser):
+    """Residual MLP with EDM preconditioning for points [N, in_dim, 1, 1], optionally conditional and uncertain.
+
+    net(x, sigma [N] or scalar, class_labels [N, label_dim] or None, return_logvar) -> [N, in_dim, 1, 1] and, on request,
+    the log-variance [N, 1, 1, 1] (zero without logvar_channels). Labels None mean the zero vector.
+    """
+
+    def __init__(
+        self,
+        label_dim=0,  # 0: unconditional
+        hidden_dim=128,  # width, even
+        num_layers=4,  # residual layers
+        sigma_data=0.5,
+        logvar_channels=0,  # width of the uncertainty head; 0: none
+        in_dim=2,
+    ):
+        if hidden_dim < 2 or hidden_dim % 2:
+            raise ValueError(f"hidden_dim={hidden_dim} must be even and at least 2")
+        super().__init__()
+        self.img_channels = in_dim
+        self.label_dim = label_dim
+        self.sigma_data = sigma_data
+        self.map_x = torch.nn.Linear(in_dim, hidden_dim)
+        self.map_noise = torch.nn.Linear(hidden_dim, hidden_dim)
+        self.map_label = torch.nn.Linear(label_dim, hidden_dim, bias=False) if label_dim else None
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(hidden_dim) for _ in range(num_layers))
+        self.inner = torch.nn.ModuleList(torch.nn.Linear(2 * hidden_dim, hidden_dim) for _ in range(num_layers))
+        self.outer = torch.nn.ModuleList(torch.nn.Linear(hidden_dim, hidden_dim) for _ in range(num_layers))
+        self.out = torch.nn.Linear(hidden_dim, in_dim)
+        torch.nn.init.zeros_(self.out.weight)
+        torch.nn.init.zeros_(self.out.bias)
+        self.logvar = None
+        if logvar_channels:
+            last = torch.nn.Linear(logvar_channels, 1)
+            torch.nn.init.zeros_(last.weight)
+            torch.nn.init.zeros_(last.bias)
+            self.logvar = torch.nn.Sequential(torch.nn.Linear(1, logvar_channels), torch.nn.SiLU(), last)
+        # Angles of ln(sigma)/4: periods from 40 down to 1/4, several times the range of useful noise levels and finer.
+        freqs = torch.logspace(math.log10(2 * math.pi / 40), math.log10(2 * math.pi * 4), hidden_dim // 2)
+        self.register_buffer("freqs", freqs)
+
+    def forward(self, x, sigma, class_labels=None, return_logvar=False, **kwargs):
+        points = x.to(torch.float32).flatten(1)  # [N, in_dim]
+        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1).expand(len(x), 1)
+        variance = sigma**2 + self.sigma_data**2
+        c_noise = sigma.log() / 4  # [N, 1]
+
+        angle = c_noise * self.freqs
+        emb = self.map_noise(torch.cat([angle.cos(), angle.sin()], dim=1))  # [N, hidden]
+        if self.map_label is not None and class_labels is not None:
+            emb = emb + self.map_label(class_labels.to(torch.float32).reshape(-1, self.label_dim)) * math.sqrt(
+                self.label_dim
+            )
+        emb = torch.nn.functional.silu(emb)
+        h = self.map_x(points / variance.sqrt())
+        for norm, inner, outer in zip(self.norms, self.inner, self.outer, strict=True):
+            h = h + outer(torch.nn.functional.silu(inner(torch.cat([norm(h), emb], dim=1))))
+        output = self.out(h)
+
+        denoised = self.sigma_data**2 / variance * points + sigma * self.sigma_data / variance.sqrt() * output
+        denoised = denoised.reshape(x.shape)
+        if not return_logvar:
+            return denoised
+        logvar = torch.zeros_like(sigma) if self.logvar is None else self.logvar(c_noise)
+        return denoised, logvar.reshape(-1, 1, 1, 1)
