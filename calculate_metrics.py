@@ -9,7 +9,7 @@ import sys
 
 import click
 
-from dnnlib import cli
+from dnnlib import atomic_write, cli
 
 
 def _int(name, help, default=None, at_least=0):
@@ -45,6 +45,8 @@ COMPARE = _options(
     _text("--train", "Training images: adds nearest-neighbour distances", "DIR|ZIP"),
     _text("--distances", "Some of fd, kid, prdc", "LIST", "fd,kid,prdc"),
     _int("--splits", "Half-against-half splits of the floor", 4),
+    _text("--dest", "Also write the JSON to this file", "FILE"),
+    click.option("--tag", "tags", metavar="NAME=VALUE", multiple=True, help="Note in the JSON, for report; repeatable"),
 )
 
 
@@ -154,7 +156,7 @@ def ref(data, dest, metrics, per_source, batch, workers, device, features):
     _print(result | {"num_images": counts[0], "source_counts": counts[1:]})
 
 
-def _prepare(metrics, ref, data, train, batch, distances, workers, device, **rest):
+def _prepare(metrics, ref, data, train, batch, distances, workers, device, dest, tags, **rest):
     """(detectors, {identity: reference}, {identity: training images} or None, device); refuses before any long work."""
     from metrics.evaluate import check_measures
     from metrics.features import collect_dataset, progress_bar
@@ -166,6 +168,9 @@ def _prepare(metrics, ref, data, train, batch, distances, workers, device, **res
         check_measures(distances.split(","))
     except ValueError as error:
         raise ValueError(f"--distances={distances}: {error}") from None
+    _parse_tags(tags)
+    if dest is not None:
+        _writable(dest)
     device = _start(device)
     detectors = _detectors(metrics, device)
 
@@ -178,8 +183,8 @@ def _prepare(metrics, ref, data, train, batch, distances, workers, device, **res
     return detectors, references, collect(train, "--train") if train else None, device
 
 
-def _score(name, samples, prepared, seed, per_source, distances, splits, **rest):
-    """Compare on rank 0 and print the JSON."""
+def _score(name, samples, prepared, seed, per_source, distances, splits, dest, tags, **rest):
+    """Compare on rank 0, print the JSON and write it to `dest`."""
     from metrics.evaluate import compare
     from torch_utils import distributed
 
@@ -188,7 +193,7 @@ def _score(name, samples, prepared, seed, per_source, distances, splits, **rest)
         return
     options = {"seed": seed, "per_source": per_source, "splits": splits}
     options["measures"] = distances.split(",")
-    result = {"images": name, "seed": seed, "metrics": {}}
+    result = {"images": name, "seed": seed, "tags": _parse_tags(tags), "metrics": {}}
     for key, detector in detectors.items():
         seen = samples[key].statistics
         if seen.count() <= seen.width:
@@ -197,6 +202,17 @@ def _score(name, samples, prepared, seed, per_source, distances, splits, **rest)
         scores = compare(samples[key], references[key], detector=detector, train=training and training[key], **options)
         result["metrics"][key] = scores | {"reference": references[key].provenance}
     _print(result)
+    if dest is not None:
+        with atomic_write(dest, "w") as file:
+            json.dump(result, file, indent=2, allow_nan=False)
+
+
+def _parse_tags(tags):
+    pairs = [tag.partition("=") for tag in tags]
+    for name, equals, _ in pairs:
+        if not (name and equals):
+            raise ValueError(f"--tag={name}: give NAME=VALUE")
+    return {name: value for name, _, value in pairs}
 
 
 @cmdline.command()
@@ -286,6 +302,24 @@ def detector(data, holdout, dest, epochs, seed, device):
     judge.save(dest)
     report = {name: judge.header[name] for name in ("accuracy", "source_accuracy", "num_train", "num_holdout")}
     _print({"dest": dest, "data": data, "detector": judge.identity} | report)
+
+
+@cmdline.command()
+@_text("--scores", "Score files of calc --dest, with the tags arm, source, seed, sampling", "GLOB", required=True)
+@_text("--dest", "Folder for table.csv, table.md and comparison.png", "DIR", required=True)
+@_text("--arms", "The arm that should win, and the one it is held against", "A,B", "multi,single", type=cli.STRINGS)
+@_text("--train-multi", "Training data of the shared model: proves that both arms saw the same images", "ZIP")
+@_text("--train-single", "Training data of the separate models, %s standing for the source id", "ZIP")
+@_text("--real", "Real images to show in the figure", "DIR|ZIP")
+@_text("--net", "Snapshot of the shared model: adds the theory's prediction", "FILE|DIR")
+@click.option("--note", "notes", metavar="TEXT", multiple=True, help="Line under the table; repeatable")
+def report(scores, dest, arms, train_multi, train_single, real, net, notes):
+    """Put score files together: one table, a verdict with its uncertainty, one figure."""
+    from metrics.report import write_report
+
+    if len(arms) != 2:
+        raise ValueError(f"--arms={','.join(arms)}: give two names, such as multi,single")
+    print(write_report(scores, dest, arms, train_multi, train_single, real, net, notes))
 
 
 if __name__ == "__main__":

@@ -112,14 +112,15 @@ MAX_SEEDS = 100_000_000
 
 
 def parse_seeds(text):
-    """A list of seeds such as '0,3,16-19' (ranges inclusive). Raises ValueError."""
+    """A list of seeds such as '0,3,16-19' (ranges inclusive) or '1000+50' (50 from 1000 on). Raises ValueError."""
     seeds = []
     for part in str(text).split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,18})(?:([-+])(\d{1,18}))?\s*", part)
         if match is None:
-            raise ValueError(f"{text!r} is no list of seeds: give integers and ranges, such as 0,3,16-19")
-        first = int(match[1])
-        last = int(match[2]) if match[2] is not None else first
+            raise ValueError(f"{text!r} is no list of seeds: give integers and ranges, such as 0,3,16-19 or 1000+50")
+        first = last = int(match[1])
+        if match[2]:
+            last = int(match[3]) if match[2] == "-" else first + int(match[3]) - 1
         if last < first:
             raise ValueError(f"{part.strip()!r} is an empty range of seeds: the first must not exceed the last")
         if len(seeds) + last - first >= MAX_SEEDS:

@@ -8,7 +8,7 @@ import functools
 import importlib
 import inspect
 import json
-import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,9 +120,27 @@ def save_snapshot(path, net, *, encoder=None, process=None, tensors=None, dtype=
         file.write(data)
 
 
+def resolve(path):
+    """The snapshot file that `path` means: itself, or, of a run folder, the newest one. Raises ValueError if unclear."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = {}
+    for file in path.glob("network-snapshot-*.safetensors"):
+        if match := re.fullmatch(r"network-snapshot-(\d+)-(.+)\.safetensors", file.name):
+            found.setdefault(int(match[1]), []).append(file)
+    if not found:
+        raise ValueError(f"{path}: no network-snapshot-*.safetensors in this folder")
+    newest = sorted(found[max(found)])
+    if len(newest) > 1:
+        names = ", ".join(file.name for file in newest)
+        raise ValueError(f"{path}: several averages at {max(found)} kimg ({names}): name the file")
+    return newest[0]
+
+
 def read_header(path):
     """The header of a snapshot as a dict. Raises ValueError, in one line, for anything that is not one of ours."""
-    path = Path(path)
+    path = resolve(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such snapshot")
     if path.suffix != ".safetensors":
@@ -142,10 +160,11 @@ def read_header(path):
 def load_snapshot(path, device="cpu", classes=None):
     """Read a snapshot -> Snapshot with the network in eval mode on `device`, float32, gradients off.
 
+    path: a file, or a run folder (its newest snapshot).
     classes: {name: class} extends the allow-list by the caller's own classes. Raises ValueError for a missing, damaged
     or foreign file, a class that is not on the list, or tensors that do not fit.
     """
-    path = os.fspath(path)
+    path = resolve(path)
     header = read_header(path)
     try:
         state = safetensors.torch.load_file(path, device="cpu")

@@ -83,8 +83,8 @@ PRESETS["pfgmpp-ffhq64-ddpmpp"] = dict(  # FID 2.43 at D=128
 
 # Small enough for a CPU: 8x8 and 28x28 grey digits.
 _DIGITS = dict(
-    arch="edm2", loss="edm2", channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=32,
-    batch_size=64, lr=0.01, decay=500, rampup=0.02, P_mean=-0.6, P_std=1.2, sigma_data=0.5, ema_std=[0.10], fp16=False,
+    arch="edm2", loss="edm2", channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=16,
+    batch_size=64, lr=0.01, decay=500, rampup=0.02, P_mean=-0.4, P_std=1.2, sigma_data=0.75, ema_std=[0.10], fp16=False,
 )  # fmt: skip
 PRESETS["digits8"] = dict(_DIGITS, total_nimg=128 << 10)
 PRESETS["digits28"] = dict(_DIGITS, total_nimg=256 << 10, channel_mult=[1, 2, 2], attn_resolutions=[7])

@@ -1,0 +1,209 @@
+"""Experiment files: named settings, budgets that override them, and steps that are command lines of this project's scripts.
+
+    name: quickstart
+    settings: {sources: [0, 1, 2], duration: 64Ki}
+    budgets: {smoke: {duration: 2Ki}}
+    steps:
+      - name: train-{source}
+        foreach: {source: sources}
+        run: train_edm2.py --outdir={out}/runs/{source} --duration={duration}
+
+`{name}` in a step is a setting, `{out}` the folder of the results, and `{name,}` a list joined by commas. `foreach` repeats
+the step for every combination of the lists it names (or writes out); an entry that is a mapping sets several names at once.
+The repetitions of one step are independent of each other and may run side by side; steps follow each other in order.
+A step is done when its marker `<out>/steps/<name>.json` holds the same command line. Interrupting loses the steps in
+progress only.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shlex
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+from dnnlib.util import atomic_write
+
+
+@dataclass
+class Step:
+    """One command line: `argv[0]` is the script. Steps with the same `stage` are independent of each other."""
+
+    name: str
+    argv: list
+    stage: int
+
+    @property
+    def key(self):
+        """Identity of the command line: a step with another one is not done."""
+        return hashlib.sha256(json.dumps(self.argv).encode()).hexdigest()
+
+
+def _fill(template, values, where):
+    def replace(match):
+        name, comma = match[1], match[2]
+        if name not in values:
+            raise ValueError(f"{where}: no setting named {name!r}; known: {', '.join(sorted(values))}")
+        value = values[name]
+        if comma:
+            return ",".join(str(v) for v in (value if isinstance(value, list) else [value]))
+        return str(value)
+
+    return re.sub(r"\{(\w+)(,?)\}", replace, template)
+
+
+def _combinations(foreach, values, where):
+    """All assignments of a `foreach` mapping, in order."""
+    lists = []
+    for name, items in (foreach or {}).items():
+        if isinstance(items, str):
+            if items not in values:
+                raise ValueError(f"{where}: foreach names the setting {items!r}, which is not there")
+            items = values[items]
+        items = items if isinstance(items, list) else [items]
+        lists.append([dict(item) if isinstance(item, dict) else {name: item} for item in items])
+    for combination in itertools.product(*lists):
+        yield {name: value for part in combination for name, value in part.items()}
+
+
+def load(path, budget=None, overrides=None):
+    """(name, settings) and the list of Steps of an experiment file. Raises ValueError with the file and what is wrong.
+
+    budget: names (comma-separated) of entries under `budgets`, applied in order; overrides: {setting: value}, last.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            spec = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError) as err:
+        raise ValueError(f"{path}: not a readable experiment file ({str(err).splitlines()[0]})") from err
+    if not isinstance(spec, dict) or not isinstance(spec.get("steps"), list):
+        raise ValueError(f"{path}: an experiment file is a mapping with the keys name, settings, budgets and steps")
+    name = spec.get("name") or Path(path).stem
+    settings = dict(spec.get("settings") or {})
+    budgets = {"default": {}, **(spec.get("budgets") or {})}
+    for part in (budget or "default").split(","):
+        if part not in budgets:
+            raise ValueError(f"--budget={part} is unknown to {path}; known: {', '.join(sorted(budgets))}")
+        settings.update(budgets[part] or {})
+    unknown = set(overrides or {}) - {*settings, "out"}
+    if unknown:
+        raise ValueError(
+            f"--set {sorted(unknown)[0]}: {path} has no such setting; known: {', '.join(sorted(settings))}"
+        )
+    settings.update(overrides or {})
+    # Another budget or setting is another experiment: its results must not mix with these.
+    parts = [name, *([] if budget in (None, "default") else [budget])]
+    parts += [f"{key}={value}" for key, value in (overrides or {}).items() if key != "out"]
+    settings.setdefault("out", "results/" + re.sub(r"[^\w.=,-]+", "", "-".join(parts).replace(", ", ",")))
+    steps = []
+    for stage, entry in enumerate(spec["steps"]):
+        where = f"{path}, step {stage}"
+        if not isinstance(entry, dict) or not {"name", "run"} <= set(entry):
+            raise ValueError(f"{where}: a step has a name and a run line")
+        for assignment in _combinations(entry.get("foreach"), settings, where):
+            values = {**settings, **assignment}
+            argv = [_fill(word, values, where) for word in shlex.split(entry["run"])]
+            steps.append(Step(_fill(entry["name"], values, where), argv, stage))
+    names = [step.name for step in steps]
+    double = next((n for n in names if names.count(n) > 1), None)
+    if double is not None:
+        raise ValueError(f"{path}: two steps are called {double!r}: put what differs into the name")
+    return settings, steps
+
+
+def _marker(out, step):
+    return Path(out) / "steps" / f"{step.name}.json"
+
+
+def is_done(out, step):
+    """Whether this very command line has been completed."""
+    try:
+        return json.loads(_marker(out, step).read_text(encoding="utf-8"))["key"] == step.key
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def execute(out, step, scripts, threads=None):
+    """Run one step in this process, its output into <out>/logs/<name>.log; marks it done. Returns None or an error line.
+
+    scripts: {file name: click command}.
+    """
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    log = Path(out) / "logs" / f"{step.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    with open(log, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        print(shlex.join(step.argv), flush=True)
+        try:
+            code = scripts[step.argv[0]].main(step.argv[1:], prog_name=step.argv[0], standalone_mode=False)
+        except SystemExit as err:
+            code = err.code
+        except Exception as err:
+            traceback.print_exc()
+            message = err.format_message() if hasattr(err, "format_message") else str(err)
+            return f"step {step.name}: {message or type(err).__name__} (see {log})"
+    if code:
+        return f"step {step.name} ended with code {code} (see {log})"
+    record = {"key": step.key, "argv": step.argv, "seconds": round(time.time() - start, 3)}
+    with atomic_write(_marker(out, step), "w") as file:
+        json.dump(record, file)
+    return None
+
+
+def _worker(out, step, load_scripts, threads):
+    return execute(out, step, load_scripts(), threads)
+
+
+def run(steps, out, load_scripts, jobs=1, progress=True):
+    """Run the steps that are not done yet, stage by stage, `jobs` at a time. Raises ValueError at the first that fails.
+
+    load_scripts: picklable function -> {file name: click command}.
+    """
+    unknown = next((s for s in steps if s.argv[0] not in load_scripts()), None)
+    if unknown is not None:
+        raise ValueError(f"step {unknown.name} runs {unknown.argv[0]}; known scripts: {', '.join(load_scripts())}")
+    todo = [step for step in steps if not is_done(out, step)]
+    bar = tqdm(total=len(steps), initial=len(steps) - len(todo), unit="step", disable=not progress, file=sys.stderr)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bar)
+        pool = None
+        if jobs > 1:
+            context = multiprocessing.get_context("spawn")
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context))
+        for _, group in itertools.groupby(todo, key=lambda step: step.stage):
+            for step, error in _run_stage(list(group), out, load_scripts, pool):
+                if error is not None:
+                    if pool is not None:
+                        pool.shutdown(cancel_futures=True)
+                    raise ValueError(error)
+                bar.set_postfix_str(step.name, refresh=False)
+                bar.update()
+
+
+def _run_stage(steps, out, load_scripts, pool):
+    if pool is None:
+        for step in steps:
+            yield step, execute(out, step, load_scripts())
+        return
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    futures = {pool.submit(_worker, out, step, load_scripts, threads): step for step in steps}
+    for future in concurrent.futures.as_completed(futures):
+        try:
+            yield futures[future], future.result()
+        except concurrent.futures.process.BrokenProcessPool:
+            yield futures[future], f"step {futures[future].name}: its process was killed; run again to go on"

@@ -1,0 +1,72 @@
+"""Generate images from a snapshot, with per-sample seeds, any number of processes, labels beside the images."""
+
+import click
+
+from dnnlib import cli
+
+EXAMPLES = """
+\b
+Examples:
+  # 64 images, ten sources in turn, and one picture with a row per source:
+  python generate_images.py --net=training-runs/digits/network-snapshot-0000131-0.100.safetensors \\
+      --outdir=out/digits --seeds=0-63 --class=balanced --grid
+\b
+  # Autoguidance on two GPUs:
+  torchrun --standalone --nproc_per_node=2 generate_images.py --net=main.safetensors --gnet=weak.safetensors \\
+      --guidance=2 --outdir=out/guided --seeds=0-49999 --subdirs
+"""
+
+
+class ClassChoice(click.ParamType):
+    """A class index, or `balanced`: seed modulo the number of sources."""
+
+    name = "N|balanced"
+
+    def convert(self, value, param, ctx):
+        if value == "balanced" or (isinstance(value, int) and value >= 0):
+            return value
+        if str(value).isdigit():
+            return int(value)
+        self.fail(f"{value!r} is neither a class index nor 'balanced'", param, ctx)
+
+
+def generate_images(*args, **kwargs):
+    """See training.generation.generate_images: a generator of batches, importable without its dependencies."""
+    from training.generation import generate_images as generate
+
+    return generate(*args, **kwargs)
+
+
+@cli.command(epilog=EXAMPLES)
+@click.option("--net", metavar="SNAPSHOT", help="Network snapshot")
+@click.option("--gnet", metavar="SNAPSHOT", help="Guiding network: a weaker one, or the same for label dropout")
+@click.option("--preset", metavar="NAME", help="Published combination of --net, --gnet and --guidance")
+@click.option("--outdir", metavar="DIR", required=True, help="Where to write the images")
+@click.option("--subdirs", is_flag=True, help="A folder for every 1000 seeds")
+@click.option("--seeds", type=cli.SEEDS, default="16-19", help="Random seeds, e.g. 1,2,5-10")
+@click.option("--class", "class_idx", type=ClassChoice(), help="Class label; default: random per seed")
+@click.option("--sources", type=cli.INTS, help="With --class=balanced: cycle through these labels only")
+@click.option("--batch", "max_batch_size", type=click.IntRange(min=1), default=32, help="Largest batch per process")
+@click.option("--grid", is_flag=True, help="Also write <outdir>-grid.png with a row per source")
+@click.option("--steps", "num_steps", type=click.IntRange(min=1), default=32, help="Sampling steps")
+@click.option("--sigma_min", type=click.FloatRange(min=0, min_open=True), default=0.002, help="Lowest noise level")
+@click.option("--sigma_max", type=click.FloatRange(min=0, min_open=True), default=80, help="Highest noise level")
+@click.option("--rho", type=click.FloatRange(min=0, min_open=True), default=7, help="Exponent of the time steps")
+@click.option("--guidance", type=float, default=1, help="Guidance strength; 1: none")
+@click.option("--guidance-interval", type=cli.FLOATS, metavar="LO,HI", help="Guide only at noise levels in (LO, HI]")
+@click.option("--S_churn", "S_churn", type=click.FloatRange(min=0), default=0, help="Stochasticity strength")
+@click.option("--S_min", "S_min", type=click.FloatRange(min=0), default=0, help="Lowest noise level of churn")
+@click.option(
+    "--S_max", "S_max", type=click.FloatRange(min=0), default=float("inf"), help="Highest noise level of churn"
+)
+@click.option("--S_noise", "S_noise", type=float, default=1, help="Noise inflation of churn")
+@click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
+def main(outdir, grid, subdirs, device, **options):
+    """Generate images. Seed s gives the same noise and label whatever the batch size and number of processes."""
+    from training import generation
+
+    generation.run(outdir, grid, subdirs, device, **options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,407 @@
+"""From score files to one table, a verdict with its uncertainty, and a figure: one arm against another.
+
+A score file is the JSON that `calculate_metrics.py calc --dest=FILE --tag ...` writes: the numbers of one set of samples with
+tags arm, source, seed (training) and sampling. Nothing is read from paths.
+"""
+
+import csv
+import io
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import scipy.stats
+
+NEEDED_TAGS = ("arm", "source", "seed", "sampling")
+COLUMNS = (
+    "fd", "agreement", "fd_at_floor_size", "fd_floor", "agreement_reference", "nearest_train", "nearest_train_reference",
+    "precision", "recall",
+)  # fmt: skip
+
+
+def read_scores(paths):
+    """Rows {tag or column: value} of score files. Raises ValueError for a file that is none, or for none at all."""
+    rows = []
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8") as file:
+                content = json.load(file)
+            tags = content["tags"]
+            missing = [name for name in NEEDED_TAGS if name not in tags]
+            if missing:
+                raise ValueError(f"{path}: no tag {missing[0]!r}: score with --tag {missing[0]}=...")
+            for detector, result in content["metrics"].items():
+                section = result["sources"][str(tags["source"])]
+                values = {name: section.get(name) for name in COLUMNS}
+                rows.append({**tags, "detector": detector, "images_path": content.get("images"), **values})
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as err:
+            raise ValueError(f"{path}: not a score file with tags ({type(err).__name__}: {err})") from err
+    if not rows:
+        raise ValueError("no score files: run calculate_metrics.py calc with --dest and --tag first")
+    return rows
+
+
+@dataclass
+class Cell:
+    """One number of one arm on one source: its values by (training seed, sampling seed)."""
+
+    values: dict = field(default_factory=dict)
+
+    def by_seed(self):
+        """Means over sampling seeds, one per training seed, in order of the seeds."""
+        seeds = defaultdict(list)
+        for (seed, _), value in self.values.items():
+            seeds[str(seed)].append(value)
+        return {seed: float(np.mean(v)) for seed, v in sorted(seeds.items())}
+
+    @property
+    def mean(self):
+        return float(np.mean(list(self.by_seed().values())))
+
+    @property
+    def sd_training(self):
+        """Spread over training seeds; None for one seed."""
+        means = list(self.by_seed().values())
+        return float(np.std(means, ddof=1)) if len(means) > 1 else None
+
+    @property
+    def sd_sampling(self):
+        """Spread over sampling seeds within training seeds (pooled); None for one sampling seed."""
+        groups = defaultdict(list)
+        for (seed, _), value in self.values.items():
+            groups[seed].append(value)
+        spread = [np.var(v, ddof=1) for v in groups.values() if len(v) > 1]
+        return float(np.sqrt(np.mean(spread))) if spread else None
+
+
+def collect(rows):
+    """{(arm, source, column): Cell}, arms and sources in order of appearance / number."""
+    cells = defaultdict(Cell)
+    for row in rows:
+        for name in COLUMNS:
+            if row.get(name) is not None:
+                cells[row["arm"], str(row["source"]), name].values[str(row["seed"]), str(row["sampling"])] = row[name]
+    return cells
+
+
+@dataclass
+class Verdict:
+    """Relative advantage of arm `better` over arm `other` in one column that should be small."""
+
+    better: str
+    other: str
+    wins: int  # sources in which `better` has the smaller mean
+    sources: int
+    advantage: float  # mean over sources of (other - better) / other
+    standard_error: float | None  # from the spread over training seeds; None with a single one
+    interval: tuple | None  # 95 %, Welch-Satterthwaite
+    per_source: dict = field(default_factory=dict)
+
+    def __str__(self):
+        line = f"{self.better} better than {self.other} in {self.wins} of {self.sources} sources, mean advantage "
+        if self.standard_error is None:
+            return line + f"{self.advantage:.1%} (one training seed per arm: no uncertainty known)"
+        low, high = self.interval
+        clear = "clear of zero" if low > 0 or high < 0 else "zero is inside"
+        return (
+            line + f"{self.advantage:.1%} +- {self.standard_error:.1%} (95 % interval {low:.1%} to {high:.1%}: {clear})"
+        )
+
+
+def verdict(cells, sources, better="multi", other="single", column="fd"):
+    """Compare two arms over the sources, with the uncertainty that the training seeds show.
+
+    One model of the shared arm serves all sources, so its seeds are averaged over sources first; the models of the other
+    arm are treated likewise, seed by seed, which is right for shared and for separate models: separate ones only vary
+    independently within a seed. Raises ValueError where an arm has no scores.
+    """
+    for arm in (better, other):
+        if any((arm, s, column) not in cells for s in sources):
+            raise ValueError(f"arm {arm!r} has no {column!r} for every one of the sources {', '.join(sources)}")
+    base = {s: cells[other, s, column].mean for s in sources}
+    per_source = {s: (base[s] - cells[better, s, column].mean) / base[s] for s in sources}
+    parts = []
+    for arm in (better, other):
+        tables = [cells[arm, s, column].by_seed() for s in sources]
+        common = set.intersection(*(set(t) for t in tables))
+        relative = [
+            np.mean([t[seed] / base[s] for t, s in zip(tables, sources, strict=True)]) for seed in sorted(common)
+        ]
+        parts.append(relative)
+    wins = sum(value > 0 for value in per_source.values())
+    mean = float(np.mean(list(per_source.values())))
+    if min(map(len, parts)) < 2:
+        return Verdict(better, other, wins, len(sources), mean, None, None, per_source)
+    variances = [np.var(p, ddof=1) / len(p) for p in parts]
+    error = math.sqrt(sum(variances))
+    freedom = sum(variances) ** 2 / max(sum(v**2 / (len(p) - 1) for v, p in zip(variances, parts, strict=True)), 1e-300)
+    half = float(scipy.stats.t.ppf(0.975, max(freedom, 1))) * error
+    return Verdict(better, other, wins, len(sources), mean, error, (mean - half, mean + half), per_source)
+
+
+def theory_ratio(net, num_sources):
+    """The theory's prediction for multi over single: sqrt(1 - (K-1)/K beta), beta = share of shared parameters.
+
+    Wang et al. (ICML 2025, arXiv 2502.14583), section 4: what belongs to a source is its column of the label embedding.
+    Returns {"beta_sim", "ratio", "shared", "per_source"} from the parameters of `net`.
+    """
+    total = sum(p.numel() for p in net.parameters())
+    label_dim = net.label_dim
+    own = sum(
+        p.numel() for name, p in net.named_parameters() if "label" in name and p.ndim == 2 and p.shape[1] == label_dim
+    )
+    per_source = own // max(label_dim, 1)
+    shared = total - own
+    beta = shared / (shared + per_source)
+    ratio = math.sqrt(1 - (num_sources - 1) / num_sources * beta)
+    return {"beta_sim": beta, "ratio": ratio, "shared": shared, "per_source": per_source}
+
+
+def sources_of(rows):
+    """The sources of score rows, as strings in numerical order."""
+    return sorted(
+        {str(row["source"]) for row in rows}, key=lambda s: (not s.isdigit(), int(s) if s.isdigit() else 0, s)
+    )
+
+
+def to_csv(cells, arms, sources):
+    """The table as CSV text: one line per source and arm with mean and spreads, then the mean over sources."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = [c for c in COLUMNS if any((a, s, c) in cells for a in arms for s in sources)]
+    writer.writerow(
+        ["source", "arm", *(f"{n}{suffix}" for n in names for suffix in ("", "_sd_training", "_sd_sampling"))]
+    )
+    for source in [*sources, "mean"]:
+        for arm in arms:
+            row = [source, arm]
+            for name in names:
+                if source == "mean":
+                    found = [cells[arm, s, name] for s in sources if (arm, s, name) in cells]
+                    spreads = (_mean([c.sd_training for c in found]), _mean([c.sd_sampling for c in found]))
+                    values = (_mean([c.mean for c in found]), *spreads)
+                else:
+                    cell = cells.get((arm, source, name))
+                    values = (None,) * 3 if cell is None else (cell.mean, cell.sd_training, cell.sd_sampling)
+                row.extend("" if v is None else f"{v:.6g}" for v in values)
+            writer.writerow(row)
+    return out.getvalue()
+
+
+def _mean(values):
+    values = [v for v in values if v is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _pm(cell, digits=2, percent=False):
+    if cell is None:
+        return ""
+    scale, unit = (100, " %") if percent else (1, "")
+    text = f"{cell.mean * scale:.{digits}f}"
+    if cell.sd_training is not None:
+        text += f" +- {cell.sd_training * scale:.{digits}f}"
+    return text + unit
+
+
+def to_markdown(cells, arms, sources, verdicts, notes=()):
+    """The table as Markdown: per source and mean, FD and agreement of both arms, floor, nearest neighbours, verdict."""
+    a, b = arms[:2]
+    lines = [
+        f"| source | FD {a} | FD {b} | advantage | floor* | FD {a}* | FD {b}* | agreement {a} | agreement {b} | real |"
+        f" nearest train {a} | {b} | held-out |",
+        "|" + " --- |" * 13,
+    ]
+    main = verdicts[0]
+    for s in sources:
+
+        def get(arm, name, s=s):
+            return cells.get((arm, s, name))
+
+        lines.append(
+            f"| {s} | {_pm(get(a, 'fd'))} | {_pm(get(b, 'fd'))} | {main.per_source[s]:.1%} "
+            f"| {_number(get(a, 'fd_floor'))} | {_number(get(a, 'fd_at_floor_size'))} | {_number(get(b, 'fd_at_floor_size'))} "
+            f"| {_pm(get(a, 'agreement'), 1, True)} | {_pm(get(b, 'agreement'), 1, True)} "
+            f"| {_number(get(a, 'agreement_reference'), 1, True)} "
+            f"| {_number(get(a, 'nearest_train'))} | {_number(get(b, 'nearest_train'))} "
+            f"| {_number(get(a, 'nearest_train_reference'))} |"
+        )
+    means = {
+        (arm, n): _mean([cells[arm, s, n].mean for s in sources if (arm, s, n) in cells])
+        for arm in arms
+        for n in COLUMNS
+    }
+
+    def mean(arm, name, digits=2, percent=False):
+        value = means.get((arm, name))
+        return "" if value is None else f"{value * (100 if percent else 1):.{digits}f}" + (" %" if percent else "")
+
+    lines.append(
+        f"| mean | {mean(a, 'fd')} | {mean(b, 'fd')} | {main.advantage:.1%} | {mean(a, 'fd_floor')} "
+        f"| {mean(a, 'fd_at_floor_size')} | {mean(b, 'fd_at_floor_size')} | {mean(a, 'agreement', 1, True)} "
+        f"| {mean(b, 'agreement', 1, True)} | {mean(a, 'agreement_reference', 1, True)} | {mean(a, 'nearest_train')} "
+        f"| {mean(b, 'nearest_train')} | {mean(a, 'nearest_train_reference')} |"
+    )
+    lines += ["", *(f"**{v}**" for v in verdicts), ""]
+    lines += [
+        "FD: Frechet distance to held-out images in the detector's features; mean +- standard deviation over training seeds. "
+        "*: at the size of half the held-out images, which is what the floor (half against half) can be compared with. "
+        "Nearest train: mean distance of samples, and of held-out images, to the nearest training image of the source.",
+        "",
+        *(f"- {note}" for note in notes),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _number(cell, digits=2, percent=False):
+    return "" if cell is None else f"{cell.mean * (100 if percent else 1):.{digits}f}" + (" %" if percent else "")
+
+
+def load_strip(path, count):
+    """The first `count` images (uint8 [C, H, W]) of a folder or zip of samples."""
+    from training.dataset import ImageFolderDataset
+
+    dataset = ImageFolderDataset(path)
+    return [dataset[i][0] for i in range(min(count, len(dataset)))]
+
+
+def figure(path, cells, arms, sources, strips, main):
+    """comparison.png: a strip of images per source for real data and every arm, and the bars of FD with their spread.
+
+    strips: {(row title, source): [uint8 images]}.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    titles = list(dict.fromkeys(title for title, _ in strips))
+    height = max(2.6, 0.42 * len(sources) * max(len(titles), 1) + 0.6)
+    fig, (left, right) = plt.subplots(
+        1, 2, figsize=(9.5, height), gridspec_kw={"width_ratios": [1.35, 1]}, constrained_layout=True
+    )
+    rows, labels = [], []
+    for source in sources:
+        for title in titles:
+            images = strips.get((title, source), [])
+            if images:
+                rows.append(np.concatenate([np.pad(i.transpose(1, 2, 0), ((1, 1), (1, 1), (0, 0)), constant_values=255)
+                                            for i in images], axis=1))  # fmt: skip
+                labels.append(f"{title}, source {source}")
+    if rows:
+        width = min(row.shape[1] for row in rows)
+        canvas = np.concatenate([row[:, :width] for row in rows], axis=0)
+        left.imshow(canvas.squeeze(), cmap="gray", interpolation="nearest", aspect="equal")
+        step = canvas.shape[0] / len(rows)
+        left.set_yticks([step * (i + 0.5) for i in range(len(rows))], labels, fontsize=8)
+        left.set_xticks([])
+        left.tick_params(length=0)
+        for spine in left.spines.values():
+            spine.set_visible(False)
+    colours = ["#3b6fb6", "#e08a2c", "#6aa84f", "#a64d79"]
+    x = np.arange(len(sources) + 1)
+    for i, arm in enumerate(arms):
+        means = [cells[arm, s, "fd"].mean for s in sources]
+        errors = [cells[arm, s, "fd"].sd_training or 0 for s in sources]
+        offset = (i - (len(arms) - 1) / 2) * 0.8 / len(arms)
+        right.bar(
+            x + offset, [*means, np.mean(means)], 0.8 / len(arms), yerr=[*errors, 0], capsize=3, color=colours[i % 4],
+            label=f"{arm}-source" if arm in ("multi", "single") else arm,
+        )  # fmt: skip
+    floors = [cells[arms[0], s, "fd_floor"].mean for s in sources if (arms[0], s, "fd_floor") in cells]
+    if len(floors) == len(sources):
+        right.hlines([*floors, np.mean(floors)], x - 0.45, x + 0.45, colors="black", linestyles="dashed", linewidth=1,
+                     label="floor: held-out, half vs half")  # fmt: skip
+    right.set_xticks(x, [*sources, "mean"])
+    right.set_xlabel("source")
+    right.set_ylabel("Frechet distance to held-out images")
+    right.set_ylim(top=right.get_ylim()[1] * 1.3)
+    right.legend(fontsize=8, loc="upper left", ncols=2)
+    right.set_title(_short(main), fontsize=9)
+    for side in ("top", "right"):
+        right.spines[side].set_visible(False)
+    from dnnlib import atomic_write
+
+    with atomic_write(path) as file:
+        fig.savefig(file, format="png", dpi=150)
+    plt.close(fig)
+
+
+def _short(v):
+    error = "" if v.standard_error is None else f" +- {v.standard_error:.1%}"
+    return f"{v.better} better in {v.wins} of {v.sources} sources, mean advantage {v.advantage:.1%}{error}"
+
+
+def _same_data(train_multi, train_single):
+    """A line that says whether the arms saw the same images, by content hash."""
+    from training.dataset import ImageFolderDataset, content_hash
+
+    shared = content_hash(ImageFolderDataset(train_multi))
+    separate = content_hash(*(ImageFolderDataset(path) for path in train_single))
+    if shared != separate:
+        return f"WARNING: the arms saw different images (sha256 {shared[:16]} and {separate[:16]})."
+    return f"Both arms saw the same images: sha256 {shared[:16]} of {len(ImageFolderDataset(train_multi))} images and labels."
+
+
+def _strips(rows, arms, sources, real, count=12):
+    """{(title, source): images} for the figure: real ones, then the first samples of every arm."""
+    from training.dataset import ImageFolderDataset
+
+    strips = {}
+    if real is not None:
+        dataset = ImageFolderDataset(real)
+        for source in sources:
+            index = dataset.indices_of(int(source))[:count]
+            strips["real", source] = [dataset[i][0] for i in index]
+    for arm in arms:
+        for source in sources:
+            row = next((r for r in rows if r["arm"] == arm and str(r["source"]) == source and r["images_path"]), None)
+            if row is not None:
+                strips[arm, source] = load_strip(row["images_path"], count)
+    return strips
+
+
+def write_report(
+    scores, dest, arms=("multi", "single"), train_multi=None, train_single=None, real=None, net=None, notes=()
+):
+    """Write table.csv, table.md, scores.json and comparison.png into the folder `dest`; returns the text of table.md.
+
+    scores: glob of score files. Raises ValueError for missing scores or tags.
+    """
+    import glob
+    from pathlib import Path
+
+    from dnnlib import atomic_write
+
+    rows = read_scores(sorted(glob.glob(scores)))
+    sources = sources_of(rows)
+    cells = collect(rows)
+    verdicts = [verdict(cells, sources, *arms)]
+    notes = list(notes)
+    budgets = sorted({(r["arm"], r["images_trained"]) for r in rows if "images_trained" in r})
+    if budgets:
+        notes.append("Training images per model: " + ", ".join(f"{n} ({arm})" for arm, n in budgets) + ".")
+    seeds = {arm: len({r["seed"] for r in rows if r["arm"] == arm}) for arm in arms}
+    samplings = len({r["sampling"] for r in rows})
+    notes.append(f"Training seeds: {', '.join(f'{n} ({a})' for a, n in seeds.items())}; sampling seeds: {samplings}.")
+    if train_multi and train_single:
+        notes.append(_same_data(train_multi, [train_single.replace("%s", s) for s in sources]))
+    if net is not None:
+        from torch_utils.persistence import load_snapshot
+
+        theory = theory_ratio(load_snapshot(net).net, len(sources))
+        a, b = (_mean([cells[arm, s, "fd"].mean for s in sources]) for arm in arms)
+        notes.append(
+            f"Theory (order of the bounds): ratio {theory['ratio']:.3f} = sqrt(1 - (K-1)/K beta) with beta "
+            f"{theory['beta_sim']:.4f} ({theory['shared']} shared parameters, {theory['per_source']} per source); "
+            f"measured ratio of the mean FDs {a / b:.3f}."
+        )
+    dest = Path(dest)
+    text = to_markdown(cells, list(arms), sources, verdicts, notes)
+    with atomic_write(dest / "table.csv", "w") as file:
+        file.write(to_csv(cells, list(arms), sources))
+    with atomic_write(dest / "table.md", "w") as file:
+        file.write(text)
+    figure(dest / "comparison.png", cells, list(arms), sources, _strips(rows, arms, sources, real), verdicts[0])
+    return text

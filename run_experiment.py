@@ -1,0 +1,83 @@
+"""Run an experiment file: its steps in order, those already done skipped, several side by side."""
+
+import os
+
+import click
+
+from dnnlib import cli, experiment
+
+EXAMPLES = """
+\b
+Examples:
+  python run_experiment.py experiments/quickstart.yaml
+  python run_experiment.py experiments/quickstart.yaml --list
+  python run_experiment.py experiments/quickstart.yaml --set sources=0,1,2,3 --set per_source=100
+  python run_experiment.py experiments/quickstart.yaml --step=train-multi-seed0
+  sbatch --array=0-7 --wrap='python run_experiment.py sweep.yaml --index=$SLURM_ARRAY_TASK_ID'
+"""
+
+
+def load_scripts():
+    """The scripts that steps may run, by file name."""
+    import calculate_metrics
+    import dataset_tool
+    import generate_images
+    import train_edm2
+
+    return {
+        "train_edm2.py": train_edm2.main,
+        "generate_images.py": generate_images.main,
+        "calculate_metrics.py": calculate_metrics.cmdline,
+        "dataset_tool.py": dataset_tool.main,
+    }
+
+
+def parse_setting(text):
+    """'name=value' -> (name, value), the value read as YAML; a comma-separated list of scalars is a list."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text}: give NAME=VALUE")
+    try:
+        parts = [yaml.safe_load(part) for part in value.split(",")]
+        return name, yaml.safe_load(value) if len(parts) == 1 or value.lstrip().startswith(("[", "{")) else parts
+    except yaml.YAMLError as err:
+        raise ValueError(f"--set {text}: the value is not readable ({str(err).splitlines()[0]})") from err
+
+
+@cli.command(epilog=EXAMPLES)
+@click.argument("file", metavar="FILE", type=click.Path(exists=True, dir_okay=False))
+@click.option("--budget", metavar="NAME", help="Named overrides in the file, e.g. smoke; several with commas")
+@click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="Override one setting; may be repeated")
+@click.option("--out", metavar="DIR", help="Where the results go; default: results/<name>")
+@click.option("--list", "list_only", is_flag=True, help="Print the steps, with their index and whether they are done")
+@click.option("--step", "names", metavar="NAME", multiple=True, help="Run only this step; may be repeated")
+@click.option("--index", type=click.IntRange(min=0), help="Run only the step of this index (for job arrays)")
+@click.option("--jobs", type=click.IntRange(min=1), help="Steps side by side; default: number of cores, at most 8")
+def main(file, budget, settings, out, list_only, names, index, jobs):
+    """Run the experiment described by FILE. Run the same command again to resume."""
+    overrides = dict(parse_setting(text) for text in settings)
+    if out is not None:
+        overrides["out"] = out
+    settings, steps = experiment.load(file, budget, overrides)
+    if list_only:
+        for i, step in enumerate(steps):
+            print(f"{i:4d} {'done' if experiment.is_done(settings['out'], step) else 'todo'} {step.name}")
+        return
+    if index is not None:
+        if index >= len(steps):
+            raise ValueError(f"--index={index}: {file} has steps 0 to {len(steps) - 1}")
+        names = (*names, steps[index].name)
+    unknown = set(names) - {step.name for step in steps}
+    if unknown:
+        raise ValueError(f"--step={sorted(unknown)[0]} is no step of {file}: see --list")
+    chosen = [step for step in steps if not names or step.name in names]
+    experiment.run(chosen, settings["out"], load_scripts, jobs or min(os.cpu_count() or 1, 8))
+    if not names and settings.get("print"):
+        with open(settings["print"].replace("{out}", settings["out"]), encoding="utf-8") as text:
+            print(text.read())
+
+
+if __name__ == "__main__":
+    main()
