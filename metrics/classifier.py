@@ -219,7 +219,8 @@ def train_classifier(
         "seed": seed,
         "num_train": len(images),
     }
-    with torch.random.fork_rng(devices=[]):  # initialisation and dropout draw from the global generator
+    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):  # initialisation and dropout draw from the global generator
         torch.manual_seed(seed)
         net = ConvNet(header["image_shape"], num_classes, width, features).to(device).train()
         generator = torch.Generator().manual_seed(seed)

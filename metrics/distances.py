@@ -27,8 +27,16 @@ def _feature_pair(generated, reference, at_least):
 
 
 def _factor(sigma):
-    """A with A A' = sigma. Directions below float64 resolution (rank-deficient sigma) are dropped."""
-    values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)
+    """A with A A' = sigma: Cholesky where sigma is clearly regular, else by eigenvalues.
+
+    Directions below float64 resolution (rank-deficient sigma) are dropped: their roots would be noise of size 1e-8.
+    """
+    sigma = (sigma + sigma.T) / 2
+    lower, failed = torch.linalg.cholesky_ex(sigma)
+    pivots = lower.diagonal().square()
+    if len(sigma) and not failed and pivots.amin() > 1e-6 * pivots.amax():
+        return lower  # [F, F]
+    values, vectors = torch.linalg.eigh(sigma)
     keep = values > values.abs().amax() * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, keep] * values[keep].sqrt()  # [F, rank]
 
@@ -37,8 +45,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """Squared 2-Wasserstein distance of two Gaussians (Heusel et al. 2017, eq. 6; "FID" with Inception features).
 
     ``|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2)``. The trace of the root is the sum of the singular
-    values of ``A1' A2`` where ``A A' = sigma`` comes from a symmetric eigen-decomposition: no root of a non-symmetric
-    product, no epsilon, and singular covariances (fewer images than features) are exact to float64.
+    values of ``A1' A2`` where ``A A' = sigma`` (Cholesky, or symmetric eigen-decomposition where sigma is singular): no
+    root of a non-symmetric product, no epsilon, and fewer images than features are exact to float64.
 
     mu1, mu2: [F]; sigma1, sigma2: [F, F] symmetric positive semi-definite; arrays or tensors of any float type.
     Raises ValueError when shapes disagree or a value is not finite.

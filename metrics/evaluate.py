@@ -91,6 +91,7 @@ def compare(
         {"detector", "num_images", "num_reference", "feature_width", "overall": {...}, "sources": {"0": {...}, ...},
          "mean": {...}}                 mean over the sources that have samples, of every number that all of them have
 
+    "overall" holds all samples against the whole reference, also where the samples are of some sources only.
     Each section holds `count`, `reference_count` and
 
         fd, fd_floor, fd_floor_sd       Frechet distance; floor: two disjoint random halves of the reference, cut to

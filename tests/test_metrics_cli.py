@@ -20,16 +20,10 @@ from training.networks_edm2 import Precond
 SCRIPT = calculate_metrics.__file__
 
 
-def run(*args, launcher=(), cwd=None):
+def run(*args, launcher=()):
     env = dict(os.environ, OMP_NUM_THREADS="1")
     command = [sys.executable, *launcher, SCRIPT, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, timeout=300)
-
-
-def result(*args, **kwargs):
-    done = run(*args, **kwargs)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), done.stderr
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 
 @pytest.fixture
@@ -85,7 +79,8 @@ def test_detector_ref_calc(files, inside):
     assert sum(written["source_counts"]) == written["num_images"] == 400
 
     common = (f"--ref={files}/sub/ref.npz", metrics, f"--train={files}/train.zip", "--splits=2")
-    scores, progress = result("calc", f"--images={files}/samples.zip", *common)
+    _, stdout, progress = inside("calc", f"--images={files}/samples.zip", *common)
+    scores = json.loads(stdout)
     assert "img/s" in progress
     judged = scores["metrics"][trained["detector"]]
     assert judged["overall"]["agreement"] > 0.8
@@ -96,9 +91,12 @@ def test_detector_ref_calc(files, inside):
     assert "agreement" not in scores["metrics"]["pixel"]["overall"]
 
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    twice, _ = result("calc", f"--images={files}/samples.zip", *common, "--batch=7", "--device=cpu", launcher=launcher)
+    done = run("calc", f"--images={files}/samples.zip", *common, "--batch=7", "--device=cpu", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert "img/s" in done.stderr
+    twice = json.loads(done.stdout)["metrics"]
     for name in ("fd", "kid", "precision", "nearest_train", "fd_floor"):
-        for key, both in twice["metrics"].items():
+        for key, both in twice.items():
             assert both["overall"][name] == pytest.approx(scores["metrics"][key]["overall"][name], rel=1e-4), name
 
 

@@ -215,6 +215,17 @@ def test_foreign_reference_files(tmp_path):
         np.testing.assert_array_equal(sigma, moments["sigma"])
         assert found["fid"].count() == (None if name == "edm.npz" else 30)
 
+        class Inception:
+            name = "fid"
+            features = staticmethod(lambda images: images.float().flatten(1)[:, 10:15])
+
+        result = evaluate(dataset(HELD), found["fid"], Inception())
+        y = IMAGES[HELD].reshape(-1, 64)[:, 10:15].astype(np.float64)
+        s1, s2 = np.cov(y, rowvar=False), moments["sigma"]
+        expected = ((y.mean(0) - mu) ** 2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
+        assert result["overall"]["fd"] == pytest.approx(expected, rel=1e-6)
+        assert result["overall"]["fd_floor"] is None  # no features in these files
+
 
 class Malicious:
     def __init__(self, path):
