@@ -5,7 +5,6 @@ receives by name whichever of learner_loss, reference_loss, features, labels, si
 from its signature. Adding one is writing that function.
 """
 
-import inspect
 import math
 import time
 from fractions import Fraction
@@ -13,8 +12,22 @@ from fractions import Fraction
 import torch
 
 from torch_utils import distributed as dist
+from training.selection_functions import (
+    FUNCTIONS,
+    conditional_logits,
+    diverse_learnability,
+    easy_reference,
+    hard_loss,
+    jointly_sample_batch,
+    proportional,
+    random_baseline,
+    requirements_of,
+)
 
-SCORES = ("learner_loss", "reference_loss", "features", "labels", "sigma")
+__all__ = [
+    "FUNCTIONS", "IdentitySelector", "LossSelector", "conditional_logits", "diverse_learnability", "easy_reference",
+    "hard_loss", "jointly_sample_batch", "proportional", "random_baseline", "requirements_of",
+]  # fmt: skip
 
 
 class IdentitySelector:
@@ -68,7 +81,7 @@ class LossSelector(IdentitySelector):
             raise ValueError(f"scope={scope!r} is none of global, rank")
         if when not in ("always", "early", "late"):
             raise ValueError(f"when={when!r} is none of always, early, late")
-        self.wanted = [name for name in inspect.signature(function).parameters if name in SCORES]
+        self.wanted = sorted(requirements_of(function))
         if reference is None and ("reference_loss" in self.wanted or when != "always"):
             raise ValueError("this selection compares with a reference network: give one with --reference")
         self.function, self.reference = function, reference
