@@ -1,0 +1,44 @@
+"""Data and networks that several test files share; all tiny, all on the CPU."""
+
+import pytest
+import torch
+
+import dataset_tool
+from training.networks_edm2 import Precond
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Small tensors: threads only cost. Also what makes two runs of the same step equal in every bit."""
+    torch.set_num_threads(1)
+
+
+def convert_digits(dest, sources="0,1,2", per_source=16, **options):
+    """A zip of 8x8 digits, made by the command a user would type."""
+    arguments = ["convert", "--source=sklearn:digits", f"--sources={sources}", f"--per-source={per_source}"]
+    more = [f"--{name}={value}" for name, value in options.items()]
+    dataset_tool.main([*arguments, f"--dest={dest}", *more], standalone_mode=False)
+    return dest
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """Path of a data set: digits 0, 1, 2, 16 images each, ten classes."""
+    return convert_digits(tmp_path_factory.mktemp("digits") / "digits.zip")
+
+
+@pytest.fixture
+def tiny_net():
+    """Function (label_dim, **options) -> Precond for 8x8 grey images with random weights, out_gain not zero."""
+
+    def make(label_dim=10, seed=0, **options):
+        torch.manual_seed(seed)
+        given = dict(model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=8)
+        net = Precond(8, 1, label_dim, **{**given, **options})
+        with torch.no_grad():
+            for name, p in net.named_parameters():
+                if p.ndim == 0:  # gains start at zero, which would hide most of the network
+                    p.fill_(0.7 if name.endswith("out_gain") else 0.3)
+        return net.eval()
+
+    return make
