@@ -100,6 +100,12 @@ def main():
     type=click.IntRange(min=1),
 )
 @click.option(
+    "--shuffle-labels",
+    help="Permute labels among the chosen sources with this seed (a control: sources made alike)",
+    metavar="SEED",
+    type=click.IntRange(0, 2**32 - 1),
+)
+@click.option(
     "--resolution", help="Size of the images written [default: as they are]", metavar="WxH", callback=parse_resolution
 )
 @click.option(

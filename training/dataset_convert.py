@@ -143,6 +143,19 @@ def select_images(labels, count, sources=None, per_source=None, max_images=None,
     return np.sort(np.concatenate(chosen)), np.sort(np.concatenate(rest))
 
 
+def permute_labels(labels, sources, seed):
+    """Labels with those of the images of `sources` (None: all) permuted among them, by a generator of the seed.
+
+    Every source keeps its number of images and becomes a sample of the same mixture.
+    """
+    if labels is None or not all(isinstance(label, (int, np.integer)) for label in labels):
+        raise ValueError("--shuffle-labels needs a class index for every image: sub-folders or dataset.json")
+    labels = np.asarray(labels, dtype=np.int64)
+    index = np.arange(len(labels)) if sources is None else np.flatnonzero(np.isin(labels, list(sources)))
+    labels[index] = np.random.RandomState(seed).permutation(labels[index])
+    return labels.tolist()
+
+
 # ----------------------------------------------------------------------------
 # Writing.
 
@@ -283,6 +296,7 @@ def convert(
     subset_seed=0,     # Seed of the per-source order.
     holdout=None,      # Second destination: what per_source leaves over.
     max_images=None,   # Use only the first so many images (of the chosen sources).
+    shuffle_labels=None,  # Seed: permute the labels among the chosen sources' images (a control: sources made alike).
     resolution=None,   # (W, H); None leaves sizes as they are.
     transform=None,    # One of TRANSFORMS; None resizes.
     channels="auto",   # "auto", 1 or 3. auto: RGB (EDM2), but grey where the source is grey by nature.
@@ -308,8 +322,11 @@ def convert(
     if transform == "center-crop-wide":
         size = source.size or (lambda i: source.read(i).size)
         accept = lambda i: wide_rows(size(i), *resolution) is not None
-    chosen, rest = select_images(source.labels, source.count, sources, per_source, max_images, subset_seed, accept)
-    labels = source.labels if source.labels is not None else [None] * source.count
+    labels = source.labels
+    if shuffle_labels is not None:
+        labels = permute_labels(labels, sources, shuffle_labels)
+    chosen, rest = select_images(labels, source.count, sources, per_source, max_images, subset_seed, accept)
+    labels = labels if labels is not None else [None] * source.count
     unlabelled = sum(labels[i] is None for i in chosen) if source.labels is not None else 0
     summary = {
         "source": source.name,
