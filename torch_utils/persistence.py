@@ -150,9 +150,13 @@ def read_header(path):
             header = json.loads((file.metadata() or {})["header"])
             if header["format"] != FORMAT:
                 raise KeyError("format")
+            if not isinstance(header["version"], int):
+                raise KeyError("version")
+            if not isinstance(header["net"]["class"], str) or not isinstance(header["net"]["kwargs"], dict):
+                raise KeyError("net")
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OSError) as err:
         raise ValueError(f"{path}: not a snapshot of this project, or damaged ({err})") from err
-    if header.get("version", 0) > VERSION:
+    if header["version"] > VERSION:
         raise ValueError(f"{path}: snapshot version {header['version']} is newer than this program ({VERSION}): update")
     return header
 
@@ -171,11 +175,13 @@ def load_snapshot(path, device="cpu", classes=None):
     except (safetensors.SafetensorError, OSError) as err:
         raise ValueError(f"{path}: damaged snapshot ({err})") from err
     spec = header["net"]
+    build = _find_class(spec["class"], classes)
     try:
-        net = _find_class(spec["class"], classes)(**spec["kwargs"])
+        net = build(**spec["kwargs"])
         net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("net.")})
-    except (RuntimeError, TypeError) as err:
-        raise ValueError(f"{path}: does not fit class {spec['class']} ({str(err).splitlines()[0]})") from err
+    except Exception as err:  # every constructor fails in its own way
+        why = (str(err) or type(err).__name__).splitlines()[0]
+        raise ValueError(f"{path}: does not fit class {spec['class']} ({why})") from err
     net = net.to(device).eval().requires_grad_(False)
     encoder = header.get("encoder")
     if encoder is not None:

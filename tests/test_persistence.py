@@ -1,0 +1,226 @@
+"""Snapshots: what is written comes back; nothing but listed classes is built, and nothing in a file is executed."""
+
+import io
+import json
+import os
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+
+from torch_utils import persistence
+from torch_utils.persistence import load_snapshot, persistent, read_header, save_snapshot
+from training import processes
+from training.encoders import StandardRGBEncoder
+
+
+def write(path, header, tensors=None):
+    """A safetensors file with any header, not made by save_snapshot."""
+    data = safetensors.torch.save(tensors or {"net.w": torch.zeros(1)}, metadata={"header": json.dumps(header)})
+    path.write_bytes(data)
+    return path
+
+
+@pytest.fixture
+def snapshot(tmp_path, tiny_net):
+    path = tmp_path / "network-snapshot-0000001-0.100.safetensors"
+    net = tiny_net(3, sigma_data=0.6)
+    save_snapshot(path, net, encoder=StandardRGBEncoder(), nimg=1024, options={"lr": 0.5}, ema="0.100")
+    return path, net
+
+
+def test_round_trip(snapshot):
+    path, net = snapshot
+    loaded = load_snapshot(path)
+    x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.2, 2.0]), torch.eye(3)[:2]
+    assert torch.equal(loaded.net(x, sigma, labels), net(x, sigma, labels))
+    assert not loaded.net.training and not any(p.requires_grad for p in loaded.net.parameters())
+    assert loaded.net.sigma_data == 0.6 and isinstance(loaded.encoder, StandardRGBEncoder)
+    assert loaded.options == {"lr": 0.5} and loaded.header["nimg"] == 1024 and loaded.header["version"] == 1
+    assert list(loaded.net.state_dict()) == list(net.state_dict())
+
+
+def test_half_precision_storage(snapshot, tmp_path):
+    net = snapshot[1]
+    path = tmp_path / "half.safetensors"
+    save_snapshot(path, net, dtype=torch.float16)
+    assert path.stat().st_size < snapshot[0].stat().st_size * 0.7
+    loaded = load_snapshot(path).net
+    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    for (name, a), b in zip(net.state_dict().items(), loaded.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6, msg=name)
+    assert torch.equal(net.logvar_fourier.freqs, loaded.logvar_fourier.freqs)  # buffers keep their precision
+
+
+def test_the_process_travels_with_its_parameters(snapshot, tmp_path):
+    net = snapshot[1]
+    path = tmp_path / "kernel.safetensors"
+    save_snapshot(path, net, process=processes.get("pfgmpp", D=77).spec())
+    assert load_snapshot(path).process.D == 77
+    learned = processes.get("learned", V=2)
+    with torch.no_grad():
+        for p in learned.parameters():
+            p.add_(0.1)
+    tensors = {f"process.{name}": value for name, value in learned.state_dict().items()}
+    save_snapshot(path, net, process=learned.spec(), tensors=tensors)
+    assert torch.equal(load_snapshot(path).process.Q, learned.Q)
+
+
+def test_run_folder_means_its_newest_snapshot(snapshot, tmp_path):
+    path, net = snapshot
+    save_snapshot(tmp_path / "network-snapshot-0000002-0.100.safetensors", net, nimg=2048)
+    assert read_header(tmp_path)["nimg"] == 2048
+    save_snapshot(tmp_path / "network-snapshot-0000002-0.050.safetensors", net)
+    with pytest.raises(ValueError, match="several averages at 2 kimg"):
+        load_snapshot(tmp_path)
+    with pytest.raises(ValueError, match="no network-snapshot"):
+        load_snapshot(tmp_path.parent)
+
+
+@persistent
+class Mine(torch.nn.Module):
+    def __init__(self, width, *, depth=2, **more):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.full([width], float(depth)))
+
+
+def test_constructor_arguments_are_recorded():
+    assert Mine(3, depth=5, extra=1).init_kwargs == {"width": 3, "depth": 5, "extra": 1}
+    assert persistence.to_spec(Mine(width=2)) == {"class": "Mine", "kwargs": {"width": 2}}
+
+
+def test_subclasses_record_their_own_arguments():
+    @persistent
+    class Derived(Mine):
+        def __init__(self, scale):
+            super().__init__(width=scale, depth=1)
+
+    assert Derived(4).init_kwargs == {"scale": 4}
+
+
+def test_classes_off_the_list_are_refused(tmp_path):
+    class Plain(torch.nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.init_kwargs = {"width": width}
+            self.w = torch.nn.Parameter(torch.zeros(width))
+
+    path = tmp_path / "a.safetensors"
+    save_snapshot(path, Plain(2))
+    with pytest.raises(ValueError, match="'Plain' is not on the allow-list.*Precond"):
+        load_snapshot(path)
+    assert type(load_snapshot(path, classes={"Plain": Plain}).net) is Plain  # the caller's own list
+    for name in ("os.system", "Popen", "builtins.eval", "torch.nn.Linear", "__class__"):
+        header = {"format": persistence.FORMAT, "version": 1, "net": {"class": name, "kwargs": {}}}
+        with pytest.raises(ValueError, match="allow-list"):
+            load_snapshot(write(tmp_path / "b.safetensors", header))
+
+
+def test_unrecorded_modules_cannot_be_stored(tmp_path):
+    with pytest.raises(ValueError, match="Linear cannot be stored"):
+        save_snapshot(tmp_path / "a.safetensors", torch.nn.Linear(1, 1))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["start", "header", "middle", "end", "empty", "random"])
+def test_damaged_files_are_named(snapshot, where, tmp_path):
+    path = snapshot[0]
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    cut = {"start": 5, "header": 8 + length // 2, "middle": len(data) // 2, "end": len(data) - 1, "empty": 0}
+    path.write_bytes(os.urandom(300) if where == "random" else data[: cut[where]])
+    with pytest.raises(ValueError, match="network-snapshot-0000001") as error:
+        load_snapshot(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"format": "another"}, "not a snapshot of this project"),
+        ({"version": 99}, "version 99 is newer"),
+        ({"net": {"class": "Precond", "kwargs": {"img_resolution": 8}}}, "does not fit class Precond"),
+        ({"net": {"class": "Precond", "kwargs": {"nonsense": 1}}}, "does not fit class Precond"),
+        ({"net": {"class": "Precond", "kwargs": []}}, "snapshot"),
+        ({"net": {}}, "snapshot"),
+        ({"net": None}, "snapshot"),
+        ({"encoder": {"class": "os.system", "kwargs": {}}}, "os.system"),
+        ({"process": {"name": "no such"}}, "no such"),
+        ({"version": "one"}, "version"),
+    ],
+)
+def test_wrong_headers_are_one_clear_error(snapshot, change, message, tmp_path):
+    path, net = snapshot
+    tensors = {f"net.{name}": value.contiguous() for name, value in net.state_dict().items()}
+    header = {**read_header(path), **change}
+    with pytest.raises(ValueError, match=message):
+        load_snapshot(write(tmp_path / "changed.safetensors", header, tensors))
+
+
+@pytest.mark.parametrize("content", [b"null", b"[]", b'"text"', b"{}", b"{not json"])
+def test_metadata_of_other_kinds(tmp_path, content):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(safetensors.torch.save({"w": torch.zeros(1)}, metadata={"header": content.decode()}))
+    with pytest.raises(ValueError, match="not a snapshot"):
+        load_snapshot(path)
+
+
+def test_tensors_that_do_not_fit(snapshot, tmp_path):
+    path, net = snapshot
+    state = {f"net.{name}": value.contiguous() for name, value in net.state_dict().items()}
+    missing = {k: v for k, v in state.items() if k != "net.unet.out_gain"}
+    wrong = {**state, "net.unet.out_conv.weight": torch.zeros(5)}
+    for tensors in (missing, wrong):
+        with pytest.raises(ValueError, match="does not fit class Precond"):
+            load_snapshot(write(tmp_path / "x.safetensors", read_header(path), tensors))
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("name", ["bomb.pkl", "bomb.safetensors", "bomb.pt"])
+def test_nothing_in_a_file_is_executed(tmp_path, name):
+    flag, path = tmp_path / "executed", tmp_path / name
+    buffer = io.BytesIO()
+    if name.endswith(".pt"):
+        torch.save({"ema": Bomb(str(flag))}, buffer)
+    else:
+        pickle.dump({"ema": Bomb(str(flag))}, buffer)
+    path.write_bytes(buffer.getvalue())
+    with pytest.raises(ValueError, match="bomb"):
+        load_snapshot(path)
+    assert not flag.exists()
+
+
+def test_checkpoints_execute_nothing_either(tmp_path):
+    from torch_utils import checkpoint
+
+    flag, path = tmp_path / "executed", tmp_path / "training-state-0000001.pt"
+    torch.save({"state": Bomb(str(flag))}, path)
+    with pytest.raises(ValueError, match="training-state-0000001.pt: not a readable checkpoint"):
+        checkpoint.load(path)
+    assert not flag.exists()
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.safetensors: no such snapshot"):
+        load_snapshot(tmp_path / "nowhere.safetensors")
+
+
+def test_a_failed_write_leaves_the_old_file(snapshot, monkeypatch):
+    path, net = snapshot
+    before = path.read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_snapshot(path, net)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]

@@ -1,0 +1,147 @@
+"""Every published configuration, typed here a second time from the publications."""
+
+import json
+
+import pytest
+
+from training import presets
+from training.config import make_config
+
+MI = 2**20
+
+# EDM2 (arXiv 2312.02696) table 6 and its released trainer: duration, channels, lr, decay, dropout, P_mean, P_std.
+EDM2 = """
+edm2-img512-xxs  2048  64   0.0170  70000  0.00  -0.4  1.0
+edm2-img512-xs   2048  128  0.0120  70000  0.00  -0.4  1.0
+edm2-img512-s    2048  192  0.0100  70000  0.00  -0.4  1.0
+edm2-img512-m    2048  256  0.0090  70000  0.10  -0.4  1.0
+edm2-img512-l    1792  320  0.0080  70000  0.10  -0.4  1.0
+edm2-img512-xl   1280  384  0.0070  70000  0.10  -0.4  1.0
+edm2-img512-xxl  896   448  0.0065  70000  0.10  -0.4  1.0
+edm2-img64-xs    1024  128  0.0120  35000  0.00  -0.8  1.6
+edm2-img64-s     1024  192  0.0100  35000  0.00  -0.8  1.6
+edm2-img64-m     2048  256  0.0090  35000  0.10  -0.8  1.6
+edm2-img64-l     1024  320  0.0080  35000  0.10  -0.8  1.6
+edm2-img64-xl    640   384  0.0070  35000  0.10  -0.8  1.6
+"""
+
+# Wang et al., ICML 2025, published code: images, lr, decay in batches.
+MULTI_SOURCE = """
+1c-100        50331648    0.0040  4000
+1c-500        134217728   0.0040  2000
+1c-1000       184549376   0.0050  2500
+3c-100        67108864    0.0020  2000
+3c-500        67108864    0.0020  2500
+3c-1000       67108864    0.0020  2500
+5c-100        67108864    0.0040  4000
+5c-500        134217728   0.0060  4000
+5c-1000       100663296   0.0060  4000
+10c-100       67108864    0.0030  3000
+10c-500       100663296   0.0030  3000
+10c-1000      402653184   0.0060  3000
+10c-1000-nlr  1610612736  0.0040  6000
+"""
+
+# Pais et al. 2025 (arXiv 2509.15267): images, channels, lr, decay, ramp-up in million images.
+SELECTION = """
+edm2-cifar10-xxs  83808256   64   0.0170  2731  0.389120
+edm2-tiny-xxs     167618560  64   0.0170  5463  0.780288
+edm2-tiny-xs      167618560  128  0.0120  5463  0.780288
+"""
+
+
+def rows(table):
+    return [(name, *map(float, values)) for name, *values in (line.split() for line in table.strip().splitlines())]
+
+
+@pytest.mark.parametrize("row", rows(EDM2), ids=lambda row: row[0])
+def test_edm2(row):
+    name, duration, channels, lr, decay, dropout, p_mean, p_std = row
+    config = make_config(name)
+    assert config.total_nimg == duration * MI and config.batch_size == 2048
+    assert (config.channels, config.lr, config.decay) == (channels, lr, decay)
+    assert (config.dropout, config.P_mean, config.P_std) == (dropout, p_mean, p_std)
+    common = dict(
+        arch="edm2", loss="edm2", process="edm", optimizer="adam", betas=[0.9, 0.99], weight_decay=0, rampup=10,
+        lr_schedule="edm2", ema="power", ema_std=[0.05, 0.1], sigma_data=0.5, fp16=True, loss_scaling=1, seed=0,
+        status_nimg=128 << 10, snapshot_nimg=8 << 20, checkpoint_nimg=128 << 20, augment=0, select="none",
+        channel_mult=None, num_blocks=None, attn_resolutions=None, grad_clip=None, label_dropout=0,
+    )  # fmt: skip
+    assert {key: getattr(config, key) for key in common} == common
+
+
+@pytest.mark.parametrize("row", rows(MULTI_SOURCE), ids=lambda row: row[0])
+def test_multi_source(row):
+    name, duration, lr, decay = row
+    config = make_config(f"edm2-img256-xs-{name}")
+    assert (config.total_nimg, config.lr, config.decay) == (duration, lr, decay)
+    assert (config.batch_size, config.channels, config.dropout, config.P_mean, config.P_std) == (
+        2048,
+        128,
+        0,
+        -0.4,
+        1.0,
+    )
+    assert config.lr_schedule == "edm2-halved"  # the published code halves the rate at the start of the decay
+
+
+@pytest.mark.parametrize("row", rows(SELECTION), ids=lambda row: row[0])
+def test_selection(row):
+    name, duration, channels, lr, decay, rampup = row
+    config = make_config(name)
+    assert (config.total_nimg, config.channels, config.lr, config.decay) == (duration, channels, lr, decay)
+    assert (config.rampup, config.batch_size, config.dropout) == (rampup, 2048, 0)
+    images = 50_000 if "cifar" in name else 100_000
+    for value, full in (
+        (config.total_nimg, 2048 * MI),
+        (config.rampup * 1e6, 10e6),
+        (config.decay * 2048, 70000 * 2048),
+    ):
+        assert abs(value - full * images / 1281167) <= 2048  # scaled by the number of images, to whole batches
+
+
+@pytest.mark.parametrize("arch", ["ddpmpp", "ncsnpp"])
+@pytest.mark.parametrize("system", ["edm", "pfgmpp"])
+@pytest.mark.parametrize("labels", ["", "-cond"])
+def test_cifar10(system, arch, labels):
+    """EDM (arXiv 2206.00364) table 7, CIFAR-10; PFGM++ (arXiv 2302.04265) changes the kernel only."""
+    config = make_config(f"{system}-cifar10-{arch}{labels}")
+    wanted = dict(
+        arch=arch, precond="edm", loss="edm", channel_mult=[2, 2, 2], channels=128, total_nimg=200_000_000, batch_size=512,
+        lr=1e-3, dropout=0.13, augment=0.12, P_mean=-1.2, P_std=1.2, rampup=10, ema="halflife", ema_halflife=0.5,
+        ema_rampup=0.05, betas=[0.9, 0.999], cond=bool(labels), lr_schedule="constant", optimizer="adam",
+    )  # fmt: skip
+    assert {key: getattr(config, key) for key in wanted} == wanted
+    assert (config.process, config.aug_dim) == (("pfgmpp", 2048.0) if system == "pfgmpp" else ("edm", None))
+
+
+@pytest.mark.parametrize("system, D", [("edm", None), ("pfgmpp", 128.0)])
+def test_ffhq(system, D):
+    config = make_config(f"{system}-ffhq64-ddpmpp")
+    assert (config.channel_mult, config.lr, config.batch_size) == ([1, 2, 2, 2], 2e-4, 256)
+    assert (config.dropout, config.augment, config.cond, config.aug_dim) == (0.05, 0.15, False, D)
+
+
+def test_no_row_is_missing_and_all_are_plain_data():
+    names = {row[0] for row in rows(EDM2) + rows(SELECTION)} | {
+        f"edm2-img256-xs-{row[0]}" for row in rows(MULTI_SOURCE)
+    }
+    assert names <= set(presets.PRESETS)
+    for name in presets.PRESETS:
+        row = presets.get(name)
+        assert json.loads(json.dumps(row)) == row
+        make_config(name)  # passes its own checks
+
+
+def test_get_copies_and_names_the_known():
+    presets.get("digits8")["lr"] = 7
+    assert presets.get("digits8")["lr"] != 7
+    with pytest.raises(ValueError, match="edm2-img999.*known: .*edm2-img512-xs"):
+        presets.get("edm2-img999")
+
+
+def test_explicit_options_win():
+    assert make_config("edm2-img512-xs", lr=0.5, batch_size=1024).lr == 0.5
+    assert make_config("edm2-img512-xs", lr=None).lr == 0.012
+    with pytest.raises(ValueError, match="unknown training options.*learning"):
+        make_config("digits8", learning=1)
