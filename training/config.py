@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,8 +117,11 @@ class TrainingConfig:
         for name in ("snapshot_nimg", "checkpoint_nimg"):
             _require(getattr(self, name) % 1024 == 0, name, getattr(self, name), "must be a multiple of 1Ki (1024)")
         if self.augment and self.arch == "edm2":
-            raise ValueError(f"--augment={self.augment} needs a network with augmentation labels: --arch=ddpmpp|ncsnpp|adm")
+            raise ValueError(
+                f"--augment={self.augment} needs a network with augmentation labels: --arch=ddpmpp|ncsnpp|adm"
+            )
         if self.aug_dim is not None:
+            self.aug_dim = float(self.aug_dim)  # "inf", as it is stored
             _require(self.process == "pfgmpp", "aug_dim", self.aug_dim, "belongs to --process=pfgmpp")
             _require(self.aug_dim > 0, "aug_dim", self.aug_dim, "must be positive or inf")
         if self.block is None:
@@ -126,7 +130,9 @@ class TrainingConfig:
         return self
 
     def to_dict(self):
-        return dataclasses.asdict(self)
+        """Plain data that every JSON reader takes: an infinite D is the word inf."""
+        values = dataclasses.asdict(self)
+        return values if self.aug_dim is None or math.isfinite(self.aug_dim) else {**values, "aug_dim": "inf"}
 
 
 # How fields are called on the command line where the name is another.
@@ -155,6 +161,9 @@ def make_config(preset=None, **options):
     if unknown:
         raise ValueError(f"unknown training options {sorted(unknown)}; known: {', '.join(sorted(fields))}")
     row.update({name: value for name, value in options.items() if value is not None})
+    chosen = any(options.get(name) is not None for name in ("arch", "precond")) or "loss" not in row
+    if chosen and options.get("loss") is None and row.get("arch", "edm2") != "edm2":
+        row["loss"] = row.get("precond", "edm")  # the loss that a preconditioning was made with
     return TrainingConfig(**{**row, "preset": preset or ""}).check()
 
 

@@ -18,8 +18,8 @@ from torch_utils import distributed as dist
 from torch_utils.random import hash_seed
 from training import encoders, losses, phema, processes, selection
 from training.config import check_same_run
-from training.dataset import ImageFolderDataset
-from training.feed import Feed
+from training.dataset import ImageFolderDataset, load_arrays
+from training.feed import CACHE_BYTES, Feed
 from training.networks_edm2 import Precond
 from training.schedules import SCHEDULES
 from training.training_loop import Periods, training_loop
@@ -77,7 +77,7 @@ def build_edm(config, interface):
             channel_mult=config.channel_mult,
             num_blocks=config.num_blocks,
             attn_resolutions=config.attn_resolutions,
-            augment_dim=9 if config.augment else None,
+            augment_dim=augment_pipe(config).label_dim if config.augment else None,
         )
     )
     if config.precond == "edm":
@@ -106,6 +106,23 @@ def build_process(config):
     return processes.get(config.process)
 
 
+def augment_pipe(config):
+    """EDM's augmentations (EDM appendix F.2) at the probability of --augment."""
+    from training.augment import AugmentPipe
+
+    return AugmentPipe(p=config.augment, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
+
+
+def _augmented(references, augment):
+    """References that are augmented as the training images are, each on its own."""
+
+    def draw(n, generator):
+        images, labels = references(n, generator)
+        return augment(images, generator)[0], labels
+
+    return draw if augment is not None else references
+
+
 def build_loss(config, references):
     """The loss of a run. references: callable (n, generator) -> (images, labels), clean and encoded, for stable targets."""
     kernel = build_process(config)
@@ -113,17 +130,13 @@ def build_loss(config, references):
         raise ValueError(
             f"--process={config.process} has no training noise of its own: train with edm and sample with it"
         )
-    augment = None
-    if config.augment:
-        from training.augment import AugmentPipe
-
-        augment = AugmentPipe(p=config.augment, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
+    augment = augment_pipe(config) if config.augment else None
     uncertainty = config.uncertainty
     if uncertainty is None and not getattr(kernel, "logvar_default", True):
         uncertainty = False  # the head would chase a mean that does not exist
     stable = None
     if config.stf:
-        stable = losses.StableTargets(references, config.stf_refs, getattr(kernel, "D", math.inf))
+        stable = losses.StableTargets(_augmented(references, augment), config.stf_refs, getattr(kernel, "D", math.inf))
     common = _given(
         sigma_data=config.sigma_data, kernel=kernel, augment=augment, label_dropout=config.label_dropout,
         uncertainty=uncertainty, stable_targets=stable,
@@ -205,12 +218,19 @@ def build_network(config, interface, device):
 
 def _references(dataset, encoder, device):
     """Random clean examples of the data set, by generator: what losses with reference images are built with."""
+    arrays = None  # decoded once where the data set is small
 
     def references(n, generator):
-        index = torch.randint(len(dataset), [n], generator=generator, device=generator.device).tolist()
-        items = [dataset[i] for i in index]
-        images = torch.stack([torch.as_tensor(image) for image, _ in items]).to(device)
-        labels = torch.stack([torch.as_tensor(label) for _, label in items]).to(device)
+        nonlocal arrays
+        index = torch.randint(len(dataset), [n], generator=generator, device=generator.device)
+        if arrays is None and dataset[0][0].nbytes * len(dataset) < CACHE_BYTES:
+            arrays = load_arrays(dataset)
+        if arrays is None:
+            items = [dataset[i] for i in index.tolist()]
+            chosen = [torch.stack([torch.as_tensor(part) for part in column]) for column in zip(*items, strict=True)]
+        else:
+            chosen = [a[index.cpu()] for a in arrays]
+        images, labels = (a.to(device) for a in chosen)
         return encoder.encode_latents(images, generator), labels if labels.shape[1] else None
 
     return references
@@ -343,5 +363,7 @@ def _warn_no_effect(config):
     """Options that are given but do nothing deserve a word."""
     if config.select == "none" and config.reference is not None:
         warnings.warn("--reference has no effect without --select", stacklevel=2)
+    if config.precond != "edm" and config.arch == "edm2":
+        warnings.warn(f"--precond={config.precond} has no effect: --arch=edm2 has its own", stacklevel=2)
     if config.label_dropout and not config.cond:
         warnings.warn("--label-dropout has no effect without labels", stacklevel=2)
