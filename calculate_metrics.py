@@ -201,6 +201,10 @@ def _score(name, samples, prepared, seed, per_source, distances, splits, dest, t
             click.echo(f"{key}: {seen.count()} images, {seen.width} features: {notice}", err=True)
         scores = compare(samples[key], references[key], detector=detector, train=training and training[key], **options)
         result["metrics"][key] = scores | {"reference": references[key].provenance}
+    _finish(result, dest)
+
+
+def _finish(result, dest):
     _print(result)
     if dest is not None:
         with atomic_write(dest, "w") as file:
@@ -242,7 +246,7 @@ def _parse_class(ctx, param, value):
 
 
 @cmdline.command()
-@_text("--net", "Network snapshot", "FILE", required=True)
+@_text("--net", "Network snapshot, or a run folder (its newest)", "FILE|DIR", required=True)
 @_int("--num", "Images to generate, with seeds SEED to SEED + NUM - 1", 50000, at_least=2)
 @_text("--class", "Source id, or balanced; default: random per seed", "INT|balanced", callback=_parse_class)
 @_text("--sources", "With --class=balanced: cycle through these ids only", "LIST", type=cli.INTS)
@@ -302,6 +306,36 @@ def detector(data, holdout, dest, epochs, seed, device):
     judge.save(dest)
     report = {name: judge.header[name] for name in ("accuracy", "source_accuracy", "num_train", "num_holdout")}
     _print({"dest": dest, "data": data, "detector": judge.identity} | report)
+
+
+@cmdline.command()
+@_text("--net", "Network snapshot, or a run folder (its newest)", "FILE|DIR", required=True)
+@_text("--data", "Held-out images", "DIR|ZIP", required=True)
+@_text("--sources", "Only images of these source ids", "LIST", type=cli.INTS)
+@_int("--num", "Use at most so many images", 1024, at_least=1)
+@_int("--seed", "Of the noise", 0)
+@_text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR")
+@_text("--dest", "Also write the JSON to this file", "FILE")
+@click.option("--tag", "tags", metavar="NAME=VALUE", multiple=True, help="Note in the JSON, for report; repeatable")
+def loss(net, data, sources, num, seed, device, dest, tags):
+    """Denoising loss on held-out images at fixed noise levels, per source: a yardstick less noisy than samples."""
+    from torch_utils import distributed
+    from torch_utils.persistence import load_snapshot
+    from training.validation import denoising_loss
+
+    if dest is not None:
+        _writable(dest)
+    tags = _parse_tags(tags)
+    device = _start(device)
+    if distributed.get_world_size() > 1:
+        raise ValueError("the denoising loss is computed by one process: run it without torchrun")
+    snapshot = load_snapshot(net, device)
+    dataset = _open(data, "--data")
+    if sources is not None:
+        dataset = dataset.subset([i for source in sources for i in dataset.indices_of(source)])
+    result = denoising_loss(snapshot.net, dataset, snapshot.encoder, seed=seed, max_images=num)
+    sources = {str(k): {"denoising_loss": v} for k, v in result.pop("sources", {}).items()}
+    _finish({"net": net, "seed": seed, "tags": tags, "metrics": {"denoising": {**result, "sources": sources}}}, dest)
 
 
 @cmdline.command()

@@ -9,7 +9,8 @@
         run: train_edm2.py --outdir={out}/runs/{source} --duration={duration}
 
 `{name}` in a step is a setting, `{out}` the folder of the results, and `{name,}` a list joined by commas. `foreach` repeats
-the step for every combination of the lists it names (or writes out); an entry that is a mapping sets several names at once.
+the step for every combination of the lists it names (or writes out); an entry that is a mapping sets several names at once,
+which later names may be lists of.
 The repetitions of one step are independent of each other and may run side by side; steps follow each other in order.
 A step is done when its marker `<out>/steps/<name>.json` holds the same command line. Interrupting loses the steps in
 progress only.
@@ -58,23 +59,29 @@ def _fill(template, values, where):
         value = values[name]
         if comma:
             return ",".join(str(v) for v in (value if isinstance(value, list) else [value]))
-        return str(value)
+        # A setting may be made of others; it must not contain itself.
+        rest = {key: v for key, v in values.items() if key != name}
+        return _fill(value, rest, where) if isinstance(value, str) else str(value)
 
     return re.sub(r"\{(\w+)(,?)\}", replace, template)
 
 
 def _combinations(foreach, values, where):
     """All assignments of a `foreach` mapping, in order."""
-    lists = []
+    assignments = [{}]
     for name, items in (foreach or {}).items():
-        if isinstance(items, str):
-            if items not in values:
-                raise ValueError(f"{where}: foreach names the setting {items!r}, which is not there")
-            items = values[items]
-        items = items if isinstance(items, list) else [items]
-        lists.append([dict(item) if isinstance(item, dict) else {name: item} for item in items])
-    for combination in itertools.product(*lists):
-        yield {name: value for part in combination for name, value in part.items()}
+        longer = []
+        for assignment in assignments:
+            chosen = items
+            if isinstance(items, str):  # a setting, or an entry of a mapping that an earlier name went through
+                known = {**values, **assignment}
+                if items not in known:
+                    raise ValueError(f"{where}: foreach names the setting {items!r}, which is not there")
+                chosen = known[items]
+            for item in chosen if isinstance(chosen, list) else [chosen]:
+                longer.append({**assignment, **(item if isinstance(item, dict) else {name: item})})
+        assignments = longer
+    return assignments
 
 
 def load(path, budget=None, overrides=None):
@@ -113,7 +120,11 @@ def load(path, budget=None, overrides=None):
             raise ValueError(f"{where}: a step has a name and a run line")
         for assignment in _combinations(entry.get("foreach"), settings, where):
             values = {**settings, **assignment}
-            argv = [_fill(word, values, where) for word in shlex.split(entry["run"])]
+            argv = []
+            for word in shlex.split(entry["run"]):
+                text = _fill(word, values, where)
+                # A word that is one setting may hold several options.
+                argv.extend(shlex.split(text) if re.fullmatch(r"\{\w+\}", word) else [text])
             steps.append(Step(_fill(entry["name"], values, where), argv, stage))
     names = [step.name for step in steps]
     double = next((n for n in names if names.count(n) > 1), None)

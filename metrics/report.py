@@ -14,11 +14,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import scipy.stats
 
-NEEDED_TAGS = ("arm", "source", "seed", "sampling")
+NEEDED_TAGS = ("arm", "seed")
 COLUMNS = (
-    "fd", "agreement", "fd_at_floor_size", "fd_floor", "agreement_reference", "nearest_train", "nearest_train_reference",
-    "precision", "recall",
-)  # fmt: skip
+    "fd",
+    "denoising_loss",
+    "agreement",
+    "fd_at_floor_size",
+    "fd_floor",
+    "agreement_reference",
+    "nearest_train",
+    "nearest_train_reference",
+    "precision",
+    "recall",
+)
 
 
 def read_scores(paths):
@@ -33,9 +41,11 @@ def read_scores(paths):
             if missing:
                 raise ValueError(f"{path}: no tag {missing[0]!r}: score with --tag {missing[0]}=...")
             for detector, result in content["metrics"].items():
-                section = result["sources"][str(tags["source"])]
-                values = {name: section.get(name) for name in COLUMNS}
-                rows.append({**tags, "detector": detector, "images_path": content.get("images"), **values})
+                chosen = [str(tags["source"])] if "source" in tags else list(result["sources"])
+                for source in chosen:
+                    values = {name: result["sources"][source].get(name) for name in COLUMNS}
+                    more = {"source": source, "detector": detector, "images_path": content.get("images")}
+                    rows.append({"sampling": "0", **tags, **more, **values})
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as err:
             raise ValueError(f"{path}: not a score file with tags ({type(err).__name__}: {err})") from err
     if not rows:
@@ -375,6 +385,10 @@ def write_report(
     from dnnlib import atomic_write
 
     rows = read_scores(sorted(glob.glob(scores)))
+    if any("cell" in row for row in rows):
+        from metrics.report_grid import write_grid_report
+
+        return write_grid_report(rows, dest, arms, notes)
     sources = sources_of(rows)
     cells = collect(rows)
     verdicts = [verdict(cells, sources, *arms)]

@@ -115,7 +115,7 @@ def select_images(labels, count, sources=None, per_source=None, max_images=None,
         return indices[:max_images], indices[:0]
     if labels is None or not all(isinstance(label, (int, np.integer)) for label in labels):
         raise ValueError("--sources and --per-source need a class index for every image: sub-folders or dataset.json")
-    labels = np.asarray(labels, dtype=np.int64)
+    labels = np.array(labels, dtype=np.int64)  # a copy
     present = np.unique(labels)
     if sources is not None:
         missing = sorted(set(sources) - set(present.tolist()))
