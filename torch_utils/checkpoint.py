@@ -42,31 +42,50 @@ def _sum_path(path):
 def save(path, state):
     """Write `state` (plain containers and tensors) to `path` and its sha256 (in sha256sum's format) beside it.
 
-    The checksum appears first, so a file under its final name always has one.
+    The checksum appears first, so a file under its final name always has one. Where `path` exists already (two
+    checkpoints within the same 1000 images) both sums stand there until the new file has taken the name.
     """
     path = Path(path)
     with atomic_write(path) as file:
         writer = _HashingWriter(file)
         torch.save(state, writer)
+        line = f"{writer.digest.hexdigest()}  {path.name}\n"
+        earlier = _wanted(path) if path.is_file() else []
         with atomic_write(_sum_path(path), "w") as sums:
-            sums.write(f"{writer.digest.hexdigest()}  {path.name}\n")
+            sums.write(line + "".join(f"{old}  {path.name}\n" for old in earlier))
+    if earlier:
+        with atomic_write(_sum_path(path), "w") as sums:
+            sums.write(line)
+
+
+def _wanted(path):
+    """The sums that the checksum file lists, newest first; empty if there is none."""
+    try:
+        lines = _sum_path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    return [line.split()[0] for line in lines if line.strip()]
 
 
 def damage(path):
     """None for a sound checkpoint, else a phrase that says what is wrong with it."""
     path = Path(path)
-    try:
-        wanted = _sum_path(path).read_text(encoding="utf-8").split()[0]
-    except (OSError, IndexError):
+    wanted = _wanted(path)
+    if not wanted:
         return "its checksum file is missing"
-    return None if _file_digest(path) == wanted else "its checksum does not match"
+    return None if _file_digest(path) in wanted else "its checksum does not match"
 
 
 def load(path):
-    """Read a checkpoint to the CPU, executing nothing. Raises ValueError for a missing, damaged or foreign file."""
+    """Read a checkpoint to the CPU, executing nothing. Raises ValueError for a missing, damaged or foreign file.
+
+    A file without a checksum beside it (a copy) is taken as it is.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint")
+    if _wanted(path) and damage(path):
+        raise ValueError(f"{path}: damaged ({damage(path)}); resume from an earlier one")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # zip, pickle and storage errors have no common base

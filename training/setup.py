@@ -10,6 +10,7 @@ import subprocess
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dnnlib.util import atomic_write
@@ -196,6 +197,14 @@ def open_dataset(config):
     return dataset
 
 
+def choose_encoder(dataset):
+    """The encoder of a data set: by its channels, except that float arrays other than VAE latents stay as they are."""
+    image, _ = dataset[0]
+    if image.dtype == np.float32 and dataset.num_channels != 8:
+        return encoders.IdentityEncoder()
+    return encoders.for_channels(dataset.num_channels)
+
+
 def interface_of(dataset, encoder):
     """{img_resolution, img_channels, label_dim} as the network sees them."""
     image, label = dataset[0]
@@ -265,7 +274,7 @@ def check_inputs(config, outdir):
 def grid_shape(config):
     """([C, R, R], label_dim, sources present) of the latents that the network makes: what a sample grid needs."""
     dataset = open_dataset(config)
-    interface = interface_of(dataset, encoders.for_channels(dataset.num_channels))
+    interface = interface_of(dataset, choose_encoder(dataset))
     shape = [interface["img_channels"], interface["img_resolution"], interface["img_resolution"]]
     present = sorted({int(k) for k in dataset.raw_labels}) if dataset.has_onehot_labels else None
     return shape, interface["label_dim"], present
@@ -282,7 +291,7 @@ def train(config, outdir, device="cpu", resume=None, hooks=None):
     device = torch.device(device)
     check_same_run(outdir, config)
     dataset = open_dataset(config)
-    encoder = encoders.for_channels(dataset.num_channels)
+    encoder = choose_encoder(dataset)
     interface = interface_of(dataset, encoder)
     _fast_math(config)
     net = build_network(config, interface, device)

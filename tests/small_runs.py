@@ -1,0 +1,57 @@
+"""Runs of a few seconds that several tests share. Imported by tests and by the scripts that they start."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from training.config import make_config
+
+ROOT = Path(__file__).parents[1]
+
+NET = dict(channels=8, channels_per_head=8)
+PERIODS = dict(total_nimg=2048, status_nimg=1024, snapshot_nimg=1024, checkpoint_nimg=1024)
+CALM = dict(batch_size=128, rampup=0.01, workers=0, grid=False)
+
+
+def small_config(data, **options):
+    """A TrainingConfig of 16 steps on 8x8 digits; options win."""
+    return make_config("digits8", **{"data": str(data), **NET, **PERIODS, **CALM, **options})
+
+
+def small_command(data, outdir, *more):
+    """The same run as a command line of train_edm2.py."""
+    options = [f"--outdir={outdir}", f"--data={data}", "--preset=digits8", "--channels=8", "--channels-per-head=8"]
+    options += ["--batch=128", "--duration=2Ki", "--status=1Ki", "--snapshot=1Ki", "--checkpoint=1Ki", "--rampup=0.01"]
+    return [*options, "--workers=0", "--grid=False", "--device=cpu", *more]
+
+
+def python(*arguments, **options):
+    """Run `python ARGUMENTS` in the repository; returns the completed process with text output."""
+    given = dict(cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *map(str, arguments)], **{**given, **options})
+
+
+def final_state(run_dir, kimg=2):
+    """The content of a checkpoint without the clock."""
+    state = torch.load(Path(run_dir) / f"training-state-{kimg:07d}.pt", weights_only=True)
+    state["state"].pop("elapsed")
+    return state
+
+
+def assert_identical(a, b, where="state"):
+    """Plain containers and tensors equal in every bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_identical(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_identical(x, y, f"{where}[{i}]")
+    elif torch.is_tensor(a):
+        assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b), where
+    else:
+        assert a == b, where
