@@ -60,6 +60,19 @@ def generate_images(*args, **kwargs):
     "--S_max", "S_max", type=click.FloatRange(min=0), default=float("inf"), help="Highest noise level of churn"
 )
 @click.option("--S_noise", "S_noise", type=float, default=1, help="Noise inflation of churn")
+@click.option("--aug-dim", type=float, metavar="D", help="Refuse a snapshot that was not trained with this D of PFGM++")
+@click.option(
+    "--inject-noise", type=click.FloatRange(min=0), metavar="ALPHA", help="Add ALPHA sigma eps before every step"
+)
+@click.option(
+    "--quantize-bits", type=click.IntRange(1, 24), metavar="B", help="Round weights to so many bits  [default: no]"
+)
+@click.option(
+    "--quantize-policy",
+    type=click.Choice(["role", "original"]),
+    default="role",
+    help="Weights to round: inner resolution levels, or by name as published",
+)
 @click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
 def main(outdir, grid, subdirs, device, **options):
     """Generate images. Seed s gives the same noise and label whatever the batch size and number of processes."""

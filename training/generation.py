@@ -1,6 +1,8 @@
 """Images from a network: seeds in, batches of uint8 pixels out, and files with their labels beside them."""
 
+import inspect
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from dnnlib import EasyDict, atomic_write
 from torch_utils import distributed as dist
 from torch_utils import persistence
 from torch_utils.random import StackedRandomGenerator
-from training import samplers
+from training import robustness, samplers
 from training.encoders import StandardRGBEncoder
 from training.images import png_bytes, save_grid
 
@@ -69,6 +71,7 @@ def generate_images(
             raise ValueError("--gnet makes images of another shape than --net: take a guide trained on the same data")
     encoder = StandardRGBEncoder() if encoder is None else encoder
     encoder.init(torch.device(device))
+    sampler_kwargs = _known_levels(net, sampler, sampler_kwargs)
     if sampler_kwargs.get("S_churn") and getattr(kernel, "D", float("inf")) != float("inf"):
         warnings.warn("churn adds Gaussian noise, which is not derived for finite D of PFGM++", stacklevel=2)
     batches = dist.split_batches(seeds, max_batch_size)
@@ -112,6 +115,25 @@ def _open(net, encoder, kernel, device):
     return snapshot.net, snapshot.encoder if encoder is None else encoder, process if kernel is None else kernel
 
 
+def _known_levels(net, sampler, options):
+    """The options with noise levels narrowed to what the network was made for, as in EDM's sampler."""
+    known = inspect.signature(sampler).parameters
+    options = dict(options)
+    for name, narrow, default in (("sigma_min", max, 0.0), ("sigma_max", min, math.inf)):
+        if name in known:
+            wanted = options.get(name, known[name].default)
+            if narrow(wanted, getattr(net, name, default)) != wanted:
+                options[name] = getattr(net, name)
+    return options
+
+
+def check_aug_dim(kernel, aug_dim):
+    """Raises ValueError where a given number of augmented dimensions is not the one of the snapshot's noise."""
+    trained = getattr(kernel, "D", math.inf)
+    if aug_dim is not None and float(aug_dim) != trained:
+        raise ValueError(f"--aug-dim={aug_dim:g} contradicts the snapshot, trained with D={trained:g}: leave it out")
+
+
 def _write(outdir, batch, subdirs):
     records = []
     for i, seed in enumerate(batch.seeds):
@@ -146,7 +168,10 @@ def _write_labels(outdir, records, label_dim):
         json.dump(content, file)
 
 
-def run(outdir, grid, subdirs, device, net, gnet=None, preset=None, seeds=(), guidance_interval=None, **options):
+def run(
+    outdir, grid, subdirs, device, net, gnet=None, preset=None, seeds=(), guidance_interval=None,
+    aug_dim=None, inject_noise=None, quantize_bits=None, quantize_policy="role", **options,
+):  # fmt: skip
     """What generate_images.py does: open, check, generate, write images, labels and the grid."""
     if preset is not None:
         from training.presets import generation_preset
@@ -162,11 +187,16 @@ def run(outdir, grid, subdirs, device, net, gnet=None, preset=None, seeds=(), gu
         raise ValueError(f"--guidance={guidance} needs a guiding network: give --gnet")
     if guidance == 1:
         gnet = None
+    if guidance_interval is not None and (gnet is None or len(guidance_interval) != 2):
+        raise ValueError("--guidance-interval=LO,HI needs two noise levels, --gnet and --guidance")
     device = dist.init(device)
+    net, encoder, kernel = _open(net, None, None, device)
+    check_aug_dim(kernel, aug_dim)
+    gnet = None if gnet is None else _open(gnet, None, None, device)[0]
+    net, gnet = (n and robustness.quantize_weights(n, quantize_bits, quantize_policy) for n in (net, gnet))
     if guidance_interval is not None:
-        if gnet is None or len(guidance_interval) != 2:
-            raise ValueError("--guidance-interval=LO,HI needs two noise levels, --gnet and --guidance")
-        net, gnet, options = _interval(net, gnet, guidance_interval, options, device)
+        net, gnet, options = _interval(net, gnet, guidance_interval, options), None, {**options, "guidance": 1}
+    options.update(encoder=encoder, kernel=kernel, sampler=robustness.noisy_heun(inject_noise))
     dist.print0(f"Generating {len(seeds)} images to {outdir} ...")
     shown = {}
     for batch in generate_images(
@@ -183,11 +213,8 @@ def run(outdir, grid, subdirs, device, net, gnet=None, preset=None, seeds=(), gu
     dist.shutdown()
 
 
-def _interval(net, gnet, interval, options, device):
+def _interval(net, gnet, interval, options):
     """Interval-limited guidance as one guided denoiser."""
     from training.guidance import GuidedDenoiser
 
-    encoder = kernel = None
-    net, encoder, kernel = _open(net, encoder, kernel, device)
-    guided = GuidedDenoiser(net, _open(gnet, None, None, device)[0], options["guidance"], interval=tuple(interval))
-    return guided, None, {**options, "guidance": 1, "encoder": encoder, "kernel": kernel}
+    return GuidedDenoiser(net, gnet, options["guidance"], interval=tuple(interval))

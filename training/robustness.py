@@ -1,0 +1,122 @@
+"""How much a sampler forgives: noise injected between its steps, and rounded weights (PFGM++, arXiv 2302.04265, sec. 5.3).
+
+The third experiment of that section, fewer steps, needs nothing but `num_steps`.
+"""
+
+import copy
+import functools
+import math
+import re
+
+import torch
+
+from training import samplers
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+def inject_noise(states, alpha, randn_like=torch.randn_like):
+    """The states of a solver, with x += alpha sigma_i eps before each of its steps i, eps standard normal.
+
+    states: generator of `State`s whose `time` is the noise level, such as `heun_states`; the state it goes on from is
+    changed in place. randn_like: source of eps, called once per step, also before the last one.
+    """
+    for state in states:
+        if state.time > 0:  # the last state starts no step
+            state.state.add_(alpha * state.time * randn_like(state.state))
+        yield state
+
+
+def noisy_heun(alpha):
+    """`samplers.heun` with `inject_noise`, same signature; alpha 0 or None is `samplers.heun` itself.
+
+    eps comes from the sampler's `randn_like`: with per-sample generators it depends on the sample's seed alone. Raises
+    ValueError for a negative alpha.
+    """
+    if not alpha:
+        return samplers.heun
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"inject_noise={alpha}: give a number >= 0 (--inject-noise)")
+
+    @functools.wraps(samplers.heun)
+    def sampler(net, noise, labels=None, gnet=None, *args, randn_like=torch.randn_like, **kwargs):
+        states = samplers.heun_states(net, noise, labels, gnet, *args, randn_like=randn_like, **kwargs)
+        return samplers.last_of(inject_noise(states, alpha, randn_like)).state
+
+    return sampler
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def quantize_tensor(x, bits):
+    """x rounded to 2^bits levels between its minimum and maximum, as float of x's shape and type.
+
+    The rule of the published experiment, in float32: scale = (max - min) / (2^bits - 1), zero point
+    z = trunc(clamp(-min / scale, 0, 2^bits - 1)), code q = round(clamp(z + x / scale, 0, 2^bits - 1)) half to even,
+    result scale (q - z). Zero stays zero where the range holds it. As published, a range that does not hold zero
+    saturates, and a constant becomes 0 (all zeros stay so; the published rule fails there).
+    """
+    if int(bits) != bits or not 1 <= bits <= 24:
+        raise ValueError(f"bits={bits}: give a whole number from 1 to 24 (--quantize-bits)")
+    w = x.detach().to(torch.float32)
+    top = 2 ** int(bits) - 1
+    low, high = (w.min(), w.max()) if w.numel() else (0.0, 0.0)
+    if not high > low:
+        return torch.zeros_like(x)
+    scale = (high - low) / top
+    zero = int((-low / scale).clamp(0, top))
+    code = (zero + w / scale).clamp(0, top).round()
+    return (scale * (code - zero)).to(x.dtype)
+
+
+LEVEL = re.compile(r"(?:^|\.)(?:enc|dec)\.(\d+)x\d+_")  # a layer of a U-Net's resolution level
+ORIGINAL_EXEMPT = ("norm", "affine", "map", "32")
+
+
+def _by_role(net):
+    """Convolutions of the inner resolution levels.
+
+    Exempt are the first and last level (the image's own resolution), embeddings and modulation by them, norms, biases and
+    gains.
+    """
+    found = [(name, p, LEVEL.search(name)) for name, p in net.named_parameters()]
+    levels = {int(match[1]) for _, _, match in found if match}
+    if len(levels) < 2:
+        raise ValueError("this network has no inner resolution levels to quantize: give --quantize-policy=original")
+    return [name for name, p, match in found if match and p.ndim == 4 and int(match[1]) < max(levels)]
+
+
+def _original(net):
+    """The published rule: "weight" in the name, and none of four substrings; "32" exempts the 32x32 level of CIFAR-10."""
+    names = [name for name, _ in net.named_parameters()]
+    return [name for name in names if "weight" in name and not any(part in name for part in ORIGINAL_EXEMPT)]
+
+
+POLICIES = {"role": _by_role, "original": _original}
+
+
+def quantized_names(net, policy="role"):
+    """Names of the parameters that a policy rounds; for the CIFAR-10 networks of EDM both policies name the same.
+
+    Raises ValueError for an unknown policy, and for "role" on a network without inner resolution levels.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"quantize policy {policy!r} is unknown; known: {', '.join(POLICIES)} (--quantize-policy)")
+    return POLICIES[policy](net)
+
+
+@torch.no_grad()
+def quantize_weights(net, bits, policy="role"):
+    """A copy of `net` whose weights are rounded to `bits` bits, each tensor on its own; bits None: `net` itself.
+
+    Activations stay as they are. policy: "role" or "original", see `quantized_names`.
+    """
+    if bits is None:
+        return net
+    names = set(quantized_names(net, policy))
+    net = copy.deepcopy(net)
+    for name, p in net.named_parameters():
+        if name in names:
+            p.copy_(quantize_tensor(p, bits))
+    return net
