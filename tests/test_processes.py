@@ -14,7 +14,7 @@ from training import processes
 from training.processes import CLD, EDM, LinearProcess, PFGMpp, pfgmpp
 from training.processes.time_density import NoiseLevels, importance_time, weight
 
-mp.mp.dps = 300
+mp.mp.dps = 250
 
 
 def chain(V, **options):
@@ -292,7 +292,7 @@ def test_errors_name_the_cause(make, message):
 @pytest.mark.filterwarnings("ignore:D = ")
 @pytest.mark.parametrize("N, D", [(3072, 3072000), (12288, 16), (48, 4.5), (3072, 128), (2, 3.7), (1, 300), (192, 1e8)])
 def test_student_t_noise_law(N, D):
-    count = max(2000, min(20000, 4_000_000 // N))
+    count = max(1000, min(20000, 2_000_000 // N))
     noise = PFGMpp(D).unit_noise((count, N), torch.Generator().manual_seed(0), dtype=torch.float64)
     radius = (noise.square().sum(1) / D).numpy()
     assert stats.kstest(radius, stats.betaprime(N / 2, D / 2).cdf).pvalue > 1e-3
@@ -401,7 +401,7 @@ def test_objective_does_not_depend_on_the_time_law(name, weighting):
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     for sampling in ("uniform", "importance", "snr"):
         sigma, value = NoiseLevels(process, sampling, weighting, t_min=1e-3).draw(uniform)
-        assert float((value * loss(sigma)).mean()) == pytest.approx(float(truth), rel=4e-3), sampling
+        assert float((value * loss(sigma)).mean()) == pytest.approx(float(truth), rel=1e-2), sampling
 
 
 def test_published_weights():

@@ -199,12 +199,13 @@ class Problem:
             raise ValueError(f"times has {len(self.times)} entries: {steps} steps, but num_steps = {num_steps}")
 
     def states(self, step):
-        """States from `step(u, t, t_next, last) -> u`."""
+        """States from `step(u, index) -> u`, which goes from times[index] to times[index + 1]."""
         u = self.state
+        self.process.prepare(self.times)
         yield State(0, float(self.times[0]), u)
-        for index, (t, t_next) in enumerate(zip(self.times[:-1], self.times[1:], strict=True)):
-            u = step(u, t, t_next, index == len(self.times) - 2)
-            yield State(index + 1, float(t_next), u)
+        for index in range(len(self.times) - 1):
+            u = step(u, index)
+            yield State(index + 1, float(self.times[index + 1]), u)
 
     def reverse_drift(self, u, t, strength=1.0):
         """Drift of the reverse SDE (strength 1) or of the probability-flow ODE (1/2), per unit of falling time."""
@@ -236,13 +237,15 @@ def euler_maruyama_states(
 
 
 def euler_maruyama_step(problem):
-    def step(u, t, t_next, last):
-        delta = t - t_next
-        u_next = u + problem.reverse_drift(u, t) * delta
+    times, deltas = problem.times, -problem.times.diff()
+    G = problem.process.diffusion(times[:-1]) * deltas.sqrt()[:, None, None]
+
+    def step(u, index):
+        u_next = u + problem.reverse_drift(u, times[index]) * deltas[index]
         noise = problem.noise(u)
-        if last and problem.denoise == "mean":
+        if problem.denoise == "mean" and index == len(deltas) - 1:
             return u_next
-        return u_next + apply_matrix(problem.process.diffusion(t) * delta.sqrt(), noise)
+        return u_next + apply_matrix(G[index], noise)
 
     return step
 
@@ -285,16 +288,22 @@ def sscs_states(
 def sscs_step(problem, half_step):
     if half_step not in ("exact", "published"):
         raise ValueError(f"half_step {half_step!r}: choose exact or published")
-    process = problem.process
+    process, t, t_next = problem.process, problem.times[:-1], problem.times[1:]
+    middle, precision = (t + t_next) / 2, process.precision()
+    first = process.splitting(t, middle)
+    if half_step == "exact":
+        second, power = process.splitting(middle, t_next), process.noise_power(t, t_next)
+    else:
+        G = process.diffusion(t)
+        second, power = first, G @ G.mT * (t - t_next)[:, None, None]
 
-    def step(u, t, t_next, last):
-        middle, G = (t + t_next) / 2, process.diffusion(t)
-        first = process.splitting(t, middle)
-        second = process.splitting(middle, t_next) if half_step == "exact" else first
-        u = apply_matrix(first[0], u) + apply_matrix(first[1], problem.noise(u))
-        kick = problem.score(u, t) + apply_matrix(process.precision(), u)
-        u = u + apply_matrix(G @ G.mT * (t - t_next), kick)
-        return apply_matrix(second[0], u) + apply_matrix(second[1], problem.noise(u))
+    def half(u, flow, index):
+        return apply_matrix(flow[0][index], u) + apply_matrix(flow[1][index], problem.noise(u))
+
+    def step(u, index):
+        u = half(u, first, index)
+        kick = problem.score(u, t[index]) + apply_matrix(precision, u)
+        return half(u + apply_matrix(power[index], kick), second, index)
 
     return step
 
@@ -303,13 +312,15 @@ def sscs_step(problem, half_step):
 def sscs(
     net, process, latents, labels=None, *, num_steps=None, times=None, grid="sigma", t_min=None, denoise=True,
     randn_like=torch.randn_like,    # called twice per step
-    half_step="exact",              # "published": both halves use the first half's integral of beta
+    half_step="exact",              # integrals of beta; "published": see below
     **options,
 ):  # fmt: skip
     """Symmetric splitting sampler (CLD §4, SSCS) for any number of variables. Arguments as in `euler_maruyama`.
 
     A step is A(delta/2) S(delta) A(delta/2): A is the exact Ornstein-Uhlenbeck flow with generator -(D - Q) S^-1, S
-    the kick u += 2 D beta delta (score + S^-1 u) at the time where the step starts.
+    the kick u += 2 D beta delta (score + S^-1 u), with the score at the time where the step starts. half_step="exact"
+    integrates beta over each of the three; "published" uses the first half's integral twice and the starting beta in S,
+    which is the same for constant beta and worse than Euler-Maruyama for many steps of a steep one.
     """
     problem = Problem(net, process, latents, labels, num_steps, times, grid, t_min, denoise, randn_like, **options)
     return problem.finish(last_of(problem.states(sscs_step(problem, half_step))), latents.dtype)
@@ -331,10 +342,18 @@ def flow_states(problem, method, rtol, atol):
     if method != "heun":
         raise ValueError(f"method {method!r}: choose heun or rk45")
 
-    def step(u, t, t_next, last):
-        delta, slope = t - t_next, problem.reverse_drift(u, t, 0.5)
-        slope_next = problem.reverse_drift(u + delta * slope, t_next, 0.5)
-        return u + delta * (slope + slope_next) / 2
+    process, times, deltas = problem.process, problem.times, -problem.times.diff()
+    turns, precision, G = process.rotation(times[:-1], times[1:]), process.precision(), process.diffusion(times)
+    power = G @ G.mT / 2
+
+    def kick(u, index):
+        return apply_matrix(power[index], problem.score(u, times[index]) + apply_matrix(precision, u))
+
+    # In the frame that turns with Q only D's part is left, which vanishes where the state has its stationary law.
+    def step(u, index):
+        delta, turn, first = deltas[index], turns[index], kick(u, index)
+        second = kick(apply_matrix(turn, u + delta * first), index + 1)
+        return apply_matrix(turn, u + delta / 2 * first) + delta / 2 * second
 
     return problem.states(step)
 
@@ -366,7 +385,11 @@ def probability_flow(
     rtol=1e-5, atol=1e-5,           # rk45 only
     **options,
 ):  # fmt: skip
-    """Probability-flow ODE du = [A u beta - D beta score] dt, integrated back. Arguments as in `euler_maruyama`."""
+    """Probability-flow ODE du = [A u beta - D beta score] dt, integrated back. Arguments as in `euler_maruyama`.
+
+    heun: second order in the frame that turns with Q, so only -D beta (score + S^-1 u) is approximated; for EDM it is
+    EDM's Heun.
+    """
     if method == "rk45" and num_steps is None and times is None:
         num_steps = 1
     problem = Problem(net, process, latents, labels, num_steps, times, grid, t_min, denoise, randn_like, **options)

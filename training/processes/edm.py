@@ -90,6 +90,17 @@ class EDM(GaussianKernel):
         F = self.transition(t)
         return F, (self._time(t) ** 2 - self._time(t_next) ** 2).clamp_min(0)[..., None, None].sqrt()
 
+    def prepare(self, times):
+        """Nothing to compute ahead."""
+
+    def noise_power(self, t, t_next):
+        """Variance that the forward process adds between t_next and t, [..., 1, 1]."""
+        return (self._time(t) ** 2 - self._time(t_next) ** 2)[..., None, None]
+
+    def rotation(self, t, t_next):
+        """Identity [..., 1, 1]: nothing moves but by noise."""
+        return self.transition(t)
+
     def precision(self):
         """Inverse stationary covariance [1, 1]: zero, the process never becomes stationary."""
         return torch.zeros(1, 1, dtype=torch.float64)

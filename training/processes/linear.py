@@ -22,15 +22,17 @@ from training.processes.states import apply_matrix, expand, flatten
 
 
 class Kernel(NamedTuple):
-    """p(u_t | x0) = N(m x0, C) at one or several times, with T C T' = L L' and a = L^-1 T m.
+    """p(u_t | x0) = N(m x0, C) at one or several times: the whitening W with W C W' = 1, and a = W m.
 
-    The shear T u = (x - w v, v) removes what the start of the auxiliaries put into x. For small t that is nearly all of
-    x's variance, and C itself would be numerically singular for chains of variables.
+    W = L^-1 T. The shear T u = (x - w v, v) removes what the start of the auxiliaries put into x: for small t nearly all
+    of x's variance, and C itself would be numerically singular for chains of variables. L is a triangular root of
+    T C T'; its inverse is as accurate as solving.
     """
 
     F: torch.Tensor  # [..., V, V]
     T: torch.Tensor  # [..., V, V]
-    L: torch.Tensor  # [..., V, V], lower triangular
+    L: torch.Tensor  # [..., V, V]
+    W: torch.Tensor  # [..., V, V]
     a: torch.Tensor  # [..., V]
     snr: torch.Tensor  # [...]
 
@@ -189,8 +191,9 @@ class LinearProcess(GaussianKernel):
             F, C = numerics.noise_covariance(A, D, B)
             X = T @ F @ start
             L = numerics.attach_gradient(L, T @ C @ T.mT + X @ X.mT)
-        a = torch.linalg.solve_triangular(L, T @ F[..., :1], upper=False)[..., 0]
-        return Kernel(F, T, L, a, a.square().sum(-1))
+        both = torch.linalg.solve_triangular(L, torch.cat([T @ F[..., :1], T], dim=-1), upper=False)
+        a = both[..., 0]
+        return Kernel(F, T, L, both[..., 1:], a, a.square().sum(-1))
 
     def _shear(self, F, small):
         """w [..., V-1] = F_xv F_vv^-1 where `small`."""
@@ -211,10 +214,21 @@ class LinearProcess(GaussianKernel):
         parts = self._kernel_at(self.beta_integral(times))
         parts = Kernel(*(part[inverse] for part in parts))
         if key is not None:
-            self._cache[key] = parts
-            if len(self._cache) > 1024:
-                self._cache.popitem(last=False)
+            self._remember_at(key, parts)
         return parts
+
+    def _remember_at(self, key, parts):
+        self._cache[key] = parts
+        while len(self._cache) > 4096:
+            self._cache.popitem(last=False)
+
+    @torch.no_grad()
+    def prepare(self, times):
+        """Compute the kernels of a solver's times [K] at once and keep them."""
+        times, version = self._time(times).cpu(), self._version()
+        parts = self.kernel_parts(times)
+        for index, t in enumerate(times.tolist()):
+            self._remember_at((version, t), Kernel(*(part[index] for part in parts)))
 
     def transition(self, t):
         """F(t) [..., V, V]: E[u_t | u_0] = F u_0."""
@@ -256,7 +270,7 @@ class LinearProcess(GaussianKernel):
         return (self._rate(self.kernel_parts(t)) * self.beta(t.cpu())).to(t.device)
 
     def _rate(self, parts):
-        gain = parts.T.mT @ torch.linalg.solve_triangular(parts.L.mT, parts.a[..., None], upper=True)  # C^-1 m
+        gain = parts.W.mT @ parts.a[..., None]  # C^-1 m
         return (gain.mT @ (2 * self.D) @ gain)[..., 0, 0]
 
     @torch.no_grad()
@@ -304,9 +318,9 @@ class LinearProcess(GaussianKernel):
     # States u [N, V, *data_shape].
 
     def _whiten(self, u, t):
-        """(parts on u's device, L^-1 T u [N, V, d])."""
+        """(parts on u's device, W u [N, V, d])."""
         parts = self.kernel_parts(t).to(u.device)
-        return parts, torch.linalg.solve_triangular(parts.L, parts.T @ flatten(u, self.V), upper=False)
+        return parts, parts.W @ flatten(u, self.V)
 
     def project(self, u, t):
         """(y [N, *data_shape], sigma): y | x0 ~ N(x0, sigma^2) is all that u [N, V, *data_shape] says about x0.
@@ -322,7 +336,7 @@ class LinearProcess(GaussianKernel):
         parts, white = self._whiten(u, t)
         signal = denoised.reshape(len(u), 1, -1).to(torch.float64)  # [N, 1, d]
         white = white - parts.a[..., None] * signal
-        score = -parts.T.mT @ torch.linalg.solve_triangular(parts.L.mT, white, upper=True)
+        score = -parts.W.mT @ white
         return score.reshape(u.shape).to(u.dtype)
 
     def denoised_from_score(self, u, t, score):
@@ -348,6 +362,14 @@ class LinearProcess(GaussianKernel):
         """
         A = -(self.D - self.Q) / torch.diagonal(self.S)
         return numerics.noise_root(A.detach(), self.D.detach(), self.beta_integral(t, t_next).cpu())
+
+    def noise_power(self, t, t_next):
+        """2 D int beta from t_next to t: the noise that the forward process adds meanwhile, [..., V, V]."""
+        return self.beta_integral(t, t_next).cpu()[..., None, None] * (2 * self.D.detach())
+
+    def rotation(self, t, t_next):
+        """expm(Q S^-1 int beta) [..., V, V]: the part of the flow from t down to t_next that leaves N(0, S) alone."""
+        return numerics.transition((self.Q / torch.diagonal(self.S)).detach(), self.beta_integral(t, t_next).cpu())
 
     def prior_covariance(self, prior="stationary", t=None, sigma_data=0.5):
         """[V, V] covariance of the sampler's start at time t: S, or C + sigma_data^2 m m' ("matched")."""
