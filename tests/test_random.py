@@ -1,5 +1,6 @@
 """torch_utils.random against published check values and against plain generators."""
 
+import numpy
 import pytest
 import torch
 
@@ -45,8 +46,10 @@ def test_hash_seed_check_values():
         (123456789, 2, 2**31): 1798188830,
     }
     assert {values: hash_seed(*values) for values in expected} == expected
-    with pytest.raises(ValueError, match="integers"):
-        hash_seed("0", 1)
+    assert hash_seed(numpy.int64(0), torch.tensor(1)) == 16979904
+    for value in ("0", 1.5):
+        with pytest.raises(ValueError, match="integers"):
+            hash_seed(value, 1)
 
 
 def test_child_generator_leaves_the_parent_alone():

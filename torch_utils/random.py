@@ -5,6 +5,7 @@ Every function that draws takes `generator`, which may be None (PyTorch's global
 """
 
 import hashlib
+import operator
 
 import torch
 
@@ -14,9 +15,10 @@ def hash_seed(*values: int) -> int:
 
     `hash_seed(0, 1) == 16979904`. Raises ValueError for anything but integers: hashes of strings are salted.
     """
-    if not all(isinstance(value, int) for value in values):
-        raise ValueError(f"hash_seed takes integers, not {values!r}")
-    return hash(tuple(int(value) for value in values)) % (1 << 31)
+    try:
+        return hash(tuple(operator.index(value) for value in values)) % (1 << 31)
+    except TypeError:
+        raise ValueError(f"hash_seed takes integers, not {values!r}") from None
 
 
 def seeded_generator(device, *values: int) -> torch.Generator:

@@ -53,11 +53,12 @@ def heun_states(
     sigmas = (high + index / max(num_steps - 1, 1) * (low - high)) ** rho
     sigmas = torch.cat([sigmas, torch.zeros_like(sigmas[:1])])
 
+    levels = sigmas.tolist()
     x_next = noise.to(dtype) * sigmas[0]
-    yield State(0, float(sigmas[0]), x_next)
+    yield State(0, levels[0], x_next)
     for step, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         x = x_next
-        if S_churn > 0 and S_min <= sigma <= S_max:
+        if S_churn > 0 and S_min <= levels[step] <= S_max:
             gamma = min(S_churn / num_steps, 2**0.5 - 1)
             sigma_hat = sigma + gamma * sigma
             x = x + (sigma_hat**2 - sigma**2).sqrt() * S_noise * randn_like(x)
@@ -67,7 +68,7 @@ def heun_states(
         if step < num_steps - 1:  # second order, except for the step to zero
             slope_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
             x_next = x + (sigma_next - sigma) * (0.5 * slope + 0.5 * slope_next)
-        yield State(step + 1, float(sigma_next), x_next)
+        yield State(step + 1, levels[step + 1], x_next)
 
 
 def heun(
