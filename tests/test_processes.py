@@ -356,8 +356,8 @@ def test_radius_table():
         ours = pfgmpp.radius_quantile([0.001, 0.05, 0.5, 0.95, 0.999], N, D) / N**0.5
         np.testing.assert_allclose(ours, expected, atol=6e-4)
         np.testing.assert_allclose(pfgmpp.radius_cdf(ours * N**0.5, N, D), [0.001, 0.05, 0.5, 0.95, 0.999], rtol=1e-6)
-        p = (np.arange(20000) + 0.5) / 20000
-        assert pfgmpp.radius_mean(N, D) == pytest.approx(pfgmpp.radius_quantile(p, N, D).mean(), rel=1e-3)
+        p = (np.arange(2000) + 0.5) / 2000
+        assert pfgmpp.radius_mean(N, D) == pytest.approx(pfgmpp.radius_quantile(p, N, D).mean(), rel=2e-3)
     assert pfgmpp.radius_mode(3072, 128) == pytest.approx(math.sqrt(128) * math.sqrt(3071 / 129))
 
 

@@ -145,11 +145,11 @@ def test_heun_calls_and_edges():
     def forbidden(x):
         raise AssertionError("drew without churn")
 
-    net, noise = Gaussian(), torch.randn(2, 1, 2, 2)
+    net, noise = Gaussian(), torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     images = samplers.heun(net, noise, num_steps=32, randn_like=forbidden)
     assert net.calls == 63 and images.dtype == torch.float32 and images.isfinite().all()
     one = samplers.heun(net, noise, num_steps=1)
-    torch.testing.assert_close(one, net(noise * 80, torch.tensor(80.0)))
+    torch.testing.assert_close(one, net(noise * 80, torch.tensor(80.0)), rtol=0, atol=1e-4)  # of numbers near 80
     with pytest.raises(ValueError, match="num_steps"):
         samplers.heun(net, noise, num_steps=0)
     with pytest.raises(ValueError, match="guiding"):
