@@ -24,10 +24,11 @@ Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM or SIG
 
 CHOICES = {
     "optimizer": click.Choice(["adam", "adamw", "adamax"]),
-    "schedule": click.Choice(["edm2", "edm2-halved", "constant", "cosine"]),
+    "schedule": click.Choice(["ajest", "edm2", "edm2-halved", "constant", "cosine"]),
     "ema": click.Choice(["power", "halflife", "decay", "none"]),
     "when": click.Choice(["always", "early", "late"]),
     "scope": click.Choice(["global", "rank"]),
+    "cheap": click.Choice(["half", "levels", "lowres"]),
 }
 
 
@@ -84,13 +85,16 @@ def options(function):
         click.option("--ls", "loss_scaling", type=float, help="Loss scale"),
         # Selection.
         click.option("--select", metavar="NAME", help="none, or a function of training/selection.py"),
-        click.option("--reference", metavar="SNAPSHOT", help="Reference network of the selection"),
+        click.option(
+            "--reference", metavar="SNAPSHOT", help="Reference of the selection; ema: the learner's own average"
+        ),
         click.option("--filter-ratio", type=float, help="Share of the candidates that is discarded"),
-        click.option("--chunks", type=click.IntRange(min=1), help="jest: number of chunks"),
+        click.option("--chunks", type=click.IntRange(min=1), help="jest, easy, diverse: number of chunks"),
         click.option("--select-when", type=CHOICES["when"], help="Until / from the learner beating the reference"),
         click.option("--select-scope", type=CHOICES["scope"], help="Choose over all processes or in each"),
         click.option("--select-from", type=cli.NIMG, help="Select from so many images on"),
         click.option("--select-until", type=cli.NIMG, help="Select until so many images"),
+        click.option("--select-cheap", type=CHOICES["cheap"], help="Cheaper scores; training stays exact"),
         click.option("--score-scale", type=float, help="Factor on the losses that are compared"),
         # Running.
         click.option("--batch-gpu", type=cli.NIMG, help="Largest micro-batch per process; 0: no limit"),

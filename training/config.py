@@ -78,6 +78,7 @@ class TrainingConfig:
     select_from: int = 0
     select_until: int | None = None
     score_scale: float = 1.0
+    select_cheap: str | None = None  # half, lowres or levels: cheaper scores
     select_options: dict = field(default_factory=dict)  # chunks and other keywords of the selection function
 
     # Running.

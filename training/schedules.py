@@ -37,7 +37,54 @@ def cosine_schedule(cur_nimg, batch_size, ref_lr=100e-4, ref_batches=70e3, rampu
     return learning_rate_schedule(cur_nimg, batch_size, ref_lr, 0, rampup_Mimg) * (1 + math.cos(math.pi * progress)) / 2
 
 
-SCHEDULES = {
+def ajest_learning_rate(
+    cur_nimg,  # images trained on, this step's included
+    cur_step,  # steps before this one
+    super_batch=2048,  # candidates per step
+    mini_batch=None,  # images trained on per selecting step; None: super_batch
+    selecting=False,  # whether this step selects
+    when="always",  # "always", "early" (selection ended at the switch) or "late" (it began there)
+    change_nimg=0,  # images trained on at the switch ...
+    change_step=0,  # ... and steps; 0: no switch yet
+    ref_lr=100e-4,
+    ref_batches=70e3,  # steps; 0: no decay
+    rampup_Mimg=10,  # million images; 0: no ramp
+):
+    """The learning rate of AJEST's published code (Pais et al. 2025), where a selecting step counts as super_batch images.
+
+    With F = super_batch / mini_batch: while selecting, images and steps count F times and the ramp is F times shorter, so
+    in steps everything is F times, in trained images F^2 times faster; after a switch the stretch before it keeps its
+    count. The decay is continuous at a switch, the ramp is not if the switch comes before its end. Raises ValueError
+    for super_batch < mini_batch, or a selecting step with both equal.
+    """
+    mini_batch = super_batch if mini_batch is None else mini_batch
+    if super_batch < mini_batch or (selecting and super_batch == mini_batch):
+        raise ValueError(f"a super-batch of {super_batch} is too small to select {mini_batch} images from")
+    factor = super_batch / mini_batch
+    if change_step and when == "early" and not selecting:
+        cur_nimg, cur_step = cur_nimg + (factor - 1) * change_nimg, cur_step + (factor - 1) * change_step
+    if change_step and when == "late" and selecting:
+        cur_nimg, cur_step = cur_nimg - (1 - 1 / factor) * change_nimg, cur_step - (1 - 1 / factor) * change_step
+    speed = factor if selecting else 1
+    lr = ref_lr
+    if rampup_Mimg > 0:
+        lr *= min(cur_nimg * speed / (rampup_Mimg * 1e6 / speed), 1)
+    if ref_batches > 0:
+        lr /= math.sqrt(max(cur_step * speed / ref_batches, 1))
+    return lr
+
+
+def ajest_schedule(cur_nimg, batch_size, ref_lr=100e-4, ref_batches=70e3, rampup_Mimg=10, *, selection):
+    """`ajest_learning_rate` of a run with batches of batch_size trained images. selection: the selector's `progress()`."""
+    change = 0 if selection["beaten_at"] is None else selection["beaten_at"] + batch_size  # the step after the trigger
+    return ajest_learning_rate(
+        cur_nimg + batch_size, cur_nimg / batch_size, batch_size * selection["ratio"], batch_size, selection["selecting"],
+        selection["when"], change, change / batch_size, ref_lr, ref_batches, rampup_Mimg,
+    )  # fmt: skip
+
+
+SCHEDULES = {  # one that declares `selection` gets the selector's progress()
+    "ajest": ajest_schedule,
     "edm2": learning_rate_schedule,
     "edm2-halved": halved_schedule,
     "constant": constant_schedule,

@@ -168,6 +168,9 @@ def random_baseline(learner_loss, *, size=None, filter_ratio=0.8, generator=None
     return torch.randperm(len(learner_loss), generator=generator, device=device)[:size].to(learner_loss.device)
 
 
+random_baseline.count_only = True  # a selector need not compute losses whose values are not used
+
+
 def hard_loss(learner_loss, *, size=None, filter_ratio=0.8, generator=None):
     """The examples of largest learner loss, largest first. Equal losses are ordered at random."""
     losses = _losses(learner_loss=learner_loss)

@@ -4,6 +4,7 @@ An entry of your own (`ARCHS["mine"] = build_mine`) is a choice of `train_edm2.p
 """
 
 import functools
+import inspect
 import json
 import math
 import subprocess
@@ -164,12 +165,16 @@ EMAS = {
 # --- selection --------------------------------------------------------------------------------------------------------
 
 
-def build_selector(config, device):
-    """IdentitySelector, or a LossSelector around the function named by --select."""
+def build_selector(config, device, ema=None):
+    """IdentitySelector, or a LossSelector around the function named by --select. ema: for --reference=ema."""
     if config.select == "none":
         return selection.IdentitySelector()
     reference = None
-    if config.reference is not None:
+    if config.reference == "ema":
+        if ema is None:
+            raise ValueError("--reference=ema needs an average of the weights: not with --ema=none")
+        reference = ema.get()[0][0].net
+    elif config.reference is not None:
         reference = persistence.load_snapshot(config.reference, device).net
     return selection.LossSelector(
         _choose(selection.FUNCTIONS, "select", config.select),
@@ -180,6 +185,7 @@ def build_selector(config, device):
         when=config.select_when,
         select_from=config.select_from,
         select_until=math.inf if config.select_until is None else config.select_until,
+        cheap=config.select_cheap,
         options=config.select_options,
     )
 
@@ -263,11 +269,14 @@ def check_inputs(config, outdir):
     tables = (ARCHS, "arch"), (LOSSES, "loss"), (OPTIMIZERS, "optimizer"), (SCHEDULES, "lr_schedule")
     for table, name in tables:
         _choose(table, name.replace("_", "-"), getattr(config, name))
+    if config.select != "none":
+        function = _choose(selection.FUNCTIONS, "select", config.select)
+        selection.check_choice(function, config.reference is not None, config.select_when, config.select_options)
     build_process(config)
     if config.val_data:
         ImageFolderDataset(config.val_data)
     for name in ("init", "reference"):
-        if getattr(config, name) is not None:
+        if getattr(config, name) not in (None, "ema"):
             persistence.read_header(getattr(config, name))
 
 
@@ -302,7 +311,7 @@ def train(config, outdir, device="cpu", resume=None, hooks=None):
     )
     schedule = _choose(SCHEDULES, "lr-schedule", config.lr_schedule)
     ema = _choose({"none": lambda *_: None, **EMAS}, "ema", config.ema)(config, objective)
-    selector = build_selector(config, device)
+    selector = build_selector(config, device, ema)
     _warn_no_effect(config)
     feed = Feed(
         dataset,
@@ -335,7 +344,7 @@ def train(config, outdir, device="cpu", resume=None, hooks=None):
         selector,
         optimizer,
         ema,
-        functools.partial(_learning_rate, schedule, config),
+        functools.partial(_learning_rate, schedule, config, selector),
         outdir,
         Periods(
             total_nimg=config.total_nimg,
@@ -357,8 +366,9 @@ def train(config, outdir, device="cpu", resume=None, hooks=None):
     )
 
 
-def _learning_rate(schedule, config, cur_nimg):
-    return schedule(cur_nimg, config.batch_size, config.lr, config.decay, config.rampup)
+def _learning_rate(schedule, config, selector, cur_nimg):
+    more = {"selection": selector.progress()} if "selection" in inspect.signature(schedule).parameters else {}
+    return schedule(cur_nimg, config.batch_size, config.lr, config.decay, config.rampup, **more)
 
 
 def _fast_math(config):

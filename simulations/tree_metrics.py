@@ -1,0 +1,134 @@
+"""All published measurements of a toy network on the tree: loss, distance to fully denoised truth, branches, scores.
+
+Pais et al. 2025 (arXiv 2509.15267). Every number depends on how many samples it is measured on; state it beside.
+"""
+
+import functools
+
+import numpy as np
+import torch
+
+from simulations import tree
+from simulations.tree_training import TreeFeed, TreeLoss
+from torch_utils.random import seeded_generator
+from training.samplers import heun, heun_states
+
+SIGMA_MAX = 5.0  # noise level at which the tree has dissolved
+SAMPLER = dict(num_steps=32, sigma_min=0.002, sigma_max=SIGMA_MAX, rho=7)
+OUTER_DEPTH = 5  # "external" branches: depth 5 and 6 of class A
+LEVELS = (0.002, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # noise levels of the loss curve
+
+
+@functools.lru_cache(maxsize=16)
+def _points(cls, min_depth, num, seed, P_mean, P_std, level, device):
+    """Draws of `num` fresh points with exact targets; level: one noise level for all, None: the training density."""
+    mixture = tree.ground_truth(cls, min_depth, device=device)
+    feed = TreeFeed(mixture, seed, block=num, device=device)
+    loss = TreeLoss(mixture, P_mean, P_std)
+    if level is not None:
+        loss.sample_sigma = lambda shape, generator, device: torch.full(shape, level, device=device)
+    (_, points, _), *_ = feed.blocks(0, num)
+    return loss, loss.draw(points, generator=seeded_generator(feed.device, seed, 3))
+
+
+@torch.no_grad()
+def average_loss(net, cls="A", min_depth=0, num=4096, seed=1, level=None, P_mean=-2.3, P_std=1.5, device="cpu"):
+    """Mean of sigma^2 |score_true - score|^2 / 2 over `num` fresh points. A perfect network scores 0 on its own classes.
+
+    On the outer branches alone even a perfect network of the whole tree scores .187: other branches pull at its points.
+    """
+    loss, draws = _points(cls, min_depth, num, seed, P_mean, P_std, level, str(device))
+    return float(loss.evaluate(net, draws).mean())
+
+
+@functools.lru_cache(maxsize=16)
+def _truth(cls, min_depth, num, seed, device):
+    """(start points in units of SIGMA_MAX, where the exact flow takes them), each [num, 2, 1, 1]."""
+    mixture = tree.ground_truth(cls, min_depth, device=device)
+    start = mixture.sample((num,), SIGMA_MAX, seeded_generator(device, seed, 4)).reshape(num, 2, 1, 1) / SIGMA_MAX
+    return start, heun(mixture.denoiser(), start, **SAMPLER)
+
+
+def samples(net, cls="A", num=1024, seed=1, gnet=None, guidance=1.0, min_depth=0, device="cpu"):
+    """Points [num, 2] that the network makes of exact draws at noise level 5 (32 Heun steps down to 0.002)."""
+    start, _ = _truth(cls, min_depth, num, seed, str(device))
+    return heun(net, start, gnet=gnet, guidance=guidance, **SAMPLER).flatten(1)
+
+
+def trajectories(net, start, gnet=None, guidance=1.0, sigma_max=SIGMA_MAX, num_steps=32):
+    """All states [num_steps + 1, N, 2] on the way of points [N, 2] from sigma_max to 0."""
+    noise = start.reshape(len(start), 2, 1, 1) / sigma_max
+    options = {**SAMPLER, "sigma_max": sigma_max, "num_steps": num_steps}
+    states = heun_states(net, noise, gnet=gnet, guidance=guidance, **options)
+    return torch.stack([state.state.flatten(1) for state in states])
+
+
+def l2_distance(net, cls="A", num=1024, seed=1, gnet=None, guidance=1.0, min_depth=0, device="cpu"):
+    """Mean distance between where the network and where the exact flow take the same start points.
+
+    With guidance it says how far guidance bends the map. On the outer branches the floor is .479 (class A).
+    """
+    made = samples(net, cls, num, seed, gnet, guidance, min_depth, device)
+    _, truth = _truth(cls, min_depth, num, seed, str(device))
+    return float((made - truth.flatten(1)).norm(dim=1).mean())
+
+
+def evaluate(net, guide=None, *, cls="A", num=1024, seed=1, guidance=3.0, external=False, mandala=True, device="cpu"):
+    """All metrics of a network as {name: number}; with a guide also those of the guided network, `guided_*`.
+
+    loss, L2_metric; with `external` out_loss, out_L2_metric (class A only); with `mandala` mandala_score and
+    classification_score. Raises ValueError for external branches of other classes.
+    """
+    if external and cls != "A":
+        raise ValueError(f"--external is defined for class A only, not --cls={cls}")
+    result = {"loss": average_loss(net, cls, num=num, seed=seed, device=device)}
+    kinds = {"": (None, 1.0)} if guide is None else {"": (None, 1.0), "guided_": (guide, guidance)}
+    _, truth = _truth(cls, 0, num, seed, str(device))
+    for prefix, (gnet, weight) in kinds.items():
+        made = samples(net, cls, num, seed, gnet, weight, device=device)
+        result[f"{prefix}L2_metric"] = float((made - truth.flatten(1)).norm(dim=1).mean())
+        if mandala:
+            result[f"{prefix}mandala_score"] = tree.mandala_score(made, cls)
+            result[f"{prefix}classification_score"] = tree.classification_score(made, cls)
+        if external:
+            result[f"{prefix}out_L2_metric"] = l2_distance(net, cls, num, seed, gnet, weight, OUTER_DEPTH, device)
+    if external:
+        result["out_loss"] = average_loss(net, cls, OUTER_DEPTH, num, seed, device=device)
+    return result
+
+
+def loss_per_level(net, cls="A", num=1024, seed=1, levels=LEVELS, device="cpu"):
+    """{noise level: mean loss}."""
+    return {level: average_loss(net, cls, 0, num, seed, level, device=device) for level in levels}
+
+
+def floors(cls="A", num=1024, seed=1, device="cpu"):
+    """What the exact mixture itself gets in the metrics that are not zero or one for it (they depend on `num`)."""
+    exact = tree.ground_truth(cls, device=device).denoiser()
+    return evaluate(exact, cls=cls, num=num, seed=seed, external=cls == "A", device=device)
+
+
+def validation_hook(cls="A", num=512, seed=1, flow=True, device="cpu"):
+    """on_status hook of a toy run: loss and, with `flow`, L2 distance of the averaged and of the raw network."""
+
+    def on_status(loop):
+        fields = {}
+        for who, net in (("ema", loop.ema.get()[0][0].net), ("learner", loop.objective.net)):
+            training = net.training
+            net.eval()
+            fields[f"Validation/{who}_loss"] = average_loss(net, cls, num=num, seed=seed, device=device)
+            if flow:
+                fields[f"Validation/{who}_L2_metric"] = l2_distance(net, cls, num, seed, device=device)
+            net.train(training)
+        return fields
+
+    return on_status
+
+
+def summary(rows):
+    """{name: (mean, standard deviation over rows)} of equal-keyed dicts; NaN deviation for a single row."""
+    out = {}
+    for name in rows[0]:
+        values = np.array([row[name] for row in rows], dtype=np.float64)
+        out[name] = (float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else float("nan"))
+    return out

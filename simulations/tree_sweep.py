@@ -1,0 +1,186 @@
+"""The comparison of data selection on the tree: several arms and seeds, at equal steps, equal samples and equal time."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dnnlib import atomic_write
+from simulations import style, tree_metrics, tree_training
+
+# What differs between the arms (Pais et al. 2025; `diverse` is ours). "@guide" stands for the reference network.
+ARMS = {
+    "baseline": {},
+    "random": {"select": "random"},
+    "jest": {"select": "jest"},  # the reference is the learner's own average
+    "ajest": {"select": "jest", "guide": "@guide"},
+    "early-ajest": {"select": "jest", "guide": "@guide", "when": "early"},
+    "late-ajest": {"select": "jest", "guide": "@guide", "when": "late"},
+    "diverse": {"select": "diverse", "guide": "@guide"},
+}
+COLOURS = dict(zip(ARMS, ("#222222", "#888888", "#C4A000", "#D9730D", "#3C8F3A", "#2B6CB0", "#9B2F8F"), strict=True))
+COMPARISONS = {"steps": "equal steps", "samples": "equal trained samples", "time": "equal CPU time"}
+COLUMNS = ["loss", "L2_metric", "mandala_score", "classification_score"]
+COLUMNS += [f"guided_{name}" for name in COLUMNS[1:]]
+
+
+def train_reference(base, outdir, total_iter=512, batch_size=4096):
+    """The guide: width 32, 512 steps of 4096 points, seed 0 (as published). Returns its snapshot."""
+    run_dir = Path(outdir) / "reference"
+    config = replace(base, dim=32, total_iter=total_iter, batch_size=batch_size, seed=0, snapshot_iter=0)
+    if not list(run_dir.glob("learner-*.safetensors")):
+        tree_training.train(config, run_dir)
+    return str(sorted(run_dir.glob("network-snapshot-*.safetensors"))[-1])
+
+
+def train_seed(base, seed, arms, outdir, reference, bar=None):
+    """Train all arms of one seed; they share its points, whose exact scores are computed once. Finished runs are kept."""
+    memory = {}
+    for arm in arms:
+        run_dir = Path(outdir) / f"{arm}-seed{seed}"
+        if not list(run_dir.glob("learner-*.safetensors")):
+            for old in [*run_dir.glob("network-snapshot-*"), *run_dir.glob("stats.jsonl")]:
+                old.unlink()  # of an interrupted run
+            options = {k: reference if v == "@guide" else v for k, v in ARMS[arm].items()}
+            config = replace(base, seed=seed, **options)
+            tree_training.train(config, run_dir, tree_metrics.validation_hook(base.cls, 4096, flow=False), memory)
+        if bar is not None:
+            bar.update()
+
+
+def history(run_dir):
+    """The status lines of a run that have a snapshot, oldest first: dicts of stats.jsonl with `path` added."""
+    lines = []
+    for text in (Path(run_dir) / "stats.jsonl").read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        found = list(Path(run_dir).glob(f"network-snapshot-{int(line['Progress/kimg']):07d}-*.safetensors"))
+        if found and line["Progress/kimg"]:
+            lines.append({**line, "path": found[0]})
+    return lines
+
+
+def measure(arms, seeds, outdir, reference, cls="A", num=2048, progress=True):
+    """Rows {comparison, arm, seed, iteration, samples, candidates, cpu_sec, metrics ...} of all runs.
+
+    Equal samples and equal time compare the snapshots nearest to what the shortest of all runs reached, as published.
+    Measured rows are kept in metrics.json beside each run.
+    """
+    runs = {(arm, seed): history(Path(outdir) / f"{arm}-seed{seed}") for arm in arms for seed in seeds}
+    keys = {"steps": "Progress/iteration", "samples": "Progress/kimg", "time": "Timing/cpu_sec"}
+    least = {kind: min(lines[-1][key] for lines in runs.values()) for kind, key in keys.items()}
+    guide = tree_training.load_toy(reference)
+    rows = []
+    for (arm, seed), lines in tqdm(runs.items(), unit="run", disable=not progress):
+        path = Path(outdir) / f"{arm}-seed{seed}" / "metrics.json"
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        for kind, key in keys.items():
+            line = min(lines, key=lambda line: abs(line[key] - least[kind]))  # noqa: B023
+            name = f"{line['path'].name} n={num}"
+            if name not in known:
+                net = tree_training.load_toy(line["path"])
+                known[name] = tree_metrics.evaluate(net, guide, cls=cls, num=num, external=False)
+            rows.append(
+                {
+                    "comparison": kind,
+                    "arm": arm,
+                    "seed": seed,
+                    "iteration": line["Progress/iteration"],
+                    "samples": round(line["Progress/kimg"] * 1e3),
+                    "candidates": line["Progress/candidates"],
+                    "cpu_sec": line["Timing/cpu_sec"],
+                    **known[name],
+                }
+            )
+        with atomic_write(path, "w") as file:
+            json.dump(known, file)
+    return rows
+
+
+def write_table(rows, outdir):
+    """table.csv (one row per run and comparison) and table.md (mean ± standard deviation over seeds). Returns paths."""
+    outdir = Path(outdir)
+    with atomic_write(outdir / "table.csv", "w") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    seeds = len({row["seed"] for row in rows})
+    text = []
+    for kind, title in COMPARISONS.items():
+        chosen = [row for row in rows if row["comparison"] == kind]
+        text += [f"**{title.capitalize()}** (mean ± standard deviation of {seeds} seeds)\n"]
+        text += ["| arm | steps | trained | drawn | CPU s | " + " | ".join(_heading(c) for c in COLUMNS) + " |"]
+        text += ["| --- " * (5 + len(COLUMNS)) + "|"]
+        for arm in dict.fromkeys(row["arm"] for row in chosen):
+            mine = [row for row in chosen if row["arm"] == arm]
+            stats = tree_metrics.summary(
+                [{k: v for k, v in row.items() if k not in ("comparison", "arm")} for row in mine]
+            )
+            cells = [f"{stats['iteration'][0]:.0f}", f"{stats['samples'][0] / 1e3:.0f}k"]
+            cells += [f"{stats['candidates'][0] / 1e3:.0f}k", f"{stats['cpu_sec'][0]:.0f}"]
+            cells += [f"{stats[c][0]:.4f} ± {stats[c][1]:.4f}" for c in COLUMNS]
+            text.append(f"| {arm} | " + " | ".join(cells) + " |")
+        text.append("")
+    with atomic_write(outdir / "table.md", "w") as file:
+        file.write("\n".join(text))
+    return [outdir / "table.csv", outdir / "table.md"]
+
+
+def _heading(name):
+    return name.replace("_metric", "").replace("_score", "").replace("_", " ")
+
+
+def plot(rows, arms, seeds, outdir, stem):
+    """One figure: loss against trained samples and CPU time, and the scores at equal samples and equal time."""
+    fig, axes = style.figure(columns=3, rows=2, width=4.4, height=3.1)
+    for arm in arms:
+        runs = [history(Path(outdir) / f"{arm}-seed{seed}") for seed in seeds]
+        steps = min(map(len, runs))
+        for axis, key, scale in ((axes[0, 0], "Progress/kimg", 1), (axes[0, 1], "Timing/cpu_sec", 1)):
+            x = [_mean([run[i][key] * scale for run in runs])[0] for i in range(steps)]
+            y = [_mean([run[i]["Validation/ema_loss"] for run in runs]) for i in range(steps)]
+            axis.plot(x, [m for m, _ in y], color=COLOURS[arm], label=arm)
+            axis.fill_between(x, [m - s for m, s in y], [m + s for m, s in y], color=COLOURS[arm], alpha=0.15, lw=0)
+    for axis, label in ((axes[0, 0], "trained samples (thousands)"), (axes[0, 1], "CPU seconds")):
+        axis.set(xlabel=label, ylabel="loss of the averaged network", yscale="log", xscale="log")
+    axes[0, 0].legend(fontsize=7)
+    panels = [(axes[0, 2], "samples", "loss", "guided_L2_metric")]
+    panels += [(axes[1, i], kind, "mandala_score", "guided_mandala_score") for i, kind in enumerate(COMPARISONS)]
+    for axis, kind, plain, guided in panels:
+        for i, arm in enumerate(arms):
+            mine = [row for row in rows if row["comparison"] == kind and row["arm"] == arm]
+            for name, shift, marker in ((plain, -0.12, "o"), (guided, 0.12, "^")):
+                if name == "guided_L2_metric":
+                    continue
+                mean, deviation = _mean([row[name] for row in mine])
+                face = COLOURS[arm] if name == plain else "white"
+                axis.errorbar(
+                    [i + (shift if plain != "loss" else 0)], [mean], yerr=[0 if math.isnan(deviation) else deviation],
+                    color=COLOURS[arm], marker=marker, markerfacecolor=face, capsize=2, lw=1,
+                )  # fmt: skip
+        axis.set_xticks(range(len(arms)), arms, rotation=30, ha="right", fontsize=7)
+        axis.set(title=COMPARISONS[kind], ylabel="loss" if plain == "loss" else "mandala score (△ guided)")
+    return style.save(fig, stem, dpi=130)
+
+
+def _mean(values):
+    stats = tree_metrics.summary([{"v": v} for v in values])["v"]
+    return stats[0], 0.0 if math.isnan(stats[1]) else stats[1]
+
+
+def run(base, arms, seeds, outdir, num=2048, reference_iter=512, reference_batch=4096, figure=None):
+    """Train what is missing, measure, write table and figure. Returns the written paths. Raises ValueError for unknown arms."""
+    unknown = set(arms) - set(ARMS)
+    if unknown:
+        raise ValueError(f"--arms={sorted(unknown)[0]} is unknown; known: {', '.join(ARMS)}")
+    outdir = Path(outdir)
+    outdir.mkdir(parents=True, exist_ok=True)
+    reference = train_reference(base, outdir, reference_iter, reference_batch)
+    with tqdm(total=len(arms) * len(seeds), unit="run") as bar:
+        for seed in seeds:
+            train_seed(base, seed, arms, outdir, reference, bar)
+    rows = measure(arms, seeds, outdir, reference, base.cls, num)
+    paths = write_table(rows, outdir)
+    return paths + plot(rows, arms, seeds, outdir, figure or outdir / "selection-tree")

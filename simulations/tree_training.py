@@ -1,0 +1,275 @@
+"""Training the toy network on the tree through the project's own loop: a feed of fresh points, and an exact-score loss.
+
+Karras et al. 2024 (arXiv 2406.02507) for the task and its options; Pais et al. 2025 (arXiv 2509.15267) for selection.
+"""
+
+import inspect
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from dnnlib import Logger
+from simulations import tree
+from torch_utils import persistence
+from torch_utils.random import hash_seed, seeded_generator
+from training import selection
+from training.encoders import IdentityEncoder
+from training.feed import block_slices, share
+from training.guidance import GuidedDenoiser
+from training.losses import LogNormalLoss, Objective
+from training.networks_toy import ToyModel
+from training.phema import PowerFunctionEMA
+from training.schedules import learning_rate_schedule
+from training.selection_functions import requirements_of, selection_size
+from training.training_loop import Periods, TrainingLoop
+
+
+@dataclass
+class TreeConfig:
+    """Options of one toy run; the defaults are EDM2's and AJEST's."""
+
+    cls: str = "A"  # classes of the tree
+    layers: int = 4
+    dim: int = 64  # width; 32 for guides
+    total_iter: int = 4096
+    batch_size: int = 4096  # points per step that are drawn; selection trains on a part of them
+    P_mean: float = -2.3
+    P_std: float = 1.5
+    sigma_data: float = 0.5
+    lr: float = 0.01
+    lr_iter: int = 512  # steps before the learning rate decays
+    ema_std: float = 0.010
+    select: str = "none"  # name in training.selection.FUNCTIONS
+    filter_ratio: float = 0.8
+    chunks: int = 16
+    when: str = "always"  # early: select until the learner beats the reference; late: from then on
+    grow: bool = True  # early, late: train on all points of a step while not selecting, as published
+    guide: str | None = None  # snapshot: the reference of the selection, and the guide of the metrics
+    interpol: bool = False  # score and train the guided network (weight 3) while selecting
+    guidance: float = 3.0
+    seed: int = 0
+    snapshot_iter: int = 256  # 0: at the end only
+    device: str = "cpu"
+
+    def check(self):
+        """Raises ValueError, naming the option, for values that cannot work. Returns self."""
+        for name in ("layers", "dim", "total_iter", "batch_size", "lr", "lr_iter", "P_std", "sigma_data"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be positive")
+        tree.ground_truth(self.cls)
+        if self.select != "none" and self.select not in selection.FUNCTIONS:
+            raise ValueError(f"--select={self.select} is unknown; known: none, {', '.join(selection.FUNCTIONS)}")
+        if self.when not in ("always", "early", "late"):
+            raise ValueError(f"when={self.when!r} is none of always, early, late")
+        if self.interpol and self.guide is None:
+            raise ValueError("--interpol needs a guide: give --guide")
+        self.trained_batch()
+        return self
+
+    def trained_batch(self):
+        """Points trained on per selecting step: the size rule of JEST, for every function, so that arms compare."""
+        if self.select == "none":
+            return self.batch_size
+        return selection_size(self.batch_size, self.filter_ratio, self.chunks)
+
+
+class TreeFeed:
+    """Fresh points of a mixture as one-pixel images, in the blocks that the loop asks for (training.feed's contract).
+
+    A block is a function of (seed, first position, size) alone; every step of at most `block` points is one block.
+    """
+
+    def __init__(self, mixture, seed=0, block=4096, device="cpu", rank=0, world_size=1):
+        self.mixture, self.seed, self.block, self.device = mixture, seed, block, torch.device(device)
+        self.rank, self.world_size = rank, world_size
+
+    def blocks(self, position, count):
+        """(first position, points [b, 2, 1, 1], no labels [b, 0])."""
+        for first, size in share(block_slices(position, count, self.block), self.rank, self.world_size):
+            generator = seeded_generator(self.device, self.seed, first, 2)
+            points = self.mixture.sample((size,), generator=generator)
+            yield first, points.reshape(size, 2, 1, 1), points.new_zeros([size, 0])
+
+
+class TreeLoss(LogNormalLoss):
+    """sigma^2 mean |score_true - score|^2 over the two coordinates, [N] (the toy loss of EDM2's autoguidance paper).
+
+    With D = x + sigma^2 score this is mean |D_true - D|^2 / sigma^2: a denoising loss whose targets are the exact
+    posterior means, the limit of stable targets with all of the data as references.
+
+    guide, guidance: evaluate networks other than `plain` ones as guided by it (AJEST's interpolation).
+    memory: a dict that keeps the draws of every block; runs that share a seed share them, and save the exact scores.
+    """
+
+    def __init__(self, mixture, P_mean=-2.3, P_std=1.5, sigma_data=0.5, guide=None, guidance=3.0, memory=None):
+        exact = mixture.denoiser(sigma_data)
+
+        def targets(draws, generator):
+            return exact(draws.images + draws.noise, draws.sigma)
+
+        super().__init__(P_mean, P_std, sigma_data, uncertainty=False, stable_targets=targets)
+        self.guide, self.guidance, self.memory = [guide], guidance, memory  # in a list: not a part of what is trained
+
+    def weight(self, sigma):
+        return 1 / sigma**2
+
+    def draw(self, images, labels=None, generator=None):
+        if self.memory is None or generator is None:
+            return super().draw(images, None, generator)
+        key = generator.initial_seed(), len(images)
+        if key not in self.memory:
+            self.memory[key] = super().draw(images, None, generator)
+        return self.memory[key]
+
+    def evaluate(self, net, draws):
+        guide = self.guide[0]
+        if guide is not None and net is not guide:
+            net = GuidedDenoiser(net, guide, self.guidance)
+        return super().evaluate(net, draws).flatten(1).mean(dim=1)
+
+
+class Phase:
+    """A stretch of training with one batch size: AJEST's early and late runs have two."""
+
+    def __init__(self, selector, batch, waits=False):
+        self.selector, self.batch, self.waits = selector, batch, waits
+
+
+def _phases(config, reference):
+    """The stretches of a run, in order; one that waits ends when the learner first beats the reference."""
+    if config.select == "none":
+        return [Phase(selection.IdentitySelector(), config.batch_size)]
+    batch = config.trained_batch()
+    function = selection.FUNCTIONS[config.select]
+    options = dict(
+        reference=reference,
+        filter_ratio=1 - batch / config.batch_size,  # so that exactly `batch_size` candidates are read
+        options=dict(num_chunks=config.chunks) if "num_chunks" in inspect.signature(function).parameters else {},
+    )
+
+    def selector(when):
+        return selection.LossSelector(function, when=when, **options)
+
+    if config.when == "early" and config.grow:
+        rest = Phase(selection.IdentitySelector(), config.batch_size)
+        return [Phase(selector("early"), batch, waits=True), rest]
+    if config.when == "late" and config.grow:
+        watcher = selection.LossSelector(function, when="late", select_until=0, **options)  # waits, never selects
+        return [Phase(watcher, config.batch_size, waits=True), Phase(selector("always"), batch)]
+    return [Phase(selector(config.when), batch)]
+
+
+def load_toy(path, device="cpu"):
+    """The network of a toy snapshot (or of the newest one in a run folder). Raises ValueError if it is no toy network."""
+    net = persistence.load_snapshot(path, device).net
+    if net.img_channels != 2 or net.img_resolution != 1:
+        raise ValueError(f"{path}: not a network of 2-D points")
+    return net
+
+
+class _Watch:
+    """CPU and wall seconds spent in training alone, without what the hooks take."""
+
+    def __init__(self):
+        self.begin = time.process_time(), time.time()
+        self.out = [0.0, 0.0]
+
+    def pause(self):
+        self.paused = time.process_time(), time.time()
+
+    def resume(self):
+        now = time.process_time(), time.time()
+        self.out = [o + n - p for o, n, p in zip(self.out, now, self.paused, strict=True)]
+
+    def seconds(self):
+        now = time.process_time(), time.time()
+        return [n - b - o for n, b, o in zip(now, self.begin, self.out, strict=True)]
+
+
+def train(config, outdir, on_status=None, memory=None):
+    """Train one toy network in the folder `outdir`; returns the last TrainingLoop.
+
+    Snapshots of the average (`-0.010`) every snapshot_iter steps, and of the raw network (`-raw`) at the end, stats.jsonl
+    with iteration, CPU seconds and trained points beside. on_status: (loop) -> dict of further statistics; its time is not
+    counted. memory: see TreeLoss. Raises ValueError for options that cannot work.
+    """
+    config.check()
+    outdir, device = Path(outdir), torch.device(config.device)
+    mixture = tree.ground_truth(config.cls, device=device)
+    guide = load_toy(config.guide, device) if config.guide else None
+    torch.manual_seed(hash_seed(config.seed, 0))
+    net = ToyModel(num_layers=config.layers, hidden_dim=config.dim, sigma_data=config.sigma_data).to(device)
+    interpolated = guide if config.interpol else None
+    loss = TreeLoss(mixture, config.P_mean, config.P_std, config.sigma_data, interpolated, config.guidance, memory)
+    objective = Objective(net, loss)
+    ema = PowerFunctionEMA(objective, [config.ema_std])
+    needs = config.select != "none" and "reference_loss" in requirements_of(selection.FUNCTIONS[config.select])
+    reference = guide if guide is not None else (ema.get()[0][0].net if needs or config.when != "always" else None)
+    optimizer = torch.optim.Adam(objective.param_groups(), lr=config.lr, betas=(0.9, 0.99))
+    feed = TreeFeed(mixture, config.seed, config.batch_size, device)
+    outdir.mkdir(parents=True, exist_ok=True)
+    header = dict(options=asdict(config), dataset=dict(path=f"tree:{config.cls}", label_dim=0))
+    run = _Run(config, objective, feed, optimizer, ema, outdir, header, on_status)
+    with Logger(outdir / "log.txt"):
+        for phase in _phases(config, reference):
+            run.phase(phase)
+    persistence.save_snapshot(
+        outdir / f"learner-{run.loop.kimg:07d}.safetensors", net, encoder=IdentityEncoder(),
+        process=loss.process_spec(), nimg=run.loop.state.cur_nimg, ema="raw", **header,
+    )  # fmt: skip
+    return run.loop
+
+
+class _Run:
+    """One toy run over its phases."""
+
+    def __init__(self, config, objective, feed, optimizer, ema, outdir, header, on_status):
+        self.config, self.parts = config, (objective, feed, IdentityEncoder())
+        self.optimizer, self.ema, self.outdir, self.header = optimizer, ema, outdir, header
+        self.on_status = on_status or (lambda loop: {})
+        self.watch, self.loop, self.done = _Watch(), None, 0  # done: steps of earlier phases
+
+    def phase(self, phase):
+        """Train until the end of the phase: the last step, or the switch it waits for."""
+        config, first, begin = self.config, self.done, 0 if self.loop is None else self.loop.state.cur_nimg
+        if first >= config.total_iter:
+            return
+
+        def iteration(nimg):
+            return first + (nimg - begin) // phase.batch
+
+        def status(loop):
+            cpu, wall = self.watch.seconds()
+            self.watch.pause()
+            fields = {"Progress/iteration": iteration(loop.state.cur_nimg), "Progress/candidates": loop.state.position}
+            fields.update({"Timing/cpu_sec": cpu, "Timing/wall_sec": wall, **self.on_status(loop)})
+            self.watch.resume()
+            return fields
+
+        period = _period(config, phase.batch)
+        loop = TrainingLoop(
+            *self.parts, phase.selector, self.optimizer, self.ema,
+            lambda nimg: learning_rate_schedule(iteration(nimg), 1, config.lr, config.lr_iter, 0),
+            self.outdir,
+            Periods(begin + (config.total_iter - first) * phase.batch, 0, period, period, 0),
+            batch_size=phase.batch, seed=config.seed, header=self.header, on_status=status,
+        )  # fmt: skip
+        if self.loop is not None:
+            loop.state = self.loop.state
+        if phase.waits:
+            unit = math.lcm(config.trained_batch(), config.batch_size)  # both batch sizes divide what is trained so far
+            loop.stop_requested = lambda: (
+                phase.selector.beaten_at is not None and (loop.state.cur_nimg + phase.batch) % unit == 0
+            )
+        loop.run()
+        self.loop, self.done = loop, iteration(loop.state.cur_nimg)
+
+
+def _period(config, batch):
+    """Images between snapshots: about snapshot_iter steps, in whole steps and multiples of 1024 images."""
+    unit = math.lcm(batch, 1024)
+    steps = config.snapshot_iter or 10**9  # 0: at the end only
+    return max(1, round(steps * batch / unit)) * unit
