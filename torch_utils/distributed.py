@@ -104,7 +104,7 @@ def broadcast_(tensors, src=0):
     """Overwrite `tensors` by those of rank `src`."""
     if get_world_size() > 1:
         for tensor in tensors:
-            torch.distributed.broadcast(tensor, src=src)
+            torch.distributed.broadcast(tensor.detach(), src=src)
 
 
 def broadcast_object(value, src=0):

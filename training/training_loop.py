@@ -178,31 +178,37 @@ class TrainingLoop:
         )
         self.optimizer.zero_grad(set_to_none=False)
         self.objective.train()
-        count = 0
+        count = rounds = 0
         self.stats.report("Loss/loss", [])
         for draws in self.selector.minibatches(self.objective, candidates):
             losses = self.objective(draws)
             self.stats.report("Loss/loss", losses)
             (losses.sum() * (self.loss_scaling / self.batch_size)).backward()
-            count += len(draws)
+            count, rounds = count + len(draws), rounds + 1
         lr = self.learning_rate(self.state.cur_nimg)
         self.stats.report("Loss/learning_rate", lr)
-        self._apply_gradients(lr, count)
+        self._apply_gradients(lr, count, rounds)
         self.state.position += candidates.count
         self.state.cur_nimg += self.batch_size
         if self.ema is not None:
             self.ema.update(self.state.cur_nimg, self.batch_size)
 
-    def _apply_gradients(self, lr, count):
+    def _apply_gradients(self, lr, count, rounds):
         gradients = []
         for p in self.parameters:
             if p.grad is None:  # a parameter the loss never touched still takes part in the reduction
                 p.grad = torch.zeros_like(p)
             gradients.append(p.grad)
         # Gradients are sums over examples / batch_size; what the ranks trained on together need not be batch_size.
-        extra = torch.tensor([float(count), float(self.stop_requested())], device=gradients[0].device)
-        dist.all_reduce_flat_([*gradients, extra])
-        trained, stop = extra.tolist() if dist.get_world_size() > 1 else (count, float(self.stop_requested()))
+        extra = [float(count), float(self.stop_requested()), *[0.0] * dist.get_world_size()]
+        extra[2 + dist.get_rank()] = float(rounds)
+        if dist.get_world_size() > 1:  # reading the sums waits for the device, which one process need not do
+            sums = torch.tensor(extra, device=gradients[0].device)
+            dist.all_reduce_flat_([*gradients, sums])
+            extra = sums.tolist()
+        trained, stop, *all_rounds = extra
+        if len(set(all_rounds)) > 1:  # forward passes may overwrite weights (EDM2): as often on one rank as on another
+            dist.broadcast_(self.parameters, src=all_rounds.index(max(all_rounds)))
         self.interrupted = stop > 0
         if trained < 1:
             raise TrainingFailed("no example was selected on any process: lower the filter ratio")
