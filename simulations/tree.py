@@ -18,7 +18,7 @@ MAX_DEPTH = 7
 SEED = 2
 LEVEL = -2.12  # log-density level of the scores; it encloses 99.3 % of the mass of both classes
 CELL, CELLS = 0.03, 101  # mandala grid: side and number of square cells per axis, centred on ORIGIN
-ELEMENTS = 1 << 17  # of the [points, components] tensors of one evaluation: they stay in the processor's cache
+ELEMENTS = 1 << 15  # of the [points, components] tensors of one evaluation: they stay in the processor's cache
 
 
 class Component(NamedTuple):
