@@ -287,9 +287,9 @@ def figure(path, cells, arms, sources, strips, main):
     import matplotlib.pyplot as plt
 
     titles = list(dict.fromkeys(title for title, _ in strips))
-    height = max(2.6, 0.42 * len(sources) * max(len(titles), 1) + 0.6)
+    height = max(2.8, 0.4 * len(sources) * max(len(titles), 1) + 0.6)
     fig, (left, right) = plt.subplots(
-        1, 2, figsize=(9.5, height), gridspec_kw={"width_ratios": [1.35, 1]}, constrained_layout=True
+        1, 2, figsize=(9.5, height), gridspec_kw={"width_ratios": [1.5, 1]}, constrained_layout=True
     )
     rows, labels = [], []
     for source in sources:
@@ -315,10 +315,10 @@ def figure(path, cells, arms, sources, strips, main):
         means = [cells[arm, s, "fd"].mean for s in sources]
         errors = [cells[arm, s, "fd"].sd_training or 0 for s in sources]
         offset = (i - (len(arms) - 1) / 2) * 0.8 / len(arms)
-        right.bar(
-            x + offset, [*means, np.mean(means)], 0.8 / len(arms), yerr=[*errors, 0], capsize=3, color=colours[i % 4],
-            label=f"{arm}-source" if arm in ("multi", "single") else arm,
-        )  # fmt: skip
+        errors.append(_mean_spread(cells, arm, sources))
+        name = f"{arm}-source" if arm in ("multi", "single") else arm
+        style = {"capsize": 3, "color": colours[i % 4]}
+        right.bar(x + offset, [*means, np.mean(means)], 0.8 / len(arms), yerr=errors, label=name, **style)
     floors = [cells[arms[0], s, "fd_floor"].mean for s in sources if (arms[0], s, "fd_floor") in cells]
     if len(floors) == len(sources):
         right.hlines([*floors, np.mean(floors)], x - 0.45, x + 0.45, colors="black", linestyles="dashed", linewidth=1,
@@ -328,7 +328,7 @@ def figure(path, cells, arms, sources, strips, main):
     right.set_ylabel("Frechet distance to held-out images")
     right.set_ylim(top=right.get_ylim()[1] * 1.3)
     right.legend(fontsize=8, loc="upper left", ncols=2)
-    right.set_title(_short(main), fontsize=9)
+    fig.suptitle(_short(main), fontsize=10)
     for side in ("top", "right"):
         right.spines[side].set_visible(False)
     from dnnlib import atomic_write
@@ -336,6 +336,13 @@ def figure(path, cells, arms, sources, strips, main):
     with atomic_write(path) as file:
         fig.savefig(file, format="png", dpi=150)
     plt.close(fig)
+
+
+def _mean_spread(cells, arm, sources):
+    """Standard deviation over training seeds of the mean FD over sources."""
+    tables = [cells[arm, s, "fd"].by_seed() for s in sources]
+    common = sorted(set.intersection(*(set(t) for t in tables)))
+    return float(np.std([np.mean([t[seed] for t in tables]) for seed in common], ddof=1)) if len(common) > 1 else 0
 
 
 def _short(v):
