@@ -59,6 +59,7 @@ class Mixture:
         return (mean + self.var / (self.var + noise) * (flat - mean)).reshape(x.shape).to(x.dtype)
 
 
+CONTRACT = {"transition", "kernel", "snr", "sigma", "time", "project", "score", "drift", "diffusion", "prior_sample"}
 LINEAR = {
     "vp": lambda: processes.get("vp"),
     "cld": lambda: processes.get("cld"),
@@ -251,6 +252,24 @@ def test_flow_is_of_second_order_and_meets_rk45():
     assert abs(rates[-1] - 2) < 0.25, (gaps, rates)
     adaptive = samplers.probability_flow(net, cld, latents, method="rk45", rtol=1e-6, atol=1e-7, **options)
     assert (runs[-1] - adaptive).norm() < 2 * gaps[-1] + 1e-5
+
+
+def test_a_process_needs_no_more_than_the_contract():
+    """A process of somebody else's, with the contract's methods only, through the general solvers."""
+    vp = processes.get("vp")
+
+    class Foreign:
+        V = 1
+
+        def __getattr__(self, name):
+            if name not in CONTRACT:
+                raise AttributeError(name)
+            return getattr(vp, name)
+
+    net, latents = Gaussian(), torch.randn(50, 1, 2, dtype=torch.float64)
+    for solver, rtol in ((samplers.euler_maruyama, 1e-9), (samplers.probability_flow, 2e-2)):
+        ours, own = (solver(net, process, latents, num_steps=60, randn_like=Recorded()) for process in (Foreign(), vp))
+        torch.testing.assert_close(ours, own, rtol=rtol, atol=rtol)
 
 
 def test_flow_under_edm_is_heun():

@@ -62,8 +62,11 @@ class GivenScore:
                 self.arguments = (labels,)
 
     def denoised(self, u, t):
-        """Posterior mean of x0 [N, *data_shape], from the score (Tweedie)."""
-        return self.process.denoised_from_score(u, t, self(u, t))
+        """Posterior mean of x0 [N, *data_shape] from the score (Tweedie): y + sigma^2 m' score."""
+        y, sigma = self.process.project(u, t)
+        mean = self.process.kernel(t)[0].detach().to(u)  # [..., V]
+        shift = (mean[..., None, :] @ self(u, t).flatten(2))[:, 0].reshape(y.shape)
+        return y + expand(sigma**2, y).to(y.dtype) * shift.to(y.dtype)
 
     def __call__(self, u, t):
         return self.net.score(u, t, *self.arguments).to(u.dtype)

@@ -97,6 +97,11 @@ def last_of(states):
 # Solvers of linear processes (and of EDM as one of them). States u [N, V, *data_shape] are float64.
 
 
+def end_time(process):
+    """Largest forward time: 1, for EDM sigma_max."""
+    return getattr(process, "T", 1.0)
+
+
 @torch.no_grad()
 def endpoints(net, process, *, grid="sigma", t_min=None, t_max=None, sigma_min=None, sigma_max=None):
     """(t_max, t_min) that a solver runs between, forward times.
@@ -108,18 +113,18 @@ def endpoints(net, process, *, grid="sigma", t_min=None, t_max=None, sigma_min=N
     Warns if the data still shows at t_max (sigma < 10 sigma_data). Raises ValueError if t_min >= t_max.
     """
     require_linear(process)
-    top = float(process.sigma(process.T))
+    top = float(process.sigma(end_time(process)))
     if t_max is None:
         if sigma_max is None:
             sigma_max = min(80.0, float(getattr(net, "sigma_max", math.inf)))
         published = grid != "sigma" and t_min is not None
-        t_max = process.T if published or sigma_max >= top else float(process.time(sigma_max))
+        t_max = end_time(process) if published or sigma_max >= top else float(process.time(sigma_max))
     if t_min is None:
         if sigma_min is None:
             sigma_min = max(0.002, float(getattr(net, "sigma_min", 0.0)))
         t_min = float(process.time(min(sigma_min, top)))
-    if not 0 < t_min < t_max <= process.T * (1 + 1e-9):
-        raise ValueError(f"t_min = {t_min:g}, t_max = {t_max:g}: need 0 < t_min < t_max <= {process.T:g}")
+    if not 0 < t_min < t_max <= end_time(process) * (1 + 1e-9):
+        raise ValueError(f"t_min = {t_min:g}, t_max = {t_max:g}: need 0 < t_min < t_max <= {end_time(process):g}")
     reached, sigma_data = float(process.sigma(t_max)), float(getattr(net, "sigma_data", 0.5))
     if reached < 10 * sigma_data:
         warnings.warn(
@@ -202,7 +207,8 @@ class Problem:
     def states(self, step):
         """States from `step(u, index) -> u`, which goes from times[index] to times[index + 1]."""
         u = self.state
-        self.process.prepare(self.times)
+        if hasattr(self.process, "prepare"):
+            self.process.prepare(self.times)
         yield State(0, float(self.times[0]), u)
         for index in range(len(self.times) - 1):
             u = step(u, index)
@@ -344,6 +350,8 @@ def flow_states(problem, method, rtol, atol):
         raise ValueError(f"method {method!r}: choose heun or rk45")
 
     process, times, deltas = problem.process, problem.times, -problem.times.diff()
+    if not hasattr(process, "rotation"):
+        return problem.states(plain_heun_step(problem, times, deltas))
     turns, precision, G = process.rotation(times[:-1], times[1:]), process.precision(), process.diffusion(times)
     power = G @ G.mT / 2
 
@@ -357,6 +365,17 @@ def flow_states(problem, method, rtol, atol):
         return apply_matrix(turn, u + delta / 2 * first) + delta / 2 * second
 
     return problem.states(step)
+
+
+def plain_heun_step(problem, times, deltas):
+    """For processes that are not given by Q and D."""
+
+    def step(u, index):
+        first = problem.reverse_drift(u, times[index], 0.5)
+        second = problem.reverse_drift(u + deltas[index] * first, times[index + 1], 0.5)
+        return u + deltas[index] / 2 * (first + second)
+
+    return step
 
 
 def rk45_states(problem, rtol, atol):

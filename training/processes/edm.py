@@ -73,10 +73,6 @@ class EDM(GaussianKernel):
         """(D - y) / sigma^2 as [N, 1, *data_shape]; denoised: [N, *data_shape]."""
         return (denoised.to(u.dtype).unsqueeze(1) - u) / expand(self._time(t), u).to(u.dtype) ** 2
 
-    def denoised_from_score(self, u, t, score):
-        """Posterior mean of x0 from the score (Tweedie)."""
-        return (u + expand(self._time(t), u).to(u.dtype) ** 2 * score)[:, 0]
-
     def drift(self, u, t):
         """Forward drift: zero."""
         return torch.zeros_like(u)

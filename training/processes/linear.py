@@ -339,13 +339,6 @@ class LinearProcess(GaussianKernel):
         score = -parts.W.mT @ white
         return score.reshape(u.shape).to(u.dtype)
 
-    def denoised_from_score(self, u, t, score):
-        """Posterior mean of x0 [N, *data_shape] from the score: y + m' score / snr (Tweedie)."""
-        parts = self.kernel_parts(t).to(u.device)
-        y, _ = self.project(u, t)
-        shift = (parts.F[..., None, :, 0] @ flatten(score, self.V))[:, 0] / parts.snr[..., None]
-        return y + shift.reshape(y.shape).to(y.dtype)
-
     def drift(self, u, t):
         """Forward drift A u beta(t)."""
         return apply_matrix(self.A, u) * expand(self.beta(t), u).to(u.dtype)
