@@ -81,7 +81,7 @@ class _Averages:
         return list(zip(self.copies, self.names, strict=True))
 
     def state_dict(self):
-        return dict(names=list(self.names), emas=[average.state_dict() for average in self.copies])
+        return dict(names=list(self.names), emas=[dict(average.state_dict()) for average in self.copies])
 
     def load_state_dict(self, state):
         if list(state["names"]) != self.names:

@@ -93,11 +93,12 @@ ARCHS = {"edm2": build_edm2, "ddpmpp": build_edm, "ncsnpp": build_edm, "adm": bu
 
 # --- losses -----------------------------------------------------------------------------------------------------------
 
+# common: keywords of every DenoisingLoss; references: callable (n, generator) -> clean examples.
 LOSSES = {
-    "edm2": lambda config, common: losses.EDM2Loss(config.P_mean, config.P_std, **common),
-    "edm": lambda config, common: losses.EDMLoss(config.P_mean, config.P_std, **common),
-    "vp": lambda config, common: losses.VPLoss(**common),
-    "ve": lambda config, common: losses.VELoss(**common),
+    "edm2": lambda config, common, references: losses.EDM2Loss(config.P_mean, config.P_std, **common),
+    "edm": lambda config, common, references: losses.EDMLoss(config.P_mean, config.P_std, **common),
+    "vp": lambda config, common, references: losses.VPLoss(**common),
+    "ve": lambda config, common, references: losses.VELoss(**common),
 }
 
 
@@ -143,7 +144,7 @@ def build_loss(config, references):
         sigma_data=config.sigma_data, kernel=kernel, augment=augment, label_dropout=config.label_dropout,
         uncertainty=uncertainty, stable_targets=stable,
     )  # fmt: skip
-    return _choose(LOSSES, "loss", config.loss)(config, common)
+    return _choose(LOSSES, "loss", config.loss)(config, common, references)
 
 
 def _choose(table, option, name):

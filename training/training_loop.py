@@ -103,7 +103,7 @@ class TrainingLoop:
         """Everything a resumed run needs, as plain types."""
         return {
             "state": dataclasses.asdict(self.state),
-            "objective": self.objective.state_dict(),
+            "objective": dict(self.objective.state_dict()),  # a plain dict: modules may put anything into its _metadata
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "selector": self.selector.state_dict(),

@@ -1,0 +1,341 @@
+"""One of everything a user may add, each a few lines, run by the real loop and scripts; no project file is touched."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from small_runs import final_state, small_command, small_config
+
+import generate_images
+import train_edm2
+from metrics import detectors
+from torch_utils import random
+from torch_utils.persistence import load_snapshot, persistent, save_snapshot
+from training import phema, presets, processes, samplers, selection, setup
+from training.dataset import ArrayDataset
+from training.encoders import IdentityEncoder
+from training.feed import Feed
+from training.losses import Draws, EDM2Loss, Loss, Objective
+from training.processes import LinearProcess
+from training.training_loop import Periods, training_loop
+
+SHORT = dict(total_nimg=256, status_nimg=0, snapshot_nimg=1024, checkpoint_nimg=0)
+
+
+def train_points(data, net, loss, run_dir, steps=20, batch=128, lr=0.01):
+    """The real loop on data in memory."""
+    objective = Objective(net, loss)
+    return training_loop(
+        objective, Feed(data, block=32), IdentityEncoder(), selection.IdentitySelector(),
+        torch.optim.Adam(objective.param_groups(), lr=1, betas=(0.9, 0.9)), phema.PowerFunctionEMA(objective, [0.1]),
+        lambda nimg: lr, run_dir, Periods(steps * batch, snapshot_nimg=batch * 1024, status_nimg=0, checkpoint_nimg=0),
+        batch_size=batch,
+    )  # fmt: skip
+
+
+class Exact:
+    """The best denoiser of N(0, s^2) data, for solvers."""
+
+    label_dim, sigma_min, sigma_max = 0, 0.0, math.inf
+
+    def __init__(self, s=0.7):
+        self.sigma_data = s
+
+    def __call__(self, x, sigma, class_labels=None):
+        sigma = torch.as_tensor(sigma).reshape(-1, *[1] * (x.ndim - 1))
+        return x * self.sigma_data**2 / (self.sigma_data**2 + sigma**2)
+
+
+# --- a noise kernel ---------------------------------------------------------------------------------------------------
+
+
+class Laplace:
+    def unit_noise(self, shape, generator=None):
+        u = random.rand(shape, generator) - 0.5
+        return -u.sign() * torch.log1p(-2 * u.abs()) / 2**0.5
+
+    def spec(self):
+        return {"name": "laplace"}  # what snapshots note
+
+
+def test_noise_kernel(digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(processes.REGISTRY, "laplace", Laplace)  # --process=laplace
+    train_edm2.main(
+        [
+            *small_command(digits, tmp_path / "run"),
+            "--process=laplace",
+            "--duration=256",
+            "--status=0",
+            "--checkpoint=0",
+        ],
+        standalone_mode=False,
+    )
+    snapshot = load_snapshot(tmp_path / "run")
+    assert isinstance(snapshot.process, Laplace) and snapshot.options["process"] == "laplace"
+    (batch,) = generate_images.generate_images(tmp_path / "run", seeds=range(8), num_steps=2, max_batch_size=8)
+    assert torch.equal(batch.noise[3:4], Laplace().unit_noise([1, 1, 8, 8], torch.Generator().manual_seed(3)))
+    loss = EDM2Loss(kernel=Laplace())
+    draws = loss.draw(torch.zeros(4000, 1, 1, 1), generator=torch.Generator().manual_seed(0))
+    unit = (draws.noise / draws.sigma).flatten()
+    assert float(unit.var()) == pytest.approx(1, abs=0.1) and float(unit.pow(4).mean()) == pytest.approx(6, abs=1.5)
+
+
+# --- a process --------------------------------------------------------------------------------------------------------
+
+
+class Ring(LinearProcess):
+    def __init__(self, **options):
+        Q = [[0, -1, 0], [1, 0, -1], [0, 1, 0]]
+        super().__init__(Q=Q, D=[[0.5, 0, 0], [0, 0, 0], [0, 0, 1]], **options)
+
+
+@pytest.mark.parametrize("solver, steps", [(samplers.sscs, 60), (samplers.euler_maruyama, 500)])
+def test_process(solver, steps):
+    net, ring = Exact(), Ring()
+    generator = torch.Generator().manual_seed(0)
+    latents = samplers.start_state(net, ring, [3000, 1, 1, 1], generator)
+    assert latents.shape == (3000, 3, 1, 1, 1)
+    points = solver(
+        net,
+        ring,
+        latents,
+        num_steps=steps,
+        randn_like=lambda u: torch.randn(u.shape, generator=generator, dtype=u.dtype),
+    )
+    assert float(points.std()) == pytest.approx(0.7, rel=0.06) and abs(float(points.mean())) < 0.06
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+class Tempered(EDM2Loss):
+    """A parameter of the loss, and a learned process: both are trained, averaged and saved."""
+
+    lr_scale = 0.5
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.temperature = torch.nn.Parameter(torch.zeros([]))
+        self.process = processes.get("learned", V=2)
+
+    def evaluate(self, net, draws):
+        loss = super().evaluate(net, draws) * (-self.temperature).exp() + self.temperature
+        return loss + self.process.D.float().square().sum()
+
+
+def test_loss_with_parameters_of_its_own(digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(setup.LOSSES, "tempered", lambda config, common, references: Tempered(**common))
+    setup.train(small_config(digits, loss="tempered", **SHORT), tmp_path / "run")
+    state = final_state(tmp_path / "run", 0)
+    assert float(state["objective"]["loss.temperature"]) != 0
+    assert float(state["ema"]["emas"][0]["loss.temperature"]) != 0
+    rates = [group["lr"] for group in state["optimizer"]["param_groups"]]
+    assert rates[1] == pytest.approx(0.5 * rates[0]) and rates[0] > 0
+    own = [name for name in state["objective"] if name.startswith("loss.process.")]
+    saved = load_snapshot(tmp_path / "run").process.state_dict()
+    assert own and all(torch.equal(saved[n[13:]], state["ema"]["emas"][0][n]) for n in own)
+    assert any(not torch.equal(saved[n], v) for n, v in processes.get("learned", V=2).state_dict().items())
+
+
+class Contrast(EDM2Loss):
+    """Pulls towards the mean of some reference images; the loop knows nothing of them."""
+
+    def __init__(self, references, **options):
+        super().__init__(**options)
+        self.references = references
+
+    def draw(self, images, labels=None, generator=None):
+        draws = super().draw(images, labels, generator)
+        centre = self.references(5, generator)[0].mean(dim=0)
+        draws["targets"] = 0.9 * draws.images + 0.1 * centre
+        return draws
+
+
+def test_loss_with_reference_images(digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(setup.LOSSES, "contrast", lambda config, common, references: Contrast(references, **common))
+    loop = setup.train(small_config(digits, loss="contrast", batch_gpu=20, **SHORT), tmp_path / "run")
+    assert loop.state.cur_nimg == 256
+    draws = loop.objective.loss.draw(torch.zeros(1, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    assert float(draws.targets.std()) > 0  # the images are flat, the references are not
+    images, labels = loop.objective.loss.references(7, torch.Generator().manual_seed(0))
+    assert images.shape == (7, 1, 8, 8) and labels.shape == (7, 10) and float(images.min()) == -1
+
+
+# --- a selection with a reference network -----------------------------------------------------------------------------
+
+
+def test_selection_with_a_reference_network(digits, tmp_path, tiny_net, monkeypatch):
+    seen = []
+
+    def largest_gap(learner_loss, reference_loss, labels, *, size, generator):
+        seen.append((learner_loss, reference_loss, labels))
+        return (learner_loss - reference_loss).topk(size).indices
+
+    reference = tmp_path / "reference.safetensors"
+    save_snapshot(reference, tiny_net(10))
+    monkeypatch.setitem(selection.FUNCTIONS, "gap", largest_gap)  # --select=gap
+    setup.train(
+        small_config(digits, select="gap", reference=str(reference), filter_ratio=0.5, **SHORT), tmp_path / "run"
+    )
+    learner, other, labels = seen[0]
+    assert learner.shape == other.shape == (256,) and labels.shape == (256, 10)
+    assert not torch.equal(learner, other)
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+@persistent
+class Augmented(torch.nn.Module):
+    """A denoiser that is told how its images were augmented."""
+
+    sigma_min, sigma_max = 0.0, math.inf
+
+    def __init__(self, img_resolution, img_channels, label_dim, sigma_data=0.5):
+        super().__init__()
+        self.img_resolution, self.img_channels = img_resolution, img_channels
+        self.label_dim, self.sigma_data = label_dim, sigma_data
+        self.conv = torch.nn.Conv2d(img_channels, img_channels, 3, padding=1)
+        self.mix = torch.nn.Linear(9, 1)
+        self.logvar = torch.nn.Parameter(torch.zeros([]))
+
+    def forward(self, x, sigma, class_labels=None, return_logvar=False, augment_labels=None):
+        shift = 0 if augment_labels is None else self.mix(augment_labels).reshape(-1, 1, 1, 1)
+        denoised = self.conv(x) + shift
+        return (denoised, self.logvar.expand(len(x), 1, 1, 1)) if return_logvar else denoised
+
+
+def test_network_with_augmentation_labels(digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(setup.ARCHS, "augmented", lambda config, interface: Augmented(**interface))
+    loop = setup.train(small_config(digits, arch="augmented", augment=0.9, **SHORT), tmp_path / "run")
+    assert float(loop.objective.net.mix.weight.grad.norm()) > 0
+    assert type(load_snapshot(tmp_path / "run").net) is Augmented
+    batches = list(generate_images.generate_images(tmp_path / "run", seeds=range(3), num_steps=2))
+    assert batches[0].images.shape == (3, 1, 8, 8)
+
+
+class JointLoss(Loss):
+    """Hybrid score matching: |L' score + L^-1 (u - m x0)|^2 for u ~ N(m x0, C), C = L L' (CLD sec. 3.2)."""
+
+    def __init__(self, process):
+        super().__init__()
+        self.process = process
+
+    def draw(self, images, labels=None, generator=None):
+        t = 0.05 + 0.95 * torch.rand([len(images)], generator=generator, dtype=torch.float64)
+        mean, _ = self.process.kernel(t)  # [N, V]
+        L = self.process.cholesky(t)  # [N, V, V]
+        noise = torch.randn([len(images), self.process.V, images[0].numel()], generator=generator).double()
+        u = mean[..., None] * images.flatten(1)[:, None].double() + L @ noise  # [N, V, d]
+        return Draws(u=u.reshape(len(u), -1, *images.shape[1:]), t=t, noise=noise, L=L)
+
+    def evaluate(self, net, draws):
+        score = net.score(draws.u, draws.t).reshape(draws.noise.shape)
+        return (draws.L.mT @ score + draws.noise).square()
+
+
+@persistent
+class JointGaussian(torch.nn.Module):
+    """score(u, t) of N(0, s^2) data under CLD, of the whole two-variable state; s is learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_s = torch.nn.Parameter(torch.zeros([]))
+        self.process = processes.get("cld")
+
+    def score(self, u, t):
+        mean, cov = self.process.kernel(t)
+        mean, cov = mean.expand(len(u), -1), cov.expand(len(u), -1, -1)
+        total = cov + (2 * self.log_s.double()).exp() * mean[:, :, None] * mean[:, None, :]
+        return -torch.linalg.solve(total, u.flatten(2).double()).reshape(u.shape)
+
+
+def test_joint_network_of_two_variables_on_points(tmp_path):
+    """Also 2-D data: [N, 2, 1, 1] in memory."""
+    generator = torch.Generator().manual_seed(0)
+    data = ArrayDataset(0.3 * np.random.RandomState(0).randn(2000, 2, 1, 1))
+    net = JointGaussian()
+    loop = train_points(data, net, JointLoss(net.process), tmp_path, steps=60, lr=0.05)
+    learned = loop.ema.get()[0][0].net
+    assert math.exp(float(learned.log_s)) == pytest.approx(0.3, rel=0.1)
+    latents = net.process.prior_sample([1500, 2, 2, 1, 1], generator)
+    points = samplers.euler_maruyama(
+        learned, net.process, latents, num_steps=100, grid="quadratic", t_min=1e-3,
+        randn_like=lambda u: torch.randn(u.shape, generator=generator, dtype=u.dtype),
+    )  # fmt: skip
+    assert points.shape == (1500, 2, 1, 1) and float(points.std()) == pytest.approx(0.3, rel=0.12)
+    path = tmp_path / "joint.safetensors"
+    save_snapshot(path, learned)
+    assert load_snapshot(path, classes={"JointGaussian": JointGaussian}).net.log_s == learned.log_s
+
+
+def test_points_from_files(tmp_path):
+    """2-D points in .npy files train by the ordinary program, values unchanged."""
+    folder = tmp_path / "points"
+    folder.mkdir()
+    points = 0.5 * np.random.RandomState(0).randn(64, 2, 1, 1).astype(np.float32)
+    for i, point in enumerate(points):
+        np.save(folder / f"{i:03d}.npy", point)
+    setup_options = dict(arch="mlp", cond=False, loss="edm", **SHORT)
+    from training.networks_toy import MLPDenoiser
+
+    setup.ARCHS["mlp"] = lambda config, interface: MLPDenoiser(hidden_dim=8, in_dim=interface["img_channels"])
+    try:
+        loop = setup.train(small_config(folder, **setup_options), tmp_path / "run")
+    finally:
+        del setup.ARCHS["mlp"]
+    _, images, _ = next(loop.feed.blocks(0, 32))
+    assert {tuple(p) for p in loop.encoder.encode_latents(images)[:, :, 0, 0].tolist()} <= {
+        tuple(p) for p in points[:, :, 0, 0].tolist()
+    }
+
+
+# --- a solver ---------------------------------------------------------------------------------------------------------
+
+
+def euler(net, noise, labels=None, gnet=None, num_steps=32, randn_like=torch.randn_like):
+    sigmas = torch.linspace(80**0.25, 0, num_steps + 1) ** 4
+    x = noise * sigmas[0]
+    for s, t in zip(sigmas[:-1], sigmas[1:], strict=True):
+        x = x + (t - s) * (x - net(x, s, labels)) / s
+    return x
+
+
+def test_solver(tiny_net):
+    (batch,) = generate_images.generate_images(
+        tiny_net(10), seeds=range(4), sampler=euler, num_steps=3, max_batch_size=4
+    )
+    assert batch.images.shape == (4, 1, 8, 8) and batch.images.dtype == torch.uint8
+    points = euler(Exact(), torch.randn(2000, 2, 1, 1, generator=torch.Generator().manual_seed(0)), num_steps=100)
+    assert float(points.std()) == pytest.approx(0.7, rel=0.05)
+
+
+# --- a preset ---------------------------------------------------------------------------------------------------------
+
+
+def test_preset(digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(presets.PRESETS, "mine", dict(presets.PRESETS["digits8"], channels=24, lr=0.002))
+    command = [f"--outdir={tmp_path}", f"--data={digits}", "--preset=mine", "--dry-run"]
+    assert not train_edm2.main(command, standalone_mode=False)
+    out = capsys.readouterr().out
+    shown = json.loads(out[out.index("{") : out.rindex("}") + 1])
+    assert (shown["channels"], shown["lr"], shown["preset"]) == (24, 0.002, "mine")
+
+
+# --- a detector -------------------------------------------------------------------------------------------------------
+
+
+def test_detector(digits, monkeypatch, capsys):
+    import calculate_metrics
+
+    monkeypatch.setitem(
+        detectors.DETECTORS, "mean", lambda argument: lambda images: images.float().mean(dim=(2, 3)).repeat(1, 2)
+    )
+    calculate_metrics.cmdline.main(
+        ["calc", f"--images={digits}", f"--data={digits}", "--metrics=mean", "--distances=fd"], standalone_mode=False
+    )
+    out = capsys.readouterr().out
+    result = json.loads(out[out.index("{") :])
+    assert "mean" in result["metrics"] and abs(result["metrics"]["mean"]["overall"]["fd"]) < 1e-6
