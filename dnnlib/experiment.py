@@ -96,12 +96,17 @@ def load(path, budget=None, overrides=None):
         raise ValueError(f"{path}: not a readable experiment file ({str(err).splitlines()[0]})") from err
     if not isinstance(spec, dict) or not isinstance(spec.get("steps"), list):
         raise ValueError(f"{path}: an experiment file is a mapping with the keys name, settings, budgets and steps")
+    for key in ("settings", "budgets"):
+        if not isinstance(spec.get(key) or {}, dict):
+            raise ValueError(f"{path}: {key} must map names to values")
     name = spec.get("name") or Path(path).stem
     settings = dict(spec.get("settings") or {})
     budgets = {"default": {}, **(spec.get("budgets") or {})}
     for part in (budget or "default").split(","):
         if part not in budgets:
             raise ValueError(f"--budget={part} is unknown to {path}; known: {', '.join(sorted(budgets))}")
+        if not isinstance(budgets[part] or {}, dict):
+            raise ValueError(f"{path}: the budget {part} must map names to values")
         settings.update(budgets[part] or {})
     unknown = set(overrides or {}) - {*settings, "out"}
     if unknown:

@@ -1,0 +1,204 @@
+"""Experiment files: settings, budgets, repetitions, markers, resuming after a failure."""
+
+import json
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import run_experiment
+from dnnlib import experiment
+
+FILE = """
+name: demo
+settings: {sources: [0, 1, 2], n: 50, pairs: [{a: 1, b: x}, {a: 2, b: y}], out: "{folder}", print: "{{out}}/table.md"}
+budgets:
+  smoke: {sources: [0, 1], n: 5}
+  single: {sources: [7]}
+steps:
+  - name: all
+    run: note.py --text={{sources,}} --to={{out}}/all
+  - name: one-{{source}}
+    foreach: {source: sources}
+    run: note.py --text={{source}}:{{n}} --to={{out}}/one-{{source}}
+  - name: pair-{{source}}-{{a}}
+    foreach: {source: [5], pair: pairs}
+    run: note.py --text="{{a}} {{b}} {{source}}" --to={{out}}/pair-{{a}}
+  - name: table
+    run: note.py --text=TABLE --to={{out}}/table.md
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "demo.yaml"
+    path.write_text(FILE.replace("{folder}", str(tmp_path / "out")).replace("{{", "{").replace("}}", "}"))
+    return path
+
+
+@click.command()
+@click.option("--text")
+@click.option("--to")
+def note(text, to):
+    """A script that notes what it was told, and fails on demand."""
+    if text == "fail":
+        raise click.UsageError("--text=fail was asked for")
+    if text == "break":
+        raise RuntimeError("broken")
+    if text == "code":
+        return 3
+    with open(to, "a", encoding="utf-8") as out:
+        out.write(text + "\n")
+
+
+def load_scripts():
+    return {"note.py": note}
+
+
+def commands(steps):
+    return {step.name: step.argv[1] for step in steps}
+
+
+def test_settings_lists_and_repetitions(file):
+    settings, steps = experiment.load(file)
+    assert commands(steps) == {
+        "all": "--text=0,1,2",
+        "one-0": "--text=0:50",
+        "one-1": "--text=1:50",
+        "one-2": "--text=2:50",
+        "pair-5-1": "--text=1 x 5",
+        "pair-5-2": "--text=2 y 5",
+        "table": "--text=TABLE",
+    }
+    assert [step.stage for step in steps] == [0, 1, 1, 1, 2, 2, 3]
+    assert steps[0].argv[0] == "note.py" and settings["n"] == 50
+
+
+def test_budgets_and_overrides_in_that_order(file):
+    assert commands(experiment.load(file, "smoke")[1])["one-1"] == "--text=1:5"
+    assert set(commands(experiment.load(file, "smoke,single")[1])) == {"all", "one-7", "pair-5-1", "pair-5-2", "table"}
+    steps = experiment.load(file, "smoke", {"n": 9, "sources": [4]})[1]
+    assert commands(steps)["one-4"] == "--text=4:9"
+
+
+def test_steps_run_once_and_again_when_their_command_changes(file, tmp_path):
+    settings, steps = experiment.load(file)
+    for _ in range(2):
+        experiment.run(steps, settings["out"], load_scripts, progress=False)
+    out = tmp_path / "out"
+    assert (out / "all").read_text() == "0,1,2\n" and (out / "pair-2").read_text() == "2 y 5\n"
+    assert all(experiment.is_done(out, step) for step in steps)
+    _, steps = experiment.load(file, overrides={"n": 60})
+    assert [experiment.is_done(out, step) for step in steps] == [True, False, False, False, True, True, True]
+    experiment.run(steps, settings["out"], load_scripts, progress=False)
+    assert (out / "one-0").read_text() == "0:50\n0:60\n" and (out / "all").read_text() == "0,1,2\n"
+    marker = json.loads((out / "steps" / "one-0.json").read_text())
+    assert marker["argv"] == ["note.py", "--text=0:60", f"--to={out}/one-0"]
+    assert (out / "logs" / "one-0.log").is_file()
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"key": 1}'])
+def test_a_damaged_marker_means_not_done(file, tmp_path, damage):
+    _, steps = experiment.load(file)
+    marker = tmp_path / "out" / "steps" / "all.json"
+    marker.parent.mkdir(parents=True)
+    marker.write_text(damage)
+    assert not experiment.is_done(tmp_path / "out", steps[0])
+
+
+@pytest.mark.parametrize(
+    "how, message", [("fail", "was asked for"), ("break", "broken"), ("code", "ended with code 3")]
+)
+def test_resuming_after_a_failure(file, tmp_path, how, message):
+    settings, steps = experiment.load(file)
+    steps[2].argv[1], good = f"--text={how}", steps[2].argv[1]
+    with pytest.raises(ValueError, match=f"step one-1.*{message}.*one-1.log"):
+        experiment.run(steps, settings["out"], load_scripts, progress=False)
+    out = tmp_path / "out"
+    assert (out / "one-0").exists() and not (out / "table.md").exists() and not experiment.is_done(out, steps[2])
+    steps[2].argv[1] = good
+    experiment.run(steps, settings["out"], load_scripts, progress=False)
+    assert (out / "one-0").read_text() == "0:50\n" and (out / "table.md").exists()
+
+
+def test_side_by_side(tmp_path):
+    """Several processes; the scripts are the real ones."""
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "settings: {k: [0, 1]}\nsteps:\n  - name: convert-{k}\n    foreach: {k: k}\n"
+        "    run: dataset_tool.py convert --source=sklearn:digits --sources={k} --per-source=4 --dest={out}/{k}.zip\n"
+    )
+    command = [sys.executable, run_experiment.__file__, str(path), f"--out={tmp_path}/out", "--jobs=2"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "out" / "0.zip").exists() and (tmp_path / "out" / "1.zip").exists()
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(run_experiment.main, [str(a) for a in arguments])
+
+
+def test_command_line(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_experiment, "load_scripts", load_scripts)
+    listed = invoke(file, "--list").stdout.splitlines()
+    assert len(listed) == 7 and listed[1].split() == ["1", "todo", "one-0"]
+    assert invoke(file, "--jobs=1", "--index=1").exit_code == 0
+    assert invoke(file, "--jobs=1", "--step=one-2").exit_code == 0
+    done = [line.split()[1:] for line in invoke(file, "--list").stdout.splitlines()]
+    assert [name for state, name in done if state == "done"] == ["one-0", "one-2"]
+    everything = invoke(file, "--jobs=1")
+    assert everything.exit_code == 0 and "TABLE" in everything.stdout  # prints what `print` names
+    other = invoke(
+        file, "--jobs=1", f"--out={tmp_path}/elsewhere", "--set", "n=3", "--set", "sources=1,2", "--step=one-2"
+    )
+    assert other.exit_code == 0 and (tmp_path / "elsewhere" / "one-2").read_text() == "2:3\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--budget=huge"], "--budget=huge is unknown to .*known: default, single, smoke"),
+        (["--set", "m=1"], "--set m: .*no such setting; known: n, out"),
+        (["--set", "n"], "--set n: give NAME=VALUE"),
+        (["--set", "n=[1"], "--set n=.*not readable"),
+        (["--step=nothing"], "--step=nothing is no step"),
+        (["--index=7"], "--index=7: .*steps 0 to 6"),
+        (["--jobs=0"], "--jobs"),
+    ],
+)
+def test_mistakes_are_one_line(file, arguments, message):
+    result = invoke(file, *arguments)
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    import re
+
+    assert re.search(message, result.stderr)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("steps: [", "not a readable experiment file"),
+        ("- 1", "is a mapping"),
+        ("steps: {}", "is a mapping"),
+        ("steps: [{name: a}]", "step 0: a step has a name and a run line"),
+        ("steps: [{name: a, run: 'note.py {x}'}]", "step 0: no setting named 'x'"),
+        ("steps: [{name: a, run: note.py, foreach: {k: ks}}]", "foreach names the setting 'ks'"),
+        ("steps: [{name: a, run: note.py}, {name: a, run: note.py}]", "two steps are called 'a'"),
+        ("steps: [{name: a, run: other.py}]", "step a runs other.py; known scripts"),
+        ('steps: [{name: a, run: "note.py \'open"}]', "step 0"),
+        ("steps: [{name: a, run: ''}]", "step 0"),
+        ("steps: [{name: 1, run: 2}]", "step 0"),
+        ("settings: [1]\nsteps: []", "settings"),
+        ("budgets: [1]\nsteps: []", "budgets"),
+        ("steps: [{name: a, run: note.py, foreach: [1]}]", "step 0"),
+        ("\x00", "not a readable experiment file"),
+    ],
+)
+def test_wrong_files_are_one_line(tmp_path, text, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    result = invoke(path)
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1, result.output
+    assert message in result.stderr and "wrong.yaml" in result.stderr or message.startswith("step a")
