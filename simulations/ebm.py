@@ -1,0 +1,225 @@
+"""Energy-based models in one and two dimensions, one for all sources or one per source (theory paper, Sec. 4.3).
+
+The paper has no energy-based experiment; this one follows its model class: energy u(x, y) = MLP(x, V[y]) on [0, 1]^D
+and p(x | y) = exp(-u) / integral exp(-u). In so few dimensions the integral is exact up to quadrature, so maximum
+likelihood needs no sampling, and total variation is an integral as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import torch
+
+from simulations.mle import MLP, Rule, fit
+
+
+@dataclasses.dataclass(frozen=True)
+class EbmConfig:
+    """One cell: data, ground truth and network."""
+
+    K: int = 4  # sources, p(y) = 1/K
+    n: int = 1000  # training samples of all sources together
+    D: int = 2  # data dimension, 1 or 2
+    sim: float = 0.9  # true similarity: share of the log-density field that all sources have in common
+    family: str = "path"  # how sources differ: "path" (in one number) or "independent" (in everything)
+    scale: float = 2.0  # size of the log-density field (0: uniform)
+    modes: int = 4  # highest cosine frequency per axis, in half periods
+    de: int = 4  # embedding width
+    W: int = 32  # hidden width
+    L: int = 3  # affine layers
+
+    def __post_init__(self) -> None:
+        for name in ("K", "n", "modes", "de", "W", "L"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
+        if self.D not in (1, 2):
+            raise ValueError(f"D={self.D} must be 1 or 2: normalisation is by quadrature")
+        if self.family not in ("path", "independent"):
+            raise ValueError(f"family={self.family!r} is unknown; use path or independent")
+        if not 0 <= self.sim <= 1 or self.scale < 0:
+            raise ValueError(f"sim={self.sim} must lie within [0, 1] and scale={self.scale} be >= 0")
+
+
+def quadrature(D: int, panels: int, nodes: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Composite Gauss-Legendre rule on [0, 1]^D: points [G, D] and weights [G], G = (panels * nodes)^D."""
+    x, w = np.polynomial.legendre.leggauss(nodes)
+    axis = ((np.arange(panels)[:, None] + (x + 1) / 2) / panels).reshape(-1)
+    weight = np.tile(w / (2 * panels), panels)
+    if D == 1:
+        return axis[:, None], weight
+    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
+    return grid, np.outer(weight, weight).reshape(-1)
+
+
+EXACT_PANELS = {1: 2048, 2: 512}  # kinks of ReLU networks are resolved to better than 1e-6
+TV_PANELS = {1: 2048, 2: 128}  # errors far below those between seeds
+TRAINING_PANELS = {1: 128, 2: 24}
+
+
+class Truth:
+    """Smooth densities of the K sources: log p_k = scale (sqrt(sim) f_0 + sqrt(1 - sim) g_k) - log Z_k.
+
+    A random field f is a cosine series over the frequencies 0..modes per axis without the constant, with normal
+    coefficients, E f^2 = 1 on average over the square. g_k = cos(a_k) f_1 + sin(a_k) f_2 with angles evenly over a half
+    circle ("path"), or a new field per source ("independent").
+    """
+
+    def __init__(self, config: EbmConfig, seed: int) -> None:
+        self.D, self.K = config.D, config.K
+        rng = np.random.default_rng([seed, 0])
+        self.frequencies = np.array(list(itertools.product(range(config.modes + 1), repeat=config.D))[1:])  # [F, D]
+        count = len(self.frequencies)
+        size = np.sqrt(2.0 ** (self.frequencies > 0).sum(axis=1) / count)  # unit power for each frequency
+        common = rng.standard_normal(count)
+        if config.family == "path":
+            angles = np.pi * (np.arange(config.K) + 0.5) / config.K
+            own = np.stack([np.cos(angles), np.sin(angles)], axis=1) @ rng.standard_normal([2, count])
+        else:
+            own = rng.standard_normal([config.K, count])
+        self.coefficients = config.scale * size * (math.sqrt(config.sim) * common + math.sqrt(1 - config.sim) * own)
+        points, weights = quadrature(config.D, 64, 8)
+        self.log_z = np.log(np.exp(self._field(points)) @ weights)  # [K]
+
+    def _field(self, x: np.ndarray, source: int | None = None) -> np.ndarray:
+        basis = np.cos(np.pi * x[:, None, :] * self.frequencies).prod(axis=2)  # [G, F]
+        return (self.coefficients if source is None else self.coefficients[source]) @ basis.T
+
+    def log_density(self, x: np.ndarray, source: int) -> np.ndarray:
+        """log p(x | source) at x [G, D]."""
+        parts = [self._field(part, source) for part in np.array_split(x, len(x) // 2**16 + 1)]
+        return np.concatenate(parts) - self.log_z[source]
+
+    def sample(self, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """n i.i.d. pairs by rejection: x [n, D], sources [n]. Nested: fewer samples are the first of more."""
+        sources = np.random.default_rng([seed, 1]).integers(0, self.K, size=n)
+        x = np.empty([n, self.D])
+        for k in range(self.K):
+            x[sources == k] = self._sample_source(int((sources == k).sum()), k, seed)
+        return x, sources
+
+    def _sample_source(self, count: int, source: int, seed: int) -> np.ndarray:
+        rng = np.random.default_rng([seed, 2, source])
+        grid, _ = quadrature(self.D, 64)
+        slope = np.pi * np.abs(self.coefficients[source]) @ np.linalg.norm(self.frequencies, axis=1)
+        highest = self._field(grid, source).max() + slope * math.sqrt(self.D) / 128  # an upper bound, not a guess
+        accepted = [np.empty([0, self.D])]
+        while sum(map(len, accepted)) < count:
+            proposal = rng.random([4096, self.D])
+            accepted.append(proposal[np.log(rng.random(4096)) < self._field(proposal, source) - highest])
+        return np.concatenate(accepted)[:count]
+
+
+class EBM(torch.nn.Module):
+    """energy(x [r, D], source [r]) -> [r]; p(x | y) = exp(-energy) / Z_y. Label embeddings in [0, 1]^de."""
+
+    def __init__(self, K: int, D: int, de: int, W: int, L: int) -> None:
+        super().__init__()
+        self.labels = torch.nn.Parameter(torch.rand(K, de))
+        self.mlp = MLP(D + de, 1, W, L)
+        points, weights = quadrature(D, TRAINING_PANELS[D])
+        self.register_buffer("points", torch.from_numpy(points).float(), persistent=False)
+        self.register_buffer("log_weights", torch.from_numpy(np.log(weights)).float(), persistent=False)
+
+    def energy(self, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        return self.mlp(torch.cat([x, self.labels[source]], dim=1)).squeeze(1)
+
+    def nll(self, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """Mean negative log-likelihood, normalised on the training grid."""
+        present, inverse = source.unique(return_inverse=True)
+        labels = present.repeat_interleave(len(self.points))
+        energy = self.energy(self.points.repeat(len(present), 1), labels).view(len(present), -1)
+        log_z = torch.logsumexp(self.log_weights - energy, dim=1)  # [sources present]
+        return (self.energy(x, source) + log_z[inverse]).mean()
+
+    def project(self, bound: float) -> None:
+        """Clip to the parameter space: embeddings to [0, 1], everything else to [-bound, bound]."""
+        for parameter in self.parameters():
+            parameter.clamp_(-bound, bound)
+        self.labels.clamp_(0, 1)
+
+    @torch.no_grad()
+    def log_density(self, x: np.ndarray, source: int, panels: int | None = None) -> np.ndarray:
+        """log p(x | source) in float64 at x [G, D], normalised on a grid of `panels` per axis (default: exact to 1e-6)."""
+        grid, weights = quadrature(x.shape[1], panels or EXACT_PANELS[x.shape[1]])
+        model = copy.deepcopy(self).double()
+
+        def energy(points):
+            parts = torch.from_numpy(np.ascontiguousarray(points)).split(1 << 16)
+            return torch.cat([model.energy(p, torch.full([len(p)], source)) for p in parts])
+
+        log_z = torch.logsumexp(torch.from_numpy(np.log(weights)) - energy(grid), dim=0)
+        return (-energy(x) - log_z).numpy()
+
+
+@dataclasses.dataclass(frozen=True)
+class EbmOutcome:
+    """Average TV errors of one data set by quadrature, and what helps to read them."""
+
+    single: float
+    multi: float
+    empty: int  # sources without data; each counts as TV = 1 in `single`
+    histogram: float  # error of a histogram per source with about n_k^(1/(D + 2)) * 2 bins per axis: no sharing
+    pooled: float  # mean TV of a source to the average of all sources: what ignoring the label costs
+    uniform: float  # mean TV of a source to the uniform distribution
+    params: int  # S of one MLP
+    single_steps: float
+    multi_steps: int
+
+
+def run_cell(config: EbmConfig, rule: Rule, seed: int) -> EbmOutcome:
+    """Draw sources and data, fit one multi-source and K single-source networks by the same rule, measure by quadrature."""
+    K, D = config.K, config.D
+    truth = Truth(config, seed)
+    x, sources = truth.sample(config.n, seed)
+    points, weights = quadrature(D, TV_PANELS[D])
+    densities = np.exp([truth.log_density(points, k) for k in range(K)])  # [K, G]
+
+    def tv(p, q):
+        return 0.5 * float(np.abs(p - q) @ weights)
+
+    def train(own_x, own_sources, count):
+        data, labels = torch.from_numpy(own_x).float(), torch.from_numpy(own_sources)
+        build = lambda: EBM(count, D, config.de, config.W, config.L)
+        return fit(build, lambda model, index: model.nll(data[index], labels[index]), len(data), rule, seed)
+
+    def error(model, label, k):
+        return tv(np.exp(model.log_density(points, label, TV_PANELS[D])), densities[k])
+
+    multi = train(x, sources, K)
+    multi_tv = [error(multi.model, k, k) for k in range(K)]
+    errors, steps, histogram = [], [], []
+    for k in range(K):
+        own = x[sources == k]
+        if not len(own):
+            errors.append(1.0)
+            histogram.append(1.0)
+            continue
+        single = multi if K == 1 else train(own, np.zeros(len(own), dtype=np.int64), 1)
+        errors.append(error(single.model, 0, k))
+        steps.append(single.steps)
+        histogram.append(tv(_histogram(own, points), densities[k]))
+    average = densities.mean(axis=0)
+    return EbmOutcome(
+        single=float(np.mean(errors)),
+        multi=float(np.mean(multi_tv)),
+        empty=K - len(steps),
+        histogram=float(np.mean(histogram)),
+        pooled=float(np.mean([tv(d, average) for d in densities])),
+        uniform=float(np.mean([tv(d, np.ones_like(d)) for d in densities])),
+        params=multi.model.mlp.num_params,
+        single_steps=float(np.mean(steps)),
+        multi_steps=multi.steps,
+    )
+
+
+def _histogram(x: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Histogram density of x [n, D] at points [G, D]."""
+    n, D = x.shape
+    bins = max(1, round(2 * n ** (1 / (D + 2))))
+    cell = lambda z: np.ravel_multi_index(np.minimum((z * bins).astype(int), bins - 1).T, [bins] * D)
+    return np.bincount(cell(x), minlength=bins**D)[cell(points)] * bins**D / n

@@ -1,0 +1,142 @@
+"""Maximum likelihood for the small networks of the theory experiments: one rule for every network.
+
+`fit` trains one network per (learning rate, batch size) and keeps the best. A multi-source run calls it once on all
+data, a single-source run once per source on that source's data; nothing else differs between the two.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+
+
+class MLP(torch.nn.Module):
+    """L affine layers with ReLU between (class F(L, W, S, B) of the theory paper, dense).
+
+    Args:
+        inputs, outputs: widths W_0 and W_L.
+        width:           of all hidden layers.
+        layers:          affine layers L >= 1.
+    """
+
+    def __init__(self, inputs: int, outputs: int, width: int, layers: int) -> None:
+        super().__init__()
+        widths = [inputs] + [width] * (layers - 1) + [outputs]
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        for layer in self.layers:
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            torch.nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[:-1]:
+            x = torch.relu(layer(x))
+        return self.layers[-1](x)
+
+    @property
+    def num_params(self) -> int:
+        """Dense S: all weights and biases."""
+        return sum(p.numel() for p in self.parameters())
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How every network is trained and chosen."""
+
+    lrs: tuple[float, ...] = (1e-2,)  # Adam's learning rates to try, each with a cosine decay to zero
+    batches: tuple[int, ...] = (500,)  # batch sizes to try
+    steps: int = 1000  # optimizer steps of a try
+    eval_every: int = 25  # steps between looks at the selection likelihood
+    patience: int = 12  # a try ends after so many looks without improvement
+    holdout: float = 0.1  # share of the network's own data kept for selection
+    select: str = "holdout"  # or "train": likelihood of the training data: nothing held out, no early end
+    bound: float = 1.0  # B: every parameter is clipped to [-B, B] after each step
+
+    def __post_init__(self) -> None:
+        if self.select not in ("holdout", "train"):
+            raise ValueError(f"select={self.select!r} is unknown; use holdout or train")
+        if not self.lrs or not self.batches or min(*self.lrs, *self.batches, self.steps, self.eval_every) <= 0:
+            raise ValueError("learning rates, batch sizes, steps and eval_every must be positive")
+        if not 0 < self.holdout < 1 or not self.bound > 0 or self.patience < 1:
+            raise ValueError("holdout must lie within (0, 1), bound be positive and patience >= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """The chosen network and how it was found."""
+
+    model: torch.nn.Module
+    nll: float  # per sample, on the selection data
+    lr: float
+    batch: int
+    steps: int  # after which it was taken
+
+
+def fit(
+    build: Callable[[], torch.nn.Module],
+    loss: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor],
+    size: int,
+    rule: Rule,
+    seed: int,
+) -> Fit:
+    """Train networks by minibatch maximum likelihood and return the best by `rule.select`.
+
+    Args:
+        build: makes a fresh network from torch's global generator; its `.project(bound)` clips parameters in place.
+        loss:  mean negative log-likelihood of the samples with these indices [b].
+        size:  number of samples, >= 1.
+        rule:  the selection rule.
+        seed:  of the split, the initial weights and the data order. The global generator is left as it was.
+
+    Raises:
+        ValueError: size < 1.
+    """
+    if size < 1:
+        raise ValueError("a network cannot be fitted to no samples")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    kept = min(size - 1, max(1, round(rule.holdout * size))) if rule.select == "holdout" else 0
+    train, selection = order[kept:], order[:kept] if kept else order
+    best = None
+    for lr, batch in itertools.product(rule.lrs, rule.batches):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = build()
+        found = _train(model, loss, train, selection, lr, batch, rule, seed)
+        if best is None or found.nll < best.nll:
+            best = found
+    return best
+
+
+def _train(model, loss, train, selection, lr, batch, rule, seed) -> Fit:
+    generator = torch.Generator().manual_seed(seed + 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)  # fused: one call per step
+    best = Fit(model, math.inf, lr, batch, 0)
+    state, waited, queue = None, 0, train[:0]
+    for step in range(1, rule.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / rule.steps))
+        if len(queue) < min(batch, len(train)):  # next pass over the data
+            queue = torch.cat([queue, train[torch.randperm(len(train), generator=generator)]])
+        index, queue = queue[:batch], queue[batch:]
+        optimizer.zero_grad(set_to_none=True)
+        loss(model, index).backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.project(rule.bound)
+        if step % rule.eval_every and step != rule.steps:
+            continue
+        with torch.no_grad():
+            nll = float(loss(model, selection))
+        if state is None or nll < best.nll:
+            state, waited = copy.deepcopy(model.state_dict()), 0
+            best = dataclasses.replace(best, nll=nll if math.isfinite(nll) else math.inf, steps=step)
+            continue
+        waited += 1
+        if rule.select == "holdout" and waited >= rule.patience:
+            break
+    model.load_state_dict(state)
+    return best
