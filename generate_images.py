@@ -14,7 +14,59 @@ Examples:
   # Autoguidance on two GPUs:
   torchrun --standalone --nproc_per_node=2 generate_images.py --net=main.safetensors --gnet=weak.safetensors \\
       --guidance=2 --outdir=out/guided --seeds=0-49999 --subdirs
+\b
+  # The same network through critically damped Langevin diffusion with its splitting solver, 50 evaluations:
+  python generate_images.py --net=training-runs/digits --outdir=out/cld --seeds=0-63 --class=balanced \\
+      --process=cld --process-options=M=0.25,beta=4:4 --solver=sscs --time-grid=quadratic --steps=50
 """
+
+# Options that other scripts share.
+
+
+def process_options(function):
+    """--process and --process-options."""
+    function = click.option(
+        "--process-options",
+        metavar="NAME=VALUE,...",
+        help="Of the process: M=0.25,beta=4:4,init_aux_var=0.01; V=3; full=true; Q=0:-1;1:0 (lists by :, rows by ;)",
+    )(function)
+    return click.option(
+        "--process",
+        metavar="NAME",
+        help="edm, vp, cld, alda, malda, learned, linear, or a snapshot whose process to take",
+    )(function)
+
+
+def solver_options(function):
+    """How to solve the process back."""
+    table = [
+        click.option("--solver", metavar="NAME", help="heun, em, sscs, ode (adaptive RK45) or flow  [default: heun]"),
+        click.option(
+            "--time-grid", type=click.Choice(["sigma", "uniform", "quadratic"]), default="sigma", help="Grid of steps"
+        ),
+        click.option(
+            "--prior", type=click.Choice(["matched", "stationary"]), default="matched", help="Start of a process"
+        ),
+        click.option("--t-min", type=click.FloatRange(min=0, min_open=True), help="Last time, instead of --sigma_min"),
+        click.option(
+            "--denoise",
+            type=click.Choice(["yes", "no", "mean", "euler"]),
+            default="yes",
+            help="End with the denoiser; the state; without the last noise (MDM); a noise-free step (CLD)",
+        ),
+        click.option(
+            "--half-step", type=click.Choice(["exact", "published"]), default="exact", help="sscs: integrals of beta"
+        ),
+        click.option(
+            "--rtol", type=click.FloatRange(min=0, min_open=True), default=1e-5, help="ode: relative tolerance"
+        ),
+        click.option(
+            "--atol", type=click.FloatRange(min=0, min_open=True), default=1e-5, help="ode: absolute tolerance"
+        ),
+    ]
+    for option in reversed(table):
+        function = option(function)
+    return function
 
 
 class ClassChoice(click.ParamType):
@@ -73,6 +125,8 @@ def generate_images(*args, **kwargs):
     default="role",
     help="Weights to round: inner resolution levels, or by name as published",
 )
+@process_options
+@solver_options
 @click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
 def main(outdir, grid, subdirs, device, **options):
     """Generate images. Seed s gives the same noise and label whatever the batch size and number of processes."""

@@ -1,5 +1,6 @@
 """Images from a network: seeds in, batches of uint8 pixels out, and files with their labels beside them."""
 
+import functools
 import inspect
 import json
 import math
@@ -15,7 +16,10 @@ from torch_utils import persistence
 from torch_utils.random import StackedRandomGenerator
 from training import robustness, samplers
 from training.encoders import StandardRGBEncoder
+from training.guidance import GuidedDenoiser
 from training.images import png_bytes, save_grid
+from training.process_options import require_gaussian
+from training.process_sampling import choose, heun_in_sigma
 
 GRID_COLUMNS = 16
 
@@ -52,17 +56,20 @@ def generate_images(
     sources=None,  # ids that "balanced" cycles through; None: all
     subdirs=False,  # a folder for every 1000 seeds
     max_batch_size=32,
-    sampler=samplers.heun,  # callable (net, noise, labels, gnet, randn_like=..., **sampler_kwargs) -> latents
+    sampler=None,  # without process: callable like samplers.heun, the default; with one: a solver of training/samplers.py
+    process=None,  # EDM or a linear process that the sampler runs through; None: heun in noise levels, as EDM2
+    prior="matched",  # of the process: as the data are at that time, or "stationary"
     device="cpu",
     progress=False,  # tqdm on rank 0
-    **sampler_kwargs,  # num_steps, sigma_min, sigma_max, rho, guidance, S_churn, ...
+    **sampler_kwargs,  # num_steps, sigma_min, sigma_max, rho, guidance, S_churn; of solvers: grid, t_min, denoise, ...
 ):
     """Iterator of batches with images uint8 [N, C, H, W], labels [N, K] one-hot or None, class_ids, noise, seeds, batch_idx.
 
     Every process of a group gets the same number of batches, some possibly empty (images None). Noise, labels and the
     sampler's draws of a seed do not depend on batch size or process count. With `outdir`, files named by seed
-    (SSSSSS.png) are written as in EDM2, and dataset.json with the labels at the end. Raises ValueError for classes out of
-    range or a guide that does not fit.
+    (SSSSSS.png) are written as in EDM2, and dataset.json with the labels at the end. With a process, noise is the state
+    [N, V, C, H, W] that its solver starts from. Raises ValueError for classes out of range, a guide that does not fit, or
+    a process for a network that was not trained with Gaussian noise.
     """
     net, encoder, kernel = _open(net, encoder, kernel, device)
     if gnet is not None:
@@ -71,7 +78,18 @@ def generate_images(
             raise ValueError("--gnet makes images of another shape than --net: take a guide trained on the same data")
     encoder = StandardRGBEncoder() if encoder is None else encoder
     encoder.init(torch.device(device))
-    sampler_kwargs = _known_levels(net, sampler, sampler_kwargs)
+    sampler_kwargs = _known_levels(
+        net, samplers.heun if sampler is None or process is not None else sampler, sampler_kwargs
+    )
+    if process is None:
+        run = functools.partial(sampler or samplers.heun, net)
+    else:
+        require_gaussian(kernel, process)
+        guided = (
+            net if sampler_kwargs.get("guidance", 1) == 1 else GuidedDenoiser(net, gnet, sampler_kwargs["guidance"])
+        )
+        sampler_kwargs.pop("guidance", None)
+        run = functools.partial(sampler or heun_in_sigma, guided, process)
     if sampler_kwargs.get("S_churn") and getattr(kernel, "D", float("inf")) != float("inf"):
         warnings.warn("churn adds Gaussian noise, which is not derived for finite D of PFGM++", stacklevel=2)
     batches = dist.split_batches(seeds, max_batch_size)
@@ -86,7 +104,11 @@ def generate_images(
             if batch_seeds:
                 generator = StackedRandomGenerator(device, batch_seeds)
                 size = [len(batch_seeds), net.img_channels, net.img_resolution, net.img_resolution]
-                if kernel is None:
+                if process is not None:
+                    batch.noise = samplers.start_state(
+                        net, process, size, generator, prior=prior, device=device, **sampler_kwargs
+                    )
+                elif kernel is None:
                     batch.noise = generator.randn(size, device=device)
                 else:
                     batch.noise = kernel.unit_noise(size, generator).to(device)
@@ -94,9 +116,8 @@ def generate_images(
                     net.label_dim, batch_seeds, class_idx, generator, device, sources
                 )
                 with torch.no_grad():
-                    latents = sampler(
-                        net, batch.noise, batch.labels, gnet, randn_like=generator.randn_like, **sampler_kwargs
-                    )
+                    guide = () if process is not None else (gnet,)
+                    latents = run(batch.noise, batch.labels, *guide, randn_like=generator.randn_like, **sampler_kwargs)
                     batch.images = encoder.decode(latents)
                 if outdir is not None:
                     records.extend(_write(Path(outdir), batch, subdirs))
@@ -170,7 +191,8 @@ def _write_labels(outdir, records, label_dim):
 
 def run(
     outdir, grid, subdirs, device, net, gnet=None, preset=None, seeds=(), guidance_interval=None,
-    aug_dim=None, inject_noise=None, quantize_bits=None, quantize_policy="role", **options,
+    aug_dim=None, inject_noise=None, quantize_bits=None, quantize_policy="role",
+    process=None, process_options=None, solver=None, **options,
 ):  # fmt: skip
     """What generate_images.py does: open, check, generate, write images, labels and the grid."""
     if preset is not None:
@@ -196,7 +218,13 @@ def run(
     net, gnet = (n and robustness.quantize_weights(n, quantize_bits, quantize_policy) for n in (net, gnet))
     if guidance_interval is not None:
         net, gnet, options = _interval(net, gnet, guidance_interval, options), None, {**options, "guidance": 1}
-    options.update(encoder=encoder, kernel=kernel, sampler=robustness.noisy_heun(inject_noise))
+    guidance = options.pop("guidance", 1)
+    process, options = choose(process, process_options, solver, trained=kernel, **options)
+    options.update(encoder=encoder, kernel=kernel, process=process, guidance=guidance)
+    if process is None:
+        options["sampler"] = robustness.noisy_heun(inject_noise)
+    elif inject_noise:
+        raise ValueError(f"--inject-noise={inject_noise:g} is for EDM's own sampler: leave --process and --solver out")
     dist.print0(f"Generating {len(seeds)} images to {outdir} ...")
     shown = {}
     for batch in generate_images(

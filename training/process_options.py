@@ -1,0 +1,90 @@
+"""Processes named on a command line: `--process=NAME --process-options=M=0.25,beta=4:4`."""
+
+import inspect
+import math
+import warnings
+from pathlib import Path
+
+import torch
+
+from torch_utils import persistence
+from training import processes
+
+NAMES = ("edm", "vp", "cld", "alda", "malda", "learned", "linear")
+
+
+def parse_value(text):
+    """A number, true/false, numbers with ':' between them, or rows of them with ';' between (matrices)."""
+    if ";" in text:
+        return [parse_value(row) if ":" in row else [parse_value(row)] for row in text.split(";")]
+    if ":" in text:
+        return [parse_value(part) for part in text.split(":")]
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def parse_options(text):
+    """{"M": 0.25, "beta": [4, 4]} from "M=0.25,beta=4:4"; a dict stays as it is. Raises ValueError."""
+    if not text or isinstance(text, dict):
+        return dict(text or {})
+    options = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not (name.strip() and equals):
+            raise ValueError(f"--process-options={text}: give NAME=VALUE, several with commas, such as M=0.25,beta=4:4")
+        try:
+            options[name.strip()] = parse_value(value.strip())
+        except ValueError:
+            raise ValueError(
+                f"--process-options={text}: {value!r} is no number; lists are written 4:4, matrices 0:-1;1:0"
+            ) from None
+    return options
+
+
+def make_process(name, options=None, trained=None, seed=0):
+    """The process that `name` means: one of NAMES, or a snapshot (file or run folder) whose process is taken.
+
+    options: dict, or text as on the command line; those of CLD may also be the CLD paper's own (m_inv, gamma, beta0,
+    beta1). trained: process of the network's snapshot; `learned` without options takes it if it is learned. Other learned
+    processes start random, as a function of `seed`. Raises ValueError for what is unknown or not a process.
+    """
+    options = parse_options(options)
+    if name not in NAMES and (Path(name).exists() or str(name).endswith(".safetensors")):
+        process = persistence.load_snapshot(name).process
+        if options or not hasattr(process, "project"):
+            why = "takes no --process-options" if options else "holds no process: give one of " + ", ".join(NAMES)
+            raise ValueError(f"--process={name}: a snapshot {why}")
+        return process
+    if name not in NAMES:
+        raise ValueError(f"--process={name} is unknown: choose {', '.join(NAMES)}, or a snapshot that holds a process")
+    if name == "learned":
+        if not options and isinstance(trained, processes.Learned):
+            return trained
+        warnings.warn("--process=learned: nothing is learned yet, its matrices are random", stacklevel=2)
+    try:
+        if name == "cld" and {"m_inv", "gamma", "beta0", "beta1"} & set(options):
+            return processes.CLD.published(**options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return (
+                processes.get(name, **options).requires_grad_(False)
+                if name == "learned"
+                else processes.get(name, **options)
+            )
+    except (ValueError, TypeError) as error:
+        maker = processes.CLD.published if {"m_inv", "beta0"} & set(options) else processes.REGISTRY[name]
+        known = ", ".join(inspect.signature(maker).parameters) or "none"
+        raise ValueError(f"--process={name} --process-options: {error} (options: {known})") from None
+
+
+def require_gaussian(kernel, process):
+    """Raises ValueError where a network trained with PFGM++ noise is asked for a linear process."""
+    if isinstance(kernel, processes.PFGMpp) and math.isfinite(kernel.D):
+        raise ValueError(
+            f"--process={getattr(process, 'spec', dict)().get('name', process)} needs a network trained with Gaussian noise; "
+            f"this one knows PFGM++ noise (D={kernel.D:g}), which no linear process makes: leave --process and --solver out"
+        )
