@@ -1,0 +1,65 @@
+"""The commands a newcomer types, at smoke size: the quickstart and the grid, start to end, interrupted and resumed."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import PIL.Image
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(name, out, *more):
+    return [sys.executable, "run_experiment.py", f"experiments/{name}.yaml", "--budget=smoke", f"--out={out}", *more]
+
+
+def run(name, out, *more):
+    done = subprocess.run(command(name, out, *more), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def markers(out):
+    return {p.stem: p.stat().st_mtime_ns for p in (out / "steps").glob("*.json")}
+
+
+def test_quickstart(tmp_path):
+    printed = run("quickstart", tmp_path, "--jobs=1")
+    assert "multi better than single in" in printed
+    assert "Both arms saw the same images" in printed
+    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [(r["source"], r["arm"]) for r in rows] == [(s, a) for s in ("0", "1", "mean") for a in ("multi", "single")]
+    assert all(float(r["fd"]) > 0 and 0 <= float(r["agreement"]) <= 1 for r in rows)
+    log = (tmp_path / "logs" / "detector.log").read_text()
+    detector = json.JSONDecoder().raw_decode(log[log.index("{") :])[0]
+    assert detector["accuracy"] >= 0.97, "the detector must know its digits"
+    with PIL.Image.open(tmp_path / "comparison.png") as image:
+        assert image.width > 800
+    before = markers(tmp_path)
+    run("quickstart", tmp_path, "--jobs=1")
+    assert markers(tmp_path) == before, "the second run did steps again"
+
+
+def test_grid_interrupted_twice(tmp_path):
+    """Killed twice on the way, the same command finishes, and no completed step is done again."""
+    for seconds in (12, 12):
+        process = subprocess.Popen(
+            command("grid", tmp_path, "--jobs=1"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        before = markers(tmp_path)
+    printed = run("grid", tmp_path, "--jobs=1")
+    after = markers(tmp_path)
+    assert before.items() <= after.items(), "a completed step was done again"
+    listed = subprocess.run(command("grid", tmp_path, "--list"), cwd=ROOT, capture_output=True, text=True).stdout
+    assert listed.count(" done ") == len(after) and " todo " not in listed
+    groups = {line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")}
+    assert {"control-self", "control-shuffled", "all"} <= groups

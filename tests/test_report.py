@@ -1,0 +1,137 @@
+"""The report: spreads, advantage and interval against plain formulas; what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from metrics import report, report_grid
+
+
+def write_scores(folder, values, **extra):
+    """values: {(arm, source, seed, sampling): fd} -> score files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, ((arm, source, seed, sampling), fd) in enumerate(values.items()):
+        tags = {"arm": arm, "source": str(source), "seed": str(seed), "sampling": str(sampling), **extra.get(arm, {})}
+        section = {"fd": fd, "agreement": 0.9, "fd_floor": 1.0, "agreement_reference": 0.99}
+        content = {"images": None, "tags": tags, "metrics": {"pixel": {"sources": {str(source): section}}}}
+        (folder / f"{arm}-{source}-{seed}-{sampling}-{i}.json").write_text(json.dumps(content))
+    return str(folder / "*.json")
+
+
+@pytest.fixture
+def noisy():
+    """Two sources, three training seeds, two sampling seeds per arm; the shared arm is about 20 % better."""
+    rng = np.random.default_rng(0)
+    return {
+        (arm, source, seed, sampling): level * (1 + 0.5 * source) + rng.normal(0, 0.3)
+        for arm, level in (("multi", 8.0), ("single", 10.0))
+        for source in (0, 1)
+        for seed in (0, 1, 2)
+        for sampling in (0, 1)
+    }
+
+
+def test_verdict_against_plain_formulas(tmp_path, noisy):
+    import glob
+
+    rows = report.read_scores(sorted(glob.glob(write_scores(tmp_path, noisy))))
+    got = report.verdict(report.collect(rows), ["0", "1"])
+    table = np.array(
+        [
+            [[np.mean([noisy[a, s, t, q] for q in (0, 1)]) for t in (0, 1, 2)] for s in (0, 1)]
+            for a in ("multi", "single")
+        ]
+    )  # [arm, source, training seed]
+    base = table[1].mean(axis=1)
+    relative = (table / base[None, :, None]).mean(axis=1)  # [arm, training seed]
+    advantage = 1 - relative[0].mean()
+    variances = relative.var(axis=1, ddof=1) / 3
+    freedom = variances.sum() ** 2 / (variances**2 / 2).sum()
+    half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variances.sum())
+    assert got.advantage == pytest.approx(advantage, abs=1e-12)
+    assert got.standard_error == pytest.approx(np.sqrt(variances.sum()), rel=1e-12)
+    assert got.interval == pytest.approx((advantage - half, advantage + half), rel=1e-9)
+    assert (got.wins, got.sources) == (2, 2)
+    assert "clear of zero" in str(got)
+
+
+def test_interval_covers_zero_for_equal_arms_at_its_rate():
+    """200 experiments in which both arms are the same: the 95 % interval misses zero in about 5 % of them."""
+    rng = np.random.default_rng(1)
+    misses = 0
+    for _ in range(200):
+        cells = report.defaultdict(report.Cell)
+        for arm in ("multi", "single"):
+            for source in ("0", "1", "2"):
+                for seed in range(4):
+                    cells[arm, source, "fd"].values[str(seed), "0"] = 10 + rng.normal()
+        low, high = report.verdict(cells, ["0", "1", "2"]).interval
+        misses += low > 0 or high < 0
+    assert misses <= scipy.stats.binom.ppf(0.9999, 200, 0.05)
+    assert misses >= scipy.stats.binom.ppf(0.0001, 200, 0.05)
+
+
+def test_files(tmp_path, noisy):
+    text = report.write_report(write_scores(tmp_path / "scores", noisy), tmp_path / "out")
+    assert "multi better than single in 2 of 2 sources" in text
+    lines = (tmp_path / "out" / "table.csv").read_text().splitlines()
+    assert lines[0].startswith("source,arm,fd,fd_sd_training,fd_sd_sampling")
+    first = dict(zip(lines[0].split(","), lines[1].split(","), strict=True))
+    means = [np.mean([noisy["multi", 0, t, q] for q in (0, 1)]) for t in range(3)]
+    assert float(first["fd"]) == pytest.approx(np.mean(means), rel=1e-5)
+    assert float(first["fd_sd_training"]) == pytest.approx(np.std(means, ddof=1), rel=1e-5)
+    within = [np.var([noisy["multi", 0, t, q] for q in (0, 1)], ddof=1) for t in range(3)]
+    assert float(first["fd_sd_sampling"]) == pytest.approx(np.sqrt(np.mean(within)), rel=1e-5)
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
+
+
+def test_one_training_seed_has_no_uncertainty(tmp_path):
+    values = {(arm, s, 0, 0): fd for (arm, s), fd in {("multi", 0): 4.0, ("single", 0): 5.0}.items()}
+    text = report.write_report(write_scores(tmp_path / "scores", values), tmp_path / "out")
+    assert "mean advantage 20.0% (one training seed per arm: no uncertainty known)" in text
+
+
+def test_refusals(tmp_path, noisy):
+    with pytest.raises(ValueError, match="no score files"):
+        report.write_report(str(tmp_path / "*.json"), tmp_path / "out")
+    only = {key: value for key, value in noisy.items() if key[0] == "multi"}
+    with pytest.raises(ValueError, match="'single' has no 'fd'"):
+        report.write_report(write_scores(tmp_path / "a", only), tmp_path / "out")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a score file"):
+        report.write_report(str(tmp_path / "b" / "*.json"), tmp_path / "out")
+
+
+def test_theory_ratio():
+    from training.networks_edm2 import Precond
+
+    net = Precond(8, 1, 3, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[], channels_per_head=8)
+    own = net.unet.emb_label.weight.shape[0]
+    total = sum(p.numel() for p in net.parameters())
+    got = report.theory_ratio(net, 3)
+    beta = (total - 3 * own) / (total - 2 * own)
+    assert got["per_source"] == own
+    assert got["beta_sim"] == pytest.approx(beta)
+    assert got["ratio"] == pytest.approx(np.sqrt(1 - 2 / 3 * beta))
+
+
+def test_grid_pairs_cells_with_their_own_single_arm(tmp_path):
+    """Cells share the separate models of their n; a group with data of its own is held against that data."""
+    single = {("single", s, seed, 0): 10.0 + seed for s in (0, 1, 2) for seed in (0, 1)}
+    write_scores(tmp_path, single, single={"n": "25", "images_trained": "1Ki"})
+    write_scores(
+        tmp_path / "..", {("single", 0, seed, 0): 20.0 + seed for seed in (0, 1)},
+        single={"n": "25", "group": "shuffled", "images_trained": "1Ki"},
+    )  # fmt: skip
+    for cell, group, sources, level in (("K2", "all", (0, 1), 8.0), ("S", "shuffled", (0,), 10.0)):
+        tags = {"cell": cell, "group": group, "n": "25", "k": str(len(sources)), "images_trained": "1Ki"}
+        write_scores(tmp_path / cell, {("multi", s, seed, 0): level for s in sources for seed in (0, 1)}, multi=tags)
+    paths = [*tmp_path.glob("*.json"), *tmp_path.parent.glob("*.json"), *tmp_path.glob("*/*.json")]
+    found = {r.cell: r for r in report_grid.results(report.read_scores(paths))}
+    assert found["K2"].verdicts["fd"].advantage == pytest.approx(1 - 8 / 10.5)
+    assert found["S"].verdicts["fd"].advantage == pytest.approx(1 - 10 / 20.5)
+    assert found["K2"].images == {"multi": 1024, "single": 2048}
+    assert "| all | 2 | 25 | 8.00 | 10.50 |" in report_grid.to_markdown(list(found.values()), ("multi", "single"))
