@@ -24,7 +24,7 @@ class ArmConfig:
     n: int = 10_000  # training samples of all sources together
     D: int = 10  # sequence length
     M: int = 2  # vocabulary
-    sim: float = 0.9  # true similarity: share of the log-probability field that all sources have in common
+    sim: float = 0.8  # true similarity: share of the log-probability field that all sources have in common
     family: str = "path"  # how sources differ: "path" (in one number) or "independent" (in everything)
     order: int = 3  # tokens that interact at most; 0 draws every outcome's log-probability on its own
     scale: float = 2.0  # size of the log-probability field (0: uniform)

@@ -25,7 +25,7 @@ class EbmConfig:
     K: int = 4  # sources, p(y) = 1/K
     n: int = 1000  # training samples of all sources together
     D: int = 2  # data dimension, 1 or 2
-    sim: float = 0.9  # true similarity: share of the log-density field that all sources have in common
+    sim: float = 0.8  # true similarity: share of the log-density field that all sources have in common
     family: str = "path"  # how sources differ: "path" (in one number) or "independent" (in everything)
     scale: float = 2.0  # size of the log-density field (0: uniform)
     modes: int = 4  # highest cosine frequency per axis, in half periods
@@ -58,7 +58,7 @@ def quadrature(D: int, panels: int, nodes: int = 2) -> tuple[np.ndarray, np.ndar
 
 EXACT_PANELS = {1: 2048, 2: 512}  # kinks of ReLU networks are resolved to better than 1e-6
 TV_PANELS = {1: 2048, 2: 128}  # errors far below those between seeds
-TRAINING_PANELS = {1: 128, 2: 24}
+TRAINING_PANELS = {1: 128, 2: 12}
 
 
 class Truth:

@@ -25,7 +25,7 @@ BUDGETS = {
         "seeds": [0, 1, 2],
     },
     "small": _SWEEPS | {  # minutes on one core
-        "rule": {"steps": 1500, "batches": (300,), "lrs": (1e-2,)},
+        "rule": {"steps": 600, "batches": (300,)},
         "seeds": [0, 1, 2],
     },
     "large": _SWEEPS | {
