@@ -4,12 +4,15 @@ Pais et al. 2025 (arXiv 2509.15267). Every number depends on how many samples it
 """
 
 import functools
+import json
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from dnnlib import atomic_write
 from simulations import tree
-from simulations.tree_training import TreeFeed, TreeLoss
+from simulations.tree_training import TreeFeed, TreeLoss, load_toy
 from torch_utils.random import seeded_generator
 from training.samplers import heun, heun_states
 
@@ -132,3 +135,49 @@ def summary(rows):
         values = np.array([row[name] for row in rows], dtype=np.float64)
         out[name] = (float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else float("nan"))
     return out
+
+
+def test(net, ema=None, guide=None, guidance=3.0, n_samples=1024, levels=False, *, cls="A", seed=1, external=False,
+         mandala=False, device="cpu"):  # fmt: skip
+    """What `run_tree.py test` prints: learner_*, ema_*, guide_*, floor_* metrics of snapshots (paths), flat."""
+    options = dict(cls=cls, num=n_samples, seed=seed, external=external, mandala=mandala, device=device)
+    guide_net = load_toy(guide, device) if guide else None
+    result = {"n_samples": n_samples, "seed": seed, "guidance": guidance if guide else None}
+    for who, path in (("learner", net), ("ema", ema)):
+        if path is not None:
+            network = load_toy(path, device)
+            metrics = evaluate(network, guide_net, guidance=guidance, **options)
+            result.update({f"{who}_{name}": value for name, value in metrics.items()})
+            if levels:
+                result[f"{who}_loss_per_level"] = loss_per_level(network, cls, n_samples, seed, device=device)
+    if guide_net is not None:
+        result["guide_loss"] = average_loss(guide_net, cls, num=n_samples, seed=seed, device=device)
+        if external:
+            result["guide_out_loss"] = average_loss(guide_net, cls, OUTER_DEPTH, n_samples, seed, device=device)
+    exact = tree.ground_truth(cls, device=device).denoiser()
+    result.update({f"floor_{name}": value for name, value in evaluate(exact, **options).items()})
+    return result
+
+
+def finish(config, outdir, net, ema, test=True, viz=False, num=1024):
+    """At the end of a run: all metrics of the raw and the averaged network into test.json, samples into samples.png."""
+    outdir = Path(outdir)
+    guide = load_toy(config.guide, config.device) if config.guide else None
+    if test:
+        options = dict(
+            cls=config.cls, num=num, guidance=config.guidance, device=config.device, external=config.cls == "A"
+        )
+        found = {"n_samples": num}
+        for who, network in (("learner", net), ("ema", ema)):
+            metrics = evaluate(network, guide, **options)
+            found.update({f"{who}_{name}": value for name, value in metrics.items()})
+        with atomic_write(outdir / "test.json", "w") as file:
+            json.dump(found, file, indent=2)
+        print(json.dumps(found, indent=2))
+    if viz:
+        from simulations import style, tree_plots
+
+        points = samples(
+            ema, config.cls, 1 << 13, gnet=guide, guidance=config.guidance if guide else 1.0, device=config.device
+        )
+        style.save(tree_plots.samples_figure(points, config.cls), outdir / "samples")

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,11 +39,13 @@ def train_reference(base, outdir, total_iter=512, batch_size=4096):
 
 
 def train_seed(base, seed, arms, outdir, reference, bar=None):
-    """Train all arms of one seed; they share its points, whose exact scores are computed once. Finished runs are kept."""
+    """Train all arms of one seed; their points and exact scores are computed once, before. Finished runs are kept."""
     memory = {}
     for arm in arms:
         run_dir = Path(outdir) / f"{arm}-seed{seed}"
         if not list(run_dir.glob("learner-*.safetensors")):
+            if not memory:
+                tree_training.prepare(replace(base, seed=seed), memory)
             for old in [*run_dir.glob("network-snapshot-*"), *run_dir.glob("stats.jsonl")]:
                 old.unlink()  # of an interrupted run
             options = {k: reference if v == "@guide" else v for k, v in ARMS[arm].items()}
@@ -170,7 +174,14 @@ def _mean(values):
     return stats[0], 0.0 if math.isnan(stats[1]) else stats[1]
 
 
-def run(base, arms, seeds, outdir, num=2048, reference_iter=512, reference_batch=4096, figure=None):
+def _train_in_process(arguments):
+    import torch
+
+    torch.set_num_threads(1)
+    train_seed(*arguments)
+
+
+def run(base, arms, seeds, outdir, num=2048, reference_iter=512, reference_batch=4096, figure=None, jobs=1):
     """Train what is missing, measure, write table and figure. Returns the written paths. Raises ValueError for unknown arms."""
     unknown = set(arms) - set(ARMS)
     if unknown:
@@ -178,9 +189,14 @@ def run(base, arms, seeds, outdir, num=2048, reference_iter=512, reference_batch
     outdir = Path(outdir)
     outdir.mkdir(parents=True, exist_ok=True)
     reference = train_reference(base, outdir, reference_iter, reference_batch)
-    with tqdm(total=len(arms) * len(seeds), unit="run") as bar:
-        for seed in seeds:
-            train_seed(base, seed, arms, outdir, reference, bar)
+    if jobs > 1:
+        tasks = [(base, seed, arms, outdir, reference) for seed in seeds]
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(tqdm(pool.map(_train_in_process, tasks), total=len(seeds), unit="seed"))
+    else:
+        with tqdm(total=len(arms) * len(seeds), unit="run") as bar:
+            for seed in seeds:
+                train_seed(base, seed, arms, outdir, reference, bar)
     rows = measure(arms, seeds, outdir, reference, base.cls, num)
     paths = write_table(rows, outdir)
     return paths + plot(rows, arms, seeds, outdir, figure or outdir / "selection-tree")

@@ -17,7 +17,7 @@ from torch_utils import persistence
 from torch_utils.random import hash_seed, seeded_generator
 from training import selection
 from training.encoders import IdentityEncoder
-from training.feed import block_slices, share
+from training.feed import Candidates, block_slices, share
 from training.guidance import GuidedDenoiser
 from training.losses import LogNormalLoss, Objective
 from training.networks_toy import ToyModel
@@ -45,6 +45,8 @@ class TreeConfig:
     select: str = "none"  # name in training.selection.FUNCTIONS
     filter_ratio: float = 0.8
     chunks: int = 16
+    learnability: bool = True  # jest: False for the easy reference
+    inverted: bool = False  # jest: prefer the least learnable
     when: str = "always"  # early: select until the learner beats the reference; late: from then on
     grow: bool = True  # early, late: train on all points of a step while not selecting, as published
     guide: str | None = None  # snapshot: the reference of the selection, and the guide of the metrics
@@ -66,6 +68,8 @@ class TreeConfig:
             raise ValueError(f"when={self.when!r} is none of always, early, late")
         if self.interpol and self.guide is None:
             raise ValueError("--interpol needs a guide: give --guide")
+        if self.select != "jest" and (self.inverted or not self.learnability):
+            raise ValueError(f"--invert and --no-diff belong to --select=jest, not --select={self.select}")
         self.trained_batch()
         return self
 
@@ -131,6 +135,14 @@ class TreeLoss(LogNormalLoss):
         return super().evaluate(net, draws).flatten(1).mean(dim=1)
 
 
+class SelectToTheEnd(selection.LossSelector):
+    """Early selection that leaves its end to the phase: the batch grows at the next multiple of both batch sizes."""
+
+    @property
+    def active(self):
+        return True
+
+
 class Phase:
     """A stretch of training with one batch size: AJEST's early and late runs have two."""
 
@@ -144,10 +156,11 @@ def _phases(config, reference):
         return [Phase(selection.IdentitySelector(), config.batch_size)]
     batch = config.trained_batch()
     function = selection.FUNCTIONS[config.select]
+    keywords = dict(num_chunks=config.chunks, learnability=config.learnability, inverted=config.inverted)
     options = dict(
         reference=reference,
         filter_ratio=1 - batch / config.batch_size,  # so that exactly `batch_size` candidates are read
-        options=dict(num_chunks=config.chunks) if "num_chunks" in inspect.signature(function).parameters else {},
+        options={name: value for name, value in keywords.items() if name in inspect.signature(function).parameters},
     )
 
     def selector(when):
@@ -155,7 +168,8 @@ def _phases(config, reference):
 
     if config.when == "early" and config.grow:
         rest = Phase(selection.IdentitySelector(), config.batch_size)
-        return [Phase(selector("early"), batch, waits=True), rest]
+        first = SelectToTheEnd(function, when="early", **options)
+        return [Phase(first, batch, waits=True), rest]
     if config.when == "late" and config.grow:
         watcher = selection.LossSelector(function, when="late", select_until=0, **options)  # waits, never selects
         return [Phase(watcher, config.batch_size, waits=True), Phase(selector("always"), batch)]
@@ -168,6 +182,16 @@ def load_toy(path, device="cpu"):
     if net.img_channels != 2 or net.img_resolution != 1:
         raise ValueError(f"{path}: not a network of 2-D points")
     return net
+
+
+def prepare(config, memory):
+    """Draw all points of a run into `memory` (see TreeLoss), so that no run that uses them pays for their exact scores."""
+    mixture = tree.ground_truth(config.cls, device=config.device)
+    loss = TreeLoss(mixture, config.P_mean, config.P_std, config.sigma_data, memory=memory)
+    feed = TreeFeed(mixture, config.seed, config.batch_size, config.device)
+    for step in range(config.total_iter):
+        position = step * config.batch_size
+        list(Candidates(feed, IdentityEncoder(), loss, position, config.batch_size, config.batch_size, position))
 
 
 class _Watch:

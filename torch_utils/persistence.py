@@ -16,6 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from dnnlib import download
 from dnnlib.util import atomic_write
 
 FORMAT = "multi-source-diffusion snapshot"
@@ -121,7 +122,14 @@ def save_snapshot(path, net, *, encoder=None, process=None, tensors=None, dtype=
 
 
 def resolve(path):
-    """The snapshot file that `path` means: itself, or, of a run folder, the newest one. Raises ValueError if unclear."""
+    """The snapshot file that `path` means: itself, of a URL its cached download, of a run folder the newest one.
+
+    Raises ValueError if that is unclear, or, before anything is downloaded, for a format that is not read.
+    """
+    if download.is_url(path):
+        if not str(path).endswith(".safetensors"):
+            raise ValueError(f"{path}: not a .safetensors snapshot; other formats are not read: give --net by file")
+        path = download.cached(str(path))
     path = Path(path)
     if not path.is_dir():
         return path

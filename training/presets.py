@@ -5,6 +5,10 @@ A preset is one row; an option given on the command line wins over it. Published
 
 from itertools import product
 
+from training.presets_generation import GENERATION_PRESETS, generation_preset
+
+__all__ = ["GENERATION_PRESETS", "PRESETS", "generation_preset", "get"]
+
 Mi = 2**20
 
 

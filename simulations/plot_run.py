@@ -1,0 +1,85 @@
+"""Loss and metric curves of runs, against trained images and against time."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+if not __package__:  # run as a file: the packages are one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dnnlib import cli  # noqa: E402
+
+AXES = {
+    "images": ("Progress/kimg", "trained images (thousands)"),
+    "steps": ("Progress/iteration", "steps"),
+    "time": ("Timing/total_sec", "seconds"),
+    "cpu": ("Timing/cpu_sec", "CPU seconds"),
+}
+CURVES = ["Loss/loss", "Loss/validation", "Validation/ema_loss", "Validation/ema_L2_metric", "Selection/time_share"]
+
+
+def read_stats(run):
+    """The lines of a run's stats.jsonl (a folder, or the file). Raises ValueError for anything else."""
+    path = Path(run) / "stats.jsonl" if Path(run).is_dir() else Path(run)
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as err:
+        raise ValueError(f"{run}: no readable stats.jsonl ({str(err).splitlines()[0]}); give run folders") from err
+
+
+def draw(runs, keys, axes, log=True):
+    """Figure with a row per key and a column per axis; runs: {name: lines of stats.jsonl}."""
+    from simulations import style
+
+    fig, grid = style.figure(columns=len(axes), rows=len(keys), width=4.2, height=2.6, squeeze=False)
+    for row, key in zip(grid, keys, strict=True):
+        for axis, which in zip(row, axes, strict=True):
+            field, label = AXES[which]
+            for name, lines in runs.items():
+                points = [(line[field], line[key]) for line in lines if line.get(key) is not None and field in line]
+                if points:
+                    axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else None)
+            values = [v for line in axis.get_lines() for v in line.get_ydata()]
+            if log and values and min(values) > 0:
+                axis.set_yscale("log")
+            axis.set(xlabel=label, ylabel=key)
+    grid[0, 0].legend(fontsize=7)
+    return fig
+
+
+# fmt: off  (one option a line)
+@cli.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.option("--keys", type=cli.STRINGS, help=f"Fields of stats.jsonl; default: those present of {', '.join(CURVES)}")
+@click.option("--x", "axes", type=cli.STRINGS, default="images,time", help=f"Any of {', '.join(AXES)}")
+@click.option("--log/--linear", default=True, help="Logarithmic where all values are positive")
+@click.option("--save", metavar="FILE", default="simulations/figures/runs", help="Figure, written as .png and .svg")
+# fmt: on
+def main(runs, keys, axes, log, save):
+    """Draw loss and metric curves of run folders, of the toy and of image training alike.
+
+    \b
+    Example:
+      python simulations/plot_run.py simulations/results/tree-sweep/*-seed0 --x=images,cpu
+    """
+    unknown = set(axes) - set(AXES)
+    if unknown:
+        raise click.UsageError(f"--x={sorted(unknown)[0]} is none of {', '.join(AXES)}")
+    lines = {Path(run).name: read_stats(run) for run in runs}
+    present = {key for run in lines.values() for line in run for key, value in line.items() if value is not None}
+    missing = set(keys or ()) - present
+    if missing:
+        raise ValueError(f"--keys={sorted(missing)[0]} is in no stats.jsonl; there are: {', '.join(sorted(present))}")
+    keys = keys or [key for key in CURVES if key in present]
+    if not keys:
+        raise ValueError(f"none of the usual fields is there; give --keys from {', '.join(sorted(present))}")
+    from simulations import style
+
+    stem = Path(save).with_suffix("") if Path(save).suffix in (".png", ".svg") else Path(save)
+    print(json.dumps({"files": [str(path) for path in style.save(draw(lines, keys, axes, log), stem)]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The 2-D tree: train toy networks with and without data selection, test them, draw autoguidance."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+if not __package__:  # run as a file: the packages are one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dnnlib import cli  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parent / "results" / "tree"
+FIGURES = Path(__file__).resolve().parent / "figures"
+EXAMPLES = """
+\b
+Examples:
+  # A small reference, then a learner trained on what the reference makes learnable (AJEST), and both tested:
+  python simulations/run_tree.py train --dim=32 --total-iter=512 --outdir=out/tree/ref
+  python simulations/run_tree.py train --select=jest --guide=out/tree/ref --outdir=out/tree/ajest
+  python simulations/run_tree.py test --net=out/tree/ajest --guide=out/tree/ref --external --mandala
+  python simulations/run_tree.py plot --net=out/tree/ajest --gnet=out/tree/ref
+"""
+
+
+@cli.group(epilog=EXAMPLES)
+def main():
+    """The tree mixture of EDM2's autoguidance paper, with AJEST's selection and metrics."""
+
+
+# fmt: off  (one option a line)
+@main.command()
+@click.option(
+    "--outdir",
+    metavar="DIR",
+    default=str(RESULTS / "run"),
+    show_default="simulations/results/tree/run",
+    help="Run folder",
+)
+@click.option("--cls", type=click.Choice(["A", "B", "AB"]), default="A", help="Classes of the tree")
+@click.option("--layers", type=click.IntRange(min=1), default=4, help="Hidden layers")
+@click.option("--dim", type=click.IntRange(min=1), default=64, help="Width; guides have 32")
+@click.option("--total-iter", type=click.IntRange(min=1), default=4096, help="Steps")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=4096, help="Points drawn per step; selection keeps a part"
+)
+@click.option(
+    "--guide", "--guide-path", "guide", metavar="SNAPSHOT", help="Reference of the selection and guide of the metrics"
+)
+@click.option("--guidance/--no-guidance", default=None, help="Use --guide; default: if it is given")
+@click.option("--guide-weight", type=float, default=3.0, help="Guidance weight of test metrics and --interpol")
+@click.option("--interpol", is_flag=True, help="While selecting, score and train the guided network")
+@click.option("--select", metavar="NAME", default="none", help="none, or a function of training/selection.py")
+@click.option("--selection", "random", is_flag=True, help="Same as --select=random")
+@click.option("--acid", is_flag=True, help="Same as --select=jest")
+@click.option(
+    "--filter-ratio",
+    "--filt",
+    "filter_ratio",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.8,
+    help="Share of the points that is discarded",
+)
+@click.option("--chunks", "--n", "chunks", type=click.IntRange(min=1), default=16, help="Chunks of the selection")
+@click.option(
+    "--diff/--no-diff",
+    "learnability",
+    default=True,
+    help="jest: learner minus reference loss, or minus the reference's alone",
+)
+@click.option("--invert", "inverted", is_flag=True, help="jest: prefer the least learnable")
+@click.option("--early", is_flag=True, help="Select until the learner beats the reference")
+@click.option("--late", is_flag=True, help="Select from then on")
+@click.option("--grow/--no-grow", default=True, help="With --early, --late: train on all points while not selecting")
+@click.option("--val/--no-val", default=True, help="Loss and L2 distance at every snapshot")
+@click.option("--test/--no-test", default=True, help="All metrics at the end, into test.json")
+@click.option("--viz/--no-viz", default=False, help="Draw samples at the end, into samples.png")
+@click.option(
+    "--snapshot-iter", type=click.IntRange(min=0), default=256, help="Steps between snapshots; 0: at the end only"
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0)
+@click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu, ...")
+@click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop")
+# fmt: on
+def train(outdir, guidance, guide, guide_weight, select, random, acid, early, late, val, test, viz, dry_run, **given):
+    """Train one toy network. --batch-size points are drawn per step; with --select a part of them is trained on."""
+    if early and late:
+        raise click.UsageError("--early and --late exclude each other; give one")
+    if (random or acid) and select != "none":
+        raise click.UsageError("--selection and --acid stand for --select=random and --select=jest; give one")
+    if guidance and guide is None:
+        raise click.UsageError("--guidance needs a guide: give --guide")
+    select = "jest" if acid else "random" if random else select
+    when = "early" if early else "late" if late else "always"
+    guide = None if guidance is False else guide
+    from dataclasses import asdict
+
+    from simulations import tree_metrics, tree_training
+
+    config = tree_training.TreeConfig(select=select, when=when, guide=guide, guidance=guide_weight, **given).check()
+    if dry_run:
+        print(json.dumps(asdict(config), indent=2))
+        print("Dry run; exiting.")
+        return
+    hook = tree_metrics.validation_hook(config.cls, device=config.device) if val else None
+    loop = tree_training.train(config, outdir, hook)
+    if test or viz:
+        ema = loop.ema.get()[0][0].net
+        tree_metrics.finish(config, outdir, loop.objective.net.eval(), ema, test, viz)
+
+
+@main.command()
+@click.option("--net", "--net-path", "net", metavar="SNAPSHOT", required=True, help="File, or run folder")
+@click.option("--ema", "--ema-path", "ema", metavar="SNAPSHOT", help="Average of the same run, measured beside")
+@click.option("--guide", "--guide-path", "guide", metavar="SNAPSHOT", help="Guide; adds the guided metrics")
+@click.option("--guidance", type=float, default=3.0, help="Guidance weight")
+@click.option("--cls", type=click.Choice(["A", "B", "AB"]), default="A", help="Classes of the tree")
+@click.option("--n-samples", type=click.IntRange(min=1), default=1024, help="Samples; scores depend on it")
+@click.option("--external", is_flag=True, help="Also on the outer branches (class A)")
+@click.option("--mandala", is_flag=True, help="Also mandala and classification score")
+@click.option("--levels", is_flag=True, help="Also the loss per noise level")
+@click.option("--seed", type=click.IntRange(min=0), default=1)
+@click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu, ...")
+def test(net, ema, guide, guidance, n_samples, levels, **options):
+    """Measure snapshots. stdout: JSON, with what the exact mixture itself scores under `floor`."""
+    from simulations import tree_metrics
+
+    result = tree_metrics.test(net, ema, guide, guidance, n_samples, levels, **options)
+    print(json.dumps(result, indent=2))
+
+
+@main.command()
+@click.option("--net", metavar="SNAPSHOT", required=True, help="Main network: file, or run folder")
+@click.option("--gnet", "--guide", "gnet", metavar="SNAPSHOT", required=True, help="Guide")
+@click.option("--guidance", type=float, default=3.0, help="Guidance weight")
+@click.option("--cls", type=click.Choice(["A", "B", "AB"]), default="A", help="Classes of the ground truth")
+@click.option(
+    "--save",
+    metavar="FILE",
+    default=str(FIGURES / "tree-autoguidance"),
+    show_default="simulations/figures/tree-autoguidance",
+    help="Figure, written as .png and .svg",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=1)
+@click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu, ...")
+def plot(net, gnet, guidance, cls, save, seed, device):
+    """Draw the autoguidance figure: samples, densities and trajectories with and without guidance."""
+    from simulations import style, tree_plots
+    from simulations.tree_training import load_toy
+
+    figure = tree_plots.autoguidance_figure(
+        load_toy(net, device), load_toy(gnet, device), guidance, cls, seed, device=device
+    )
+    stem = Path(save).with_suffix("") if Path(save).suffix in (".png", ".svg") else Path(save)
+    print(json.dumps({"files": [str(path) for path in style.save(figure, stem)]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Which data selection is worth its cost? Several arms and seeds on the tree, one table, one figure."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+if not __package__:  # run as a file: the packages are one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dnnlib import cli  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parent / "results" / "tree-sweep"
+EXAMPLES = """
+\b
+Examples:
+  # The table of docs/selection.md (about 25 minutes of one core):
+  python simulations/run_tree_sweep.py
+\b
+  # The published size:
+  python simulations/run_tree_sweep.py --batch-size=4096 --total-iter=4096 --snapshot-iter=256 --n-samples=16384 --jobs=5
+"""
+
+
+# fmt: off  (one option a line)
+@cli.command(epilog=EXAMPLES)
+@click.option(
+    "--arms", type=cli.STRINGS, default="baseline,random,jest,ajest,early-ajest,diverse", help="Also: late-ajest"
+)
+@click.option("--seeds", type=cli.SEEDS, default="0,73,172,231,357", help="Training seeds")
+@click.option("--batch-size", type=click.IntRange(min=16), default=1024, help="Points drawn per step")
+@click.option("--total-iter", type=click.IntRange(min=1), default=1000, help="Steps")
+@click.option(
+    "--snapshot-iter",
+    type=click.IntRange(min=1),
+    default=48,
+    help="Steps between snapshots, which are what is compared",
+)
+@click.option("--reference-iter", type=click.IntRange(min=1), default=512, help="Steps of the reference (width 32)")
+@click.option("--reference-batch", type=click.IntRange(min=1), default=4096, help="Its batch size")
+@click.option("--n-samples", type=click.IntRange(min=1), default=2048, help="Samples behind each score")
+@click.option("--cls", type=click.Choice(["A", "B", "AB"]), default="A", help="Classes of the tree")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), default=1, help="Seeds side by side; more than one makes times noisy"
+)
+@click.option("--outdir", metavar="DIR", default=str(RESULTS), show_default="simulations/results/tree-sweep")
+@click.option("--figure", metavar="STEM", help="Figure; default: <outdir>/selection-tree")
+@click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu, ...")
+@click.option("-n", "--dry-run", is_flag=True, help="Print the runs and stop")
+# fmt: on
+def main(arms, seeds, reference_iter, reference_batch, n_samples, jobs, outdir, figure, dry_run, **options):
+    """Compare data selections at equal steps, equal trained samples and equal time. Run again to resume.
+
+    Writes table.csv (a row per run and comparison), table.md (mean and standard deviation over seeds) and the figure.
+    """
+    if dry_run:
+        print(json.dumps({"arms": arms, "seeds": seeds, "outdir": outdir, **options}, indent=2))
+        print("Dry run; exiting.")
+        return
+    from simulations import tree_sweep, tree_training
+
+    base = tree_training.TreeConfig(**options)
+    paths = tree_sweep.run(base, arms, seeds, outdir, n_samples, reference_iter, reference_batch, figure, jobs)
+    print(json.dumps({"files": [str(path) for path in paths]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The autoguidance figure on the tree: samples, densities and trajectories, with and without guidance (arXiv 2406.02507)."""
+
+import numpy as np
+import torch
+
+from simulations import style, tree, tree_metrics
+
+WIDE = dict(centre=(0.30, 0.30), half=1.2)
+ZOOM = dict(centre=(0.45, 1.22), half=0.3)
+FILL, LINE, MARK = "#8FBC8F", "#2F6B2F", "#333333"
+LEVELS = np.linspace(-2.12, 0, 9)  # of -sqrt(max log p - log p); the lowest encloses about 99 % of the mass
+
+
+def thin(points, distance):
+    """Indices of points [N, 2] kept greedily, in order, so that any two are at least `distance` apart."""
+    kept = []
+    for i, point in enumerate(points):
+        if not kept or float((points[kept] - point).norm(dim=1).min()) >= distance:
+            kept.append(i)
+    return kept
+
+
+def _grid(view, size, device):
+    x, y = (torch.linspace(c - view["half"], c + view["half"], size, device=device) for c in view["centre"])
+    return x.cpu(), y.cpu(), torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [size, size, 2]
+
+
+def _contour(axis, view, log_density, sigma, size=400, filled=True, colour=FILL, device="cpu"):
+    """Contours of -sqrt(max v - v) of a log-density v on a square grid."""
+    x, y, points = _grid(view, size, device)
+    with torch.no_grad():
+        v = log_density(points, sigma).cpu()
+    v = -(v.max() - v).clamp(min=0).sqrt()
+    if filled:
+        axis.contourf(x, y, v, levels=[*LEVELS, 1e-9], colors=[colour] * len(LEVELS), alpha=0.12)
+    axis.contour(x, y, v, levels=[LEVELS[0]], colors=LINE, linewidths=0.7)
+
+
+def _frame(axis, view, title):
+    (cx, cy), half = view["centre"], view["half"]
+    axis.set(xlim=(cx - half, cx + half), ylim=(cy - half, cy + half), aspect="equal", xticks=[], yticks=[])
+    axis.set_title(title, fontsize=9)
+    axis.grid(False)
+
+
+def _paths(axis, path):
+    """Thin lines from start to end, with a dot at the end; path [steps, N, 2]."""
+    axis.plot(*path.unbind(-1), color=MARK, lw=0.4, alpha=0.6)
+    axis.scatter(*path[-1].T, s=5, color=MARK, lw=0, zorder=3)
+
+
+def autoguidance_figure(
+    net, gnet, guidance=3.0, cls="A", seed=1, size=400, num_wide=1 << 14, num_zoom=1 << 12, device="cpu"
+):
+    """The 2 x 4 panels as a matplotlib figure.
+
+    Row 1: samples of the truth, of the network, of the guided network, and the network's trajectories. Row 2: densities
+    of network and guide, their ratio (what guidance climbs), and guided trajectories. Networks are ToyModels.
+    """
+    truth = tree.ground_truth(cls, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    fig, axes = style.figure(columns=4, rows=2, width=2.6, height=2.7)
+    start = truth.sample((num_wide,), tree_metrics.SIGMA_MAX, generator)
+    clouds = [truth.sample((num_wide,), generator=generator)]
+    for weight in (1.0, guidance):
+        guide = None if weight == 1 else gnet
+        clouds.append(tree_metrics.trajectories(net, start, guide, weight)[-1])
+    titles = ["Ground truth", "No guidance", f"Autoguidance, $w$ = {guidance:g}"]
+    for axis, points, title in zip(axes[0], clouds, titles, strict=False):
+        _contour(axis, WIDE, truth.logp, 0, size, device=device)
+        axis.scatter(*points.cpu().T, s=0.6, color=MARK, lw=0, rasterized=True)
+        _frame(axis, WIDE, title)
+
+    sigma = 0.03  # of the zoomed panels: where the finest branches have just merged
+    start = truth.sample((num_zoom,), sigma, generator)
+    (cx, cy), half = ZOOM["centre"], ZOOM["half"] * 1.1
+    near = ((start - start.new_tensor([cx, cy])).abs() < half).all(dim=1)
+    start = start[near]
+    start = start[thin(start, 0.045)]
+    for axis, guide, weight, title in (
+        (axes[0, 3], None, 1.0, "Trajectories, no guidance"),
+        (axes[1, 3], gnet, guidance, "Trajectories, autoguidance"),
+    ):
+        _contour(axis, ZOOM, truth.logp, 0, size, device=device)
+        _paths(axis, tree_metrics.trajectories(net, start, guide, weight, sigma_max=sigma).cpu())
+        _frame(axis, ZOOM, title)
+    ratio = lambda x, s: net.logp(x, s) - gnet.logp(x, s)
+    for axis, density, title in (
+        (axes[1, 0], net.logp, "Main density $p_1$"),
+        (axes[1, 1], gnet.logp, "Guide density $p_0$"),
+        (axes[1, 2], ratio, "Ratio $p_1/p_0$"),
+    ):
+        _density(axis, density, sigma, size, device)
+        _contour(axis, ZOOM, truth.logp, 0, size, filled=False, device=device)
+        _frame(axis, ZOOM, title)
+    return fig
+
+
+def samples_figure(points, cls="A", size=400):
+    """One panel: points [N, 2] over the ground truth."""
+    fig, axis = style.figure(width=4.0, height=4.0)
+    view = WIDE if cls == "A" else dict(centre=(0.0, 0.0), half=1.7)
+    _contour(axis, view, tree.ground_truth(cls).logp, 0, size)
+    axis.scatter(*points.cpu().T, s=0.6, color=MARK, lw=0, rasterized=True)
+    _frame(axis, view, f"{len(points)} samples")
+    return fig
+
+
+def _density(axis, log_density, sigma, size, device):
+    x, y, points = _grid(ZOOM, size, device)
+    with torch.no_grad():
+        v = log_density(points, sigma).cpu()
+    v = -(v.max() - v).clamp(min=0).sqrt()
+    axis.contourf(x, y, v, levels=np.linspace(-3, 0, 13), cmap="Greens", extend="min")
