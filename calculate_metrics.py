@@ -13,11 +13,14 @@ from dnnlib import atomic_write, cli
 
 
 def _int(name, help, default=None, at_least=0):
-    return click.option(name, help=help, metavar="INT", type=click.IntRange(min=at_least), default=default)
+    options = {} if default is None else {"default": default}
+    return click.option(name, help=help, metavar="INT", type=click.IntRange(min=at_least), **options)
 
 
 def _text(name, help, metavar, default=None, **options):
-    return click.option(name, help=help, metavar=metavar, default=default, **options)
+    if default is not None:  # an explicit None would satisfy `required`
+        options["default"] = default
+    return click.option(name, help=help, metavar=metavar, **options)
 
 
 def _options(*decorators):

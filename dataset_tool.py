@@ -7,22 +7,17 @@ import re
 
 import click
 
-
-class UserError(click.ClickException):
-    exit_code = 2
+from dnnlib import cli
 
 
-def user_errors(function):
-    """What a user can get wrong becomes one line and exit code 2."""
+def one_process(function):
+    """Refuse to run several times over under torchrun."""
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        try:
-            if os.environ.get("WORLD_SIZE", "1") != "1":
-                raise UserError("dataset_tool.py runs as one process: start it without torchrun")
-            return function(*args, **kwargs)
-        except (ValueError, OSError) as err:
-            raise UserError(str(err)) from err
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise click.UsageError("dataset_tool.py runs as one process: start it without torchrun")
+        return function(*args, **kwargs)
 
     return wrapper
 
@@ -56,7 +51,7 @@ def progress(items, text):
     return tqdm.tqdm(items, desc=text, unit="img", leave=False)
 
 
-@click.group()
+@cli.group()
 def main():
     """Convert image collections, encode them, inspect them.
 
@@ -122,7 +117,7 @@ def main():
 )
 @click.option("--overwrite", help="Replace existing data sets", is_flag=True)
 @click.option("-n", "--dry-run", help="Print what would be written", is_flag=True)
-@user_errors
+@one_process
 def convert(**options):
     """Write a folder, archive or packaged collection as one data set.
 
@@ -168,7 +163,7 @@ def latents_options(function):
 
 @main.command()
 @latents_options
-@user_errors
+@one_process
 def encode(**options):
     """Encode a data set of images into VAE latents (8 channels: posterior mean and standard deviation).
 
@@ -189,7 +184,7 @@ def encode(**options):
     metavar="INT",
     type=click.IntRange(min=0),
 )
-@user_errors
+@one_process
 def decode(**options):
     """Decode a data set of VAE latents into pictures.
 
@@ -217,7 +212,7 @@ def decode(**options):
     "--seed", help="Seed of the sample", metavar="INT", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True
 )
 @click.option("--hash", "with_hash", help="Also print a hash of images and labels", is_flag=True)
-@user_errors
+@one_process
 def inspect(path, as_json, **options):
     """Count, shape, images per source, mean, std, largest distance, suggested sigma_data and sigma_max.
 

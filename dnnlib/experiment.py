@@ -26,6 +26,7 @@ import os
 import re
 import shlex
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -121,12 +122,18 @@ def load(path, budget=None, overrides=None):
     steps = []
     for stage, entry in enumerate(spec["steps"]):
         where = f"{path}, step {stage}"
-        if not isinstance(entry, dict) or not {"name", "run"} <= set(entry):
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "run")):
             raise ValueError(f"{where}: a step has a name and a run line")
+        try:
+            words = shlex.split(entry["run"])
+        except ValueError as err:
+            raise ValueError(f"{where}: the run line is not readable ({err})") from err
+        if not words or not isinstance(entry.get("foreach") or {}, dict):
+            raise ValueError(f"{where}: run must name a script, and foreach must map names to lists")
         for assignment in _combinations(entry.get("foreach"), settings, where):
             values = {**settings, **assignment}
             argv = []
-            for word in shlex.split(entry["run"]):
+            for word in words:
                 text = _fill(word, values, where)
                 # A word that is one setting may hold several options.
                 argv.extend(shlex.split(text) if re.fullmatch(r"\{\w+\}", word) else [text])
@@ -180,6 +187,17 @@ def execute(out, step, scripts, threads=None):
     return None
 
 
+def _exit_with(parent):
+    """Start a thread that ends this process when `parent` is gone: an orphan would race against the resumed run."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _worker(out, step, load_scripts, threads):
     return execute(out, step, load_scripts(), threads)
 
@@ -200,7 +218,11 @@ def run(steps, out, load_scripts, jobs=1, progress=True):
         if jobs > 1:
             context = multiprocessing.get_context("spawn")
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context))
+            pool = stack.enter_context(
+                concurrent.futures.ProcessPoolExecutor(
+                    jobs, mp_context=context, initializer=_exit_with, initargs=(os.getpid(),)
+                )
+            )
         for _, group in itertools.groupby(todo, key=lambda step: step.stage):
             for step, error in _run_stage(list(group), out, load_scripts, pool):
                 if error is not None:

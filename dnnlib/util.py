@@ -88,7 +88,7 @@ def atomic_write(path, mode="wb"):
         raise
 
 
-_NIMG = re.compile(r"(\d+)(Ki|Mi|Gi|)")
+_NIMG = re.compile(r"([0-9]{1,18})(Ki|Mi|Gi|)")
 _UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
@@ -115,7 +115,7 @@ def parse_seeds(text):
     """A list of seeds such as '0,3,16-19' (ranges inclusive) or '1000+50' (50 from 1000 on). Raises ValueError."""
     seeds = []
     for part in str(text).split(","):
-        match = re.fullmatch(r"\s*(\d{1,18})(?:([-+])(\d{1,18}))?\s*", part)
+        match = re.fullmatch(r"\s*([0-9]{1,18})(?:([-+])([0-9]{1,18}))?\s*", part)
         if match is None:
             raise ValueError(f"{text!r} is no list of seeds: give integers and ranges, such as 0,3,16-19 or 1000+50")
         first = last = int(match[1])

@@ -10,9 +10,17 @@ import torch.distributed
 def init(device=None):
     """Start the process group that torchrun announces (NCCL on GPUs, gloo on the CPU); a plain run needs none.
 
-    Sets the CUDA device from LOCAL_RANK. Returns the device of this process.
+    Sets the CUDA device from LOCAL_RANK. Returns the device of this process. Raises ValueError for one that is not there.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device={name} is no device: give cpu or cuda") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device={name}: {torch.cuda.device_count()} GPUs are available; give another or --device=cpu"
+        )
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if device.type == "cuda":
