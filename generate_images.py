@@ -27,7 +27,7 @@ def process_options(function):
     """--process and --process-options."""
     function = click.option(
         "--process-options",
-        metavar="NAME=VALUE,...",
+        type=cli.MAPPING,
         help="Of the process: M=0.25,beta=4:4,init_aux_var=0.01; V=3; full=true; Q=0:-1;1:0 (lists by :, rows by ;)",
     )(function)
     return click.option(
@@ -91,7 +91,7 @@ def generate_images(*args, **kwargs):
 
 @cli.command(epilog=EXAMPLES)
 @click.option("--net", metavar="SNAPSHOT", help="Network snapshot")
-@click.option("--gnet", metavar="SNAPSHOT", help="Guiding network: a weaker one, or the same for label dropout")
+@click.option("--gnet", metavar="SNAPSHOT", help="Guiding network; null: --net without its label (trained with --label-dropout); null-last: with its last label")
 @click.option("--preset", metavar="NAME", help="Published combination of --net, --gnet and --guidance")
 @click.option("--outdir", metavar="DIR", required=True, help="Where to write the images")
 @click.option("--subdirs", is_flag=True, help="A folder for every 1000 seeds")

@@ -28,6 +28,8 @@ CHOICES = {
     "ema": click.Choice(["power", "halflife", "decay", "none"]),
     "when": click.Choice(["always", "early", "late"]),
     "scope": click.Choice(["global", "rank"]),
+    "time_sampling": click.Choice(["uniform", "importance", "snr"]),
+    "weighting": click.Choice(["likelihood", "reweightedv1", "reweightedv2"]),
     "cheap": click.Choice(["half", "levels", "lowres"]),
 }
 
@@ -41,6 +43,7 @@ def options(function):
         click.option("--val-data", metavar="ZIP|DIR", help="Held-out data for the validation loss"),
         click.option("--cond", type=bool, help="Class-conditional training"),
         click.option("--xflip", type=bool, help="Add mirrored copies of all images"),
+        click.option("--encoder", metavar="NAME", help="Of pixels: rgb, dequantize, center or logit"),
         click.option("--max-images", type=click.IntRange(min=1), help="Use so many images of the data set"),
         click.option("--preset", metavar="NAME", default="edm2-img512-s", help="Row of training/presets.py"),
         # Network.
@@ -54,11 +57,22 @@ def options(function):
         click.option("--dropout", type=click.FloatRange(0, 1), help="Dropout probability"),
         click.option("--fp16", type=bool, help="Reduced precision on GPUs"),
         # Noise and loss.
-        click.option("--process", metavar="NAME", help="Training noise: edm or pfgmpp"),
+        click.option(
+            "--process",
+            metavar="NAME",
+            help="Noise: edm, pfgmpp, vp, cld, alda, malda, learned, or linear with Q and D",
+        ),
+        click.option("--process-options", type=cli.MAPPING, help="Of the process: M=0.25,beta=4:4,init_aux_var=0.01"),
+        click.option("--time-sampling", type=CHOICES["time_sampling"], help="Law of t of such a process [snr]"),
+        click.option("--weighting", type=CHOICES["weighting"], help="Its weight [likelihood]"),
+        click.option(
+            "--t-min", type=click.FloatRange(min=0, min_open=True), help="Its lowest t [where sigma is 0.002]"
+        ),
+        click.option("--process-lr-scale", type=float, help="Learned: learning rate relative to the network's [0.1]"),
         click.option(
             "--aug-dim", type=float, metavar="D", help="Augmented dimensions of pfgmpp, any number > 0 or inf"
         ),
-        click.option("--loss", metavar="NAME", help="edm2, edm, vp or ve"),
+        click.option("--loss", metavar="NAME", help="edm2, edm, vp, ve, or process: a process's own noise levels"),
         click.option("--P_mean", "P_mean", type=float, help="Mean of ln sigma"),
         click.option("--P_std", "P_std", type=float, help="Standard deviation of ln sigma"),
         click.option("--sigma-data", type=float, help="Standard deviation of the data (dataset_tool.py inspect)"),
@@ -126,6 +140,8 @@ def main(outdir, preset, chunks, resume, device, dry_run, **given):
     from training.config import make_config
 
     presets.get(preset)
+    if not outdir:
+        raise click.UsageError("--outdir is empty: name a folder for the run")
     if chunks is not None:
         given["select_options"] = {"num_chunks": chunks}
     config = make_config(preset, **given)
@@ -151,7 +167,7 @@ def run(config, outdir, resume=None, device=None):
 
     device = dist.init(device)
     outdir = Path(outdir)
-    setup.check_inputs(config, outdir)
+    setup.check_inputs(config, outdir, resume)
     chosen = {"stop_requested": hooks.StopOnSignal()}
     if config.val_data:
         chosen["on_status"] = hooks.validation_hook(ImageFolderDataset(config.val_data, use_labels=config.cond))
@@ -163,6 +179,11 @@ def run(config, outdir, resume=None, device=None):
             loop = setup.train(config, outdir, device, resume, chosen)
         except TrainingFailed as err:
             print(f"Error: {err}", file=sys.stderr, flush=True)
+            return 1
+        except RuntimeError as err:
+            if not dist.is_lost_peer(err):
+                raise
+            print(f"Error: {dist.LOST_PEER}: run the same command again to resume", file=sys.stderr, flush=True)
             return 1
         finally:
             dist.shutdown()

@@ -29,6 +29,15 @@ class _Parsed(click.ParamType):
             self.fail(str(err), param, ctx)
 
 
+class _Mapping(click.ParamType):
+    """NAME=VALUE,... as text, or a mapping from a configuration file."""
+
+    name = "name=value,..."
+
+    def convert(self, value, param, ctx):
+        return value if isinstance(value, dict) else str(value)
+
+
 def _list_of(kind, name):
     def parse(text):
         try:
@@ -43,6 +52,7 @@ NIMG = _Parsed("nimg", parse_nimg)
 SEEDS = _Parsed("seeds", parse_seeds)
 INTS = _Parsed("ints", _list_of(int, "integers"))
 FLOATS = _Parsed("floats", _list_of(float, "numbers"))
+MAPPING = _Mapping()
 STRINGS = _Parsed("names", lambda text: [part for part in text.split(",") if part])
 
 
@@ -53,7 +63,8 @@ def _read_config(ctx, param, paths):
     import yaml
 
     merged = dict(ctx.default_map or {})
-    known = {name: p for p in ctx.command.params for name in (p.name, *(o.lstrip("-") for o in p.opts))}
+    options = [p for p in ctx.command.params if p is not param]
+    known = {name: p for p in options for name in (p.name, *(o.lstrip("-") for o in p.opts))}
     for path in paths:
         try:
             with open(path, encoding="utf-8") as file:

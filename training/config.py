@@ -8,6 +8,8 @@ from pathlib import Path
 
 from training import presets
 
+LINEAR = ("vp", "cld", "alda", "malda", "learned", "linear")  # processes that say at which noise levels to train
+
 # What a resumed run may change: lengths, intervals and how the work is split. None of these touches a random draw.
 FREE_TO_CHANGE = {
     "total_nimg", "slice_nimg", "status_nimg", "snapshot_nimg", "checkpoint_nimg", "keep", "batch_gpu", "workers", "bench",
@@ -40,8 +42,14 @@ class TrainingConfig:
 
     # Noise and loss.
     process: str = "edm"
+    process_options: dict = field(default_factory=dict)  # of a linear process: M, beta, init_aux_var, V, ...
     aug_dim: float | None = None  # D of PFGM++
     loss: str = "edm2"
+    time_sampling: str | None = None  # loss "process", which is that of linear processes: law of t; None: snr
+    weighting: str | None = None  # loss "process": None: likelihood
+    t_min: float | None = None  # loss "process": lower end of t; None: where sigma is 0.002
+    process_lr_scale: float = 0.1  # learned processes: learning rate as a multiple of the network's
+    encoder: str | None = None  # pixels: rgb, dequantize, center or logit; None: by the data
     sigma_data: float = 0.5
     P_mean: float = -0.4
     P_std: float = 1.0
@@ -98,7 +106,12 @@ class TrainingConfig:
 
     def check(self):
         """Raises ValueError, naming the option, for values that cannot work together. Returns self."""
-        positive = ("total_nimg", "batch_size", "lr", "P_std", "sigma_data", "loss_scaling", "stf_refs")
+        for field_ in dataclasses.fields(self):
+            value = getattr(self, field_.name)
+            numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, float)]
+            ok = all(map(math.isfinite, numbers)) or field_.name == "aug_dim"
+            _require(ok, field_.name, value, "must be finite")
+        positive = ("total_nimg", "batch_size", "lr", "P_std", "sigma_data", "loss_scaling", "stf_refs", "score_scale")
         for name in positive:
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         for name in ("decay", "rampup", "weight_decay", "batch_gpu", "slice_nimg", "keep", "workers", "seed"):
@@ -108,6 +121,12 @@ class TrainingConfig:
         _require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must be two in [0, 1)"
         )
+        _require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", self.grad_clip, "must be positive")
+        _require(self.ema_halflife > 0, "ema_halflife", self.ema_halflife, "must be positive")
+        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must lie in [0, 1)")
+        _require(0 <= self.filter_ratio < 1, "filter_ratio", self.filter_ratio, "must lie in [0, 1): it is discarded")
+        ok = self.ema_std and all(0 < std <= 12**-0.5 for std in self.ema_std)
+        _require(ok, "ema_std", self.ema_std, "must lie in (0, 0.2887)")
         for name in ("status_nimg", "snapshot_nimg", "checkpoint_nimg", "total_nimg", "slice_nimg"):
             value = getattr(self, name)
             down = value // self.batch_size * self.batch_size
@@ -125,6 +144,15 @@ class TrainingConfig:
             self.aug_dim = float(self.aug_dim)  # "inf", as it is stored
             _require(self.process == "pfgmpp", "aug_dim", self.aug_dim, "belongs to --process=pfgmpp")
             _require(self.aug_dim > 0, "aug_dim", self.aug_dim, "must be positive or inf")
+        if self.process_options:
+            from training.process_options import parse_options
+
+            self.process_options = parse_options(self.process_options)
+        for name in ("time_sampling", "weighting", "t_min"):
+            value = getattr(self, name)
+            _require(
+                value is None or self.loss == "process", name, value, f"belongs to --loss=process, not {self.loss}"
+            )
         if self.block is None:
             self.block = max(b for b in range(1, min(self.batch_size, 32) + 1) if self.batch_size % b == 0)
         _require(self.block >= 1, "block", self.block, "must be at least 1")
@@ -165,14 +193,20 @@ def make_config(preset=None, **options):
     chosen = any(options.get(name) is not None for name in ("arch", "precond")) or "loss" not in row
     if chosen and options.get("loss") is None and row.get("arch", "edm2") != "edm2":
         row["loss"] = row.get("precond", "edm")  # the loss that a preconditioning was made with
+    if row.get("process") in LINEAR and options.get("loss") is None:
+        row["loss"] = "process"  # its own noise levels and weight
     return TrainingConfig(**{**row, "preset": preset or ""}).check()
 
 
 def differences(old, new):
-    """Lines 'option: old -> new' for the options that a resumed run must not change."""
+    """Lines 'option: old -> new' for the options that a resumed run must not change.
+
+    An option that one side does not know has its default there: the run is older, or newer, than the option.
+    """
+    defaults = TrainingConfig().to_dict()
     lines = []
     for name in sorted({*old, *new} - FREE_TO_CHANGE):
-        a, b = (json.loads(json.dumps(side.get(name))) for side in (old, new))
+        a, b = (json.loads(json.dumps(side.get(name, defaults.get(name)))) for side in (old, new))
         if a != b:
             lines.append(f"{option_name(name)}: {a} -> {b}")
     return lines

@@ -45,12 +45,12 @@ def parse_options(text):
     return options
 
 
-def make_process(name, options=None, trained=None, seed=0):
+def make_process(name, options=None, trained=None, seed=0, learn=False):
     """The process that `name` means: one of NAMES, or a snapshot (file or run folder) whose process is taken.
 
     options: dict, or text as on the command line; those of CLD may also be the CLD paper's own (m_inv, gamma, beta0,
     beta1). trained: process of the network's snapshot; `learned` without options takes it if it is learned. Other learned
-    processes start random, as a function of `seed`. Raises ValueError for what is unknown or not a process.
+    processes start random, as a function of `seed`; learn=True: to be trained. Raises ValueError for what is unknown.
     """
     options = parse_options(options)
     if name not in NAMES and (Path(name).exists() or str(name).endswith(".safetensors")):
@@ -64,17 +64,15 @@ def make_process(name, options=None, trained=None, seed=0):
     if name == "learned":
         if not options and isinstance(trained, processes.Learned):
             return trained
-        warnings.warn("--process=learned: nothing is learned yet, its matrices are random", stacklevel=2)
+        if not learn:
+            warnings.warn("--process=learned: nothing is learned yet, its matrices are random", stacklevel=2)
     try:
         if name == "cld" and {"m_inv", "gamma", "beta0", "beta1"} & set(options):
             return processes.CLD.published(**options)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return (
-                processes.get(name, **options).requires_grad_(False)
-                if name == "learned"
-                else processes.get(name, **options)
-            )
+            process = processes.get(name, **options)
+        return process.requires_grad_(learn) if name == "learned" else process
     except (ValueError, TypeError) as error:
         maker = processes.CLD.published if {"m_inv", "beta0"} & set(options) else processes.REGISTRY[name]
         known = ", ".join(inspect.signature(maker).parameters) or "none"

@@ -3,6 +3,7 @@
 An entry of your own (`ARCHS["mine"] = build_mine`) is a choice of `train_edm2.py` at once.
 """
 
+import contextlib
 import functools
 import inspect
 import json
@@ -19,10 +20,11 @@ from torch_utils import checkpoint, persistence
 from torch_utils import distributed as dist
 from torch_utils.random import hash_seed
 from training import encoders, losses, phema, processes, selection
-from training.config import check_same_run
+from training.config import LINEAR, check_same_run
 from training.dataset import ImageFolderDataset, load_arrays
 from training.feed import CACHE_BYTES, Feed
 from training.networks_edm2 import Precond
+from training.process_options import make_process
 from training.schedules import SCHEDULES
 from training.training_loop import Periods, training_loop
 
@@ -99,13 +101,30 @@ LOSSES = {
     "edm": lambda config, common, references: losses.EDMLoss(config.P_mean, config.P_std, **common),
     "vp": lambda config, common, references: losses.VPLoss(**common),
     "ve": lambda config, common, references: losses.VELoss(**common),
+    "process": lambda config, common, references: build_process_loss(config, common),
 }
+
+
+def build_process_loss(config, common):
+    """The loss of a linear process (training/process_loss.py)."""
+    from training.process_loss import ProcessLoss
+
+    process = common["kernel"]
+    if not hasattr(process, "project"):
+        raise ValueError(f"--loss=process needs a linear process, not --process={config.process}: take --loss=edm2")
+    laws = _given(time_sampling=config.time_sampling, weighting=config.weighting, t_min=config.t_min)
+    return ProcessLoss(process, **common, **laws, lr_scale=config.process_lr_scale)
 
 
 def build_process(config):
     """The noise of a run: a kernel or process of training/processes."""
     if config.process == "pfgmpp":
         return processes.get("pfgmpp", **_given(D=config.aug_dim))
+    if config.process in LINEAR or config.process_options:
+        process = make_process(config.process, config.process_options, seed=config.seed, learn=True)
+        if isinstance(process, torch.nn.Module) and config.loss != "process":
+            raise ValueError(f"--process={config.process} is learned by --loss=process, not --loss={config.loss}")
+        return process
     return processes.get(config.process)
 
 
@@ -204,9 +223,22 @@ def open_dataset(config):
     return dataset
 
 
-def choose_encoder(dataset):
-    """The encoder of a data set: by its channels, except that float arrays other than VAE latents stay as they are."""
+ENCODERS = {
+    "rgb": encoders.StandardRGBEncoder,
+    "dequantize": encoders.UniformDequantizer,
+    "center": encoders.CenterEncoder,
+    "logit": encoders.LogitEncoder,
+}
+
+
+def choose_encoder(dataset, name=None):
+    """The encoder of a data set: by name, or by its channels, except that float arrays other than VAE latents stay."""
     image, _ = dataset[0]
+    if name is not None:
+        make = _choose(ENCODERS, "encoder", name)
+        if image.dtype != np.uint8:
+            raise ValueError(f"--encoder={name} is for pixels, and the data are {image.dtype} arrays: leave it out")
+        return make()
     if image.dtype == np.float32 and dataset.num_channels != 8:
         return encoders.IdentityEncoder()
     return encoders.for_channels(dataset.num_channels)
@@ -263,17 +295,22 @@ def git_commit():
         return None
 
 
-def check_inputs(config, outdir):
+def check_inputs(config, outdir, resume=None):
     """Raises ValueError for what would fail later: another run in `outdir`, unreadable data, unknown names."""
     check_same_run(outdir, config)
-    open_dataset(config)
+    dataset = open_dataset(config)
+    interface = interface_of(dataset, choose_encoder(dataset, config.encoder))
     tables = (ARCHS, "arch"), (LOSSES, "loss"), (OPTIMIZERS, "optimizer"), (SCHEDULES, "lr_schedule")
     for table, name in tables:
         _choose(table, name.replace("_", "-"), getattr(config, name))
     if config.select != "none":
         function = _choose(selection.FUNCTIONS, "select", config.select)
         selection.check_choice(function, config.reference is not None, config.select_when, config.select_options)
-    build_process(config)
+    if resume is not None and not Path(resume).is_file():
+        raise ValueError(f"--resume={resume}: no such checkpoint")
+    build_loss(config, None)
+    with torch.device("meta"), contextlib.suppress(NotImplementedError):  # sizes and options without the work
+        ARCHS[config.arch](config, interface)
     if config.val_data:
         ImageFolderDataset(config.val_data)
     for name in ("init", "reference"):
@@ -284,7 +321,7 @@ def check_inputs(config, outdir):
 def grid_shape(config):
     """([C, R, R], label_dim, sources present) of the latents that the network makes: what a sample grid needs."""
     dataset = open_dataset(config)
-    interface = interface_of(dataset, choose_encoder(dataset))
+    interface = interface_of(dataset, choose_encoder(dataset, config.encoder))
     shape = [interface["img_channels"], interface["img_resolution"], interface["img_resolution"]]
     present = sorted({int(k) for k in dataset.raw_labels}) if dataset.has_onehot_labels else None
     return shape, interface["label_dim"], present
@@ -301,7 +338,7 @@ def train(config, outdir, device="cpu", resume=None, hooks=None):
     device = torch.device(device)
     check_same_run(outdir, config)
     dataset = open_dataset(config)
-    encoder = choose_encoder(dataset)
+    encoder = choose_encoder(dataset, config.encoder)
     interface = interface_of(dataset, encoder)
     _fast_math(config)
     net = build_network(config, interface, device)
@@ -327,6 +364,7 @@ def train(config, outdir, device="cpu", resume=None, hooks=None):
         resume = dist.broadcast_object(str(checkpoint.newest_sound(outdir) or "") if dist.get_rank() == 0 else None)
     if dist.get_rank() == 0:
         outdir.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_leftovers(outdir)
         with atomic_write(outdir / "training_options.json", "w") as file:
             json.dump(config.to_dict(), file, indent=2)
     dist.barrier()
