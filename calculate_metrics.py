@@ -10,6 +10,7 @@ import sys
 import click
 
 from dnnlib import atomic_write, cli
+from generate_images import process_options
 
 
 def _int(name, help, default=None, at_least=0):
@@ -339,6 +340,74 @@ def loss(net, data, sources, num, seed, device, dest, tags):
     result = denoising_loss(snapshot.net, dataset, snapshot.encoder, seed=seed, max_images=num)
     sources = {str(k): {"denoising_loss": v} for k, v in result.pop("sources", {}).items()}
     _finish({"net": net, "seed": seed, "tags": tags, "metrics": {"denoising": {**result, "sources": sources}}}, dest)
+
+
+@cmdline.command()
+@_text("--net", "Network snapshot, or a run folder (its newest)", "FILE|DIR", required=True)
+@_text("--data", "Images", "DIR|ZIP", required=True)
+@process_options
+@_text("--method", "elbo, or ode (probability flow)", "NAME", "elbo", type=click.Choice(["elbo", "ode"]))
+@_text("--encoder", "center, logit or discrete (probability of the levels); default: the snapshot's", "NAME")
+@_int("--samples", "elbo: network evaluations per image", 8, at_least=1)
+@_text(
+    "--probe", "ode: of the divergence", "NAME", "rademacher", type=click.Choice(["rademacher", "gaussian", "exact"])
+)
+@_int("--hutch-probes", "ode: probes per image", 1, at_least=1)
+@_text("--rtol", "ode: relative tolerance", "FLOAT", 1e-5, type=float)
+@_text("--atol", "ode: absolute tolerance", "FLOAT", 1e-5, type=float)
+@_text(
+    "--prior", "stationary, or matched to the data", "NAME", "stationary", type=click.Choice(["stationary", "matched"])
+)
+@_text("--t-min", "Lowest time; or give --sigma-min", "FLOAT", type=float)
+@_text("--sigma-min", "Lowest noise level; default 0.002", "FLOAT", type=float)
+@_text("--sigma-max", "Highest noise level; default: the process's own", "FLOAT", type=float)
+@_int("--num", "A seeded subset of so many images; default: all", at_least=1)
+@_int("--seed", "Of the subset and all draws", 0)
+@_int("--batch", "Images per batch", 256, at_least=1)
+@click.option("--per-source/--no-per-source", help="Also per source", default=True)
+@_text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR")
+@_text("--dest", "Also write the JSON to this file", "FILE")
+@click.option("--tag", "tags", metavar="NAME=VALUE", multiple=True, help="Note in the JSON, for report; repeatable")
+def likelihood(
+    net, data, process, process_options, encoder, samples, method, num, seed, device, dest, tags, t_min, sigma_min,
+    sigma_max, **options,
+):  # fmt: skip
+    """Bits per dimension under any process: mean and standard error, overall and per source."""
+    from metrics.features import progress_bar
+    from metrics.likelihood_report import choose_encoder, likelihood_report
+    from torch_utils import distributed
+    from torch_utils.persistence import load_snapshot
+    from training.process_options import make_process, require_gaussian
+
+    if dest is not None:
+        _writable(dest)
+    tags = _parse_tags(tags)
+    device = _start(device)
+    if distributed.get_world_size() > 1:
+        raise ValueError("likelihoods are computed by one process: run it without torchrun")
+    snapshot = load_snapshot(net, device)
+    chosen = make_process(process or "edm", process_options, trained=snapshot.process)
+    require_gaussian(snapshot.process, chosen)
+    transform = choose_encoder(encoder, snapshot.encoder)
+    ends = {"t_min": t_min, "sigma_min": sigma_min, "sigma_max": sigma_max}
+    options.update({name: value for name, value in ends.items() if value is not None})
+    dataset = _open(data, "--data")
+    with progress_bar(min(num or len(dataset), len(dataset)), "likelihood") as progress:
+        result = likelihood_report(
+            snapshot.net,
+            dataset,
+            chosen,
+            transform,
+            method,
+            num,
+            seed,
+            num_samples=samples,
+            progress=progress,
+            **options,
+        )
+    about = {"net": net, "data": data, "seed": seed, "tags": tags, "method": method}
+    about |= {"process": chosen.spec(), "encoder": repr(transform)}
+    _finish(about | {"metrics": {"likelihood": result}}, dest)
 
 
 @cmdline.command()
