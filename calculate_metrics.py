@@ -3,14 +3,14 @@
 JSON goes to stdout, progress to stderr. Runs plain or under torchrun.
 """
 
-import json
 import os
 import sys
 
 import click
 
-from dnnlib import atomic_write, cli
+from dnnlib import cli
 from generate_images import process_options
+from metrics import scoring
 
 
 def _int(name, help, default=None, at_least=0):
@@ -77,57 +77,6 @@ def cmdline():
     """
 
 
-def _start(device):
-    import torch
-
-    from torch_utils import distributed
-
-    if device is not None:
-        try:
-            torch.device(device)
-        except RuntimeError:
-            raise ValueError(f"--device={device}: no such device; use cpu or cuda") from None
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device={device}: no GPU is available; use --device=cpu")
-    click.get_current_context().call_on_close(distributed.shutdown)
-    return distributed.init(device)
-
-
-def _open(path, option):
-    from training.dataset import ImageFolderDataset
-
-    try:
-        return ImageFolderDataset(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{option}: {error}") from None
-
-
-def _detectors(metrics, device):
-    from metrics.detectors import get_detectors
-
-    try:
-        return get_detectors(metrics, device)
-    except ValueError as error:
-        raise ValueError(f"--metrics={metrics}: {error}") from None
-
-
-def _writable(path):
-    """Fail before the work, not after it."""
-    folder = os.path.dirname(os.path.abspath(path))
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--dest={path}: {error.strerror}; give a file in a writable folder") from None
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise ValueError(f"--dest={path}: cannot write there; give a file in a writable folder")
-
-
-def _print(result):
-    from torch_utils import distributed
-
-    distributed.print0(json.dumps(result, indent=2, allow_nan=False))
-
-
 @cmdline.command()
 @_text("--data", "Reference images", "DIR|ZIP", required=True)
 @_text("--dest", "Where to write the statistics (.npz)", "FILE", required=True)
@@ -139,13 +88,13 @@ def ref(data, dest, metrics, per_source, batch, workers, device, features):
     from metrics.references import save_references
     from torch_utils import distributed
 
-    device = _start(device)
+    device = scoring.start(device)
     root, suffix = os.path.splitext(dest)
     if suffix != ".npz":
         dest = (root if suffix == ".pkl" else dest) + ".npz"
         click.echo(f"Statistics are stored as npz: writing {dest}", err=True)
-    _writable(dest)
-    detectors, dataset = _detectors(metrics, device), _open(data, "--data")
+    scoring.check_writable(dest)
+    detectors, dataset = scoring.open_detectors(metrics, device), scoring.open_images(data, "--data")
     with progress_bar(len(dataset), "ref") as progress:
         sets = collect_dataset(
             dataset, detectors, per_source=per_source, batch_size=batch, workers=workers, progress=progress
@@ -157,70 +106,7 @@ def ref(data, dest, metrics, per_source, batch, workers, device, features):
         save_references(dest, sets, **({} if features else {"feature_limit": 0}))
     counts = next(iter(sets.values())).statistics.n.tolist()
     result = {"dest": dest, "data": data, "content_hash": content, "detectors": list(sets)}
-    _print(result | {"num_images": counts[0], "source_counts": counts[1:]})
-
-
-def _prepare(metrics, ref, data, train, batch, distances, workers, device, dest, tags, **rest):
-    """(detectors, {identity: reference}, {identity: training images} or None, device); refuses before any long work."""
-    from metrics.evaluate import check_measures
-    from metrics.features import collect_dataset, progress_bar
-    from metrics.references import load_references, require_detectors
-
-    if (ref is None) == (data is None):
-        raise ValueError("give either --ref=FILE or --data=ZIP as the reference")
-    try:
-        check_measures(distances.split(","))
-    except ValueError as error:
-        raise ValueError(f"--distances={distances}: {error}") from None
-    _parse_tags(tags)
-    if dest is not None:
-        _writable(dest)
-    device = _start(device)
-    detectors = _detectors(metrics, device)
-
-    def collect(path, option):
-        dataset = _open(path, option)
-        with progress_bar(len(dataset), option.strip("-")) as progress:
-            return collect_dataset(dataset, detectors, batch_size=batch, workers=workers, progress=progress)
-
-    references = collect(data, "--data") if ref is None else require_detectors(load_references(ref), detectors, ref)
-    return detectors, references, collect(train, "--train") if train else None, device
-
-
-def _score(name, samples, prepared, seed, per_source, distances, splits, dest, tags, **rest):
-    """Compare on rank 0, print the JSON and write it to `dest`."""
-    from metrics.evaluate import compare
-    from torch_utils import distributed
-
-    detectors, references, training, _ = prepared
-    if distributed.get_rank() != 0:
-        return
-    options = {"seed": seed, "per_source": per_source, "splits": splits}
-    options["measures"] = distances.split(",")
-    result = {"images": name, "seed": seed, "tags": _parse_tags(tags), "metrics": {}}
-    for key, detector in detectors.items():
-        seen = samples[key].statistics
-        if seen.count() <= seen.width:
-            notice = "covariances are singular, read distances beside their floor"
-            click.echo(f"{key}: {seen.count()} images, {seen.width} features: {notice}", err=True)
-        scores = compare(samples[key], references[key], detector=detector, train=training and training[key], **options)
-        result["metrics"][key] = scores | {"reference": references[key].provenance}
-    _finish(result, dest)
-
-
-def _finish(result, dest):
-    _print(result)
-    if dest is not None:
-        with atomic_write(dest, "w") as file:
-            json.dump(result, file, indent=2, allow_nan=False)
-
-
-def _parse_tags(tags):
-    pairs = [tag.partition("=") for tag in tags]
-    for name, equals, _ in pairs:
-        if not (name and equals):
-            raise ValueError(f"--tag={name}: give NAME=VALUE")
-    return {name: value for name, _, value in pairs}
+    scoring.print_json(result | {"num_images": counts[0], "source_counts": counts[1:]})
 
 
 @cmdline.command()
@@ -231,14 +117,14 @@ def calc(images, num, **options):
     """Score a folder or zip of images."""
     from metrics.features import collect_dataset, progress_bar
 
-    dataset = _open(images, "--images")
+    dataset = scoring.open_images(images, "--images")
     if num is not None and num > len(dataset):
         raise ValueError(f"--num={num}: {images} holds {len(dataset)} images; generate more or lower --num")
-    prepared = _prepare(**options)
+    prepared = scoring.prepare(**options)
     extract = {"batch_size": options["batch"], "workers": options["workers"], "seed": options["seed"]}
     with progress_bar(num or len(dataset), "images") as progress:
         samples = collect_dataset(dataset, prepared[0], num=num, progress=progress, **extract)
-    _score(images, samples, prepared, **options)
+    scoring.score(images, samples, prepared, **options)
 
 
 def _parse_class(ctx, param, value):
@@ -270,7 +156,7 @@ def gen(net, num, sources, steps, gnet, guidance, **options):
         raise ValueError(f"--guidance={guidance:g} and --gnet go together: give both or none")
     sampler = {"num_steps": steps} | ({} if gnet is None else {"gnet": gnet, "guidance": guidance})
     class_idx = options.pop("class")
-    prepared = _prepare(**options)
+    prepared = scoring.prepare(**options)
     detectors, references, _, device = prepared
     seeds = range(options["seed"], options["seed"] + num)
     images = generate_images(
@@ -280,7 +166,7 @@ def gen(net, num, sources, steps, gnet, guidance, **options):
     with progress_bar(num, "gen") as progress:
         batches = generated_batches(images)
         samples = collect(batches, detectors, num_sources=num_sources, num_images=num, progress=progress)
-    _score(net, samples, prepared, **options)
+    scoring.score(net, samples, prepared, **options)
 
 
 @cmdline.command()
@@ -298,18 +184,18 @@ def detector(data, holdout, dest, epochs, seed, device):
     from metrics.features import load_labelled
     from torch_utils import distributed
 
-    device = _start(device)
+    device = scoring.start(device)
     if distributed.get_world_size() > 1:
         raise ValueError("the detector is trained by one process: run it without torchrun")
-    _writable(dest)
-    images, labels, num_classes = load_labelled(_open(data, "--data"))
-    held = load_labelled(_open(holdout, "--holdout"))[:2] if holdout else (None, None)
+    scoring.check_writable(dest)
+    images, labels, num_classes = load_labelled(scoring.open_images(data, "--data"))
+    held = load_labelled(scoring.open_images(holdout, "--holdout"))[:2] if holdout else (None, None)
     options = {"num_classes": num_classes, "epochs": epochs, "seed": seed, "device": device}
     options["progress"] = lambda epochs: tqdm.tqdm(epochs, desc="detector", unit="epoch", file=sys.stderr)
     judge = train_classifier(images, labels, holdout_images=held[0], holdout_labels=held[1], **options)
     judge.save(dest)
     report = {name: judge.header[name] for name in ("accuracy", "source_accuracy", "num_train", "num_holdout")}
-    _print({"dest": dest, "data": data, "detector": judge.identity} | report)
+    scoring.print_json({"dest": dest, "data": data, "detector": judge.identity} | report)
 
 
 @cmdline.command()
@@ -328,18 +214,20 @@ def loss(net, data, sources, num, seed, device, dest, tags):
     from training.validation import denoising_loss
 
     if dest is not None:
-        _writable(dest)
-    tags = _parse_tags(tags)
-    device = _start(device)
+        scoring.check_writable(dest)
+    tags = scoring.parse_tags(tags)
+    device = scoring.start(device)
     if distributed.get_world_size() > 1:
         raise ValueError("the denoising loss is computed by one process: run it without torchrun")
     snapshot = load_snapshot(net, device)
-    dataset = _open(data, "--data")
+    dataset = scoring.open_images(data, "--data")
     if sources is not None:
         dataset = dataset.subset([i for source in sources for i in dataset.indices_of(source)])
     result = denoising_loss(snapshot.net, dataset, snapshot.encoder, seed=seed, max_images=num)
     sources = {str(k): {"denoising_loss": v} for k, v in result.pop("sources", {}).items()}
-    _finish({"net": net, "seed": seed, "tags": tags, "metrics": {"denoising": {**result, "sources": sources}}}, dest)
+    scoring.finish(
+        {"net": net, "seed": seed, "tags": tags, "metrics": {"denoising": {**result, "sources": sources}}}, dest
+    )
 
 
 @cmdline.command()
@@ -380,9 +268,9 @@ def likelihood(
     from training.process_options import make_process, require_gaussian
 
     if dest is not None:
-        _writable(dest)
-    tags = _parse_tags(tags)
-    device = _start(device)
+        scoring.check_writable(dest)
+    tags = scoring.parse_tags(tags)
+    device = scoring.start(device)
     if distributed.get_world_size() > 1:
         raise ValueError("likelihoods are computed by one process: run it without torchrun")
     snapshot = load_snapshot(net, device)
@@ -391,7 +279,7 @@ def likelihood(
     transform = choose_encoder(encoder, snapshot.encoder)
     ends = {"t_min": t_min, "sigma_min": sigma_min, "sigma_max": sigma_max}
     options.update({name: value for name, value in ends.items() if value is not None})
-    dataset = _open(data, "--data")
+    dataset = scoring.open_images(data, "--data")
     with progress_bar(min(num or len(dataset), len(dataset)), "likelihood") as progress:
         result = likelihood_report(
             snapshot.net,
@@ -407,7 +295,7 @@ def likelihood(
         )
     about = {"net": net, "data": data, "seed": seed, "tags": tags, "method": method}
     about |= {"process": chosen.spec(), "encoder": repr(transform)}
-    _finish(about | {"metrics": {"likelihood": result}}, dest)
+    scoring.finish(about | {"metrics": {"likelihood": result}}, dest)
 
 
 @cmdline.command()
@@ -418,14 +306,27 @@ def likelihood(
 @_text("--train-single", "Training data of the separate models, %s standing for the source id", "ZIP")
 @_text("--real", "Real images to show in the figure", "DIR|ZIP")
 @_text("--net", "Snapshot of the shared model: adds the theory's prediction", "FILE|DIR")
+@_text("--detector", "Detector file: its own held-out accuracy goes under the table", "FILE")
 @click.option("--note", "notes", metavar="TEXT", multiple=True, help="Line under the table; repeatable")
-def report(scores, dest, arms, train_multi, train_single, real, net, notes):
+def report(scores, dest, arms, train_multi, train_single, real, net, detector, notes):
     """Put score files together: one table, a verdict with its uncertainty, one figure."""
     from metrics.report import write_report
 
     if len(arms) != 2:
         raise ValueError(f"--arms={','.join(arms)}: give two names, such as multi,single")
-    print(write_report(scores, dest, arms, train_multi, train_single, real, net, notes))
+    print(write_report(scores, dest, arms, train_multi, train_single, real, net, detector, notes))
+
+
+@cmdline.command()
+@_text("--scores", "Score files of calc --dest, with the tag checkpoint", "GLOB", required=True)
+@_text("--distance", "Which number: fd or kid", "NAME", "fd")
+@_text("--detector", "Of which detector; default: the only one", "NAME")
+@_int("--top", "How many of the best to average", 3, at_least=1)
+def best(scores, distance, detector, top):
+    """Minimum and top-3 mean over checkpoints, each with its lowest score over blocks of images."""
+    from metrics.checkpoints import best_of, read_checkpoint_scores
+
+    print(json.dumps(best_of(read_checkpoint_scores(scores, distance, detector), top), indent=2))
 
 
 if __name__ == "__main__":

@@ -380,7 +380,15 @@ def _strips(rows, arms, sources, real, count=12):
 
 
 def write_report(
-    scores, dest, arms=("multi", "single"), train_multi=None, train_single=None, real=None, net=None, notes=()
+    scores,
+    dest,
+    arms=("multi", "single"),
+    train_multi=None,
+    train_single=None,
+    real=None,
+    net=None,
+    detector=None,
+    notes=(),
 ):
     """Write table.csv, table.md, scores.json and comparison.png into the folder `dest`; returns the text of table.md.
 
@@ -395,11 +403,18 @@ def write_report(
     if any("cell" in row for row in rows):
         from metrics.report_grid import write_grid_report
 
-        return write_grid_report(rows, dest, arms, notes)
+        return write_grid_report(rows, dest, arms, net, notes)
     sources = sources_of(rows)
     cells = collect(rows)
     verdicts = [verdict(cells, sources, *arms)]
     notes = list(notes)
+    if detector is not None:
+        from metrics.classifier import load_classifier
+
+        judge = load_classifier(detector)
+        notes.append(
+            f"Detector: {judge.accuracy:.1%} of {judge.header['num_holdout']} held-out images classified right."
+        )
     budgets = sorted({(r["arm"], r["images_trained"]) for r in rows if "images_trained" in r})
     if budgets:
         notes.append("Training images per model: " + ", ".join(f"{n} ({arm})" for arm, n in budgets) + ".")

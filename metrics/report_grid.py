@@ -201,13 +201,33 @@ def figure(path, found):
     plt.close(fig)
 
 
-def write_grid_report(rows, dest, arms, notes=()):
-    """Write table.csv, table.md and comparison.png into `dest`; returns the text of table.md."""
+def _predictions(found, arms, net):
+    """Lines with sqrt(1 - (K-1)/K beta) from the network's parameter counts beside the measured ratios, by K and n."""
+    from metrics.report import theory_ratio
+    from torch_utils.persistence import load_snapshot
+
+    network = load_snapshot(net).net
+    for r in found:
+        if "fd" in r.verdicts:
+            theory = theory_ratio(network, r.k)
+            measured = r.levels[arms[0], "fd"] / r.levels[arms[1], "fd"]
+            yield (
+                f"{r.cell}: theory's order ratio {theory['ratio']:.3f} (beta {theory['beta_sim']:.4f}), "
+                f"measured ratio of the mean FDs {measured:.3f}."
+            )
+
+
+def write_grid_report(rows, dest, arms, net=None, notes=()):
+    """Write table.csv, table.md and comparison.png into `dest`; returns the text of table.md.
+
+    net: snapshot of a shared model, for the theory's prediction beside the measured ratio of the mean FDs.
+    """
     from pathlib import Path
 
     from dnnlib import atomic_write
 
     found = results(rows, tuple(arms))
+    notes = [*notes, *(_predictions(found, arms, net) if net is not None else [])]
     text = to_markdown(found, arms, notes)
     dest = Path(dest)
     for name, content in (("table.csv", to_csv(found, arms)), ("table.md", text)):
