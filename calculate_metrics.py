@@ -326,7 +326,7 @@ def best(scores, distance, detector, top):
     """Minimum and top-3 mean over checkpoints, each with its lowest score over blocks of images."""
     from metrics.checkpoints import best_of, read_checkpoint_scores
 
-    print(json.dumps(best_of(read_checkpoint_scores(scores, distance, detector), top), indent=2))
+    scoring.print_json(best_of(read_checkpoint_scores(scores, distance, detector), top))
 
 
 if __name__ == "__main__":

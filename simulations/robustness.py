@@ -159,7 +159,7 @@ def run_grid(models, experiments, judge, samplings, num, known=(), on_row=None, 
                         seeds = range(first, first + num)
                         done[key_of(row)] = row | measure(model, setting, judge, seeds, policy, **options)
                     value = "none" if value is None else value
-                    rows[name].append({**done[key_of(row)], "experiment": name, "value": value})
+                    rows[name].append({**done[key_of(row)], **row, "experiment": name, "value": value})
                     if on_row is not None:
                         on_row(rows, fresh)
     return rows

@@ -1,0 +1,127 @@
+"""The grid of robustness experiments: what it measures, its files, and that it resumes."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from simulations import robustness, run_robustness
+from torch_utils import persistence
+from training import processes
+
+pytestmark = pytest.mark.filterwarnings("ignore:D = ")
+GRID = ["--num=12", "--num-steps=3", "--alpha=0,0.5", "--steps=2,3", "--bits=3", "--batch=6"]
+
+
+@pytest.fixture
+def nets(tiny_net, tmp_path):
+    """Two values of D, two training seeds each."""
+    paths = []
+    for D in (16.0, math.inf):
+        for seed in (0, 1):
+            path = tmp_path / f"D{D:g}-{seed}.safetensors"
+            persistence.save_snapshot(path, tiny_net(label_dim=10, seed=seed), process=processes.PFGMpp(D).spec())
+            paths.append(path)
+    return paths
+
+
+def run(*arguments):
+    run_robustness.main([str(a) for a in arguments], standalone_mode=False)
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_grid_files_and_resumption(nets, tiny_net, digits, tmp_path, capsys, monkeypatch):
+    dest = tmp_path / "out"
+    command = [*(f"--net={n}" for n in nets), f"--data={digits}", f"--dest={dest}", "--samplings=0,100", *GRID]
+    measured = []
+    measure = robustness.measure
+    monkeypatch.setattr(robustness, "measure", lambda *a, **k: measured.append(a[1]) or measure(*a, **k))
+    run(*command)
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert {f.rsplit("/", 1)[1] for f in files} == {
+        *(f"robustness-{name}.{kind}" for name in ("alpha", "steps", "bits") for kind in ("csv", "png", "svg")), "summary.md",
+    }  # fmt: skip
+    # 4 networks x 2 samplings; (0, 3, None) is in all three experiments and measured once.
+    assert len(measured) == 4 * 2 * 4 and len(set(measured)) == 4
+    rows = {name: read(dest / f"robustness-{name}.csv") for name in ("alpha", "steps", "bits")}
+    assert all(len(part) == 4 * 2 * 2 for part in rows.values())
+    assert {row["label"] for row in rows["alpha"]} == {"D=16", "D=inf"}
+    plain = {(r["net"], r["sampling"]): r["fd"] for r in rows["alpha"] if float(r["value"]) == 0}
+    assert plain == {(r["net"], r["sampling"]): r["fd"] for r in rows["steps"] if r["value"] == "3"}
+    assert plain == {(r["net"], r["sampling"]): r["fd"] for r in rows["bits"] if r["value"] == "none"}
+    assert len(set(plain.values())) == 8
+
+    measured.clear()
+    run(*command)
+    assert not measured and rows["bits"] == read(dest / "robustness-bits.csv")
+    capsys.readouterr()
+
+    # Another file under the same name is another network.
+    persistence.save_snapshot(nets[0], tiny_net(label_dim=10, seed=5), process=processes.PFGMpp(16).spec())
+    run(*command)
+    assert len(measured) == 2 * 4
+    fresh = {(r["net"], r["sampling"]): r["fd"] for r in read(dest / "robustness-alpha.csv") if float(r["value"]) == 0}
+    assert {key for key in plain if plain[key] != fresh[key]} == {(str(nets[0]), "0"), (str(nets[0]), "100")}
+
+
+def test_distance_is_that_of_the_images(nets, digits):
+    """Frechet distance of pixels, by hand from the generated images."""
+    from training.dataset import ImageFolderDataset
+    from training.generation import generate_images
+
+    judge = robustness.Judge("pixel", data=str(digits))
+    model = robustness.open_model(str(nets[0]))
+    ours = robustness.measure(model, robustness.Setting(steps=2), judge, range(12))["fd"]
+    images = torch.cat([b.images for b in generate_images(str(nets[0]), range(12), class_idx="balanced", num_steps=2)])
+    dataset = ImageFolderDataset(str(digits))
+    real = np.stack([dataset[i][0] for i in range(len(dataset))])
+    x, y = (v.reshape(len(v), -1).astype(float) / 127.5 - 1 for v in (images.numpy(), real))
+    a, b = np.cov(x.T), np.cov(y.T)
+    # The product of covariances is singular: its root's trace is the sum of the roots of its eigenvalues.
+    root = np.sqrt(np.clip(np.linalg.eigvals(a @ b).real, 0, None)).sum()
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * root
+    assert ours == pytest.approx(expected, rel=1e-3)
+
+
+def test_labels(nets):
+    assert robustness.open_model(str(nets[0])).label == "D=16"
+    assert robustness.open_model(f"ours={nets[2]}").label == "ours"
+    assert math.inf == robustness.open_model(str(nets[2])).D
+
+
+def test_error_bars_are_over_training_seeds():
+    rows = [
+        {"label": "a", "net": net, "sampling": s, "value": 0.1, "fd": fd}
+        for net, s, fd in [("x", 0, 1.0), ("x", 1, 3.0), ("y", 0, 5.0), ("y", 1, 7.0), ("z", 0, 4.0), ("z", 1, 4.0)]
+    ]
+    mean, sd, seeds = robustness.summarize(rows)["a"][0.1]
+    assert (mean, seeds) == (4.0, 3) and sd == pytest.approx(np.std([2, 6, 4], ddof=1))
+    mean, sd, seeds = robustness.summarize(rows[:2])["a"][0.1]
+    assert (mean, seeds) == (2.0, 1) and sd == pytest.approx(np.std([1, 3], ddof=1))
+    assert "| a | 4.00 ± 2.00 |" in robustness.markdown(rows, "alpha")
+
+
+def test_dry_run_counts_the_grid(nets, capsys):
+    run(*(f"--net={n}" for n in nets), "--dest=nowhere", "--samplings=0,100", "--dry-run", *GRID)
+    assert json.loads(capsys.readouterr().out)["cells"] == 4 * 2 * 4
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [(["--alpha=-1"], "--alpha"), (["--bits=0"], "--bits"), (["--steps=0"], "--steps"), (["--samplings=0,5"], "overlap"),
+     (["--experiments=alpha,prune"], "prune"), (["--class=x"], "--class"), ([], "--data")],
+)  # fmt: skip
+def test_errors_are_one_line(nets, tmp_path, options, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run_robustness.main([f"--net={nets[0]}", f"--dest={tmp_path}/out", "--num=12", *options])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and message in error[0]
+    assert not (tmp_path / "out").exists()
