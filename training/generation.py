@@ -16,12 +16,13 @@ from torch_utils import persistence
 from torch_utils.random import StackedRandomGenerator
 from training import robustness, samplers
 from training.encoders import StandardRGBEncoder
-from training.guidance import GuidedDenoiser
+from training.guidance import GuidedDenoiser, NullLabels
 from training.images import png_bytes, save_grid
 from training.process_options import require_gaussian
 from training.process_sampling import choose, heun_in_sigma
 
 GRID_COLUMNS = 16
+NULL_GUIDES = {"null": "zero", "null-last": "last"}  # --gnet for classifier-free guidance: which label means none
 
 
 def class_labels(label_dim, seeds, class_idx, generator, device, sources=None):
@@ -206,7 +207,7 @@ def run(
         raise ValueError("--net is missing: give a snapshot, or a --preset")
     guidance = options.get("guidance", 1)
     if guidance != 1 and gnet is None:
-        raise ValueError(f"--guidance={guidance} needs a guiding network: give --gnet")
+        raise ValueError(f"--guidance={guidance} needs a guiding network: give --gnet (null: the network without label)")
     if guidance == 1:
         gnet = None
     if guidance_interval is not None and (gnet is None or len(guidance_interval) != 2):
@@ -214,8 +215,11 @@ def run(
     device = dist.init(device)
     net, encoder, kernel = _open(net, None, None, device)
     check_aug_dim(kernel, aug_dim)
-    gnet = None if gnet is None else _open(gnet, None, None, device)[0]
-    net, gnet = (n and robustness.quantize_weights(n, quantize_bits, quantize_policy) for n in (net, gnet))
+    net = robustness.quantize_weights(net, quantize_bits, quantize_policy)
+    if gnet in NULL_GUIDES:
+        gnet = NullLabels(net, NULL_GUIDES[gnet])
+    elif gnet is not None:
+        gnet = robustness.quantize_weights(_open(gnet, None, None, device)[0], quantize_bits, quantize_policy)
     if guidance_interval is not None:
         net, gnet, options = _interval(net, gnet, guidance_interval, options), None, {**options, "guidance": 1}
     guidance = options.pop("guidance", 1)
@@ -243,6 +247,4 @@ def run(
 
 def _interval(net, gnet, interval, options):
     """Interval-limited guidance as one guided denoiser."""
-    from training.guidance import GuidedDenoiser
-
     return GuidedDenoiser(net, gnet, options["guidance"], interval=tuple(interval))
