@@ -1,0 +1,103 @@
+"""2-D data sets for the experiments on points: a registry of samplers, with densities where they are known.
+
+CLD's two (Dockhorn et al. 2022, appendix on toy data), and the standard ones of the field. `TOY_DATA[name](n, generator)`
+returns n points, float32 [n, 2]; an entry of your own is a choice of simulations/run_toy.py at once.
+"""
+
+import math
+
+import torch
+
+from simulations import tree
+from simulations.tree import GaussianMixture
+
+CENTERS = ((0.0, 0.0), (0.8, 0.8), (0.8, -0.8), (-0.8, -0.8), (-0.8, 0.8))
+
+
+def multimodal_swissroll(n, generator=None):
+    """Five swiss rolls of radius 0.047 to 0.141: one at the origin, four at (+-0.8, +-0.8).
+
+    A roll is (a cos a, a sin a) / 100 with a = 1.5 pi (1 + 2 U), plus noise of standard deviation 0.002. How many points
+    fall into each is multinomial.
+    """
+    a = 1.5 * math.pi * (1 + 2 * torch.rand(n, generator=generator))
+    roll = torch.stack([a * a.cos(), a * a.sin()], dim=1) + 0.2 * torch.randn(n, 2, generator=generator)
+    return 0.01 * roll + torch.tensor(CENTERS)[torch.randint(5, (n,), generator=generator)]
+
+
+def diamond():
+    """Nine Gaussians of standard deviation 0.04 on a 3 x 3 grid of pitch 0.5, turned by 45 degrees."""
+    grid = torch.tensor([[i, j] for i in (-0.5, 0.0, 0.5) for j in (-0.5, 0.0, 0.5)], dtype=torch.float64)
+    turn = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64) / math.sqrt(2)
+    return _even(grid @ turn, 0.04)
+
+
+def gaussians25():
+    """25 Gaussians of standard deviation 0.03 on a 5 x 5 grid of pitch 0.4."""
+    return _even([[0.4 * i, 0.4 * j] for i in range(-2, 3) for j in range(-2, 3)], 0.03)
+
+
+def mixture():
+    """Nine Gaussians of standard deviation 0.05 with weights 1 to 9, on a tilted grid."""
+    grid = torch.tensor([[i, j] for i in (-1.0, 0.0, 1.0) for j in (-1.0, 0.0, 1.0)], dtype=torch.float64)
+    turn = torch.tensor([[0.8, -0.6], [0.6, 0.8]], dtype=torch.float64)
+    weights = torch.arange(1, 10, dtype=torch.float64) / 45
+    return GaussianMixture(weights, 0.6 * grid @ turn, 0.05**2 * torch.eye(2, dtype=torch.float64).expand(9, 2, 2))
+
+
+def _even(centers, std):
+    centers = torch.as_tensor(centers, dtype=torch.float64)
+    covariance = std**2 * torch.eye(2, dtype=torch.float64)
+    return GaussianMixture(
+        torch.full((len(centers),), 1 / len(centers)), centers, covariance.expand(len(centers), 2, 2)
+    )
+
+
+def rings(n, generator=None):
+    """Three rings of radius 0.3, 0.6 and 0.9 with points in proportion to their length, radial noise 0.02."""
+    which = torch.multinomial(torch.tensor([1.0, 2.0, 3.0]), n, replacement=True, generator=generator)
+    radius = 0.3 * (which + 1) + 0.02 * torch.randn(n, generator=generator)
+    angle = 2 * math.pi * torch.rand(n, generator=generator)
+    return radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+def rings_logp(x):
+    """log density [N] of `rings` at points [N, 2] (to the accuracy of radial noise that never reaches the centre)."""
+    r = x.double().norm(dim=1, keepdim=True)  # [N, 1]
+    centres = 0.3 * torch.arange(1, 4, dtype=torch.float64)
+    radial = -0.5 * ((r - centres) / 0.02) ** 2 - math.log(0.02 * math.sqrt(2 * math.pi))
+    return torch.logsumexp(radial + torch.log(centres / centres.sum()), dim=1) - torch.log(2 * math.pi * r[:, 0])
+
+
+# name: function without arguments -> mixture with .sample, .logp and .denoiser; each is one of TOY_DATA too.
+MIXTURES = {
+    "diamond": diamond,
+    "25gaussians": gaussians25,
+    "mixture": mixture,
+    "tree": lambda: tree.ground_truth("A"),
+}
+
+
+def _sampler(make):
+    return lambda n, generator=None: make().sample((n,), generator=generator).float()
+
+
+TOY_DATA = {
+    "multimodal_swissroll": multimodal_swissroll,
+    "rings": rings,
+    **{name: _sampler(make) for name, make in MIXTURES.items()},
+}
+
+
+def get(name):
+    """Sampler of a data set by name. Raises ValueError that lists the known ones."""
+    if name not in TOY_DATA:
+        raise ValueError(f"--dataset={name} is unknown: choose {', '.join(sorted(TOY_DATA))}")
+    return TOY_DATA[name]
+
+
+def logp(name):
+    """The true log density as a function of points [N, 2], or None where it has no closed form."""
+    if name == "rings":
+        return rings_logp
+    return (lambda x: MIXTURES[name]().logp(x.float()).double()) if name in MIXTURES else None
