@@ -4,6 +4,7 @@ PFGM++ (arXiv 2302.04265, sec. 5.3) claims that models with fewer augmented dime
 one snapshot, one sampling seed and one `Setting`; all cells share noise and labels of the same seeds.
 """
 
+import glob
 import hashlib
 import math
 from collections import defaultdict
@@ -77,6 +78,19 @@ def open_model(text, device="cpu"):
     model = Model(label, str(path), snapshot.net, snapshot.encoder, kernel, digest)
     model.label = label or f"D={model.D:g}"
     return model
+
+
+def open_models(texts, device="cpu"):
+    """Models of several texts as `open_model` takes them, whose path may be a pattern; those of one pattern by D."""
+    models = []
+    for text in texts:
+        label, equals, path = text.partition("=")
+        if not equals or Path(text).exists() or glob.glob(text):
+            label, path = "", text
+        paths = sorted(glob.glob(path)) or [path]
+        found = [open_model(f"{label}={p}" if label else p, device) for p in paths]
+        models += sorted(found, key=lambda model: model.D)
+    return models
 
 
 class Judge:

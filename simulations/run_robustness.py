@@ -31,7 +31,7 @@ Examples:
     metavar="[LABEL=]SNAPSHOT",
     multiple=True,
     required=True,
-    help="Snapshot or run folder; repeat for more, the same label for training seeds. Default label: its D",
+    help="Snapshot, run folder or pattern; repeatable, the same label for training seeds. Default label: its D",
 )
 @click.option("--data", metavar="DIR|ZIP", help="Reference images")
 @click.option("--ref", metavar="FILE", help="Reference statistics (calculate_metrics.py ref), instead of --data")
@@ -72,7 +72,7 @@ def main(nets, data, ref, detector, experiments, alphas, steps, bits, num_steps,
     device = dist.init(device)
     click.get_current_context().call_on_close(dist.shutdown)
     judge = robustness.Judge(detector, data, ref, device)
-    models = [robustness.open_model(text, device) for text in nets]
+    models = robustness.open_models(nets, device)
     files = run(
         models, chosen, judge, samplings, num, dest, policy=policy, class_idx=class_idx, batch=batch, device=device
     )

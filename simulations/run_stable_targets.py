@@ -20,7 +20,9 @@ Example:
 
 
 @cli.command(epilog=EXAMPLES)
-@click.option("--net", "nets", metavar="[LABEL=]SNAPSHOT", multiple=True, required=True, help="Snapshot or run folder")
+@click.option(
+    "--net", "nets", metavar="[LABEL=]SNAPSHOT", multiple=True, required=True, help="Snapshot, run folder or pattern"
+)
 @click.option("--data", metavar="DIR|ZIP", required=True, help="Training images")
 @click.option("--stf-refs", type=click.IntRange(min=1), default=512, help="Reference images per 64 evaluated ones")
 @click.option("--num", type=click.IntRange(min=2), default=4096, help="Images with noise to evaluate")
@@ -40,8 +42,7 @@ def main(nets, data, stf_refs, num, seed, dest, device):
 
     device = dist.init(device)
     rows = []
-    for text in nets:
-        model = robustness.open_model(text, device)
+    for model in robustness.open_models(nets, device):
         options = persistence.read_header(model.path).get("options", {})
         dataset = ImageFolderDataset(data, use_labels=bool(model.net.label_dim))
         density = {name: options.get(name, getattr(TrainingConfig, name)) for name in ("P_mean", "P_std")}
