@@ -28,7 +28,7 @@ class EbmConfig:
     sim: float = 0.8  # true similarity: share of the log-density field that all sources have in common
     family: str = "path"  # how sources differ: "path" (in one number) or "independent" (in everything)
     scale: float = 2.0  # size of the log-density field (0: uniform)
-    modes: int = 4  # highest cosine frequency per axis, in half periods
+    modes: int = 2  # highest cosine frequency per axis, in half periods
     de: int = 4  # embedding width
     W: int = 32  # hidden width
     L: int = 3  # affine layers

@@ -27,7 +27,7 @@ def plot_sweeps(tags: list[str], results_dir: Path, figures_dir: Path, name: str
             ratio.set_xscale("log")
             ratio.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
         else:
-            ratio.set_xticks([row[tag] for row in rows])
+            ratio.set_xticks(_apart([row[tag] for row in rows]))
         letter = "abcd"[column]
         ratio.set_xlabel(f"({letter}) {style.PANEL_LABELS[tag]}")
     axes[0][0].set_ylabel("Average TV error")
@@ -36,8 +36,21 @@ def plot_sweeps(tags: list[str], results_dir: Path, figures_dir: Path, name: str
     for axis in axes.ravel():
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
+    order = ("single-source", "multi-source", "ratio")
+    labels = sorted(handles, key=lambda label: (order.index(label.split()[0].rstrip(",")), "published" in label))
+    columns = 3 if len(tags) > 2 else 2 if len(tags) == 2 else 1
+    fig.legend([handles[x] for x in labels], labels, loc="outside upper center", ncols=columns)
     return style.save(fig, Path(figures_dir) / name, dpi)
+
+
+def _apart(values: list[float], share: float = 0.12) -> list[float]:
+    """Tick positions whose labels do not touch; the last value stays."""
+    gap = share * (values[-1] - values[0])
+    kept = values[-1:]
+    for value in reversed(values[:-1]):
+        if kept[-1] - value >= gap:
+            kept.append(value)
+    return kept
 
 
 def _errors(axis, rows: list[dict], tag: str) -> None:
@@ -70,7 +83,7 @@ def _ratio(axis, rows: list[dict], tag: str) -> None:
         axis.plot(*zip(*known, strict=True), color="black", linestyle=":", linewidth=1, marker="o", markersize=4,
                   markerfacecolor="white", label="ratio, published")  # fmt: skip
     axis.plot(x, [row["predicted ratio"] for row in rows], color=style.NEUTRAL, linestyle="--", linewidth=1.2,
-              label=r"ratio, predicted $\sqrt{1-\frac{K-1}{K}\beta_{sim}}$")  # fmt: skip
+              label=r"ratio, predicted from $\beta_{sim}$")  # fmt: skip
     axis.set_ylim(bottom=0)
 
 
