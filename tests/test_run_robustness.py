@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from simulations import robustness, run_robustness
+import calculate_metrics
+from metrics import checkpoints
+from simulations import robustness, run_robustness, stable_targets
 from torch_utils import persistence
 from training import processes
+from training.dataset import ImageFolderDataset, load_arrays
+from training.encoders import StandardRGBEncoder
+from training.processes.pfgmpp import PosteriorMean
 
 pytestmark = pytest.mark.filterwarnings("ignore:D = ")
 GRID = ["--num=12", "--num-steps=3", "--alpha=0,0.5", "--steps=2,3", "--bits=3", "--batch=6"]
@@ -73,7 +78,6 @@ def test_grid_files_and_resumption(nets, tiny_net, digits, tmp_path, capsys, mon
 
 def test_distance_is_that_of_the_images(nets, digits):
     """Frechet distance of pixels, by hand from the generated images."""
-    from training.dataset import ImageFolderDataset
     from training.generation import generate_images
 
     judge = robustness.Judge("pixel", data=str(digits))
@@ -93,7 +97,10 @@ def test_distance_is_that_of_the_images(nets, digits):
 def test_labels(nets):
     assert robustness.open_model(str(nets[0])).label == "D=16"
     assert robustness.open_model(f"ours={nets[2]}").label == "ours"
-    assert math.inf == robustness.open_model(str(nets[2])).D
+    assert math.isinf(robustness.open_model(str(nets[2])).D)
+    found = robustness.open_models([f"{nets[0].parent}/D*.safetensors", f"last={nets[3].parent}/Dinf-1*"])
+    assert [model.label for model in found] == ["D=16", "D=16", "D=inf", "D=inf", "last"]
+    assert [model.path for model in found[:4]] == [str(path) for path in nets]
 
 
 def test_error_bars_are_over_training_seeds():
@@ -125,3 +132,75 @@ def test_errors_are_one_line(nets, tmp_path, options, message, capsys):
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and message in error[0]
     assert not (tmp_path / "out").exists()
+
+
+# --- the best of many checkpoints -------------------------------------------------------------------------------------
+
+
+def write_score(folder, checkpoint, sampling, fd, detector="pixel"):
+    content = {"tags": {"checkpoint": checkpoint, "sampling": sampling}, "metrics": {detector: {"overall": {"fd": fd}}}}
+    (folder / f"{checkpoint}-{sampling}-{detector}.json").write_text(json.dumps(content))
+
+
+def test_minimum_and_top_three(tmp_path, capsys):
+    """Each checkpoint counts with the lowest of its blocks; 2.0 and 1.9 of one checkpoint are not two of the top three."""
+    for checkpoint, values in {
+        "0000100": [2.0, 1.9],
+        "0000200": [2.1, 2.3],
+        "0000300": [2.5, 2.6],
+        "0000400": [3.0],
+    }.items():
+        for sampling, fd in enumerate(values):
+            write_score(tmp_path, checkpoint, str(sampling), fd)
+    calculate_metrics.cmdline.main(["best", f"--scores={tmp_path}/*.json"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["min"], found["min_checkpoint"]) == (1.9, "0000100")
+    assert found["top_mean"] == pytest.approx((1.9 + 2.1 + 2.5) / 3)
+    assert found["top_checkpoints"] == ["0000100", "0000200", "0000300"]
+    assert found["checkpoints"]["0000200"] == {"min": 2.1, "mean": pytest.approx(2.2), "blocks": 2}
+
+
+def test_best_refuses_what_it_cannot_compare(tmp_path):
+    with pytest.raises(ValueError, match="no such files"):
+        checkpoints.read_checkpoint_scores(tmp_path / "*.json")
+    write_score(tmp_path, "1", "0", 2.0)
+    (tmp_path / "2.json").write_text('{"tags": {}, "metrics": {}}')
+    with pytest.raises(ValueError, match="--tag checkpoint"):
+        checkpoints.read_checkpoint_scores(tmp_path / "*.json")
+    with pytest.raises(ValueError, match="no kid"):
+        checkpoints.read_checkpoint_scores(tmp_path / "1-*.json", "kid")
+    two = {"tags": {"checkpoint": "3"}, "metrics": {"a": {"overall": {"fd": 1.0}}, "b": {"overall": {"fd": 5.0}}}}
+    (tmp_path / "3.json").write_text(json.dumps(two))
+    with pytest.raises(ValueError, match="--detector"):
+        checkpoints.read_checkpoint_scores(tmp_path / "3.json")
+    assert checkpoints.read_checkpoint_scores(tmp_path / "3.json", detector="b") == {"3": [5.0]}
+
+
+# --- stable targets ---------------------------------------------------------------------------------------------------
+
+
+def test_stable_targets_lower_the_variance(digits):
+    """The exact posterior-mean denoiser: its loss against stable targets is nearly nothing, against one image it is not."""
+    dataset, encoder = ImageFolderDataset(str(digits)), StandardRGBEncoder()
+    images, _ = load_arrays(dataset)
+    net = Exact(encoder.encode_latents(images))
+    rows = stable_targets.loss_statistics(net, processes.PFGMpp(16), dataset, encoder, -0.4, 1.2, 256, 512)
+    found = {(row["levels"], row["target"]): row for row in rows}
+    image, stable = found["all", "image"], found["all", "stable"]
+    assert image["count"] == stable["count"] == 256
+    assert stable["mean"] < 0.2 * image["mean"] and stable["variance"] < 0.2 * image["variance"]
+    assert sum(row["count"] for key, row in found.items() if key[0] != "all" and key[1] == "image") >= 250
+
+
+class Exact(torch.nn.Module):
+    """Posterior mean over the data under PFGM++ noise with D = 16, unconditional."""
+
+    label_dim, sigma_data = 0, 0.75
+
+    def __init__(self, data):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+        self.exact = PosteriorMean(data, 16.0)
+
+    def forward(self, x, sigma, class_labels=None):
+        return self.exact(x, sigma)
