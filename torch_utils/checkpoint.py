@@ -99,13 +99,25 @@ def list_checkpoints(run_dir):
 
 
 def newest_sound(run_dir):
-    """The newest checkpoint whose checksum matches, or None. Damaged ones are named on stderr and passed over."""
-    for path in reversed(list_checkpoints(run_dir)):
+    """The newest checkpoint whose checksum matches, or None if there is none at all. Damaged ones are named on stderr.
+
+    Raises ValueError if there are checkpoints and all are damaged: starting over is the user's decision.
+    """
+    paths = list_checkpoints(run_dir)
+    for path in reversed(paths):
         why = damage(path)
         if why is None:
             return path
         print(f"Warning: {path} is damaged ({why}); looking for an earlier checkpoint", file=sys.stderr)
+    if paths:
+        raise ValueError(f"{run_dir}: all checkpoints are damaged: restore one, or remove them to start over")
     return None
+
+
+def remove_leftovers(run_dir):
+    """Delete the temporary files of writes that were cut short."""
+    for path in Path(run_dir).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def remove_old(run_dir, keep):

@@ -40,6 +40,17 @@ def shutdown():
         torch.distributed.destroy_process_group()
 
 
+LOST_PEER = "another process of this training has ended, see its own message"
+
+
+def is_lost_peer(error):
+    """Whether an exception only says that another process is gone: the first error is that process's own."""
+    text = str(error)
+    signs = ("onnection closed by peer", "onnection reset by peer", "remote process has terminated", "Broken pipe")
+    network = ("gloo", "NCCL", "c10d", "socket", "store")
+    return get_world_size() > 1 and any(s in text for s in signs) and any(n in text for n in network)
+
+
 def get_rank():
     return torch.distributed.get_rank() if is_initialized() else 0
 
