@@ -91,7 +91,7 @@ def generate_images(*args, **kwargs):
 
 @cli.command(epilog=EXAMPLES)
 @click.option("--net", metavar="SNAPSHOT", help="Network snapshot")
-@click.option("--gnet", metavar="SNAPSHOT", help="Guiding network; null: --net without its label (trained with --label-dropout); null-last: with its last label")
+@click.option("--gnet", metavar="SNAPSHOT", help="Guiding network; null: --net itself without its label")
 @click.option("--preset", metavar="NAME", help="Published combination of --net, --gnet and --guidance")
 @click.option("--outdir", metavar="DIR", required=True, help="Where to write the images")
 @click.option("--subdirs", is_flag=True, help="A folder for every 1000 seeds")

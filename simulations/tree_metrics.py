@@ -44,17 +44,22 @@ def average_loss(net, cls="A", min_depth=0, num=4096, seed=1, level=None, P_mean
     return float(loss.evaluate(net, draws).mean())
 
 
+def _start(cls, min_depth, num, seed, device):
+    """Exact draws at noise level SIGMA_MAX, in units of it, [num, 2, 1, 1]."""
+    mixture = tree.ground_truth(cls, min_depth, device=device)
+    return mixture.sample((num,), SIGMA_MAX, seeded_generator(device, seed, 4)).reshape(num, 2, 1, 1) / SIGMA_MAX
+
+
 @functools.lru_cache(maxsize=16)
 def _truth(cls, min_depth, num, seed, device):
-    """(start points in units of SIGMA_MAX, where the exact flow takes them), each [num, 2, 1, 1]."""
-    mixture = tree.ground_truth(cls, min_depth, device=device)
-    start = mixture.sample((num,), SIGMA_MAX, seeded_generator(device, seed, 4)).reshape(num, 2, 1, 1) / SIGMA_MAX
-    return start, heun(mixture.denoiser(), start, **SAMPLER)
+    """Where the exact flow takes the start points, [num, 2]."""
+    exact = tree.ground_truth(cls, min_depth, device=device).denoiser()
+    return heun(exact, _start(cls, min_depth, num, seed, device), **SAMPLER).flatten(1)
 
 
 def samples(net, cls="A", num=1024, seed=1, gnet=None, guidance=1.0, min_depth=0, device="cpu"):
     """Points [num, 2] that the network makes of exact draws at noise level 5 (32 Heun steps down to 0.002)."""
-    start, _ = _truth(cls, min_depth, num, seed, str(device))
+    start = _start(cls, min_depth, num, seed, str(device))
     return heun(net, start, gnet=gnet, guidance=guidance, **SAMPLER).flatten(1)
 
 
@@ -72,8 +77,7 @@ def l2_distance(net, cls="A", num=1024, seed=1, gnet=None, guidance=1.0, min_dep
     With guidance it says how far guidance bends the map. On the outer branches the floor is .479 (class A).
     """
     made = samples(net, cls, num, seed, gnet, guidance, min_depth, device)
-    _, truth = _truth(cls, min_depth, num, seed, str(device))
-    return float((made - truth.flatten(1)).norm(dim=1).mean())
+    return float((made - _truth(cls, min_depth, num, seed, str(device))).norm(dim=1).mean())
 
 
 def evaluate(net, guide=None, *, cls="A", num=1024, seed=1, guidance=3.0, external=False, mandala=True, device="cpu"):
@@ -86,10 +90,10 @@ def evaluate(net, guide=None, *, cls="A", num=1024, seed=1, guidance=3.0, extern
         raise ValueError(f"--external is defined for class A only, not --cls={cls}")
     result = {"loss": average_loss(net, cls, num=num, seed=seed, device=device)}
     kinds = {"": (None, 1.0)} if guide is None else {"": (None, 1.0), "guided_": (guide, guidance)}
-    _, truth = _truth(cls, 0, num, seed, str(device))
+    truth = _truth(cls, 0, num, seed, str(device))
     for prefix, (gnet, weight) in kinds.items():
         made = samples(net, cls, num, seed, gnet, weight, device=device)
-        result[f"{prefix}L2_metric"] = float((made - truth.flatten(1)).norm(dim=1).mean())
+        result[f"{prefix}L2_metric"] = float((made - truth).norm(dim=1).mean())
         if mandala:
             result[f"{prefix}mandala_score"] = tree.mandala_score(made, cls)
             result[f"{prefix}classification_score"] = tree.classification_score(made, cls)

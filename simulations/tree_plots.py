@@ -25,15 +25,19 @@ def _grid(view, size, device):
     return x.cpu(), y.cpu(), torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [size, size, 2]
 
 
-def _contour(axis, view, log_density, sigma, size=400, filled=True, colour=FILL, device="cpu"):
-    """Contours of -sqrt(max v - v) of a log-density v on a square grid."""
+def _values(view, log_density, sigma, size=400, device="cpu"):
+    """(x, y, v): -sqrt(max log p - log p) on a square grid, v [size, size]."""
     x, y, points = _grid(view, size, device)
     with torch.no_grad():
         v = log_density(points, sigma).cpu()
-    v = -(v.max() - v).clamp(min=0).sqrt()
+    return x, y, -(v.max() - v).clamp(min=0).sqrt()
+
+
+def _contour(axis, values, filled=True):
+    """Outline of the mass, and its inside in steps."""
     if filled:
-        axis.contourf(x, y, v, levels=[*LEVELS, 1e-9], colors=[colour] * len(LEVELS), alpha=0.12)
-    axis.contour(x, y, v, levels=[LEVELS[0]], colors=LINE, linewidths=0.7)
+        axis.contourf(*values, levels=[*LEVELS, 1e-9], colors=[FILL] * len(LEVELS), alpha=0.12)
+    axis.contour(*values, levels=[LEVELS[0]], colors=LINE, linewidths=0.7)
 
 
 def _frame(axis, view, title):
@@ -58,6 +62,7 @@ def autoguidance_figure(
     of network and guide, their ratio (what guidance climbs), and guided trajectories. Networks are ToyModels.
     """
     truth = tree.ground_truth(cls, device=device)
+    wide, zoom = (_values(view, truth.logp, 0, size, device) for view in (WIDE, ZOOM))
     generator = torch.Generator(device).manual_seed(seed)
     fig, axes = style.figure(columns=4, rows=2, width=2.6, height=2.7)
     start = truth.sample((num_wide,), tree_metrics.SIGMA_MAX, generator)
@@ -67,7 +72,7 @@ def autoguidance_figure(
         clouds.append(tree_metrics.trajectories(net, start, guide, weight)[-1])
     titles = ["Ground truth", "No guidance", f"Autoguidance, $w$ = {guidance:g}"]
     for axis, points, title in zip(axes[0], clouds, titles, strict=False):
-        _contour(axis, WIDE, truth.logp, 0, size, device=device)
+        _contour(axis, wide)
         axis.scatter(*points.cpu().T, s=0.6, color=MARK, lw=0, rasterized=True)
         _frame(axis, WIDE, title)
 
@@ -81,7 +86,7 @@ def autoguidance_figure(
         (axes[0, 3], None, 1.0, "Trajectories, no guidance"),
         (axes[1, 3], gnet, guidance, "Trajectories, autoguidance"),
     ):
-        _contour(axis, ZOOM, truth.logp, 0, size, device=device)
+        _contour(axis, zoom)
         _paths(axis, tree_metrics.trajectories(net, start, guide, weight, sigma_max=sigma).cpu())
         _frame(axis, ZOOM, title)
     ratio = lambda x, s: net.logp(x, s) - gnet.logp(x, s)
@@ -90,8 +95,9 @@ def autoguidance_figure(
         (axes[1, 1], gnet.logp, "Guide density $p_0$"),
         (axes[1, 2], ratio, "Ratio $p_1/p_0$"),
     ):
-        _density(axis, density, sigma, size, device)
-        _contour(axis, ZOOM, truth.logp, 0, size, filled=False, device=device)
+        values = _values(ZOOM, density, sigma, size, device)
+        axis.contourf(*values, levels=np.linspace(-3, 0, 13), cmap="Greens", extend="min")
+        _contour(axis, zoom, filled=False)
         _frame(axis, ZOOM, title)
     return fig
 
@@ -100,15 +106,7 @@ def samples_figure(points, cls="A", size=400):
     """One panel: points [N, 2] over the ground truth."""
     fig, axis = style.figure(width=4.0, height=4.0)
     view = WIDE if cls == "A" else dict(centre=(0.0, 0.0), half=1.7)
-    _contour(axis, view, tree.ground_truth(cls).logp, 0, size)
+    _contour(axis, _values(view, tree.ground_truth(cls).logp, 0, size))
     axis.scatter(*points.cpu().T, s=0.6, color=MARK, lw=0, rasterized=True)
     _frame(axis, view, f"{len(points)} samples")
     return fig
-
-
-def _density(axis, log_density, sigma, size, device):
-    x, y, points = _grid(ZOOM, size, device)
-    with torch.no_grad():
-        v = log_density(points, sigma).cpu()
-    v = -(v.max() - v).clamp(min=0).sqrt()
-    axis.contourf(x, y, v, levels=np.linspace(-3, 0, 13), cmap="Greens", extend="min")

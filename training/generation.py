@@ -207,7 +207,9 @@ def run(
         raise ValueError("--net is missing: give a snapshot, or a --preset")
     guidance = options.get("guidance", 1)
     if guidance != 1 and gnet is None:
-        raise ValueError(f"--guidance={guidance} needs a guiding network: give --gnet (null: the network without label)")
+        raise ValueError(
+            f"--guidance={guidance} needs a guiding network: give --gnet (null: the network without label)"
+        )
     if guidance == 1:
         gnet = None
     if guidance_interval is not None and (gnet is None or len(guidance_interval) != 2):

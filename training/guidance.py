@@ -191,7 +191,9 @@ class NullLabels(torch.nn.Module):
         self.net = net
         self.null = null
         self.label_dim = net.label_dim
-        self.img_channels, self.img_resolution = (getattr(net, f"img_{name}", None) for name in ("channels", "resolution"))
+        self.img_channels, self.img_resolution = (
+            getattr(net, f"img_{name}", None) for name in ("channels", "resolution")
+        )
 
     def forward(self, x, sigma, class_labels=None, **kwargs):
         labels = torch.zeros([len(x), self.label_dim], device=x.device)
