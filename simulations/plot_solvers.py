@@ -54,6 +54,9 @@ def plot_solvers(dest, stem, grids=("uniform", "quadratic")):
             if floor:
                 axis.axhline(floor[0], color=style.NEUTRAL, linestyle=":", linewidth=1)
             axis.set(xscale="log", yscale="log", title=f"{TITLES[name][0]}, {grid} grid")
+            nfes = sorted({row["nfe"] for row in rows if row["nfe"]})
+            axis.set_xticks(nfes, [str(n) for n in nfes])
+            axis.xaxis.set_tick_params(which="minor", bottom=False, top=False, labelbottom=False)
             axis.set(xlabel="network evaluations", ylabel=TITLES[name][1])
     axes[0, 0].legend(fontsize=7)
     style.save(fig, stem, dpi=110)

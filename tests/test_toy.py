@@ -1,0 +1,89 @@
+"""Points in the plane: the data sets against their densities, a run of seconds, exact laws of solvers, the guide's example."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simulations import run_toy, solvers, toy_data
+from training import processes
+from training.processes import LinearProcess
+
+GENERATOR = torch.Generator().manual_seed
+
+
+def test_swissroll_and_diamond_are_cld_s():
+    """Mean (0.020, 0.002), variance 0.516 per axis; diamond 0.168 (CLD's own data, measured); radii by construction."""
+    x = toy_data.get("multimodal_swissroll")(100000, GENERATOR(0))
+    assert torch.allclose(x.var(dim=0), torch.tensor([0.516, 0.516]), atol=0.01)
+    assert torch.allclose(x.mean(dim=0), torch.tensor([0.020, 0.002]), atol=0.01)
+    centers = torch.tensor(toy_data.CENTERS)
+    nearest = (x[:, None] - centers).norm(dim=2).min(dim=1).values
+    assert nearest.quantile(0.001) > 0.035 and nearest.quantile(0.999) < 0.15
+    y = toy_data.get("diamond")(100000, GENERATOR(0))
+    assert torch.allclose(y.var(dim=0), torch.tensor([0.168, 0.168]), atol=0.004)
+    assert set(toy_data.TOY_DATA) >= {"25gaussians", "rings", "mixture", "tree"}
+    with pytest.raises(ValueError, match="--dataset"):
+        toy_data.get("nothing")
+
+
+@pytest.mark.parametrize("name", ["diamond", "25gaussians", "rings", "mixture"])
+def test_densities_are_those_of_the_samples(name):
+    """Importance check: the mean of box / p over samples from p is the area of the part of the box where p > 0."""
+    logp = toy_data.logp(name)
+    side = torch.linspace(-1.2, 1.2, 241, dtype=torch.float64)
+    cells = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1).reshape(-1, 2)
+    mass = logp(cells).exp().sum() * (side[1] - side[0]) ** 2
+    assert abs(float(mass) - 1) < 0.02
+    x = toy_data.get(name)(4000, GENERATOR(0))
+    entropy = -(logp(cells).exp() * logp(cells).clamp_min(-700)).sum() * (side[1] - side[0]) ** 2
+    values = -logp(x)
+    assert abs(values.mean() - entropy) < 4 * values.std() / len(x) ** 0.5 + 0.02
+
+
+def test_train_sample_plot(tmp_path, capsys):
+    run = tmp_path / "run"
+    process = ["--process=malda", "--process-options=V=2"]
+    few = ["--dataset=diamond", "--steps=8", "--batch=128", "--channels=16"]
+    run_toy.main(["train", f"--outdir={run}", *few, *process], standalone_mode=False)
+    run_toy.main(
+        ["sample", f"--net={run}", "--solver=em", "--steps=5", "--num=32", f"--dest={tmp_path}/p.npz"],
+        standalone_mode=False,
+    )
+    found = np.load(tmp_path / "p.npz")
+    assert (
+        found["points"].shape == (32, 2)
+        and found["states"].shape == (6, 32, 2, 2)
+        and (np.diff(found["times"]) < 0).all()
+    )
+
+
+def test_exact_law_of_the_solvers():
+    """Errors fall with the number of evaluations, and SSCS beats Euler-Maruyama at 20 and 50 on both grids (CLD §5)."""
+    for grid in ("uniform", "quadratic"):
+        em = [solvers.exact_error("CLD EM", grid, nfe) for nfe in (20, 50)]
+        sscs = [solvers.exact_error("CLD SSCS", grid, nfe) for nfe in (20, 50)]
+        assert sscs[0] < 0.6 * em[0] and sscs[1] < em[1] < em[0]
+    assert solvers.exact_error("EDM Heun", "sigma", 99) < 0.01  # an independent law: samples of the same arm
+    x = solvers.sample(solvers.Affine(), "CLD EM", "quadratic", 10, (20000, 1, 1, 1), seed=0)
+    law = math.hypot(float(x.mean()) - 0.3, float(x.std()) - 0.5)
+    assert abs(law - solvers.exact_error("CLD EM", "quadratic", 10)) < 4 * 0.5 / 20000**0.5
+
+
+def test_the_guides_process_runs():
+    """The ten lines of docs/linear.md define a process that reduces to CLD."""
+    text = (Path(__file__).parents[1] / "docs" / "linear.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    assert len(code.strip().splitlines()) <= 10
+    scope = {}
+    exec(code, scope)
+    made = next(
+        v for v in scope.values() if isinstance(v, type) and issubclass(v, LinearProcess) and v is not LinearProcess
+    )
+    cld = processes.get("cld", M=1.0)
+    assert torch.allclose(made(friction=2.0).kernel(0.4)[1], cld.kernel(0.4)[1], rtol=1e-12)
+    json.dumps(made().spec())
