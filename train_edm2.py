@@ -173,10 +173,11 @@ def run(config, outdir, resume=None, device=None):
         chosen["on_status"] = hooks.validation_hook(ImageFolderDataset(config.val_data, use_labels=config.cond))
     if config.grid:
         chosen["on_snapshot"] = hooks.grid_hook(*setup.grid_shape(config))
+    start = setup.prepare(config, outdir, device, resume)
     outdir.mkdir(parents=True, exist_ok=True)
     with Logger(outdir / "log.txt") if dist.get_rank() == 0 else nullcontext():
         try:
-            loop = setup.train(config, outdir, device, resume, chosen)
+            loop = start(chosen)
         except TrainingFailed as err:
             print(f"Error: {err}", file=sys.stderr, flush=True)
             return 1

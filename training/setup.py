@@ -3,7 +3,6 @@
 An entry of your own (`ARCHS["mine"] = build_mine`) is a choice of `train_edm2.py` at once.
 """
 
-import contextlib
 import functools
 import inspect
 import json
@@ -299,7 +298,7 @@ def check_inputs(config, outdir, resume=None):
     """Raises ValueError for what would fail later: another run in `outdir`, unreadable data, unknown names."""
     check_same_run(outdir, config)
     dataset = open_dataset(config)
-    interface = interface_of(dataset, choose_encoder(dataset, config.encoder))
+    choose_encoder(dataset, config.encoder)
     tables = (ARCHS, "arch"), (LOSSES, "loss"), (OPTIMIZERS, "optimizer"), (SCHEDULES, "lr_schedule")
     for table, name in tables:
         _choose(table, name.replace("_", "-"), getattr(config, name))
@@ -309,8 +308,6 @@ def check_inputs(config, outdir, resume=None):
     if resume is not None and not Path(resume).is_file():
         raise ValueError(f"--resume={resume}: no such checkpoint")
     build_loss(config, None)
-    with torch.device("meta"), contextlib.suppress(NotImplementedError):  # sizes and options without the work
-        ARCHS[config.arch](config, interface)
     if config.val_data:
         ImageFolderDataset(config.val_data)
     for name in ("init", "reference"):
@@ -334,6 +331,11 @@ def train(config, outdir, device="cpu", resume=None, hooks=None):
     on_status, on_snapshot, stop_requested (see TrainingLoop). Raises ValueError for bad input before anything is
     written, TrainingFailed if training breaks down.
     """
+    return prepare(config, outdir, device, resume)(hooks)
+
+
+def prepare(config, outdir, device="cpu", resume=None):
+    """All of `train` that can find fault with the input and writes nothing; returns start(hooks) -> TrainingLoop."""
     outdir = Path(outdir)
     device = torch.device(device)
     check_same_run(outdir, config)
@@ -362,13 +364,27 @@ def train(config, outdir, device="cpu", resume=None, hooks=None):
     )
     if resume is None:
         resume = dist.broadcast_object(str(checkpoint.newest_sound(outdir) or "") if dist.get_rank() == 0 else None)
+    parts = (
+        objective,
+        feed,
+        encoder,
+        selector,
+        optimizer,
+        ema,
+        functools.partial(_learning_rate, schedule, config, selector),
+    )
+    return functools.partial(_start, config, outdir, parts, interface, resume or None)
+
+
+def _start(config, outdir, parts, interface, resume, hooks=None):
+    objective, dataset = parts[0], parts[1].dataset
     if dist.get_rank() == 0:
         outdir.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_leftovers(outdir)
         with atomic_write(outdir / "training_options.json", "w") as file:
             json.dump(config.to_dict(), file, indent=2)
     dist.barrier()
-    dist.print0(f"Network: {sum(p.numel() for p in net.parameters()):,} parameters, {interface}")
+    dist.print0(f"Network: {sum(p.numel() for p in objective.net.parameters()):,} parameters, {interface}")
     header = dict(
         options=config.to_dict(),
         dataset=dict(
@@ -377,13 +393,7 @@ def train(config, outdir, device="cpu", resume=None, hooks=None):
         git_commit=git_commit(),
     )
     return training_loop(
-        objective,
-        feed,
-        encoder,
-        selector,
-        optimizer,
-        ema,
-        functools.partial(_learning_rate, schedule, config, selector),
+        *parts,
         outdir,
         Periods(
             total_nimg=config.total_nimg,
@@ -400,7 +410,7 @@ def train(config, outdir, device="cpu", resume=None, hooks=None):
         grad_clip=config.grad_clip,
         header=header,
         snapshot_dtype=torch.float16 if config.snapshot_fp16 else None,
-        resume=resume or None,
+        resume=resume,
         **(hooks or {}),
     )
 
