@@ -24,11 +24,11 @@ class EbmConfig:
 
     K: int = 4  # sources, p(y) = 1/K
     n: int = 1000  # training samples of all sources together
-    D: int = 2  # data dimension, 1 or 2
+    D: int = 1  # data dimension, 1 or 2
     sim: float = 0.8  # true similarity: share of the log-density field that all sources have in common
     family: str = "path"  # how sources differ: "path" (in one number) or "independent" (in everything)
     scale: float = 2.0  # size of the log-density field (0: uniform)
-    modes: int = 2  # highest cosine frequency per axis, in half periods
+    modes: int = 4  # highest cosine frequency per axis, in half periods
     de: int = 4  # embedding width
     W: int = 32  # hidden width
     L: int = 3  # affine layers

@@ -1,6 +1,6 @@
 """Maximum likelihood for the small networks of the theory experiments: one rule for every network.
 
-`fit` trains one network per (learning rate, batch size) and keeps the best. A multi-source run calls it once on all
+`fit` trains one network per (learning rate, batch size, length) and keeps the best. A multi-source run calls it once on all
 data, a single-source run once per source on that source's data; nothing else differs between the two.
 """
 
@@ -49,8 +49,9 @@ class Rule:
 
     lrs: tuple[float, ...] = (1e-2,)  # Adam's learning rates to try, each with a cosine decay to zero
     batches: tuple[int, ...] = (500,)  # batch sizes to try
-    steps: int = 1000  # optimizer steps of a try
-    eval_every: int = 25  # steps between looks at the selection likelihood
+    steps: tuple[int, ...] = (800,)  # lengths of training to try, in optimizer steps
+    early: bool = True  # take a try's best weights on the way, and end it when none better come; else its last weights
+    eval_every: int = 25  # steps between looks at the selection likelihood on the way
     patience: int = 12  # a try ends after so many looks without improvement
     holdout: float = 0.1  # share of the network's own data kept for selection
     select: str = "holdout"  # or "train": likelihood of the training data: nothing held out, no early end
@@ -59,7 +60,9 @@ class Rule:
     def __post_init__(self) -> None:
         if self.select not in ("holdout", "train"):
             raise ValueError(f"select={self.select!r} is unknown; use holdout or train")
-        if not self.lrs or not self.batches or min(*self.lrs, *self.batches, self.steps, self.eval_every) <= 0:
+        if not self.lrs or not self.batches or not self.steps:
+            raise ValueError("lrs, batches and steps need at least one value each")
+        if min(*self.lrs, *self.batches, *self.steps, self.eval_every) <= 0:
             raise ValueError("learning rates, batch sizes, steps and eval_every must be positive")
         if not 0 < self.holdout < 1 or not self.bound > 0 or self.patience < 1:
             raise ValueError("holdout must lie within (0, 1), bound be positive and patience >= 1")
@@ -101,24 +104,24 @@ def fit(
     kept = min(size - 1, max(1, round(rule.holdout * size))) if rule.select == "holdout" else 0
     train, selection = order[kept:], order[:kept] if kept else order
     best = None
-    for lr, batch in itertools.product(rule.lrs, rule.batches):
+    for lr, batch, steps in itertools.product(rule.lrs, rule.batches, rule.steps):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = build()
-        found = _train(model, loss, train, selection, lr, batch, rule, seed)
+        found = _train(model, loss, train, selection, lr, batch, steps, rule, seed)
         if best is None or found.nll < best.nll:
             best = found
     return best
 
 
-def _train(model, loss, train, selection, lr, batch, rule, seed) -> Fit:
+def _train(model, loss, train, selection, lr, batch, steps, rule, seed) -> Fit:
     generator = torch.Generator().manual_seed(seed + 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)  # fused: one call per step
     best = Fit(model, math.inf, lr, batch, 0)
     state, waited, queue = None, 0, train[:0]
-    for step in range(1, rule.steps + 1):
+    for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / rule.steps))
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
         if len(queue) < min(batch, len(train)):  # next pass over the data
             queue = torch.cat([queue, train[torch.randperm(len(train), generator=generator)]])
         index, queue = queue[:batch], queue[batch:]
@@ -127,7 +130,7 @@ def _train(model, loss, train, selection, lr, batch, rule, seed) -> Fit:
         optimizer.step()
         with torch.no_grad():
             model.project(rule.bound)
-        if step % rule.eval_every and step != rule.steps:
+        if step != steps and (not rule.early or step % rule.eval_every):
             continue
         with torch.no_grad():
             nll = float(loss(model, selection))

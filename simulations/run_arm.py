@@ -31,15 +31,15 @@ BUDGETS = {
         "config": {"K": 2, "n": 200, "D": 4, "de": 4, "W": 8, "L": 3},
         "fixed": {"K": {}, "n": {}, "D": {}, "sim": {}},
         "values": {"K": [1, 2], "n": [50, 200], "D": [3, 4], "sim": [0.0, 1.0]},
-        "rule": {"steps": 50, "batches": (50,)},
+        "rule": {"steps": (50,), "batches": (50,)},
         "seeds": [0, 1, 2],
     },
     "small": _PAPER | {  # about ten minutes on one core
-        "rule": {"steps": 800},
+        "rule": {"steps": (800,)},
         "seeds": [0, 1, 2],
     },
     "paper": _PAPER | {  # the published grid of batch sizes and learning rates
-        "rule": {"steps": 50_000, "batches": (100, 300, 500), "lrs": (1e-5, 1e-4, 1e-3), "eval_every": 200},
+        "rule": {"steps": (50_000,), "batches": (100, 300, 500), "lrs": (1e-5, 1e-4, 1e-3), "eval_every": 200},
         "seeds": [0, 1, 2, 3, 4],
     },
 }  # fmt: skip

@@ -21,16 +21,16 @@ BUDGETS = {
         "config": {"K": 2, "n": 200, "D": 1, "de": 2, "W": 8},
         "fixed": {},
         "values": {"K": [1, 2], "n": [50, 200], "sim": [0.0, 1.0]},
-        "rule": {"steps": 50, "batches": (50,)},
+        "rule": {"steps": (50,), "batches": (50,)},
         "seeds": [0, 1, 2],
     },
     "small": _SWEEPS | {  # minutes on one core
-        "rule": {"steps": 600, "batches": (300,)},
+        "rule": {"steps": (100, 600), "early": False, "batches": (1000,), "lrs": (2e-2,)},
         "seeds": [0, 1, 2],
     },
     "large": _SWEEPS | {
         "values": _SWEEPS["values"] | {"K": [1, 2, 4, 8, 16], "n": [100, 300, 1000, 3000, 10_000, 30_000]},
-        "rule": {"steps": 20_000, "batches": (100, 300), "lrs": (1e-3, 1e-2), "eval_every": 100},
+        "rule": {"steps": (100, 300, 1000, 3000, 10_000), "early": False, "batches": (300,), "lrs": (3e-3, 1e-2)},
         "seeds": list(range(10)),
     },
 }  # fmt: skip
@@ -62,7 +62,7 @@ def main(tag, budget, **options):
     \b
     Examples:
       python simulations/run_ebm.py --budget=smoke
-      python simulations/run_ebm.py --tag=n --D=1
+      python simulations/run_ebm.py --tag=n --D=2 --modes=2
     """
     from simulations.bounds import ebm_bound
     from simulations.ebm import EbmConfig, EbmOutcome, run_cell

@@ -41,15 +41,20 @@ def training_options(function):
         click.option("--lrs", type=ListOption(float, 0), help="Learning rates to choose from."),
         click.option("--batches", type=ListOption(int, 1), help="Batch sizes to choose from."),
         click.option(
-            "--steps", type=click.IntRange(min=1), help="Optimizer steps of a network (cosine decay to zero)."
+            "--steps", type=ListOption(int, 1), help="Lengths of training to choose from, in optimizer steps."
         ),
         click.option(
-            "--eval-every", type=click.IntRange(min=1), help="Steps between looks at the selection likelihood."
+            "--early/--last", "early", default=None, help="Take a training's best weights on the way, or its last."
+        ),
+        click.option(
+            "--eval-every",
+            type=click.IntRange(min=1),
+            help="With --early: steps between looks at the selection likelihood.",
         ),
         click.option(
             "--patience",
             type=click.IntRange(min=1),
-            help="Looks without improvement that end the training of a network.",
+            help="With --early: looks without improvement that end a training.",
         ),
         click.option(
             "--holdout",

@@ -15,7 +15,7 @@ from simulations import plot_arm, run_arm
 from simulations.arm import ARM, ArmConfig, Prefixes, ground_truth, run_cell, sample, tv
 from simulations.mle import MLP, Rule, fit
 
-TINY = Rule(steps=60, batches=(64,), eval_every=10)
+TINY = Rule(steps=(60,), batches=(64,), eval_every=10)
 
 
 def plain_conditional(model, source, known):
@@ -121,7 +121,7 @@ def test_samples_follow_the_tables_and_nest():
 
 def test_cell_learns_and_is_reproducible():
     config = ArmConfig(K=2, n=3000, D=4, sim=0.9, de=8, W=16, L=3)
-    rule = Rule(steps=250, batches=(500,))
+    rule = Rule(steps=(250,), batches=(500,))
     outcome = run_cell(config, rule, 0)
     assert outcome.multi < 0.5 * outcome.uniform
     assert outcome.single < 0.5 * outcome.uniform
@@ -148,9 +148,9 @@ def test_selection_takes_the_better_network():
     tables = ground_truth(ArmConfig(K=1, D=3), 0)
     data = Prefixes(*sample(tables, 400, 0), 1, 3, 2)
     build = lambda: ARM(1, 3, de=4, W=8, L=2)
-    found = fit(build, data.nll, 400, Rule(lrs=(1e-9, 1e-2), batches=(100,), steps=100), 0)
+    found = fit(build, data.nll, 400, Rule(lrs=(1e-9, 1e-2), batches=(100,), steps=(100,)), 0)
     assert found.lr == 1e-2
-    every = fit(build, data.nll, 400, Rule(batches=(100,), steps=20, select="train"), 0)
+    every = fit(build, data.nll, 400, Rule(batches=(100,), steps=(20,), select="train"), 0)
     assert every.nll == pytest.approx(data.nll(every.model, torch.arange(400)).item(), rel=1e-6)
 
 

@@ -14,7 +14,7 @@ from simulations import plot_ebm, run_ebm
 from simulations.ebm import EBM, EbmConfig, Truth, quadrature, run_cell
 from simulations.mle import Rule
 
-TINY = Rule(steps=40, batches=(64,), eval_every=10)
+TINY = Rule(steps=(40,), batches=(64,), eval_every=10)
 
 
 def wild_model(K, D, W):
@@ -88,7 +88,7 @@ def test_samples_follow_the_density_and_nest():
 
 def test_cell_learns_and_is_reproducible():
     config = EbmConfig(K=2, n=1000, D=1, W=16)
-    rule = Rule(steps=150, batches=(200,))
+    rule = Rule(steps=(150,), batches=(200,))
     outcome = run_cell(config, rule, 0)
     assert outcome.multi < 0.6 * outcome.uniform
     assert outcome.single < 0.6 * outcome.uniform
