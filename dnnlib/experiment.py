@@ -12,8 +12,8 @@
 the step for every combination of the lists it names (or writes out); an entry that is a mapping sets several names at once,
 which later names may be lists of.
 The repetitions of one step are independent of each other and may run side by side; steps follow each other in order.
-A step is done when its marker `<out>/steps/<name>.json` holds the same command line. Interrupting loses the steps in
-progress only.
+`summary: true` marks a step that is done again whenever another one was. A step is done when its marker
+`<out>/steps/<name>.json` holds the same command line. Interrupting loses the steps in progress only.
 """
 
 import concurrent.futures
@@ -40,11 +40,15 @@ from dnnlib.util import atomic_write
 
 @dataclass
 class Step:
-    """One command line: `argv[0]` is the script. Steps with the same `stage` are independent of each other."""
+    """One command line: `argv[0]` is the script. Steps with the same `stage` are independent of each other.
+
+    A `summary` reads what other steps wrote: it is done again whenever one of them was.
+    """
 
     name: str
     argv: list
     stage: int
+    summary: bool = False
 
     @property
     def key(self):
@@ -137,7 +141,7 @@ def load(path, budget=None, overrides=None):
                 text = _fill(word, values, where)
                 # A word that is one setting may hold several options.
                 argv.extend(shlex.split(text) if re.fullmatch(r"\{\w+\}", word) else [text])
-            steps.append(Step(_fill(entry["name"], values, where), argv, stage))
+            steps.append(Step(_fill(entry["name"], values, where), argv, stage, bool(entry.get("summary"))))
     names = [step.name for step in steps]
     double = next((n for n in names if names.count(n) > 1), None)
     if double is not None:
@@ -211,6 +215,8 @@ def run(steps, out, load_scripts, jobs=1, progress=True):
     if unknown is not None:
         raise ValueError(f"step {unknown.name} runs {unknown.argv[0]}; known scripts: {', '.join(load_scripts())}")
     todo = [step for step in steps if not is_done(out, step)]
+    if todo:
+        todo = [step for step in steps if step in todo or step.summary]
     bar = tqdm(total=len(steps), initial=len(steps) - len(todo), unit="step", disable=not progress, file=sys.stderr)
     with contextlib.ExitStack() as stack:
         stack.enter_context(bar)

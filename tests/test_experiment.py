@@ -202,3 +202,17 @@ def test_wrong_files_are_one_line(tmp_path, text, message):
     result = invoke(path)
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1, result.output
     assert message in result.stderr and "wrong.yaml" in result.stderr or message.startswith("step a")
+
+
+def test_a_summary_is_done_again_whenever_another_step_was(tmp_path):
+    path = tmp_path / "demo.yaml"
+    path.write_text(
+        "settings: {n: 1}\nsteps:\n  - {name: work, run: 'note.py --text={n} --to={out}/work'}\n"
+        "  - {name: sum, summary: true, run: 'note.py --text=SUM --to={out}/sum'}\n"
+    )
+    lines = []
+    for n in (1, 1, 2):
+        settings, steps = experiment.load(path, overrides={"n": n, "out": str(tmp_path / "out")})
+        experiment.run(steps, settings["out"], load_scripts, progress=False)
+        lines.append((tmp_path / "out" / "sum").read_text().count("SUM"))
+    assert lines == [1, 1, 2]
