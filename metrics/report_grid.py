@@ -6,12 +6,13 @@ between all cells of that n (and `group`, where a group has data of its own, suc
 
 import csv
 import io
-import math
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from metrics.report import Verdict, collect, sources_of, verdict
+from metrics.report import collect, sources_of, verdict
 
 MEASURES = {"fd": "FD", "denoising_loss": "held-out denoising loss"}
 
@@ -28,6 +29,7 @@ class CellResult:
     levels: dict  # (arm, measure) -> mean over sources
     floor: float | None
     images: dict  # arm -> images trained on by all its models of one seed together
+    data: dict  # arm -> training data of its models, sorted paths
 
 
 def _matches(row, cell_rows):
@@ -73,6 +75,7 @@ def results(rows, arms=("multi", "single")):
                 levels=levels,
                 floor=float(np.mean(floors)) if floors else None,
                 images={arm: _images(theirs if arm == other else mine, arm == other) for arm in arms},
+                data={arm: _training_data(theirs if arm == other else mine) for arm in arms},
             )
         )
     return sorted(found, key=lambda r: (r.group, r.n, r.k))
@@ -88,17 +91,27 @@ def _images(rows, separate):
     return sum(per_source.values()) if separate else max(per_source.values())
 
 
-def combined(parts):
-    """One Verdict from several of the same measure: mean advantage with the errors added in quadrature."""
-    parts = [p for p in parts if p.standard_error is not None]
-    if not parts:
-        return None
-    mean = float(np.mean([p.advantage for p in parts]))
-    error = math.sqrt(sum(p.standard_error**2 for p in parts)) / len(parts)
-    wins, sources = sum(p.wins for p in parts), sum(p.sources for p in parts)
-    return Verdict(
-        parts[0].better, parts[0].other, wins, sources, mean, error, (mean - 1.96 * error, mean + 1.96 * error)
-    )
+def _training_data(rows):
+    """What the models behind score rows were trained on, read from the options in their run folders."""
+    found = set()
+    for path in {r["images_path"] for r in rows if r.get("images_path")}:
+        options = Path(path) / "training_options.json"
+        if options.is_file():
+            found.add(json.loads(options.read_text(encoding="utf-8"))["data"])
+    return sorted(found)
+
+
+def same_data(found, arms):
+    """Lines that say, by content hash, whether both arms of each cell were trained on the same images."""
+    from training.dataset import ImageFolderDataset, content_hash
+
+    for r in found:
+        if all(r.data.values()) and all(Path(p).exists() for paths in r.data.values() for p in paths):
+            hashes = [content_hash(*(ImageFolderDataset(p) for p in r.data[arm])) for arm in arms]
+            if hashes[0] == hashes[1]:
+                yield f"{r.cell}: both arms saw the same images, sha256 {hashes[0][:16]}."
+            else:
+                yield f"WARNING: {r.cell}: the arms saw different images (sha256 {hashes[0][:16]} and {hashes[1][:16]})."
 
 
 def to_csv(found, arms):
@@ -222,12 +235,10 @@ def write_grid_report(rows, dest, arms, net=None, notes=()):
 
     net: snapshot of a shared model, for the theory's prediction beside the measured ratio of the mean FDs.
     """
-    from pathlib import Path
-
     from dnnlib import atomic_write
 
     found = results(rows, tuple(arms))
-    notes = [*notes, *(_predictions(found, arms, net) if net is not None else [])]
+    notes = [*notes, *same_data(found, arms), *(_predictions(found, arms, net) if net is not None else [])]
     text = to_markdown(found, arms, notes)
     dest = Path(dest)
     for name, content in (("table.csv", to_csv(found, arms)), ("table.md", text)):

@@ -61,5 +61,6 @@ def test_grid_interrupted_twice(tmp_path):
     assert before.items() <= after.items(), "a completed step was done again"
     listed = subprocess.run(command("grid", tmp_path, "--list"), cwd=ROOT, capture_output=True, text=True).stdout
     assert listed.count(" done ") == len(after) and " todo " not in listed
+    assert printed.count("both arms saw the same images") == 3 and "WARNING" not in printed
     groups = {line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")}
     assert {"control-self", "control-shuffled", "all"} <= groups
