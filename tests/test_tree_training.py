@@ -49,12 +49,18 @@ def test_loss_is_the_published_score_matching_loss():
     assert float(loss.evaluate(mixture.denoiser(), draws).max()) < 1e-6  # nothing is left to learn
 
 
-def test_training_learns_selects_and_counts(tmp_path):
+def test_training_learns(tmp_path):
+    config = replace(SMALL, dim=64, layers=4, total_iter=150, snapshot_iter=150, batch_size=512)
+    train(config, tmp_path, tree_metrics.validation_hook(num=512, flow=False))
+    lines = stats(tmp_path)
+    assert lines[-1]["Validation/ema_loss"] < 0.5 * lines[0]["Validation/ema_loss"]
+
+
+def test_training_selects_and_counts(tmp_path):
     memory = {}
     config = replace(SMALL, total_iter=30)
     train(config, tmp_path / "baseline", tree_metrics.validation_hook(num=128, flow=False), memory)
     lines = stats(tmp_path / "baseline")
-    assert lines[-1]["Validation/ema_loss"] < 0.8 * lines[0]["Validation/ema_loss"]
     assert lines[-1]["Progress/kimg"] == 30 * 0.256 and lines[-1]["Progress/iteration"] == 30
     reference = str(tmp_path / "baseline")
     assert set(load_toy(reference).state_dict()) == {"gain", "layers.0.weight", "layers.2.weight", "layers.4.weight"}
