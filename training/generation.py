@@ -93,6 +93,10 @@ def generate_images(
         run = functools.partial(sampler or heun_in_sigma, guided, process)
     if sampler_kwargs.get("S_churn") and getattr(kernel, "D", float("inf")) != float("inf"):
         warnings.warn("churn adds Gaussian noise, which is not derived for finite D of PFGM++", stacklevel=2)
+    asked = sources or [] if class_idx == "balanced" else [] if class_idx is None else [class_idx]
+    unknown = [k for k in asked if net.label_dim and not 0 <= k < net.label_dim]
+    if unknown:
+        raise ValueError(f"class {unknown[0]} is out of range: the network knows classes 0 to {net.label_dim - 1}")
     batches = dist.split_batches(seeds, max_batch_size)
     total = sum(map(len, batches))
     bar = tqdm(total=total, unit="img", disable=not (progress and dist.get_rank() == 0))

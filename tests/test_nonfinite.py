@@ -1,0 +1,121 @@
+"""Losses and gradients that are not finite: counted, kept from the weights, and fatal only when they persist."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from training import selection, training_loop
+from training.dataset import ArrayDataset
+from training.encoders import IdentityEncoder
+from training.feed import Feed
+from training.losses import Draws, Loss, Objective
+from training.training_loop import Periods, TrainingFailed, TrainingLoop
+
+BATCH = 8
+
+
+class Scale(torch.nn.Module):
+    label_dim = 0
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+
+
+class Sometimes(Loss):
+    """w0 + w1 per example, but for the positions in `bad`, whose loss multiplies w0 by `value`."""
+
+    def __init__(self, bad, value=math.nan):
+        super().__init__()
+        self.bad, self.value, self.position = bad, value, 0
+
+    def draw(self, images, labels=None, generator=None):
+        where = torch.arange(self.position, self.position + len(images))
+        self.position += len(images)
+        return Draws(factor=torch.tensor([self.value if int(i) in self.bad else 1.0 for i in where]))
+
+    def evaluate(self, net, draws):
+        return net.w[0] * draws.factor + net.w[1]
+
+
+def make(tmp_path, bad, value=math.nan, steps=4, status=1, **options):
+    data = ArrayDataset(torch.zeros(16, 1, 1, 1).numpy())
+    objective = Objective(Scale(), Sometimes(bad, value))
+    return TrainingLoop(
+        objective, Feed(data, block=BATCH), IdentityEncoder(), selection.IdentitySelector(),
+        torch.optim.Adam(objective.param_groups(), lr=1), None, lambda nimg: 0.01, tmp_path,
+        Periods(steps * BATCH, status_nimg=status * BATCH, snapshot_nimg=0, checkpoint_nimg=0), batch_size=BATCH, **options,
+    )  # fmt: skip
+
+
+def statistics(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_shares_are_logged_and_weights_stay_finite(tmp_path, value, capsys):
+    loop = make(tmp_path, {9, 10}, value, steps=4)  # two of eight examples of the second step
+    loop.run()
+    lines = statistics(tmp_path)
+    assert [line["Progress/nonfinite_loss_share"] for line in lines] == [0, 0, 0.25, 0, 0]
+    assert [line.get("Progress/nonfinite_steps") for line in lines[1:]] == [0, 1, 0, 0]
+    assert lines[2]["Loss/loss"] == pytest.approx(2 - 2 * 0.01, abs=1e-4)  # the mean of the finite ones
+    assert "100.0% of the steps had non-finite gradients" in capsys.readouterr().out
+    w = loop.objective.net.w.detach()
+    assert bool(w.isfinite().all())
+    assert float(w[1]) == pytest.approx(1 - 4 * 0.01, abs=1e-4)  # what was finite trains on, step by step
+    assert all(bool(v.isfinite().all()) for s in loop.optimizer.state.values() for v in s.values())
+
+
+def test_occasional_failures_do_not_stop_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_loop, "MAX_BAD_STEPS", 5)
+    loop = make(tmp_path, {i for i in range(BATCH * 30) if i // BATCH % 2}, steps=30, status=30)  # every other step
+    loop.run()
+    assert loop.state.cur_nimg == 30 * BATCH
+    assert statistics(tmp_path)[-1]["Progress/nonfinite_steps"] == 0.5
+
+
+def test_persistent_failures_stop_training_with_a_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_loop, "MAX_BAD_STEPS", 5)
+    loop = make(tmp_path, set(range(12 * BATCH, 1000)), steps=100, status=100)
+    with pytest.raises(TrainingFailed, match=r"non-finite gradients.*--lr or --ls.*--fp16=False") as error:
+        loop.run()
+    assert 12 + 5 <= loop.state.cur_nimg // BATCH <= 12 + 2 * 5
+    assert "\n" not in str(error.value) and bool(loop.objective.net.w.isfinite().all())
+
+
+def test_the_program_ends_with_one_line(digits, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+    from small_runs import small_command
+
+    import train_edm2
+    from training.networks_edm2 import Precond
+
+    monkeypatch.setattr(training_loop, "MAX_BAD_STEPS", 2)
+    original = Precond.forward
+
+    def forward(self, x, *args, **kwargs):
+        out = original(self, x, *args, **kwargs)
+        return (out[0] * math.nan, out[1]) if isinstance(out, tuple) else out
+
+    monkeypatch.setattr(Precond, "forward", forward)
+    result = CliRunner().invoke(train_edm2.main, small_command(digits, tmp_path / "run", "--snapshot=0"))
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stderr.splitlines() if "Error" in line]
+    assert line.startswith("Error: the last ") and "non-finite gradients" in line and "Traceback" not in result.output
+
+
+def test_clipping_survives_them(tmp_path):
+    loop = make(tmp_path, {0, 9}, steps=3, grad_clip=0.5)
+    loop.run()
+    assert bool(loop.objective.net.w.isfinite().all())
+
+
+def test_selection_names_the_cause(tmp_path):
+    """A selector that scores candidates says that a loss is not a number instead of training on anything."""
+    loop = make(tmp_path, {3}, steps=2)
+    loop.selector = selection.LossSelector(selection.FUNCTIONS["hard"], filter_ratio=0.5)
+    with pytest.raises((ValueError, TrainingFailed), match="NaN|finite"):
+        loop.run()
