@@ -71,7 +71,7 @@ def test_truth_is_a_density(family):
 
 
 def test_similarity_one_makes_sources_equal():
-    truth = Truth(EbmConfig(K=3, sim=1.0), 0)
+    truth = Truth(EbmConfig(K=3, D=2, sim=1.0), 0)
     x = np.random.default_rng(0).random([20, 2])
     np.testing.assert_allclose(truth.log_density(x, 0), truth.log_density(x, 2), atol=1e-12)
 
@@ -88,7 +88,7 @@ def test_samples_follow_the_density_and_nest():
 
 def test_cell_learns_and_is_reproducible():
     config = EbmConfig(K=2, n=1000, D=1, W=16)
-    rule = Rule(steps=(150,), batches=(200,))
+    rule = Rule(steps=(100,), batches=(200,))
     outcome = run_cell(config, rule, 0)
     assert outcome.multi < 0.6 * outcome.uniform
     assert outcome.single < 0.6 * outcome.uniform
@@ -111,7 +111,9 @@ def test_bad_configuration(bad):
 
 
 def test_command_and_figure(tmp_path):
-    done = CliRunner().invoke(run_ebm.main, ["--budget=smoke", "--steps=10", "--W=6", f"--results-dir={tmp_path}"])
+    done = CliRunner().invoke(
+        run_ebm.main, ["--budget=smoke", "--steps=4", "--seeds=0,1", "--W=6", f"--results-dir={tmp_path}"]
+    )
     assert done.exit_code == 0, done.output
     assert len(json.loads(done.stdout)["files"]) == 6
     drawn = CliRunner().invoke(plot_ebm.main, [f"--results-dir={tmp_path}", f"--figures-dir={tmp_path}", "--dpi=60"])
