@@ -95,7 +95,10 @@ class Feed:
                 )
             )
         self.expected = (position + count, count)
-        return next(self.loader)
+        try:
+            return next(self.loader)
+        except ValueError as err:  # a loader process wraps the message into its traceback
+            raise ValueError(str(err).strip().splitlines()[-1].removeprefix("ValueError: ")) from err
 
 
 class Candidates:
