@@ -206,6 +206,8 @@ X_LABELS = {
 
 def plot(rows, experiment, stem):
     """Frechet distance against the disturbance, one line per label with error bars; writes stem.png and stem.svg."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     from simulations import style
 
     table = summarize(rows)
@@ -220,12 +222,16 @@ def plot(rows, experiment, stem):
         axis.errorbar(x + shift, mean, sd, label=label, color=shades[index], marker="o", markersize=3.5, capsize=2)
     if not numeric:
         axis.set_xticks(range(len(values)), [str(v) for v in values])
-    axis.set_yscale("log")
+    means = [mean for line in table.values() for mean, *_ in line.values()]
+    if min(means) > 0 and max(means) > 5 * min(means):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     seeds = max(n for line in table.values() for *_, n in line.values())
-    over = f"{seeds} training seeds" if seeds > 1 else "sampling seeds"
     axis.set_xlabel(X_LABELS[experiment])
-    axis.set_ylabel(f"Frechet distance (mean ± sd of {over})")
-    axis.legend()
+    axis.set_ylabel("Frechet distance")
+    axis.legend(title=f"mean ± sd of {seeds} trainings" if seeds > 1 else None)
     return style.save(fig, stem)
 
 
@@ -235,7 +241,8 @@ def markdown(rows, experiment):
     values = list(next(iter(table.values())))
     lines = [f"| {experiment} | " + " | ".join(str(v) for v in values) + " |", "| --- " * (len(values) + 1) + "|"]
     for label, line in table.items():
-        lines.append(f"| {label} | " + " | ".join(f"{line[v][0]:.2f} ± {line[v][1]:.2f}" for v in values) + " |")
+        cells = [f"{mean:.2f} ± {sd:.2f}" if sd else f"{mean:.2f}" for mean, sd, _ in (line[v] for v in values)]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
