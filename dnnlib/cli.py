@@ -77,7 +77,12 @@ def _read_config(ctx, param, paths):
             option = known.get(str(name)) or known.get(str(name).replace("_", "-"))
             if option is None:
                 raise click.BadParameter(f"{path}: {name!r} is no option of this command", ctx, param)
-            merged[option.name] = value
+            if isinstance(value, (list, dict)) and not (
+                option.multiple or isinstance(option.type, (_Parsed, _Mapping))
+            ):
+                raise click.BadParameter(f"{path}: {name} takes one value, not {value!r}", ctx, param)
+            if value is not None:  # null: not given
+                merged[option.name] = str(value) if isinstance(value, (int, float)) else value
     ctx.default_map = merged
     return paths
 

@@ -82,9 +82,11 @@ def atomic_write(path, mode="wb"):
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600: restore what a plain open() would have given
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as err:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(err, OSError) and err.errno is not None and err.filename is None:
+            raise OSError(err.errno, f"{err.strerror}; free some space or choose another place", str(path)) from err
         raise
 
 

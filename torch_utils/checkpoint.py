@@ -89,7 +89,9 @@ def load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # zip, pickle and storage errors have no common base
-        raise ValueError(f"{path}: not a readable checkpoint ({str(err).splitlines()[0]})") from err
+        raise ValueError(
+            f"{path}: not a readable checkpoint ({(str(err).splitlines() or [type(err).__name__])[0]})"
+        ) from err
 
 
 def list_checkpoints(run_dir):
