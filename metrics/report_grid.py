@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metrics.report import collect, sources_of, verdict
+from metrics.comparison import collect, sources_of, theory_ratio, verdict
 
 MEASURES = {"fd": "FD", "denoising_loss": "held-out denoising loss"}
 
@@ -216,7 +216,6 @@ def figure(path, found):
 
 def _predictions(found, arms, net):
     """Lines with sqrt(1 - (K-1)/K beta) from the network's parameter counts beside the measured ratios, by K and n."""
-    from metrics.report import theory_ratio
     from torch_utils.persistence import load_snapshot
 
     network = load_snapshot(net).net
