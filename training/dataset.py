@@ -84,7 +84,9 @@ class Dataset(torch.utils.data.Dataset):
             labels = self._load_raw_labels()
             if labels is None:
                 labels = np.zeros([self._raw_shape[0], 0], dtype=np.float32)
-            self._raw_labels = check_labels(labels, self._raw_shape[0], self._explicit_classes(), where=self.name)
+            self._raw_labels = check_labels(
+                labels, self._raw_shape[0], self._explicit_classes(), where=getattr(self, "_path", self.name)
+            )
         return self._raw_labels
 
     @property

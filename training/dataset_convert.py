@@ -233,6 +233,9 @@ class DatasetWriter:
                 self._stack.__exit__(*exception)
         else:
             shutil.rmtree(self._folder, ignore_errors=True)
+        error = exception[1]
+        if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk does not say which file
+            raise OSError(error.errno, error.strerror, self.dest) from error
 
     def _meta(self):
         complete = self._labels and all(label is not None for _, label in self._labels)

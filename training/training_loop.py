@@ -120,7 +120,8 @@ class TrainingLoop:
             self.selector.load_state_dict(data["selector"])
             self.state = State(**data["state"])
         except (KeyError, RuntimeError, TypeError) as err:
-            raise ValueError(f"{path}: does not fit this model ({str(err).splitlines()[0]})") from err
+            why = (str(err) or type(err).__name__).splitlines()[0]
+            raise ValueError(f"{path}: does not fit this model ({why})") from err
 
     def save_checkpoint(self):
         self._check_ranks_agree()
@@ -289,6 +290,8 @@ class TrainingLoop:
             stop = min(stop, rounded if rounded > start else start + periods.slice_nimg)
         if stop <= start:
             dist.print0(f"Nothing to do: {start} of {periods.total_nimg} images are already trained.")
+            if dist.get_rank() == 0:  # an interruption may have come before this
+                checkpoint.remove_old(self.run_dir, periods.keep)
             return state
         dist.print0(f"Training from {start / 1e3:g} kimg to {stop / 1e3:g} kimg:")
         clock = _Clock()

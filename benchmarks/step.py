@@ -1,0 +1,180 @@
+"""What a training step and sampling cost: a table for a preset on this machine, on the CPU or a GPU.
+
+python benchmarks/step.py --preset=digits8 --device=cpu --dest=benchmarks/RESULTS_step.md
+python benchmarks/step.py --preset=edm2-img512-xs --batch=64 --precision=fp32,fp16,bf16 --compile=no,yes
+"""
+
+import datetime
+import os
+import platform
+import statistics
+import time
+
+import click
+import torch
+
+from dnnlib import atomic_write, cli
+from torch_utils import distributed as dist
+from training import selection, setup
+from training.config import make_config
+from training.dataset import ArrayDataset
+from training.encoders import IdentityEncoder
+from training.feed import Feed
+from training.losses import Objective
+from training.samplers import heun
+from training.training_loop import Periods, TrainingLoop
+
+PRECISIONS = {"fp32": None, "fp16": "float16", "bf16": "bfloat16"}
+
+
+def interface_of(preset, resolution, channels, classes):
+    """The shape of the data that a preset is made for; options win."""
+    grey, latent = preset.startswith("digits"), "img512" in preset or "img256" in preset
+    side = {"digits8": 8, "digits28": 28}.get(preset, 32 if "cifar" in preset or "img256" in preset else 64)
+    return dict(
+        img_resolution=resolution or side,
+        img_channels=channels or (1 if grey else 4 if latent else 3),
+        label_dim=(10 if grey or "cifar" in preset else 1000) if classes is None else classes,
+    )
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(function, device, repeats, warmup):
+    """Seconds of each of `repeats` calls, after `warmup` calls."""
+    seconds = []
+    for i in range(warmup + repeats):
+        synchronize(device)
+        begin = time.perf_counter()
+        function()
+        synchronize(device)
+        if i >= warmup:
+            seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def make_loop(config, interface, device):
+    """The real training loop on random data of the right shape."""
+    shape = [256, interface["img_channels"], interface["img_resolution"], interface["img_resolution"]]
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(256) % interface["label_dim"] if interface["label_dim"] else None
+    data = ArrayDataset(
+        torch.randn(shape, generator=generator).mul(config.sigma_data).numpy(),
+        None if labels is None else labels.numpy(),
+        num_classes=interface["label_dim"] or None,
+    )
+    net = setup.build_network(config, interface, device)
+    objective = Objective(net, setup.build_loss(config, None).to(device))
+    optimizer = setup.OPTIMIZERS[config.optimizer](objective.param_groups(), lr=1, betas=tuple(config.betas))
+    return TrainingLoop(
+        objective, Feed(data, block=config.block, device=device), IdentityEncoder(), selection.IdentitySelector(),
+        optimizer, setup.EMAS[config.ema](config, objective), lambda nimg: 1e-4, ".", Periods(config.batch_size),
+        batch_size=config.batch_size, batch_gpu=config.batch_gpu or None,
+    )  # fmt: skip
+
+
+def measure(config, interface, device, precision, compiled, steps, warmup, sampling_steps):
+    """One row: seconds per step, images per second, seconds per sampled batch, peak memory."""
+    fp16 = PRECISIONS[precision] is not None
+    if fp16 and device.type != "cuda":
+        raise ValueError(f"--precision={precision}: reduced precision runs on GPUs; use --precision=fp32")
+    config.fp16 = fp16
+    if fp16 and config.arch == "edm2":
+        config.net_options = dict(config.net_options, reduced_dtype=PRECISIONS[precision])
+    loop = make_loop(config, interface, device)
+    parameters = sum(p.numel() for p in loop.objective.net.parameters())
+    if compiled:
+        loop.objective.net.compile()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    training = timed(loop.step, device, steps, warmup)
+    net = loop.objective.net.eval()
+    shape = [config.batch_size, interface["img_channels"], interface["img_resolution"], interface["img_resolution"]]
+    noise = torch.randn(shape, device=device)
+    labels = None
+    if interface["label_dim"]:
+        labels = torch.eye(interface["label_dim"], device=device)[torch.arange(len(noise)) % interface["label_dim"]]
+    sampling = timed(lambda: heun(net, noise, labels, num_steps=sampling_steps), device, max(steps // 5, 2), 1)
+    step, sample = statistics.median(training), statistics.median(sampling)
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return [
+        precision,
+        "yes" if compiled else "no",
+        f"{parameters / 1e6:.2f} M",
+        f"{step * 1e3:.1f}",
+        f"{config.batch_size / step:.0f}",
+        f"{sample * 1e3:.0f}",
+        f"{config.batch_size / sample:.1f}",
+        "-" if memory is None else f"{memory:.2f}",
+    ]
+
+
+def table(rows, sampling_steps):
+    """Markdown."""
+    head = [
+        "precision", "compiled", "parameters", "training step [ms]", "training [img/s]",
+        f"sampling a batch, {sampling_steps} steps [ms]", "sampling [img/s]", "peak memory [GiB]",
+    ]  # fmt: skip
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
+
+
+def machine(device):
+    """What was measured on, in a line."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}"
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            model = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), model)
+    load = f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else ""
+    return f"{model}, {torch.get_num_threads()} thread(s){load}, PyTorch {torch.__version__}"
+
+
+@cli.command()
+@click.option("--preset", metavar="NAME", default="digits8", help="Row of training/presets.py")
+@click.option("--batch", type=cli.NIMG, help="Images per step and sampled batch; default: the preset's")
+@click.option("--batch-gpu", type=cli.NIMG, help="Largest micro-batch; 0: no limit")
+@click.option("--resolution", type=click.IntRange(min=1), help="Default: what the preset is made for")
+@click.option("--channels", type=click.IntRange(min=1), help="Of the images; default: what the preset is made for")
+@click.option("--classes", type=click.IntRange(min=0), help="Default: what the preset is made for")
+@click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
+@click.option("--precision", type=cli.STRINGS, default="fp32", help="Some of fp32, fp16, bf16")
+@click.option("--compile", "compiled", type=cli.STRINGS, default="no", help="no, yes, or both: no,yes")
+@click.option("--steps", type=click.IntRange(min=1), default=10, help="Training steps to time, after the warm-up")
+@click.option("--warmup", type=click.IntRange(min=0), default=3, help="Training steps before")
+@click.option("--sampling-steps", type=click.IntRange(min=1), default=18, help="Heun steps")
+@click.option("--dest", metavar="FILE", help="Also write the table to this Markdown file")
+def main(preset, batch, batch_gpu, resolution, channels, classes, device, precision, compiled, steps, warmup,
+         sampling_steps, dest):  # fmt: skip
+    """Time the training step and sampling of a preset and print a Markdown table."""
+    known = {"precision": (precision, PRECISIONS), "compile": (compiled, ("no", "yes"))}
+    for name, (given, allowed) in known.items():
+        if not given or set(given) - set(allowed):
+            raise ValueError(f"--{name}={','.join(given)}: give some of {', '.join(allowed)}")
+    lengths = {} if batch is None else {f"{name}_nimg": 0 for name in ("status", "snapshot", "checkpoint")}
+    if batch is not None:
+        lengths["total_nimg"] = batch
+    config = make_config(preset, data="random", batch_size=batch, batch_gpu=batch_gpu, **lengths)
+    device = dist.init(device)
+    rows = []
+    for kind in precision:
+        for choice in compiled:
+            interface = interface_of(preset, resolution, channels, classes)
+            rows.append(measure(config, interface, device, kind, choice == "yes", steps, warmup, sampling_steps))
+            print(table(rows[-1:], sampling_steps).splitlines()[-1], flush=True)
+    text = f"Preset `{preset}`, batch {config.batch_size}, {machine(device)}.\n\n" + table(rows, sampling_steps)
+    print("\n" + text)
+    if dest is not None:
+        note = "" if torch.cuda.is_available() else (
+            "\nNo GPU was available to this measurement: fp16, bf16 and compiled runs on a GPU are not in the table.\n"
+        )  # fmt: skip
+        date = datetime.date.today().isoformat()
+        with atomic_write(dest, "w") as file:
+            file.write(f"# Cost of a training step and of sampling\n\nMedians; {date}. " + text + note)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The benchmark of a step runs at any size and prints a table that a machine can read."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import step  # noqa: E402
+
+
+def run(*arguments):
+    common = ["--device=cpu", "--steps=1", "--warmup=0", "--sampling-steps=1", "--batch=4"]
+    return CliRunner().invoke(step.main, [*common, *arguments])
+
+
+@pytest.mark.parametrize("options, parameters", [(["--preset=digits8"], 181_115)])
+def test_a_table_of_the_preset(tmp_path, options, parameters):
+    result = run(*options, f"--dest={tmp_path / 'table.md'}")
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "table.md").read_text()
+    head, _, row = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    cells = dict(zip(map(str.strip, head), map(str.strip, row), strict=True))
+    assert (
+        cells["precision"] == "fp32"
+        and cells["compiled"] == "no"
+        and cells["parameters"] == f"{parameters / 1e6:.2f} M"
+    )
+    assert float(cells["training step [ms]"]) > 0 and float(cells["sampling [img/s]"]) > 0
+    assert "batch 4" in text
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--preset=nothing"], "nothing"),
+        (["--precision=fp8"], "--precision=fp8"),
+        (["--precision=fp16"], "reduced precision runs on GPUs"),
+        (["--compile=maybe"], "--compile=maybe"),
+        (["--device=abacus"], "abacus"),
+        (["--batch=0"], "must be positive"),
+    ],
+)
+def test_mistakes_are_one_line(options, message):
+    result = run(*options)
+    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_shapes_of_the_presets():
+    assert step.interface_of("edm2-img512-xs", None, None, None) == dict(
+        img_resolution=64, img_channels=4, label_dim=1000
+    )
+    assert step.interface_of("edm2-img64-s", None, None, None)["img_channels"] == 3
+    assert step.interface_of("edm2-img256-xs-10c-1000", None, None, 10) == dict(
+        img_resolution=32, img_channels=4, label_dim=10
+    )
+    assert step.interface_of("pfgmpp-cifar10-ncsnpp", None, None, None)["img_resolution"] == 32

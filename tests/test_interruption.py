@@ -1,0 +1,181 @@
+"""Killed at any moment, told to stop at any moment, split over invocations: the same final weights, bit for bit."""
+
+import json
+import signal
+
+import child_runs
+import pytest
+import safetensors.torch
+from conftest import convert_digits
+from small_runs import assert_identical, final_state, small_command
+
+from torch_utils import checkpoint
+
+KILL, TERM = signal.SIGKILL, signal.SIGTERM
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """4x4 pixels: what is tested here does not depend on the network."""
+    return convert_digits(tmp_path_factory.mktemp("digits") / "digits.zip", resolution="4x4")
+
+
+def command(digits, outdir, *more):
+    """6 steps; snapshots and checkpoints every 2; the newest two checkpoints stay."""
+    tiny = ["--channel-mult=1", "--attn-resolutions=1", "--batch=512", "--duration=3Ki", "--keep=2"]
+    return small_command(digits, outdir, *tiny, *more)
+
+
+@pytest.fixture(scope="module")
+def whole(digits, tmp_path_factory):
+    """The run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, output = child_runs.run("train_edm2", command(digits, folder / "run"), folder / "log")
+    assert code == 0, output
+    return folder / "run"
+
+
+def assert_same_run(whole, run_dir):
+    assert_identical(final_state(whole, 3), final_state(run_dir, 3))
+    names = {path.name for path in whole.iterdir()}
+    assert {path.name for path in run_dir.iterdir()} == names  # also: nothing half-written is left behind
+    for name in sorted(names):
+        if name.endswith(".safetensors"):
+            a, b = (safetensors.torch.load_file(folder / name) for folder in (whole, run_dir))
+            assert_identical(a, b, name)
+
+
+MOMENTS = [
+    ("step", 1),
+    ("step", 4),
+    ("step", 6),
+    ("before-rename", "training_options.json"),
+    ("half-written", "network-snapshot-0000002-*"),
+    ("after-rename", "network-snapshot-0000003-*"),
+    ("half-written", "training-state-0000001.pt"),
+    ("half-written", "training-state-0000002.pt"),
+    ("before-rename", "training-state-0000003.pt.sha256"),
+    ("after-rename", "training-state-0000003.pt.sha256"),
+    ("after-rename", "training-state-0000002.pt"),
+    ("before-removal", "training-state-0000001.pt"),
+    ("after-removal", "training-state-0000001.pt"),
+]
+
+
+CASES = [(KILL, *moment) for moment in MOMENTS] + [(TERM, *MOMENTS[i]) for i in (1, 2, 3, 4, 7, 11)]
+
+
+@pytest.mark.parametrize("number, what, which", CASES, ids=[f"{n.name}-{what}-{which}" for n, what, which in CASES])
+def test_interrupted_and_resumed(digits, whole, tmp_path, number, what, which):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    code, output = child_runs.run("train_edm2", command(digits, run_dir), log, moment=(number, what, which))
+    finished = number == TERM and (run_dir / "training-state-0000003.pt").exists()
+    if number == KILL:
+        assert code == -KILL
+    else:
+        assert code in ((0, 75) if finished else (75,)), output
+        assert checkpoint.newest_sound(run_dir) is not None
+    for path in checkpoint.list_checkpoints(run_dir):  # whatever has its final name is whole
+        assert checkpoint.damage(path) is None
+    code, output = child_runs.run("train_edm2", command(digits, run_dir), log)
+    assert code == 0, output
+    assert_same_run_up_to_stops(whole, run_dir)
+
+
+def assert_same_run_up_to_stops(whole, run_dir):
+    """A stop leaves a checkpoint of its own kimg, which --keep may have outlived others with."""
+    assert_identical(final_state(whole, 3), final_state(run_dir, 3))
+    assert not list(run_dir.glob(".*")), "something half-written is left behind"
+    for path in whole.glob("*.safetensors"):
+        assert_identical(safetensors.torch.load_file(path), safetensors.torch.load_file(run_dir / path.name), path.name)
+    assert len(checkpoint.list_checkpoints(run_dir)) == 2
+
+
+def test_two_interruptions_within_one_kimg(digits, whole, tmp_path):
+    """The second checkpoint of a kimg replaces the first; dying in between must not lose both."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    sliced = command(digits, run_dir, "--slice=1Ki", "--checkpoint=0", "--snapshot=0", "--keep=1")
+    assert child_runs.run("train_edm2", sliced, log)[0] == 0
+    assert [p.name for p in checkpoint.list_checkpoints(run_dir)] == ["training-state-0000001.pt"]
+    again = command(digits, run_dir, "--slice=512", "--checkpoint=0", "--snapshot=0", "--keep=1")
+    moment = (KILL, "after-rename", "training-state-0000001.pt.sha256")
+    assert child_runs.run("train_edm2", again, log, moment=moment)[0] == -KILL
+    sound = checkpoint.newest_sound(run_dir)
+    assert sound is not None and checkpoint.load(sound)["state"]["cur_nimg"] == 1024
+    assert child_runs.run("train_edm2", again, log)[0] == 0
+    assert checkpoint.load(sound)["state"]["cur_nimg"] == 1536
+    assert len((run_dir / "training-state-0000001.pt.sha256").read_text().splitlines()) == 1
+
+
+def test_slices(digits, whole, tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    reached = []
+    for _ in range(3):
+        code, output = child_runs.run("train_edm2", command(digits, run_dir, "--slice=1Ki"), log)
+        assert code == 0, output
+        reached.append(checkpoint.load(checkpoint.newest_sound(run_dir))["state"]["cur_nimg"])
+    assert reached == [1024, 2048, 3072]
+    assert_same_run(whole, run_dir)
+    seen = [json.loads(line)["Progress/kimg"] for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+    assert seen == [0, 1.024, 2.048, 3.072]
+
+
+def test_flipped_byte_in_the_newest_checkpoint(digits, whole, tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    assert child_runs.run("train_edm2", command(digits, run_dir, "--slice=2Ki"), log)[0] == 0
+    newest = run_dir / "training-state-0000002.pt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 4
+    newest.write_bytes(data)
+    code, output = child_runs.run("train_edm2", command(digits, run_dir), log)
+    assert code == 0, output
+    assert f"{newest} is damaged (its checksum does not match)" in output
+    assert f"Resuming from {run_dir / 'training-state-0000001.pt'}" in output
+    assert_same_run(whole, run_dir)
+
+
+def test_no_sound_checkpoint_is_no_reason_to_start_over_in_silence(digits, tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    assert child_runs.run("train_edm2", command(digits, run_dir, "--slice=1Ki"), log)[0] == 0
+    path = run_dir / "training-state-0000001.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    code, output = child_runs.run("train_edm2", command(digits, run_dir), log)
+    assert code == 2 and "Error: " in output.splitlines()[-1]
+    assert "all checkpoints" in output.splitlines()[-1] and str(run_dir) in output.splitlines()[-1]
+    assert path.exists()
+    code, output = child_runs.run("train_edm2", command(digits, run_dir, f"--resume={path}"), log)
+    assert code == 2 and f"{path}: damaged" in output.splitlines()[-1]
+
+
+def test_one_of_two_processes_is_killed(digits, tmp_path):
+    """The other ends by itself, says so in one line, and the same command resumes to the same weights."""
+
+    def both(run_dir, moment=None):
+        environments = child_runs.ranks(2)
+        processes = [
+            child_runs.start(
+                "train_edm2",
+                command(digits, run_dir),
+                tmp_path / f"log{rank}",
+                env=env,
+                moment=moment if rank else None,
+            )
+            for rank, env in enumerate(environments)
+        ]
+        codes = [child_runs.wait(process) for process in processes]
+        return codes, [(tmp_path / f"log{rank}").read_text() for rank in range(2)]
+
+    codes, logs = both(tmp_path / "whole")
+    assert codes == [0, 0], logs
+    codes, logs = both(tmp_path / "part", (KILL, "step", 4))
+    assert codes == [1, -KILL], logs
+    assert logs[0].splitlines()[-1].startswith("Error: another process of this training has ended"), logs[0]
+    assert "Traceback" not in logs[0]
+    codes, logs = both(tmp_path / "part")
+    assert codes == [0, 0] and "Resuming from" in logs[0], logs
+    assert_identical(final_state(tmp_path / "whole", 3), final_state(tmp_path / "part", 3))
+    codes, logs = both(tmp_path / "stopped", (TERM, "step", 4))  # a stop request on any process stops all
+    assert codes == [75, 75], logs
+    codes, logs = both(tmp_path / "stopped")
+    assert codes == [0, 0], logs
+    assert_identical(final_state(tmp_path / "whole", 3), final_state(tmp_path / "stopped", 3))
