@@ -208,8 +208,11 @@ def test_published_cld_numbers():
 
 def test_published_matrices_and_ranges():
     assert processes.get("cld", M=4).D.tolist() == [[0, 0], [0, 4]] and processes.get("cld").Q[0, 1] == -1
-    assert processes.get("alda", M=2, gamma=3, psi=5).Q.tolist() == [[0, -2, 0], [2, 0, -3], [0, 3, 0]]
-    assert processes.get("alda", M=2, gamma=3, psi=5).D[2, 2] == 10
+    alda = processes.get("alda", M=0.3, gamma=1.7, psi=0.7)  # numbers that float32 would round
+    assert alda.Q.tolist() == [[0, -0.3, 0], [0.3, 0, -1.7], [0, 1.7, 0]]
+    assert alda.D[2, 2] == 0.7 * 0.3 and alda.D.count_nonzero() == 1 and alda.S.diagonal().tolist() == [1, 0.3, 0.3]
+    for S in ([1, 0.3], (1, 0.3), [[1, 0], [0, 0.3]]):
+        assert LinearProcess([[0, -1], [1, 0]], [[0, 0], [0, 0.1]], S=S).S[1, 1] == 0.3
     malda = processes.get("malda", V=4)
     assert (malda.Q.triu(1) == -torch.ones(4, 4).triu(1)).all() and malda.D.diagonal().tolist() == [0, 2, 2, 2]
     two, cld = processes.get("malda", V=2), processes.get("cld")

@@ -65,8 +65,8 @@ class LinearProcess(GaussianKernel):
 
     def _setup(self, V, S, beta, init_aux_var):
         """Everything but Q and D."""
-        S = torch.ones(V) if S is None else torch.as_tensor(S).detach().cpu()
-        self.S = torch.diag(S.to(torch.float64)) if S.ndim == 1 else as_matrix("S", S)
+        S = torch.as_tensor([1.0] * V if S is None else S, dtype=torch.float64).detach().cpu()
+        self.S = torch.diag(S) if S.ndim == 1 else as_matrix("S", S)
         try:
             self.beta_range = tuple(float(value) for value in beta)
             low, high = self.beta_range

@@ -63,7 +63,7 @@ class ALDA(Named):
     def __init__(self, M=1.0, gamma=1.0, psi=1.0, beta=(0.1, 10.0), init_aux_var=0.01):
         M = positive("M", M)
         Q = [[0, -M, 0], [M, 0, -gamma], [0, gamma, 0]]
-        super().__init__(Q, torch.diag(torch.tensor([0, 0, psi * M])), [1, M, M], beta, init_aux_var)
+        super().__init__(Q, [[0, 0, 0], [0, 0, 0], [0, 0, psi * M]], [1, M, M], beta, init_aux_var)
         self._remember(M=M, gamma=gamma, psi=psi, beta=list(self.beta_range), init_aux_var=self.init_aux_var)
 
 
