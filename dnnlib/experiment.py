@@ -12,6 +12,7 @@
 the step for every combination of the lists it names (or writes out); an entry that is a mapping sets several names at once,
 which later names may be lists of.
 The repetitions of one step are independent of each other and may run side by side; steps follow each other in order.
+A run line may start with `torchrun --standalone --nproc_per_node=2`: the step then runs in so many processes.
 `summary: true` marks a step that is done again whenever another one was. A step is done when its marker
 `<out>/steps/<name>.json` holds the same command line. Interrupting loses the steps in progress only.
 """
@@ -25,6 +26,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -37,10 +39,14 @@ from tqdm import tqdm
 
 from dnnlib.util import atomic_write
 
+ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
+LAUNCHER = "torchrun"
+
 
 @dataclass
 class Step:
-    """One command line: `argv[0]` is the script. Steps with the same `stage` are independent of each other.
+    """One command line: a script and its arguments, or `torchrun` with options before them. Steps with the same `stage`
+    are independent of each other.
 
     A `summary` reads what other steps wrote: it is done again whenever one of them was.
     """
@@ -54,6 +60,13 @@ class Step:
     def key(self):
         """Identity of the command line: a step with another one is not done."""
         return hashlib.sha256(json.dumps(self.argv).encode()).hexdigest()
+
+    @property
+    def script(self):
+        """The script of the command line."""
+        if self.argv[0] != LAUNCHER:
+            return self.argv[0]
+        return next((word for word in self.argv if word.endswith(".py")), LAUNCHER)
 
 
 def _fill(template, values, where):
@@ -176,7 +189,10 @@ def execute(out, step, scripts, threads=None):
     with open(log, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         print(shlex.join(step.argv), flush=True)
         try:
-            code = scripts[step.argv[0]].main(step.argv[1:], prog_name=step.argv[0], standalone_mode=False)
+            if step.argv[0] == LAUNCHER:
+                code = _launch(step, log)
+            else:
+                code = scripts[step.script].main(step.argv[1:], prog_name=step.script, standalone_mode=False)
         except SystemExit as err:
             code = err.code
         except Exception as err:
@@ -191,13 +207,34 @@ def execute(out, step, scripts, threads=None):
     return None
 
 
-def _exit_with(parent):
+def _launch(step, log):
+    """Run a step in several processes; its exit code."""
+    argv = [str(ROOT / word) if word == step.script else word for word in step.argv[1:]]
+    arguments = (argv, str(log), os.getpid())
+    child = multiprocessing.get_context("spawn").Process(target=_torchrun, args=arguments, daemon=True)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def _torchrun(argv, log, parent):
+    """torchrun in a process of its own, its output and that of its workers into the file `log`."""
+    from torch.distributed import run
+
+    with open(log, "a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    _exit_with(parent, lambda: os.kill(os.getpid(), signal.SIGTERM))  # the workers end with it
+    run.main(argv)
+
+
+def _exit_with(parent, end=lambda: os._exit(1)):
     """Start a thread that ends this process when `parent` is gone: an orphan would race against the resumed run."""
 
     def watch():
         while os.getppid() == parent:
             time.sleep(1)
-        os._exit(1)
+        end()
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -211,9 +248,9 @@ def run(steps, out, load_scripts, jobs=1, progress=True):
 
     load_scripts: picklable function -> {file name: click command}.
     """
-    unknown = next((s for s in steps if s.argv[0] not in load_scripts()), None)
+    unknown = next((s for s in steps if s.script not in load_scripts()), None)
     if unknown is not None:
-        raise ValueError(f"step {unknown.name} runs {unknown.argv[0]}; known scripts: {', '.join(load_scripts())}")
+        raise ValueError(f"step {unknown.name} runs {unknown.script}; known scripts: {', '.join(load_scripts())}")
     todo = [step for step in steps if not is_done(out, step)]
     if todo:
         todo = [step for step in steps if step in todo or step.summary]

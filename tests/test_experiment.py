@@ -136,6 +136,32 @@ def test_side_by_side(tmp_path):
     assert (tmp_path / "out" / "0.zip").exists() and (tmp_path / "out" / "1.zip").exists()
 
 
+WHO = """import os, pathlib, sys
+pathlib.Path(sys.argv[1] + os.environ["RANK"]).write_text(os.environ["WORLD_SIZE"])
+print("said by", os.environ["RANK"])
+sys.exit(int(sys.argv[2]))
+"""
+
+
+def test_a_step_in_several_processes(tmp_path):
+    script = tmp_path / "who.py"
+    script.write_text(WHO)
+    run = f"torchrun --standalone --nproc_per_node=2 {script} {tmp_path}/rank {{code}}"
+    path = tmp_path / "b.yaml"
+    path.write_text(f"steps:\n  - {{name: 'who-{{code}}', foreach: {{code: [0, 3]}}, run: '{run}'}}\n")
+    settings, (good, bad) = experiment.load(path, overrides={"out": str(tmp_path / "out")})
+    assert good.script == str(script)
+    scripts = {good.script: None}
+    assert experiment.execute(settings["out"], good, scripts) is None and experiment.is_done(settings["out"], good)
+    assert [(tmp_path / f"rank{i}").read_text() for i in range(2)] == ["2", "2"]
+    log = (tmp_path / "out/logs/who-0.log").read_text()
+    assert log.startswith("torchrun") and "said by 0" in log and "said by 1" in log
+    assert "step who-3 ended with code 1" in experiment.execute(settings["out"], bad, scripts)
+    assert not experiment.is_done(settings["out"], bad)
+    with pytest.raises(ValueError, match="runs torchrun; known scripts"):
+        experiment.run([experiment.Step("a", ["torchrun", "nothing"], 0)], tmp_path, dict)
+
+
 def invoke(*arguments):
     return CliRunner().invoke(run_experiment.main, [str(a) for a in arguments])
 

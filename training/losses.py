@@ -206,15 +206,16 @@ class VELoss(DenoisingLoss):
 def stf_targets(x, references, sigma, D=math.inf, mask=None):
     """Posterior means of the clean images over a reference batch: stable targets (Xu et al., ICLR 2023, eq. 9).
 
-    x [B, ...] noisy, references [R, ...] clean, sigma [B] (or anything that flattens to it), D the number of augmented
-    dimensions of the kernel (inf: Gaussian), mask [B, R] bool: which references count for which example.
+    x [B, ...] noisy, references [R, ...] clean, sigma [B] (or anything that flattens to it) or one number, D the number of
+    augmented dimensions of the kernel (inf: Gaussian), mask [B, R] bool: which references count for which example.
     Returns targets [B, ...] in x's type and weights [B, R] float64 that sum to one. Weights are formed in the log domain,
     -(N+D)/2 log1p(d^2 / (sigma^2 D)) (PFGM++ eq. 4); memory is O(B R + R N). Raises ValueError where the mask leaves
     an example no reference.
     """
     flat_x = x.reshape(len(x), -1).to(torch.float64)  # [B, N]
     flat_r = references.reshape(len(references), -1).to(torch.float64)  # [R, N]
-    variance = sigma.reshape(-1, 1).to(torch.float64) ** 2  # [B, 1]
+    D = float(D)
+    variance = torch.as_tensor(sigma, device=x.device).reshape(-1, 1).to(torch.float64) ** 2  # [B or 1, 1]
     centre = flat_r.mean(dim=0)  # distances from a matmul lose digits far from the origin
     a, b = flat_x - centre, flat_r - centre
     d2 = (a.square().sum(1, keepdim=True) - 2 * a @ b.t() + b.square().sum(1)).clamp(min=0)  # [B, R]
