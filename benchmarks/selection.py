@@ -1,8 +1,10 @@
-"""JEST selection: the closed form (O(B)) beside the pairwise B x B form, in one run.
+"""What selection costs: JEST's closed form (O(B)) beside the B x B form, and a training step with each kind of selection.
 
-    python benchmarks/selection.py [--batch 4096] [--chunks 16] [--repeats 3]
+    python benchmarks/selection.py [--batch 4096] [--chunks 16] [--repeats 3] [--steps 10] [--preset digits8]
 
-Prints one line per method, the ratio of their times, and the time of the closed form at B = 65536.
+All in one process, median times. The step part trains a preset on random images of its shape through the real loop, with
+`--filter-ratio` of the candidates discarded, beside the published arrangement: all candidates forward with gradients, the
+losses of the chosen ones indexed, backward through the whole graph.
 """
 
 import statistics
@@ -11,7 +13,25 @@ import time
 import click
 import torch
 
+from training import selection, setup
+from training.config import make_config
+from training.dataset import ArrayDataset
+from training.encoders import IdentityEncoder
+from training.feed import Feed
+from training.losses import Draws, Objective
 from training.selection_functions import jointly_sample_batch
+from training.training_loop import Periods, TrainingLoop
+
+ARMS = {  # name -> function, options of the selector
+    "none": None,
+    "random": ("random", {}),
+    "hard": ("hard", {}),
+    "jest": ("jest", {}),
+    "jest, cheap=half": ("jest", {"cheap": "half"}),
+    "jest, cheap=lowres": ("jest", {"cheap": "lowres"}),
+    "jest, cheap=levels": ("jest", {"cheap": "levels"}),
+    "diverse": ("diverse", {}),
+}
 
 
 def pairwise_sample(learner_loss, reference_loss, size, num_chunks):
@@ -40,12 +60,74 @@ def median_seconds(function, repeats):
     return statistics.median(times[1:])
 
 
+class OnePass(selection.LossSelector):
+    """The published arrangement: forward with gradients over all candidates, in training mode, then index."""
+
+    def minibatches(self, objective, candidates):
+        draws = Draws.cat(list(candidates))
+        losses = objective(draws).flatten(1)
+        with torch.no_grad():
+            reference = self.reference_losses(objective, draws)
+        chosen = self.function(
+            losses.mean(1), reference, size=candidates.batch, generator=candidates.generator, **self.options
+        )
+        losses[chosen].sum().backward()
+        yield draws[chosen[:1]]  # the loop wants something to train on; one example more is its smallest
+
+    def reference_losses(self, objective, draws):
+        return objective.loss.evaluate(self.reference, draws).flatten(1).mean(1)
+
+
+def make_loop(config, interface, arm, filter_ratio, chunks):
+    """The real training loop on random images; reference: the same architecture at half the width."""
+    shape = [512, interface["img_channels"], interface["img_resolution"], interface["img_resolution"]]
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(config.sigma_data).numpy()
+    data = ArrayDataset(images, (torch.arange(512) % 10).numpy(), num_classes=10)
+    torch.manual_seed(0)
+    objective = Objective(setup.build_network(config, interface, "cpu"), setup.build_loss(config, None))
+    selector = selection.IdentitySelector()
+    if arm is not None:
+        name, options = arm
+        function = selection.FUNCTIONS["jest" if name == "one-pass" else name]
+        small = make_config(preset=config.preset, channels=config.channels // 2)
+        reference = setup.build_network(small, interface, "cpu").eval().requires_grad_(False)
+        more = {"num_chunks": chunks} if name in ("jest", "diverse", "one-pass") else {}
+        kind = OnePass if name == "one-pass" else selection.LossSelector
+        selector = kind(function, reference, filter_ratio, options=more, **options)
+    optimizer = setup.OPTIMIZERS[config.optimizer](objective.param_groups(), lr=1, betas=tuple(config.betas))
+    return TrainingLoop(
+        objective, Feed(data, block=config.block), IdentityEncoder(), selector, optimizer,
+        setup.EMAS[config.ema](config, objective), lambda nimg: 1e-4, ".", Periods(config.batch_size),
+        batch_size=config.batch_size,
+    )  # fmt: skip
+
+
+def step_times(preset, filter_ratio, chunks, steps):
+    """{arm: median seconds of a training step}; the arms take turns, so that a busy machine is busy for all."""
+    config = make_config(preset=preset)
+    side = {"digits8": 8, "digits28": 28}[preset]
+    interface = dict(img_resolution=side, img_channels=1, label_dim=10)
+    arms = {**ARMS, "jest, one pass (published)": ("one-pass", {})}
+    loops = {name: make_loop(config, interface, arm, filter_ratio, chunks) for name, arm in arms.items()}
+    times = {name: [] for name in loops}
+    for i in range(steps + 2):
+        for name, loop in loops.items():
+            start = time.perf_counter()
+            loop.step()
+            if i >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 @click.command()
 @click.option("--batch", default=4096, show_default=True, help="Candidates B of the side-by-side run.")
 @click.option("--chunks", default=16, show_default=True, help="Chunks.")
 @click.option("--repeats", default=3, show_default=True, help="Timed calls; the median is reported.")
-def main(batch, chunks, repeats):
-    """Time the O(B) selection against the B x B form."""
+@click.option("--steps", default=10, show_default=True, help="Timed training steps of each selection; 0: none.")
+@click.option("--preset", type=click.Choice(["digits8", "digits28"]), default="digits8", show_default=True)
+@click.option("--filter-ratio", default=0.8, show_default=True, help="Share of the candidates that is discarded.")
+def main(batch, chunks, repeats, steps, preset, filter_ratio):
+    """Time the O(B) selection against the B x B form, and training steps with and without selection."""
     torch.manual_seed(0)
     learner, reference = torch.rand(batch), torch.rand(batch)
     size = chunks * (batch // 5 // chunks)
@@ -57,6 +139,11 @@ def main(batch, chunks, repeats):
     click.echo(f"closed    B={batch:6d}  {closed * 1e3:9.2f} ms  {batch * 8 / 2**20:8.3f} MiB scores")
     click.echo(f"ratio     {pairwise / closed:.1f}")
     click.echo(f"closed    B= 65536  {large * 1e3:9.2f} ms")
+    if steps:
+        times = step_times(preset, filter_ratio, chunks, steps)
+        click.echo(f"\ntraining step, {preset}, {filter_ratio:g} of the candidates discarded")
+        for name, seconds in times.items():
+            click.echo(f"{name:28s} {seconds * 1e3:9.1f} ms  {seconds / times['none']:6.2f} x none")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ ARMS = {
 }
 COLOURS = dict(zip(ARMS, ("#222222", "#888888", "#C4A000", "#D9730D", "#3C8F3A", "#2B6CB0", "#9B2F8F"), strict=True))
 COMPARISONS = {"steps": "equal steps", "samples": "equal trained samples", "time": "equal CPU time"}
+COUNTS = ["iteration", "samples", "candidates", "cpu_sec"]
 COLUMNS = ["loss", "L2_metric", "mandala_score", "classification_score"]
 COLUMNS += [f"guided_{name}" for name in COLUMNS[1:]]
 
@@ -104,32 +105,65 @@ def measure(arms, seeds, outdir, reference, cls="A", num=2048, progress=True):
 
 
 def write_table(rows, outdir):
-    """table.csv (one row per run and comparison) and table.md (mean ± standard deviation over seeds). Returns paths."""
+    """table.csv (one row per run and comparison) and table.md. Returns their paths.
+
+    table.md has, for each comparison, means ± standard deviations over seeds, and means ± standard errors of the differences
+    to the baseline of the same seed, which starts from the same weights and sees the same points.
+    """
     outdir = Path(outdir)
     with atomic_write(outdir / "table.csv", "w") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     seeds = len({row["seed"] for row in rows})
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
     text = []
     for kind, title in COMPARISONS.items():
-        chosen = [row for row in rows if row["comparison"] == kind]
+        chosen = {arm: [row for row in rows if row["comparison"] == kind and row["arm"] == arm] for arm in arms}
         text += [f"**{title.capitalize()}** (mean ± standard deviation of {seeds} seeds)\n"]
-        text += ["| arm | steps | trained | drawn | CPU s | " + " | ".join(_heading(c) for c in COLUMNS) + " |"]
-        text += ["| --- " * (5 + len(COLUMNS)) + "|"]
-        for arm in dict.fromkeys(row["arm"] for row in chosen):
-            mine = [row for row in chosen if row["arm"] == arm]
-            stats = tree_metrics.summary(
-                [{k: v for k, v in row.items() if k not in ("comparison", "arm")} for row in mine]
-            )
-            cells = [f"{stats['iteration'][0]:.0f}", f"{stats['samples'][0] / 1e3:.0f}k"]
-            cells += [f"{stats['candidates'][0] / 1e3:.0f}k", f"{stats['cpu_sec'][0]:.0f}"]
-            cells += [f"{stats[c][0]:.4f} ± {stats[c][1]:.4f}" for c in COLUMNS]
-            text.append(f"| {arm} | " + " | ".join(cells) + " |")
-        text.append("")
+        text += _table(["steps", "trained", "drawn", "CPU s", *map(_heading, COLUMNS)], map(_level, chosen.items()))
+        if "baseline" in arms and seeds > 1:
+            title = f"{title.capitalize()}: difference to the baseline of the same seed"
+            text += [f"**{title}** (mean ± standard error of {seeds} seeds)\n"]
+            others = [
+                (arm, _differences(mine, chosen["baseline"])) for arm, mine in chosen.items() if arm != "baseline"
+            ]
+            text += _table(map(_heading, COLUMNS), map(_paired, others))
+        if seeds > 1:
+            text += [f"**{kind.capitalize()}: guided minus unguided** (mean ± standard error of {seeds} seeds)\n"]
+            names = ["mandala_score", "classification_score"]
+            gains = [
+                (arm, [{n: row[f"guided_{n}"] - row[n] for n in names} for row in mine]) for arm, mine in chosen.items()
+            ]
+            text += _table(map(_heading, names), map(_paired, gains))
     with atomic_write(outdir / "table.md", "w") as file:
         file.write("\n".join(text))
     return [outdir / "table.csv", outdir / "table.md"]
+
+
+def _table(headings, lines):
+    headings = ["arm", *headings]
+    rows = [f"| {' | '.join(cells)} |" for cells in lines]
+    return [f"| {' | '.join(headings)} |", "| --- " * len(headings) + "|", *rows, ""]
+
+
+def _level(item):
+    arm, rows = item
+    stats = tree_metrics.summary([{k: row[k] for k in (*COUNTS, *COLUMNS)} for row in rows])
+    counts = [f"{stats['iteration'][0]:.0f}", f"{stats['samples'][0] / 1e3:.0f}k"]
+    counts += [f"{stats['candidates'][0] / 1e3:.0f}k", f"{stats['cpu_sec'][0]:.1f}"]
+    return [arm, *counts, *(f"{stats[c][0]:.4f} ± {stats[c][1]:.4f}" for c in COLUMNS)]
+
+
+def _differences(rows, baseline):
+    base = {row["seed"]: row for row in baseline}
+    return [{c: row[c] - base[row["seed"]][c] for c in COLUMNS} for row in rows]
+
+
+def _paired(item):
+    arm, rows = item
+    stats = tree_metrics.summary(rows)
+    return [arm, *(f"{m:+.4f} ± {s / math.sqrt(len(rows)):.4f}" for m, s in stats.values())]
 
 
 def _heading(name):

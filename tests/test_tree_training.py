@@ -168,7 +168,17 @@ def test_sweep_compares_at_equal_steps_samples_and_time(tmp_path):
         )
         assert all(row[column] <= 2.5 * shortest for row in chosen)
     losses = [row["loss"] for row in rows if row["comparison"] == "steps" and row["arm"] == "baseline"]
-    assert f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}" in (tmp_path / "table.md").read_text()
+    text = (tmp_path / "table.md").read_text()
+    assert f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}" in text
+    loss = {(r["arm"], r["seed"]): r["loss"] for r in rows if r["comparison"] == "samples"}
+    change = [loss["early-ajest", seed] - loss["baseline", seed] for seed in (0, 1)]
+    assert f"| early-ajest | {np.mean(change):+.4f} ± {np.std(change, ddof=1) / 2**0.5:.4f} |" in text
+    gain = [
+        r["guided_mandala_score"] - r["mandala_score"]
+        for r in rows
+        if (r["comparison"], r["arm"]) == ("time", "baseline")
+    ]
+    assert f"| baseline | {np.mean(gain):+.4f} ± {np.std(gain, ddof=1) / 2**0.5:.4f} |" in text.split("Time: guided")[1]
     with pytest.raises(ValueError, match="nothing"):
         tree_sweep.run(base, ["nothing"], [0], tmp_path)
 
