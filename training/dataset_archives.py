@@ -18,6 +18,7 @@ import zlib
 import numpy as np
 
 from training.dataset_format import ZIP_ERRORS, ImageSource, open_image
+from training.dataset_lmdb import LMDB
 
 
 def open_archive(path):
@@ -225,7 +226,7 @@ def _npz_shards(path):
 
 
 def _natural(name):
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 # ----------------------------------------------------------------------------
@@ -388,32 +389,30 @@ def _image_of_example(features, name):
 
 
 # ----------------------------------------------------------------------------
-# LMDB (only with the lmdb package).
+# LMDB.
 
 
 def _lmdb(path):
-    """Folder with data.mdb: encoded images, or raw uint8 [S,S,3]. No labels."""
-    if not os.path.isfile(os.path.join(path, "data.mdb")):
+    """Folder with data.mdb, or a file .lmdb or .mdb: encoded images, or raw uint8 [S,S,3]. No labels."""
+    file = os.path.join(path, "data.mdb") if os.path.isdir(path) else path
+    if not os.path.isfile(file) or not file.lower().endswith((".mdb", ".lmdb")):
         return None
-    try:
-        import lmdb
-    except ImportError as err:
-        raise ValueError(f"--source={path}: LMDB needs the lmdb package: pip install lmdb") from err
     import PIL.Image
 
-    base = lmdb.open(path, readonly=True, lock=False, readahead=False)
-    with base.begin() as transaction:
-        keys = sorted((bytes(key) for key, _ in transaction.cursor()), key=lambda k: _natural(k.decode("latin1")))
+    base = LMDB(file)
+    keys = sorted(base.keys(), key=lambda key: _natural(key.decode("latin1")))
+    if not keys:
+        raise ValueError(f"--source={path}: no images found")
 
     def read(i):
-        with base.begin() as transaction:
-            data = bytes(transaction.get(keys[i]))
+        data = base.read(keys[i])
         side = int(round((len(data) / 3) ** 0.5))
-        if 3 * side * side == len(data) and data[:4] not in (b"\x89PNG", b"\xff\xd8\xff\xe0", b"RIFF"):
+        if side and 3 * side * side == len(data) and data[:4] not in (b"\x89PNG", b"\xff\xd8\xff\xe0", b"RIFF"):
             return PIL.Image.fromarray(np.frombuffer(data, dtype=np.uint8).reshape(side, side, 3))
         return open_image(data, f"{path}[{keys[i]!r}]")
 
-    return ImageSource(name=os.path.basename(os.path.normpath(path)), count=len(keys), read=read)
+    name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
+    return ImageSource(name=name, count=len(keys), read=read, describe=lambda i: f"{path}[{keys[i]!r}]")
 
 
 # ----------------------------------------------------------------------------
