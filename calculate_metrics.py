@@ -15,7 +15,10 @@ from metrics import scoring
 
 def _int(name, help, default=None, at_least=0):
     options = {} if default is None else {"default": default}
-    return click.option(name, help=help, metavar="INT", type=click.IntRange(min=at_least), **options)
+    return click.option(*name.split(), help=help, metavar="INT", type=click.IntRange(min=at_least), **options)
+
+
+NUM = "--num --num-images"  # torchrun takes a bare --num for an abbreviation of an option of its own
 
 
 def _text(name, help, metavar, default=None, **options):
@@ -73,7 +76,7 @@ def cmdline():
 
     \b
     # Generate on the fly and score, nothing written
-    torchrun --standalone --nproc_per_node=2 calculate_metrics.py gen --net=SNAPSHOT --ref=refs/digits.npz --num=1000
+    torchrun --standalone --nproc_per_node=2 calculate_metrics.py gen --net=SNAPSHOT --ref=refs/digits.npz --num-images=1000
     """
 
 
@@ -111,7 +114,7 @@ def ref(data, dest, metrics, per_source, batch, workers, device, features):
 
 @cmdline.command()
 @_text("--images", "Images to score, labels in dataset.json", "DIR|ZIP", required=True)
-@_int("--num", "Seeded subset of so many; default: all", at_least=2)
+@_int(NUM, "Seeded subset of so many; default: all", at_least=2)
 @COMPARE
 def calc(images, num, **options):
     """Score a folder or zip of images."""
@@ -137,7 +140,7 @@ def _parse_class(ctx, param, value):
 
 @cmdline.command()
 @_text("--net", "Network snapshot, or a run folder (its newest)", "FILE|DIR", required=True)
-@_int("--num", "Images to generate, with seeds SEED to SEED + NUM - 1", 50000, at_least=2)
+@_int(NUM, "Images to generate, with seeds SEED to SEED + NUM - 1", 50000, at_least=2)
 @_text("--class", "Source id, or balanced; default: random per seed", "INT|balanced", callback=_parse_class)
 @_text("--sources", "With --class=balanced: cycle through these ids only", "LIST", type=cli.INTS)
 @_int("--steps", "Sampling steps", 32, at_least=1)
@@ -202,7 +205,7 @@ def detector(data, holdout, dest, epochs, seed, device):
 @_text("--net", "Network snapshot, or a run folder (its newest)", "FILE|DIR", required=True)
 @_text("--data", "Held-out images", "DIR|ZIP", required=True)
 @_text("--sources", "Only images of these source ids", "LIST", type=cli.INTS)
-@_int("--num", "Use at most so many images", 1024, at_least=1)
+@_int(NUM, "Use at most so many images", 1024, at_least=1)
 @_int("--seed", "Of the noise", 0)
 @_text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR")
 @_text("--dest", "Also write the JSON to this file", "FILE")
@@ -249,7 +252,7 @@ def loss(net, data, sources, num, seed, device, dest, tags):
 @_text("--t-min", "Lowest time; or give --sigma-min", "FLOAT", type=float)
 @_text("--sigma-min", "Lowest noise level; default 0.002", "FLOAT", type=float)
 @_text("--sigma-max", "Highest noise level; default: the process's own", "FLOAT", type=float)
-@_int("--num", "A seeded subset of so many images; default: all", at_least=1)
+@_int(NUM, "A seeded subset of so many images; default: all", at_least=1)
 @_int("--seed", "Of the subset and all draws", 0)
 @_int("--batch", "Images per batch", 256, at_least=1)
 @click.option("--per-source/--no-per-source", help="Also per source", default=True)

@@ -20,7 +20,7 @@ Examples:
 \b
   # The grid of the paper on CIFAR-10, sampling on two GPUs:
   torchrun --standalone --nproc_per_node=2 simulations/run_robustness.py --net=128=runs/D128 --net=inf=runs/edm \\
-      --ref=refs/cifar10.npz --num=50000 --dest=out/robustness
+      --ref=refs/cifar10.npz --num-images=50000 --dest=out/robustness
 """
 
 
@@ -44,7 +44,7 @@ Examples:
 @click.option(
     "--quantize-policy", "policy", type=click.Choice(["role", "original"]), default="role", help="What to round"
 )
-@click.option("--num", type=click.IntRange(min=2), default=1000, help="Images per cell")
+@click.option("--num", "--num-images", type=click.IntRange(min=2), default=1000, help="Images per cell")
 @click.option("--samplings", type=cli.INTS, default="0", help="First seed of each sampling, e.g. 0,50000,100000")
 @click.option("--class", "class_idx", default="balanced", metavar="N|balanced", help="Sources to generate")
 @click.option("--batch", type=click.IntRange(min=1), default=256, help="Largest batch per process")

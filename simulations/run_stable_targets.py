@@ -25,7 +25,7 @@ Example:
 )
 @click.option("--data", metavar="DIR|ZIP", required=True, help="Training images")
 @click.option("--stf-refs", type=click.IntRange(min=1), default=512, help="Reference images per 64 evaluated ones")
-@click.option("--num", type=click.IntRange(min=2), default=4096, help="Images with noise to evaluate")
+@click.option("--num", "--num-images", type=click.IntRange(min=2), default=4096, help="Images with noise to evaluate")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of images, noise and references")
 @click.option("--dest", metavar="FILE", required=True, help="Table (.csv)")
 @click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")

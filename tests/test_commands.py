@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import click.testing
 import pytest
+from torch.distributed.run import get_args_parser
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "commands.md"
@@ -61,6 +62,8 @@ def test_our_command_parses(text):
 def check(words):
     """Parse a python or torchrun command line with its own parser; training commands also resolve their options."""
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    if words[0] == "torchrun":  # it looks at all words, and refuses what could be an abbreviation of its options
+        assert get_args_parser().parse_args(words[1:]).training_script == words[at]
     command, args = command_of(words[at]), words[at + 1 :]
     extra = "--dry-run" if words[at] == "train_edm2.py" and "--help" not in args else "--help"
     result = click.testing.CliRunner().invoke(command, [*args, extra])

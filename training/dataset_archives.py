@@ -147,7 +147,7 @@ def _cifar(path):
         np.ascontiguousarray(np.concatenate(images)),
         labels,
         num_classes,
-        class_names and [str(name) for name in class_names],
+        class_names and [name.decode("latin1") if isinstance(name, bytes) else str(name) for name in class_names],
     )
 
 
