@@ -97,7 +97,9 @@ def train(outdir, guidance, guide, guide_weight, select, random, acid, early, la
     from dataclasses import asdict
 
     from simulations import tree_metrics, tree_training
+    from torch_utils import distributed
 
+    distributed.init(given["device"])
     config = tree_training.TreeConfig(select=select, when=when, guide=guide, guidance=guide_weight, **given).check()
     if dry_run:
         print(json.dumps(asdict(config), indent=2))
@@ -125,7 +127,9 @@ def train(outdir, guidance, guide, guide_weight, select, random, acid, early, la
 def test(net, ema, guide, guidance, n_samples, levels, **options):
     """Measure snapshots. stdout: JSON, with what the exact mixture itself scores under `floor`."""
     from simulations import tree_metrics
+    from torch_utils import distributed
 
+    distributed.init(options["device"])
     result = tree_metrics.test(net, ema, guide, guidance, n_samples, levels, **options)
     print(json.dumps(result, indent=2))
 
@@ -148,7 +152,9 @@ def plot(net, gnet, guidance, cls, save, seed, device):
     """Draw the autoguidance figure: samples, densities and trajectories with and without guidance."""
     from simulations import style, tree_plots
     from simulations.tree_training import load_toy
+    from torch_utils import distributed
 
+    distributed.init(device)
     figure = tree_plots.autoguidance_figure(
         load_toy(net, device), load_toy(gnet, device), guidance, cls, seed, device=device
     )

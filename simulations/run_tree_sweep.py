@@ -59,7 +59,9 @@ def main(arms, seeds, reference_iter, reference_batch, n_samples, jobs, outdir, 
         print("Dry run; exiting.")
         return
     from simulations import tree_sweep, tree_training
+    from torch_utils import distributed
 
+    distributed.init(options["device"])
     base = tree_training.TreeConfig(**options)
     paths = tree_sweep.run(base, arms, seeds, outdir, n_samples, reference_iter, reference_batch, figure, jobs)
     print(json.dumps({"files": [str(path) for path in paths]}))

@@ -66,6 +66,8 @@ class TreeConfig:
             raise ValueError(f"--select={self.select} is unknown; known: none, {', '.join(selection.FUNCTIONS)}")
         if self.when not in ("always", "early", "late"):
             raise ValueError(f"when={self.when!r} is none of always, early, late")
+        if self.when != "always" and self.select == "none":
+            raise ValueError(f"--{self.when} says when to select, and nothing does: give --select")
         if self.interpol and self.guide is None:
             raise ValueError("--interpol needs a guide: give --guide")
         if self.select != "jest" and (self.inverted or not self.learnability):
@@ -218,10 +220,12 @@ def train(config, outdir, on_status=None, memory=None):
 
     Snapshots of the average (`-0.010`) every snapshot_iter steps, and of the raw network (`-raw`) at the end, stats.jsonl
     with iteration, CPU seconds and trained points beside. on_status: (loop) -> dict of further statistics; its time is not
-    counted. memory: see TreeLoss. Raises ValueError for options that cannot work.
+    counted. memory: see TreeLoss. Raises ValueError for options that cannot work, and for a folder that holds a run.
     """
     config.check()
     outdir, device = Path(outdir), torch.device(config.device)
+    if (outdir / "stats.jsonl").exists():
+        raise ValueError(f"--outdir={outdir} holds a run already: give another folder, or remove it")
     mixture = tree.ground_truth(config.cls, device=device)
     guide = load_toy(config.guide, device) if config.guide else None
     torch.manual_seed(hash_seed(config.seed, 0))

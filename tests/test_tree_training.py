@@ -202,6 +202,8 @@ def test_commands(tmp_path):
     assert done.exit_code == 0 and json.loads(done.output.split("Dry run")[0])["seeds"] == [0, 73, 172, 231, 357]
     for bad, message in (
         (["train", "--early", "--late"], "--early"),
+        (["train", "--early"], "--select"),
+        (["train", "--device=abacus"], "--device=abacus"),
         (["train", "--guidance"], "--guide"),
         (["train", "--select=best"], "best"),
         (["train", "--select=random", "--invert"], "--select=jest"),
@@ -210,6 +212,9 @@ def test_commands(tmp_path):
     ):
         done = run(run_tree.main, [*bad, *(["--dry-run"] if bad[0] == "train" else [])])
         assert done.exit_code == 2 and message in done.output and done.output.count("Error") == 1, done.output
+    before = (out / "stats.jsonl").read_bytes()
+    done = run(run_tree.main, ["train", f"--outdir={out}", *small])
+    assert done.exit_code == 2 and "holds a run already" in done.output and (out / "stats.jsonl").read_bytes() == before
 
 
 def test_autoguidance_figure_has_eight_panels():
