@@ -22,7 +22,7 @@ from simulations.mle import MLP, Rule, fit
 class EbmConfig:
     """One cell: data, ground truth and network."""
 
-    K: int = 4  # sources, p(y) = 1/K
+    K: int = 8  # sources, p(y) = 1/K
     n: int = 1000  # training samples of all sources together
     D: int = 1  # data dimension, 1 or 2
     sim: float = 0.8  # true similarity: share of the log-density field that all sources have in common
@@ -30,7 +30,7 @@ class EbmConfig:
     scale: float = 2.0  # size of the log-density field (0: uniform)
     modes: int = 4  # highest cosine frequency per axis, in half periods
     de: int = 4  # embedding width
-    W: int = 32  # hidden width
+    W: int = 64  # hidden width
     L: int = 3  # affine layers
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ def quadrature(D: int, panels: int, nodes: int = 2) -> tuple[np.ndarray, np.ndar
 
 EXACT_PANELS = {1: 2048, 2: 512}  # kinks of ReLU networks are resolved to better than 1e-6
 TV_PANELS = {1: 2048, 2: 128}  # errors far below those between seeds
-TRAINING_PANELS = {1: 128, 2: 12}
+TRAINING_PANELS = {1: 64, 2: 12}
 
 
 class Truth:
@@ -121,6 +121,9 @@ class EBM(torch.nn.Module):
         super().__init__()
         self.labels = torch.nn.Parameter(torch.rand(K, de))
         self.mlp = MLP(D + de, 1, W, L)
+        with torch.no_grad():  # first-layer kinks at random points of the cube; at zero, they leave bad local optima
+            first = self.mlp.layers[0]
+            first.bias.copy_(-(first.weight * torch.rand(first.weight.shape)).sum(dim=1))
         points, weights = quadrature(D, TRAINING_PANELS[D])
         self.register_buffer("points", torch.from_numpy(points).float(), persistent=False)
         self.register_buffer("log_weights", torch.from_numpy(np.log(weights)).float(), persistent=False)

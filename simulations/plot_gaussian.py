@@ -9,7 +9,7 @@ import click
 if not __package__:  # run as a file: the packages are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from simulations.theory_io import FIGURES_DIR, RESULTS_DIR, OneLineCommand, read_csv, shared_count  # noqa: E402
+from simulations.theory_io import FIGURES_DIR, RESULTS_DIR, OneLineCommand, exact_fraction, read_csv, shared_count  # noqa: E402
 
 _ARMS = ("single", "multi")
 _PAPER_LABELS = {"K": "(a) Number of Sources", "n": "(b) Sample Size", "sim": "(c) Distribution Similarity"}
@@ -45,7 +45,7 @@ def plot_paper_panel(tag: str, results_dir: Path, figures_dir: Path, dpi: int = 
         axis.yaxis.set_major_locator(MaxNLocator(5))
         axis.tick_params(labelsize=12)
         axis.grid(False)
-    left.set_xticks([100, 1000, 5000] if tag == "n" and {100, 1000, 5000} <= set(x) else x)
+    style.x_ticks(left, x, share=0.16 if tag == "n" else 0.12)
     left.set_xlabel(_PAPER_LABELS[tag], fontsize=14)
     left.set_ylabel("Empirical TV Error", fontsize=14)
     right.set_ylabel("Theoretical Bound", fontsize=14)
@@ -56,15 +56,12 @@ def plot_paper_panel(tag: str, results_dir: Path, figures_dir: Path, dpi: int = 
 def plot_overview(results_dir: Path, figures_dir: Path, name: str = "gaussian", dpi: int = 200) -> list[Path]:
     """Three panels side by side: measured TV with error bands, and the exact expectation."""
     from simulations import style
-    from simulations.gaussian_exact import expected_tv
 
-    fig, axes = style.figure(columns=3, width=3.1, height=2.7)
+    fig, axes = style.figure(columns=3, width=2.6, height=2.5)
     for letter, tag, axis in zip("abc", ("K", "n", "sim"), axes, strict=True):
         rows = read_results(results_dir, tag)
         x = [row[tag] for row in rows]
-        cells = [_cell(rows[0] | {tag: value}) for value in _fine(tag, x, rows[0]["D"])]
-        curve = [expected_tv(K, n, D, D - shared_count(sim, D)) for K, n, D, sim in cells]
-        fine = _fine(tag, x, rows[0]["D"])
+        fine, curve = _exact(tag, x, rows[0])
         for index, arm in enumerate(_ARMS):
             color = style.LINE[arm]
             y = [row[f"empirical TV of {arm}"] for row in rows]
@@ -75,12 +72,9 @@ def plot_overview(results_dir: Path, figures_dir: Path, name: str = "gaussian", 
                       label=f"{style.LABEL[arm]}, mean of {rows[0]['runs']} runs ± standard error")  # fmt: skip
             axis.plot(fine, [c[index] for c in curve], color=color, linewidth=1.3,
                       label=f"{style.LABEL[arm]}, exact expectation")  # fmt: skip
+        style.x_ticks(axis, x, log=tag == "n", share=0.2 if tag == "n" else 0.12)
         if tag == "n":
-            axis.set_xscale("log")
-            axis.set_yscale("log")
-            _plain_log_ticks(axis)
-        elif len(x) <= 8:
-            axis.set_xticks(x)
+            _plain_log_y(axis)
         axis.set_xlabel(f"({letter}) {style.PANEL_LABELS[tag]}")
     axes[0].set_ylabel("Average TV error")
     handles, labels = axes[0].get_legend_handles_labels()
@@ -88,29 +82,32 @@ def plot_overview(results_dir: Path, figures_dir: Path, name: str = "gaussian", 
     return style.save(fig, Path(figures_dir) / name, dpi)
 
 
-def _cell(row: dict) -> tuple[int, int, int, float]:
-    return int(row["K"]), int(row["n"]), int(row["D"]), row["sim"]
+def _exact(tag: str, x: list, row: dict) -> tuple[list, list[tuple[float, float]]]:
+    """(positions, expected TV of single and multi there): more points than were simulated."""
+    from simulations.gaussian_exact import expected_tv
 
-
-def _fine(tag: str, x: list, D: float) -> list:
-    """Where the exact curve is evaluated: more points than were simulated."""
-    low, high = min(x), max(x)
+    D = int(row["D"])
     if tag == "sim":
-        return [j / int(D) for j in range(int(D) + 1) if low <= j / int(D) <= high] or list(x)
-    points = 40
-    grid = {round(low * (high / low) ** (i / points)) for i in range(points + 1)}
-    return sorted(grid | {int(v) for v in x})
+        shared = {value: shared_count(value, D) for value in x}
+        if all(exact_fraction(value) * D == count for value, count in shared.items()):  # else a staircase
+            shared |= {j / D: j for j in range(min(shared.values()), max(shared.values()) + 1)}
+    else:
+        low, high = min(x), max(x)
+        grid = {round(low * (high / low) ** (i / 40)) for i in range(41)}
+        shared = dict.fromkeys(grid | {int(v) for v in x}, shared_count(row["sim"], D))
+    fine = sorted(shared)
+    cells = [row | {tag: value} for value in fine]
+    return fine, [expected_tv(int(c["K"]), int(c["n"]), D, D - shared[v]) for v, c in zip(fine, cells, strict=True)]
 
 
-def _plain_log_ticks(axis) -> None:
-    """Log axes with 0.05, 0.1, 0.2, ... instead of powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _plain_log_y(axis) -> None:
+    """0.05, 0.1, 0.2, ... instead of powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
 
+    axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def figure_options(function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import NullLocator  # noqa: E402
 
 # Figure 1 of the multi-source theory paper.
 EMPIRICAL = {"single": "#FF9900", "multi": "#8CD282"}
@@ -64,6 +66,28 @@ def pad(axis, values, share: float = 0.1) -> None:
     low, high = min(values), max(values)
     margin = (high - low or abs(high) or 1.0) * share
     axis.set_ylim(low - margin, high + margin)
+
+
+def x_ticks(axis, values, log: bool = False, share: float = 0.12) -> None:
+    """Ticks at the last of the ascending `values` and at all whose labels then do not touch; no others.
+
+    Args:
+        axis:   matplotlib axes.
+        values: where points are.
+        log:    logarithmic axis, a little wider than its values.
+        share:  of the axis that a label takes.
+    """
+    if log:
+        axis.set_xscale("log")
+        axis.set_xlim(values[0] / 1.3, values[-1] * 1.3)
+        axis.xaxis.set_minor_locator(NullLocator())
+    place = [math.log(v) for v in values] if log else list(values)
+    gap, kept = share * (place[-1] - place[0]), [len(place) - 1]
+    for i in reversed(range(len(place) - 1)):
+        if place[kept[-1]] - place[i] >= gap:
+            kept.append(i)
+    axis.set_xticks([values[i] for i in kept])
+    axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
 
 
 def save(fig, stem: str | Path, dpi: int = 200) -> list[Path]:

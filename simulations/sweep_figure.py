@@ -9,6 +9,11 @@ from simulations import style
 from simulations.theory_io import read_csv
 
 _ARMS = ("single", "multi")
+_LEGEND = [
+    f"{name}{kind}"
+    for name in (*style.LABEL.values(), "ratio")
+    for kind in (" (± standard error)", ", published", ", predicted")
+]
 
 
 def plot_sweeps(tags: list[str], results_dir: Path, figures_dir: Path, name: str, dpi: int = 200) -> list[Path]:
@@ -18,39 +23,27 @@ def plot_sweeps(tags: list[str], results_dir: Path, figures_dir: Path, name: str
         ValueError: a result file is missing or empty.
     """
     tables = [sorted(read_csv(Path(results_dir) / t / f"results_{t}.csv"), key=lambda r, t=t: r[t]) for t in tags]
-    fig, axes = style.figure(columns=len(tags), rows=2, width=2.5, height=2.1, sharex="col", squeeze=False)
+    width = max(2.05, 5.6 / len(tags))  # room for the legend
+    fig, axes = style.figure(columns=len(tags), rows=2, width=width, height=1.9, sharex="col", squeeze=False)
     for column, (tag, rows) in enumerate(zip(tags, tables, strict=True)):
         errors, ratio = axes[0][column], axes[1][column]
         _errors(errors, rows, tag)
         _ratio(ratio, rows, tag)
-        if tag == "n":
-            ratio.set_xscale("log")
-            ratio.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
-        else:
-            ratio.set_xticks(_apart([row[tag] for row in rows]))
+        style.x_ticks(ratio, [row[tag] for row in rows], log=tag == "n", share=0.28 if tag == "n" else 0.13)
         letter = "abcd"[column]
-        ratio.set_xlabel(f"({letter}) {style.PANEL_LABELS[tag]}")
+        ratio.set_xlabel(f"({letter}) {style.PANEL_LABELS[tag]}", fontsize=9)
     axes[0][0].set_ylabel("Average TV error")
     axes[1][0].set_ylabel("Ratio multi / single")
     handles = {}
     for axis in axes.ravel():
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    order = ("single-source", "multi-source", "ratio")
-    labels = sorted(handles, key=lambda label: (order.index(label.split()[0].rstrip(",")), "published" in label))
-    columns = 3 if len(tags) > 2 else 2 if len(tags) == 2 else 1
-    fig.legend([handles[x] for x in labels], labels, loc="outside upper center", ncols=columns)
+    labels = [label for label in _LEGEND if label in handles]
+    columns = 4 if len(tags) == 4 else 2
+    fig.legend([handles[x] for x in labels], labels, loc="outside upper center", ncols=columns, fontsize=8.5,
+               columnspacing=1.3, handlelength=1.9)  # fmt: skip
+    fig.align_ylabels(axes[:, 0])
     return style.save(fig, Path(figures_dir) / name, dpi)
-
-
-def _apart(values: list[float], share: float = 0.12) -> list[float]:
-    """Tick positions whose labels do not touch; the last value stays."""
-    gap = share * (values[-1] - values[0])
-    kept = values[-1:]
-    for value in reversed(values[:-1]):
-        if kept[-1] - value >= gap:
-            kept.append(value)
-    return kept
 
 
 def _errors(axis, rows: list[dict], tag: str) -> None:
@@ -76,14 +69,22 @@ def _ratio(axis, rows: list[dict], tag: str) -> None:
     error = [_ratio_error(row) for row in rows]
     axis.axhline(1, color=style.NEUTRAL, linewidth=0.7)
     axis.errorbar(
-        x, measured, error, color="black", marker="o", markersize=4, capsize=2, elinewidth=1, label="ratio, measured"
+        x,
+        measured,
+        error,
+        color="black",
+        marker="o",
+        markersize=4,
+        capsize=2,
+        elinewidth=1,
+        label="ratio (± standard error)",
     )
     known = [(row[tag], row["published ratio"]) for row in rows if row.get("published ratio") not in (None, "")]
     if known:
         axis.plot(*zip(*known, strict=True), color="black", linestyle=":", linewidth=1, marker="o", markersize=4,
                   markerfacecolor="white", label="ratio, published")  # fmt: skip
     axis.plot(x, [row["predicted ratio"] for row in rows], color=style.NEUTRAL, linestyle="--", linewidth=1.2,
-              label=r"ratio, predicted from $\beta_{sim}$")  # fmt: skip
+              label="ratio, predicted")  # fmt: skip
     axis.set_ylim(bottom=0)
 
 

@@ -95,6 +95,20 @@ def test_cell_learns_and_is_reproducible():
     assert run_cell(config, rule, 0) == outcome
 
 
+@pytest.mark.parametrize("D", [1, 2])
+def test_first_layer_bends_inside_the_data(D):
+    """Every unit switches within the cube of data and label embedding."""
+    first = EBM(3, D, de=2, W=50, L=3).mlp.layers[0]
+    low, high = first.weight.clamp(max=0).sum(1) + first.bias, first.weight.clamp(min=0).sum(1) + first.bias
+    assert torch.all((low < 0) & (high > 0))
+
+
+def test_no_bad_local_optimum():
+    """With all kinks at the origin, this cell ends at 0.42, worse than a histogram."""
+    outcome = run_cell(EbmConfig(K=1, n=1000), Rule(steps=(300,), batches=(300,)), 2)
+    assert outcome.single < 0.08 < outcome.histogram
+
+
 def test_sources_without_data_are_counted():
     outcome = run_cell(EbmConfig(K=4, n=1, D=1, W=8, L=2), TINY, 0)
     assert outcome.empty == 3

@@ -9,7 +9,8 @@ import matplotlib.image
 import pytest
 from click.testing import CliRunner
 
-from simulations import plot_gaussian, run_gaussian
+from simulations import plot_gaussian, run_gaussian, style
+from simulations.gaussian_exact import expected_tv
 
 SCRIPTS = Path(plot_gaussian.__file__).parent
 
@@ -59,3 +60,33 @@ def test_missing_results(tmp_path):
     assert done.exit_code == 2
     assert "run_" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "log"),
+    [
+        (list(range(1, 40)), False),
+        ([i / 10 for i in range(11)], False),
+        ([50, 200], True),
+        ([100, 300, 500, 9000], True),
+    ],
+)
+def test_tick_labels_do_not_touch(values, log):
+    fig, axis = style.figure(width=2.1, height=1.9)
+    axis.plot(values, values)
+    style.x_ticks(axis, values, log, share=0.28 if log else 0.13)
+    fig.canvas.draw()
+    boxes = [t.get_window_extent() for t in axis.get_xticklabels(which="both") if t.get_text()]
+    boxes.sort(key=lambda box: box.x0)
+    assert len(boxes) >= 2
+    assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
+    style.plt.close(fig)
+
+
+@pytest.mark.parametrize(("D", "values"), [(7, [0.0, 0.1, 0.5, 0.9, 1.0]), (10, [0.0, 0.3, 0.7, 1.0])])
+def test_exact_curve_passes_through_the_expectation_of_each_cell(D, values):
+    """Also where sim * D is rounded down."""
+    place, curve = plot_gaussian._exact("sim", values, {"K": 3, "n": 50, "D": D, "sim": 0.5})
+    for value in values:
+        assert curve[place.index(value)] == expected_tv(3, 50, D, D - int(value * D + 1e-9))
+    assert len(place) == (5 if D == 7 else 11)  # a staircase is not drawn as a slope
