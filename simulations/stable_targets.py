@@ -1,7 +1,7 @@
-"""What stable targets change: mean and variance of the training loss of one network, with and without them.
+"""What stable targets change: the training loss of one network, and the spread of its target, with and without them.
 
 Both are evaluated on the same draws (image, noise level, noise), so they differ by the target alone. Xu et al., "Stable
-Target Field" (ICLR 2023): the target's variance falls, most at the noise levels between knowing the datum and the prior.
+Target Field" (ICLR 2023): the target's variance falls at the noise levels where several images could have been the datum.
 """
 
 import math
@@ -11,16 +11,19 @@ import torch
 from torch_utils.random import seeded_generator
 from training.dataset import load_arrays
 from training.losses import Draws, EDM2Loss, StableTargets
+from training.processes.pfgmpp import PosteriorMean
 
 EDGES = (0.0, 0.2, 0.6, 2.0, math.inf)  # noise levels between which the loss is also reported
 
 
 @torch.no_grad()
 def loss_statistics(net, kernel, dataset, encoder, P_mean, P_std, num=4096, num_references=512, batch=64, seed=0):
-    """Rows of {levels, target, count, mean, variance} of the loss per image, without uncertainty weighting.
+    """Rows of {levels, target, count, mean, variance, target_variance} per image, without uncertainty weighting.
 
-    target: "image" or "stable"; levels: "all" or a range of noise levels. kernel: GaussianKernel or PFGMpp. Reference
-    batches are drawn per `batch` images, of the image's own label where the network has labels.
+    target: "image" or "stable"; levels: "all" or a range of noise levels. mean, variance: of the loss over images.
+    target_variance: mean square of the target minus what it estimates, the exact posterior mean over the whole data set
+    (of the image's label), with the loss's weight; it does not depend on the network. kernel: GaussianKernel or PFGMpp.
+    Reference batches are drawn per `batch` images, of the image's own label where the network has labels.
     """
     images, labels = load_arrays(dataset)
     labels = labels if net.label_dim else None
@@ -33,16 +36,21 @@ def loss_statistics(net, kernel, dataset, encoder, P_mean, P_std, num=4096, num_
         return clean[index], None if labels is None else labels[index]
 
     loss = EDM2Loss(P_mean, P_std, getattr(net, "sigma_data", 0.5), kernel=kernel, uncertainty=False)
-    stable = StableTargets(references, num_references, getattr(kernel, "D", math.inf))
-    parts = {"image": [], "stable": []}
+    D = getattr(kernel, "D", math.inf)
+    stable = StableTargets(references, num_references, D)
+    exact = PosteriorMean(clean, D, labels)
+    parts = {"image": ([], []), "stable": ([], [])}  # loss and spread of the target
     sigmas = []
     for start in range(0, num, batch):
         generator = seeded_generator(device, seed, 1, start)
         index = torch.randint(len(clean), [min(batch, num - start)], generator=generator, device=device)
         draws = loss.draw(clean[index], None if labels is None else labels[index], generator)
-        better = Draws({**draws, "targets": stable(draws, generator)})
-        for name, chosen in (("image", draws), ("stable", better)):
-            parts[name].append(loss.evaluate(net, chosen).double().flatten(1).mean(1).cpu())
+        center = exact(draws.images + draws.noise, draws.sigma, draws.labels)
+        for name, target in (("image", draws.images), ("stable", stable(draws, generator))):
+            losses = loss.evaluate(net, Draws({**draws, "targets": target}))
+            spread = loss.weight(draws.sigma) * (target - center).square()
+            for found, values in zip(parts[name], (losses, spread), strict=True):
+                found.append(values.double().flatten(1).mean(1).cpu())
         sigmas.append(draws.sigma.flatten().cpu())
     sigma = torch.cat(sigmas)
     rows = []
@@ -50,8 +58,8 @@ def loss_statistics(net, kernel, dataset, encoder, P_mean, P_std, num=4096, num_
         mask = (sigma >= low) & (sigma < high)
         name = "all" if (low, high) == (0.0, math.inf) else f"{low:g} to {high:g}"
         for target, values in parts.items():
-            found = torch.cat(values)[mask]
+            found, spread = (torch.cat(part)[mask] for part in values)
             if len(found) > 1:
-                row = {"levels": name, "target": target, "count": len(found)}
-                rows.append({**row, "mean": float(found.mean()), "variance": float(found.var())})
+                row = {"levels": name, "target": target, "count": len(found), "mean": float(found.mean())}
+                rows.append({**row, "variance": float(found.var()), "target_variance": float(spread.mean())})
     return rows

@@ -189,6 +189,8 @@ def test_stable_targets_lower_the_variance(digits):
     image, stable = found["all", "image"], found["all", "stable"]
     assert image["count"] == stable["count"] == 256
     assert stable["mean"] < 0.2 * image["mean"] and stable["variance"] < 0.2 * image["variance"]
+    for row in rows:  # its loss is what the target leaves open
+        assert row["target_variance"] == pytest.approx(row["mean"], rel=1e-3, abs=1e-6)
     assert sum(row["count"] for key, row in found.items() if key[0] != "all" and key[1] == "image") >= 250
 
 
