@@ -40,6 +40,9 @@ def test_closed_form_equals_the_pairwise_form(b, n, learnability, inverted):
     logits = conditional_logits(*args)
     assert logits.dtype == torch.float64
     np.testing.assert_allclose(logits, expected, atol=1e-13)
+    mask = torch.zeros(b, dtype=torch.bool).index_fill(0, args[2], True)
+    for same in (set(selected.tolist()), mask, selected):  # any container says the same
+        torch.testing.assert_close(conditional_logits(*args[:2], same, learnability, inverted), logits)
     single = conditional_logits(args[0].float(), args[1].float(), list(selected), learnability, inverted)
     assert single.dtype == torch.float32
     np.testing.assert_allclose(single, expected, atol=1e-5 / 2)

@@ -106,13 +106,15 @@ def _chunk_sizes(size, num_chunks):
 
 
 def conditional_logits(learner_loss, reference_loss, selected, learnability=True, inverted=False):
-    """JEST's logits [B] of the next chunk, given the indices already selected.
+    """JEST's logits [B] of the next chunk, given what is already selected: indices in any container, or a bool mask [B].
 
     ((n + 1) s_ii + sum over selected k of s_kk) / (2n + 1), n = len(selected), -inf on selected; in the type of
     learner_loss. s = l - r (learnability) or -r (easy reference), negated if inverted. Evans et al. 2024, algorithm 1.
     """
     scores = _scores(learner_loss, reference_loss, learnability, inverted)
-    selected = torch.as_tensor(selected, dtype=torch.int64, device=scores.device).flatten()
+    selected = list(selected) if isinstance(selected, (set, frozenset)) else selected
+    selected = torch.as_tensor(selected, device=scores.device).flatten()
+    selected = (selected.nonzero().flatten() if selected.dtype == torch.bool else selected).to(torch.int64)
     n = len(selected)
     logits = ((n + 1) * scores + scores[selected].sum()) / (2 * n + 1)
     logits[selected] = -math.inf
