@@ -70,19 +70,20 @@ def history(run_dir):
 def measure(arms, seeds, outdir, reference, cls="A", num=2048, progress=True):
     """Rows {comparison, arm, seed, iteration, samples, candidates, cpu_sec, metrics ...} of all runs.
 
-    Equal samples and equal time compare the snapshots nearest to what the shortest of all runs reached, as published.
+    Equal samples and equal time compare the snapshots nearest to what the shortest run of the same seed reached (as
+    published, where it is the shortest of all runs): how busy the machine was while a seed ran then does not matter.
     Measured rows are kept in metrics.json beside each run.
     """
     runs = {(arm, seed): history(Path(outdir) / f"{arm}-seed{seed}") for arm in arms for seed in seeds}
     keys = {"steps": "Progress/iteration", "samples": "Progress/kimg", "time": "Timing/cpu_sec"}
-    least = {kind: min(lines[-1][key] for lines in runs.values()) for kind, key in keys.items()}
     guide = tree_training.load_toy(reference)
     rows = []
     for (arm, seed), lines in tqdm(runs.items(), unit="run", disable=not progress):
         path = Path(outdir) / f"{arm}-seed{seed}" / "metrics.json"
         known = json.loads(path.read_text()) if path.is_file() else {}
         for kind, key in keys.items():
-            line = min(lines, key=lambda line: abs(line[key] - least[kind]))  # noqa: B023
+            least = min(runs[other, seed][-1][key] for other in arms)
+            line = min(lines, key=lambda line: abs(line[key] - least))  # noqa: B023
             name = f"{line['path'].name} n={num}"
             if name not in known:
                 net = tree_training.load_toy(line["path"])
