@@ -23,7 +23,7 @@ def load_scripts():
     import dataset_tool
     import generate_images
     import train_edm2
-    from simulations import run_robustness, run_stable_targets
+    from simulations import run_robustness, run_solvers, run_stable_targets
 
     return {
         "train_edm2.py": train_edm2.main,
@@ -31,6 +31,7 @@ def load_scripts():
         "calculate_metrics.py": calculate_metrics.cmdline,
         "dataset_tool.py": dataset_tool.main,
         "simulations/run_robustness.py": run_robustness.main,
+        "simulations/run_solvers.py": run_solvers.main,
         "simulations/run_stable_targets.py": run_stable_targets.main,
     }
 

@@ -1,24 +1,31 @@
-"""Figure and table of run_solvers.py: error against network evaluations, for every process, solver and grid."""
+"""Figure and tables of run_solvers.py: error against network evaluations, for every process, solver and grid."""
 
 import json
+import math
 from pathlib import Path
 
 from simulations import style
-from simulations.solvers import ARMS, summarise
+from simulations.solvers import ARMS, REFERENCE, differences, mean_and_error, summarise
 
 TITLES = {
     "gaussian": ("Gaussian, exact", "Wasserstein error"),
     "mixture": ("nine Gaussians", "sliced Wasserstein error"),
     "digits": ("digits, trained denoiser", "Frechet distance, mean of sources"),
 }
-COLORS = dict(zip(ARMS, ("#333333", "#D9730D", "#C0392B", "#3C8F3A", "#2A6FBB", "#8E44AD", "#8C6D1F"), strict=True))
+COLORS = dict(
+    zip(
+        ARMS,
+        ("#333333", "#D9730D", "#C0392B", "#3C8F3A", "#2A6FBB", "#7FB2E5", "#8E44AD", "#C58FD9", "#8C6D1F"),
+        strict=True,
+    )
+)
 
 
 def read(dest):
     """{experiment: rows} of what lies in the folder. Raises ValueError if nothing does."""
-    found = {name: Path(dest) / f"{name}.json" for name in TITLES}
+    found = {name: Path(dest) / f"{name}.json" for name in (*TITLES, "bound")}
     rows = {name: json.loads(path.read_text()) for name, path in found.items() if path.is_file()}
-    if not rows:
+    if not any(name in TITLES for name in rows):
         raise ValueError(f"--dest={dest}: no results; run run_solvers.py gaussian, mixture or digits first")
     return rows
 
@@ -32,51 +39,124 @@ def over_sources(stats):
 
 
 def plot_solvers(dest, stem, grids=("uniform", "quadratic")):
-    """Draw one panel per experiment and grid at `stem`; returns a Markdown table."""
+    """Draw one panel per experiment and grid at `stem`, and the agreement of the arms on digits at `stem`-sources.
+
+    Returns Markdown tables. Arms without a time grid (Heun in sigma, RK45) are in both rows.
+    """
     everything = read(dest)
+    bound = everything.pop("bound", None)
     fig, axes = style.figure(len(everything), 3.6, 3.0, rows=len(grids), squeeze=False)
     for column, (name, rows) in enumerate(everything.items()):
         stats = over_sources(summarise(rows))
         for line, grid in enumerate(grids):
             axis = axes[line, column]
-            for arm in ARMS:
-                points = sorted(
-                    (k[2], *v)
-                    for k, v in stats.items()
-                    if k[0] == arm and k[1] in (grid, "sigma"[: 5 * (arm == "EDM Heun")])
-                )
-                if points:
-                    nfe, mean, error = zip(*points, strict=True)
-                    axis.errorbar(
-                        nfe, mean, error, marker="o", markersize=3, color=COLORS[arm], label=arm, linewidth=1.1
-                    )
-            floor = [v[0] for k, v in stats.items() if k[0] == "data"]
-            if floor:
-                axis.axhline(floor[0], color=style.NEUTRAL, linestyle=":", linewidth=1)
+            _curves(axis, stats, (grid, "adaptive"))
             axis.set(xscale="log", yscale="log", title=f"{TITLES[name][0]}, {grid} grid")
-            nfes = sorted({row["nfe"] for row in rows if row["nfe"]})
-            axis.set_xticks(nfes, [str(n) for n in nfes])
-            axis.xaxis.set_tick_params(which="minor", bottom=False, top=False, labelbottom=False)
-            nfes = sorted({row["nfe"] for row in rows if row["nfe"]})
+            nfes = fixed_nfes(rows)
             axis.set_xticks(nfes, [str(n) for n in nfes])
             axis.xaxis.set_tick_params(which="minor", bottom=False, top=False, labelbottom=False)
             axis.set(xlabel="network evaluations", ylabel=TITLES[name][1])
-    axes[0, 0].legend(fontsize=7)
+    handles = {h.get_label(): h for axis in axes.flat for h in axis.get_legend_handles_labels()[0]}
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     style.save(fig, stem, dpi=110)
-    return "\n\n".join(table(name, rows) for name, rows in everything.items()) + "\n"
+    tables = [table(name, rows) for name, rows in everything.items()]
+    if "digits" in everything:
+        _agreement(everything["digits"], f"{stem}-sources")
+        tables.append(difference_table(everything["digits"]))
+    return "\n\n".join(tables + ([bound_table(bound)] if bound else [])) + "\n"
+
+
+def _curves(axis, stats, grids):
+    for arm in ARMS:
+        chosen = ("sigma",) if ARMS[arm][2] == "heun" else grids
+        points = sorted((k[2], *v) for k, v in stats.items() if k[0] == arm and k[1] in chosen)
+        if points:
+            nfe, mean, error = zip(*points, strict=True)
+            axis.errorbar(nfe, mean, error, marker="o", markersize=3, color=COLORS[arm], label=arm, linewidth=1.1)
+    for key, value in stats.items():
+        if key[0] == "data":
+            axis.axhline(value[0], color=style.NEUTRAL, linestyle=":", linewidth=1)
+
+
+def _agreement(rows, stem):
+    """Every arm's error less the reference's at the largest budget, a panel per source, with 2 standard errors."""
+    found = differences(rows)
+    sources = sorted({key[2] for key in found})
+    names = list(dict.fromkeys(key[:2] for key in found))
+    fig, axes = style.figure(len(sources), 2.6, 0.2 * len(names) + 0.9, sharey=True, squeeze=False)
+    for axis, source in zip(axes[0], sources, strict=True):
+        values = [found[(*name, source)] for name in names]
+        axis.errorbar(
+            [v[0] for v in values], range(len(names)), xerr=[2 * v[1] for v in values], fmt="o", markersize=4,
+            color=style.NEUTRAL,
+        )  # fmt: skip
+        axis.axvline(0, color=style.LINE["single"], linewidth=1)
+        axis.set_yticks(range(len(names)), [f"{arm}, {grid}" for arm, grid in names])
+        axis.set(title=f"source {source}", xlabel=f"FD less that of {REFERENCE}")
+    axes[0, 0].invert_yaxis()
+    style.save(fig, stem, dpi=110)
+
+
+def fixed_nfes(rows):
+    """The numbers of evaluations that were asked for."""
+    return sorted({row["nfe"] for row in rows if row["nfe"] and "tolerance" not in row})
+
+
+def markdown(header, lines):
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
+
+
+def number(value):
+    """mean +- standard error, without the latter where there is none."""
+    mean, error = value
+    return f"{mean:.3g}" + (f" ± {error:.1g}" if error else "")
 
 
 def table(name, rows):
-    """Markdown: a line per arm and grid, a column per number of evaluations, mean +- standard error over seeds."""
+    """A line per arm and grid, a column per number of evaluations, mean +- standard error over seeds, per source."""
     sources = sorted({row["source"] for row in rows if "source" in row}) or [None]
-    nfes = sorted({row["nfe"] for row in rows if row["nfe"]})
-    stats = summarise(rows)
-    lines = [f"| {TITLES[name][0]} | grid |" + "".join(f" {n} |" for n in nfes), "| --- | --- |" + " --- |" * len(nfes)]
+    nfes, stats, lines, adaptive = fixed_nfes(rows), summarise(rows), [], []
     for arm, grid in dict.fromkeys((row["arm"], row["grid"]) for row in rows):
-        cells = []
-        for nfe in nfes if arm != "data" else (0,):
-            values = [stats.get((arm, grid, nfe, s)) for s in sources]
-            spread = all(v and v[1] for v in values)
-            cells.append(", ".join(f"{v[0]:.3g}" + (f" ± {v[1]:.1g}" if spread else "") if v else "-" for v in values))
-        lines.append(f"| {arm} | {grid} |" + "".join(f" {cell} |" for cell in cells))
-    return "\n".join(lines)
+        if grid == "adaptive":
+            found = sorted({key[2] for key in stats if key[:2] == (arm, grid)})
+            values = [", ".join(number(stats[arm, grid, nfe, s]) for s in sources) for nfe in found]
+            adaptive.append(f"{arm}: " + "; ".join(f"{v} at {n}" for n, v in zip(found, values, strict=True)))
+            continue
+        values = [[stats.get((arm, grid, nfe, s)) for s in sources] for nfe in (nfes if arm != "data" else (0,))]
+        cells = [", ".join(number(v) if v else "-" for v in group) for group in values]
+        lines.append([arm, grid, *cells, *[""] * (len(nfes) - len(cells))])
+    return markdown([TITLES[name][0], "grid", *map(str, nfes)], lines) + "".join(f"\n\n{line}" for line in adaptive)
+
+
+def difference_table(rows):
+    """Error less the reference's at the largest budget, per source, with the largest deviation in standard errors."""
+    found = differences(rows)
+    sources = sorted({key[2] for key in found})
+    lines = []
+    for arm, grid in dict.fromkeys(key[:2] for key in found):
+        values = [found[arm, grid, s] for s in sources]
+        worst = max(abs(mean) / error if error else math.inf for mean, error in values)
+        lines.append([arm, grid, *map(number, values), f"{worst:.1f}"])
+    return markdown([f"less {REFERENCE}", "grid", *(f"source {s}" for s in sources), "largest / s.e."], lines)
+
+
+def bound_table(rows):
+    """Bits/dim per process, its difference from the first one per image, and the same with common draws."""
+    by = {}
+    for row in rows:
+        by.setdefault((row["draws"], row["process"]), []).append(row["bits"])
+    names, lines = list(dict.fromkeys(row["process"] for row in rows)), []
+    for name in names:
+        gaps = {
+            draws: [a - b for a, b in zip(by[draws, name], by[draws, names[0]], strict=True)]
+            for draws in ("own", "common")
+        }
+        cells = (
+            ["", ""]
+            if name == names[0]
+            else [number(mean_and_error(gaps["own"])), f"{max(map(abs, gaps['common'])):.1g}"]
+        )
+        lines.append([name, number(mean_and_error(by["own", name])), *cells])
+    ends = f"sigma {rows[0]['sigma_min']:.3g} to {rows[0]['sigma_max']:.3g}"
+    header = [f"bound, {ends}", "bits/dim", f"less {names[0]}, own draws", "largest gap of an image, common draws"]
+    return markdown(header, lines)

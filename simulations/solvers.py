@@ -6,23 +6,29 @@ import time
 import torch
 
 from simulations import toy_data
-from torch_utils.random import hash_seed, seeded_generator
-from training import samplers
+from torch_utils.random import StackedRandomGenerator, hash_seed, seeded_generator
+from training import likelihood, samplers
 from training.process_options import make_process
 from training.process_sampling import SOLVERS
+from training.processes import Learned, LinearProcess
 
 # name: (process, options, solver). All start from the matched prior and run between the same noise levels.
+PAPER_CLD = dict(M=0.25, beta=[4, 4])
 ARMS = {
     "EDM Heun": ("edm", {}, "heun"),
     "VP EM": ("vp", {}, "em"),
-    "CLD EM": ("cld", dict(M=0.25, beta=[4, 4]), "em"),
-    "CLD SSCS": ("cld", dict(M=0.25, beta=[4, 4]), "sscs"),
-    "CLD flow": ("cld", dict(M=0.25, beta=[4, 4]), "flow"),
+    "CLD EM": ("cld", PAPER_CLD, "em"),
+    "CLD SSCS": ("cld", PAPER_CLD, "sscs"),
+    "CLD flow": ("cld", PAPER_CLD, "flow"),
+    "CLD RK45": ("cld", PAPER_CLD, "ode"),
     "MALDA EM": ("malda", dict(V=3), "em"),
+    "MALDA SSCS": ("malda", dict(V=3), "sscs"),
     "learned EM": ("learned", dict(V=2), "em"),
 }
 GRIDS = ("sigma", "uniform", "quadratic")
+TOLERANCES = (1e-1, 1e-2, 1e-3)  # of RK45, which chooses its steps
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
+REFERENCE = "EDM Heun"  # which the other arms are compared with
 
 
 def steps_for(solver, nfe):
@@ -30,27 +36,78 @@ def steps_for(solver, nfe):
     return {"heun": (nfe + 1) // 2, "flow": (nfe - 1) // 2}.get(solver, nfe - 1)
 
 
-def cells(nfes, grids=GRIDS, arms=ARMS):
-    """All (arm, grid, nfe): Heun in sigma has one grid only."""
-    return [(a, g, n) for a in arms for g in (("sigma",) if arms[a][2] == "heun" else grids) for n in nfes]
+def cells(nfes, grids=GRIDS, arms=ARMS, tolerances=TOLERANCES):
+    """All (arm, grid, budget): Heun in sigma has one grid only; RK45 none, its budget is a tolerance < 1, not an NFE."""
+    chosen = []
+    for arm, (_, _, solver) in arms.items():
+        if solver == "ode":
+            chosen += [(arm, "adaptive", tolerance) for tolerance in tolerances]
+        else:
+            chosen += [(arm, g, n) for g in (("sigma",) if solver == "heun" else grids) for n in nfes]
+    return chosen
+
+
+def choose_arms(names=None):
+    """The arms of these names, all by default. Raises ValueError that lists the known ones."""
+    for name in names or ():
+        if name not in ARMS:
+            raise ValueError(f"--arms: {name!r} is unknown; choose some of {', '.join(ARMS)}")
+    return {name: ARMS[name] for name in names or ARMS}
+
+
+def arm_process(arm, learned=None):
+    """The process of an arm. learned: stands in for the one that `learned` arms have, whose matrices are random."""
+    name, options, _ = ARMS[arm]
+    if name == "learned" and learned is not None:
+        return learned
+    process = make_process(name, options, learn=True)
+    return process.requires_grad_(False) if isinstance(process, Learned) else process
+
+
+class Counted:
+    """A denoiser that counts its calls."""
+
+    def __init__(self, net):
+        self.net, self.calls = net, 0
+
+    def __getattr__(self, name):
+        return getattr(self.net, name)
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.net(*args, **kwargs)
 
 
 @torch.no_grad()
-def sample(net, arm, grid, nfe, shape, seed, labels=None, dtype=torch.float32):
-    """Samples [N, *data_shape] of an arm with all draws from one seed; the learned matrices are always the same ones."""
-    name, options, solver = ARMS[arm]
-    process = make_process(name, options, learn=True)
-    if hasattr(process, "requires_grad_"):
-        process.requires_grad_(False)
+def sample(net, cell, shape, seed, labels=None, learned=None, dtype=torch.float32):
+    """(samples [N, *data_shape], network evaluations) of a cell, with all draws from one seed."""
+    arm, grid, budget = cell
+    solver, process, net = ARMS[arm][2], arm_process(arm, learned), Counted(net)
     generator = seeded_generator("cpu", seed, 5)
-    ends = dict(grid=grid, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX)
+    ends = dict(grid="sigma" if grid == "adaptive" else grid, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX)
     start = samplers.start_state(net, process, shape, generator, prior="matched", **ends)
 
     def randn_like(u):
         return torch.randn(u.shape, generator=generator, dtype=u.dtype)
 
-    steps = max(1, steps_for(solver, nfe))
-    return SOLVERS[solver](net, process, start, labels, num_steps=steps, randn_like=randn_like, **ends).to(dtype)
+    if grid == "adaptive":
+        options = dict(rtol=budget, atol=budget)
+    else:
+        options = dict(num_steps=max(1, steps_for(solver, budget)), randn_like=randn_like)
+    images = SOLVERS[solver](net, process, start, labels, **options, **ends)
+    return images.to(dtype), net.calls
+
+
+def row(cell, nfe, seed, error, **more):
+    """A result as plain data; RK45's budget is kept as its tolerance."""
+    arm, grid, budget = cell
+    more = {"tolerance": budget, **more} if grid == "adaptive" else more
+    return dict(arm=arm, grid=grid, nfe=nfe if grid == "adaptive" else budget, seed=seed, error=error, **more)
+
+
+def cell_of(row):
+    """The cell that a row belongs to."""
+    return row["arm"], row["grid"], row.get("tolerance", row["nfe"])
 
 
 def sliced_wasserstein(x, y, num=64, seed=0):
@@ -74,60 +131,54 @@ class Affine:
         return self.mean + (y - self.mean) / (1 + sigma**2 / self.sigma_data**2)
 
 
-def exact_error(arm, grid, nfe, mean=0.3, std=0.5):
+def exact_error(cell, mean=0.3, std=0.5, learned=None):
     """2-Wasserstein distance between N(mean, std^2) and the exact law that an arm samples for it: no Monte Carlo.
 
-    Every solver is affine in its normal draws for a Gaussian, so one run with unit vectors for draws gives the law.
+    Every fixed-step solver is affine in its normal draws for a Gaussian: one run with unit vectors for draws gives the law.
     """
-    name, options, solver = ARMS[arm]
-    process, net, steps = make_process(name, options, learn=True), Affine(mean, std), max(1, steps_for(solver, nfe))
+    arm, grid, nfe = cell
+    solver, process, net = ARMS[arm][2], arm_process(arm, learned), Affine(mean, std)
+    steps = max(1, steps_for(solver, nfe))
     ends = dict(grid=grid, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX)
     calls = steps * {"em": 1, "sscs": 2}.get(solver, 0)
     units = torch.eye(1 + process.V * (1 + calls), dtype=torch.float64)[:, 1:]  # row 0: the mean
     draws = iter(units.reshape(len(units), 1 + calls, process.V, 1).unbind(1))
     t_max = samplers.endpoints(net, process, **ends)[0]
     root = torch.linalg.cholesky(process.prior_covariance("matched", t_max, std).detach())
-    out = SOLVERS[solver](
-        net, process, root @ next(draws), num_steps=steps, randn_like=lambda u: next(draws).to(u), net_dtype=torch.float64,
-        **ends,
-    ) if solver != "heun" else SOLVERS[solver](
-        net, process, root @ next(draws), num_steps=steps, dtype=torch.float64, **ends
-    )  # fmt: skip
+    if solver == "heun":
+        options = dict(dtype=torch.float64)
+    else:
+        options = dict(net_dtype=torch.float64, randn_like=lambda u: next(draws).to(u))
+    out = SOLVERS[solver](net, process, root @ next(draws), num_steps=steps, **options, **ends)
     out = out.double().flatten()
     return math.hypot(float(out[0]) - mean, float((out[1:] - out[0]).norm()) - std)
 
 
-def exact_rows(nfes, grids=GRIDS, progress=iter):
-    """Rows {arm, grid, nfe, error} of `exact_error`."""
-    return [
-        dict(arm=arm, grid=grid, nfe=nfe, seed=0, error=exact_error(arm, grid, nfe))
-        for arm, grid, nfe in progress(cells(nfes, grids))
-    ]
+def exact_rows(chosen, learned=None, progress=iter):
+    """Rows of `exact_error` for the chosen cells, see `row`; RK45, whose steps depend on the state, is left out."""
+    chosen = [cell for cell in chosen if cell[1] != "adaptive"]
+    return [row(cell, cell[2], 0, exact_error(cell, learned=learned)) for cell in progress(chosen)]
 
 
-def mixture_rows(nfes, seeds, num=2048, grids=GRIDS, progress=iter):
-    """Rows {arm, grid, nfe, seed, error, seconds}: sliced W2 to fresh exact samples; arm "data" is the floor."""
+def mixture_rows(chosen, seeds, num=4096, learned=None, progress=iter):
+    """Rows of the chosen cells: sliced W2 to fresh exact samples, and the seconds of sampling; arm "data" is the floor."""
     truth = toy_data.mixture()
     net = truth.denoiser(0.5)
     exact = [truth.sample((num,), generator=seeded_generator("cpu", hash_seed(s, 6))) for s in [*seeds, 10**6]]
-    rows = [
-        dict(arm="data", grid="", nfe=0, seed=s, error=sliced_wasserstein(exact[i], exact[i + 1]))
-        for i, s in enumerate(seeds)
-    ]
-    for arm, grid, nfe in progress(cells(nfes, grids)):
+    rows = [row(("data", "", 0), 0, s, sliced_wasserstein(exact[i], exact[i + 1])) for i, s in enumerate(seeds)]
+    for cell in progress(chosen):
         for index, seed in enumerate(seeds):
             begin = time.time()
-            x = sample(net, arm, grid, nfe, (num, 2, 1, 1), seed)
-            error = sliced_wasserstein(x, exact[index])
-            rows.append(dict(arm=arm, grid=grid, nfe=nfe, seed=seed, error=error, seconds=time.time() - begin))
+            x, nfe = sample(net, cell, (num, 2, 1, 1), seed, learned=learned)
+            seconds = time.time() - begin
+            rows.append(row(cell, nfe, seed, sliced_wasserstein(x, exact[index]), seconds=seconds))
     return rows
 
 
-def digit_rows(snapshot, features, heldout, chosen, seeds, per_source=50):
-    """Generator of rows {arm, grid, nfe, seed, source, error}: Frechet distance per source in `features`.
+def digit_rows(snapshot, features, heldout, cell, seed, per_source=100, learned=None):
+    """Rows of a cell and a sampling seed: Frechet distance per source in `features`.
 
-    snapshot: torch_utils.persistence.Snapshot; features: callable uint8 images -> [N, F]; heldout: {source: uint8 images};
-    chosen: cells.
+    snapshot: torch_utils.persistence.Snapshot; features: callable uint8 images -> [N, F]; heldout: {source: uint8 images}.
     """
     from metrics.distances import frechet_distance
 
@@ -135,26 +186,82 @@ def digit_rows(snapshot, features, heldout, chosen, seeds, per_source=50):
         seen = torch.as_tensor(features(images)).double()
         return seen.mean(0).numpy(), seen.T.cov().numpy()
 
-    reference = {source: moments(images) for source, images in heldout.items()}
-    sources = sorted(heldout)
-    ids = torch.tensor(sources).repeat_interleave(per_source)
+    ids = torch.tensor(sorted(heldout)).repeat_interleave(per_source)
+    shape = (len(ids), snapshot.net.img_channels, *[snapshot.net.img_resolution] * 2)
     labels = torch.eye(snapshot.net.label_dim)[ids]
-    for arm, grid, nfe in chosen:
-        for seed in seeds:
-            shape = (len(ids), snapshot.net.img_channels, *[snapshot.net.img_resolution] * 2)
-            images = snapshot.encoder.decode(sample(snapshot.net, arm, grid, nfe, shape, seed, labels))
-            for source in sources:
-                error = frechet_distance(*moments(images[ids == source]), *reference[source])
-                yield dict(arm=arm, grid=grid, nfe=nfe, seed=seed, source=source, error=float(error))
+    images, nfe = sample(snapshot.net, cell, shape, seed, labels, learned)
+    images = snapshot.encoder.decode(images)
+    errors = {k: frechet_distance(*moments(images[ids == k]), *moments(heldout[k])) for k in sorted(heldout)}
+    return [row(cell, nfe, seed, float(e), source=k, per_source=per_source) for k, e in errors.items()]
+
+
+def mean_and_error(values):
+    """(mean, standard error of the mean; 0 for a single value)."""
+    values = torch.tensor(values, dtype=torch.float64)
+    return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def summarise(rows):
-    """{(arm, grid, nfe, source or None): (mean, standard error over seeds)}."""
+    """{(arm, grid, nfe, source or None): (mean, standard error over seeds)}; nfe of RK45: the mean, rounded."""
     groups = {}
-    for row in rows:
-        groups.setdefault((row["arm"], row["grid"], row["nfe"], row.get("source")), []).append(row["error"])
+    for entry in rows:
+        groups.setdefault((*cell_of(entry), entry.get("source")), []).append(entry)
     stats = {}
-    for key, values in groups.items():
-        values = torch.tensor(values, dtype=torch.float64)
-        stats[key] = float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
+    for (arm, grid, _, source), entries in groups.items():
+        nfe = round(sum(entry["nfe"] for entry in entries) / len(entries))
+        stats[arm, grid, nfe, source] = mean_and_error([entry["error"] for entry in entries])
     return stats
+
+
+def differences(rows, reference=REFERENCE):
+    """{(arm, grid, source or None): (mean, standard error)} of the errors less the reference's, at the largest budgets.
+
+    The arms' draws are independent of each other in all but the start, so errors add in squares.
+    """
+    best = {}
+    for (arm, grid, nfe, source), value in summarise(rows).items():
+        if nfe >= best.get((arm, grid, source), (0, None))[0]:
+            best[arm, grid, source] = nfe, value
+    base = {source: value for (arm, _, source), (_, value) in best.items() if arm == reference}
+    return {
+        key: (value[0] - base[key[2]][0], math.hypot(value[1], base[key[2]][1]))
+        for key, (nfe, value) in best.items()
+        if key[0] != reference and nfe and key[2] in base
+    }
+
+
+# The bound does not depend on the path.
+
+
+def bound_processes(learned=None):
+    """{name: process} of `bound_rows`: the named ones, one with random matrices, and a learned one if there is."""
+    generator = torch.Generator().manual_seed(0)
+    q, b = (torch.randn(3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    made = {
+        "VP": make_process("vp"),
+        "CLD": make_process("cld"),
+        "MALDA": make_process("malda", dict(V=3)),
+        "random V=3": LinearProcess(q - q.mT, b @ b.mT / 3 + 0.1 * torch.eye(3, dtype=torch.float64)),
+    }
+    return made if learned is None else made | {"learned": learned}
+
+
+@torch.no_grad()
+def bound_rows(net, x, labels, num_samples=64, common=False, seed=0, learned=None, progress=iter):
+    """Rows {process, image, bits, sigma_min, sigma_max} of the ELBO with a 256-level decoder, between the same ends.
+
+    x: [N, *data_shape] on [-1, 1]. Matched prior; sigma from 0.002 to the least sigma(T) of the processes. common: the
+    same draws for every process, else independent ones.
+    """
+    made, rows = bound_processes(learned), []
+    sigma_max = min(float(process.sigma(process.T)) for process in made.values())
+    bits = x[0].numel() * math.log(2)
+    for index, (name, process) in enumerate(progress(made.items())):
+        seeds = [hash_seed(seed, image, 0 if common else index) for image in range(len(x))]
+        bound, parts = likelihood.elbo(
+            net, process, x, labels, num_samples=num_samples, decoder="discretised", prior="matched",
+            sigma_min=SIGMA_MIN, sigma_max=sigma_max, generator=StackedRandomGenerator("cpu", seeds), terms=True,
+        )  # fmt: skip
+        ends = {key: parts[key] for key in ("sigma_min", "sigma_max")}
+        rows += [dict(process=name, image=i, bits=-float(b) / bits, **ends) for i, b in enumerate(bound)]
+    return rows

@@ -1,7 +1,6 @@
-"""Points in the plane: the data sets against their densities, a run of seconds, exact laws of solvers, the guide's example."""
+"""Points in the plane: the data sets against their densities, a run of seconds, the guide's example."""
 
 import json
-import math
 import re
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from simulations import run_toy, solvers, toy_data
+from simulations import run_toy, toy_data
 from training import processes
 from training.processes import LinearProcess
 
@@ -60,18 +59,6 @@ def test_train_sample_plot(tmp_path, capsys):
         and found["states"].shape == (6, 32, 2, 2)
         and (np.diff(found["times"]) < 0).all()
     )
-
-
-def test_exact_law_of_the_solvers():
-    """Errors fall with the number of evaluations, and SSCS beats Euler-Maruyama at 20 and 50 on both grids (CLD §5)."""
-    for grid in ("uniform", "quadratic"):
-        em = [solvers.exact_error("CLD EM", grid, nfe) for nfe in (20, 50)]
-        sscs = [solvers.exact_error("CLD SSCS", grid, nfe) for nfe in (20, 50)]
-        assert sscs[0] < 0.6 * em[0] and sscs[1] < em[1] < em[0]
-    assert solvers.exact_error("EDM Heun", "sigma", 99) < 0.01  # an independent law: samples of the same arm
-    x = solvers.sample(solvers.Affine(), "CLD EM", "quadratic", 10, (20000, 1, 1, 1), seed=0)
-    law = math.hypot(float(x.mean()) - 0.3, float(x.std()) - 0.5)
-    assert abs(law - solvers.exact_error("CLD EM", "quadratic", 10)) < 4 * 0.5 / 20000**0.5
 
 
 def test_the_guides_process_runs():
