@@ -172,7 +172,7 @@ def _heading(name):
 
 
 def plot(rows, arms, seeds, outdir, stem):
-    """One figure: loss against trained samples and CPU time, and the scores at equal samples and equal time."""
+    """One figure: loss against trained samples and CPU time, loss at equal samples, and mandala scores in all comparisons."""
     fig, axes = style.figure(columns=3, rows=2, width=4.4, height=3.1)
     for arm in arms:
         runs = [history(Path(outdir) / f"{arm}-seed{seed}") for seed in seeds]
@@ -201,6 +201,9 @@ def plot(rows, arms, seeds, outdir, stem):
                 )  # fmt: skip
         axis.set_xticks(range(len(arms)), arms, rotation=30, ha="right", fontsize=7)
         axis.set(title=COMPARISONS[kind], ylabel="loss" if plain == "loss" else "mandala score (△ guided)")
+    low, high = zip(*(axis.get_ylim() for axis in axes[1]), strict=True)
+    for axis in axes[1]:  # one scale, so that the comparisons compare
+        axis.set_ylim(min(low), max(high))
     return style.save(fig, stem, dpi=130)
 
 
