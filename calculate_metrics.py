@@ -40,7 +40,7 @@ EXTRACT = _options(
     _text("--metrics", "Detectors: pixel, classifier:FILE", "LIST", "pixel"),
     click.option("--per-source/--no-per-source", help="Also per source", default=True),
     _int("--batch", "Images per batch and process", 64, at_least=1),
-    _int("--workers", "Processes that decode images", 0),
+    click.option("--workers", help="Processes that decode images", metavar="INT", type=cli.WORKERS, default=0),
     _text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR"),
 )
 
@@ -145,7 +145,7 @@ def _parse_class(ctx, param, value):
 @_text("--sources", "With --class=balanced: cycle through these ids only", "LIST", type=cli.INTS)
 @_int("--steps", "Sampling steps", 32, at_least=1)
 @_text("--gnet", "Guiding network", "FILE")
-@_text("--guidance", "Guidance strength; 1: none", "FLOAT", 1.0, type=float)
+@_text("--guidance", "Guidance strength; 1: none", "FLOAT", 1.0, type=cli.Float())
 @COMPARE
 def gen(net, num, sources, steps, gnet, guidance, **options):
     """Generate images from a snapshot and score them; nothing is written."""
@@ -244,14 +244,14 @@ def loss(net, data, sources, num, seed, device, dest, tags):
     "--probe", "ode: of the divergence", "NAME", "rademacher", type=click.Choice(["rademacher", "gaussian", "exact"])
 )
 @_int("--hutch-probes", "ode: probes per image", 1, at_least=1)
-@_text("--rtol", "ode: relative tolerance", "FLOAT", 1e-5, type=float)
-@_text("--atol", "ode: absolute tolerance", "FLOAT", 1e-5, type=float)
+@_text("--rtol", "ode: relative tolerance", "FLOAT", 1e-5, type=cli.Float(min=0, min_open=True))
+@_text("--atol", "ode: absolute tolerance", "FLOAT", 1e-5, type=cli.Float(min=0, min_open=True))
 @_text(
     "--prior", "stationary, or matched to the data", "NAME", "stationary", type=click.Choice(["stationary", "matched"])
 )
-@_text("--t-min", "Lowest time; or give --sigma-min", "FLOAT", type=float)
-@_text("--sigma-min", "Lowest noise level; default 0.002", "FLOAT", type=float)
-@_text("--sigma-max", "Highest noise level; default: the process's own", "FLOAT", type=float)
+@_text("--t-min", "Lowest time; or give --sigma-min", "FLOAT", type=cli.Float(min=0, min_open=True))
+@_text("--sigma-min", "Lowest noise level; default 0.002", "FLOAT", type=cli.Float(min=0, min_open=True))
+@_text("--sigma-max", "Highest noise level; default: the process's own", "FLOAT", type=cli.Float(min=0, min_open=True))
 @_int(NUM, "A seeded subset of so many images; default: all", at_least=1)
 @_int("--seed", "Of the subset and all draws", 0)
 @_int("--batch", "Images per batch", 256, at_least=1)

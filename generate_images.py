@@ -47,7 +47,7 @@ def solver_options(function):
         click.option(
             "--prior", type=click.Choice(["matched", "stationary"]), default="matched", help="Start of a process"
         ),
-        click.option("--t-min", type=click.FloatRange(min=0, min_open=True), help="Last time, instead of --sigma_min"),
+        click.option("--t-min", type=cli.Float(min=0, min_open=True), help="Last time, instead of --sigma_min"),
         click.option(
             "--denoise",
             type=click.Choice(["yes", "no", "mean", "euler"]),
@@ -57,12 +57,8 @@ def solver_options(function):
         click.option(
             "--half-step", type=click.Choice(["exact", "published"]), default="exact", help="sscs: integrals of beta"
         ),
-        click.option(
-            "--rtol", type=click.FloatRange(min=0, min_open=True), default=1e-5, help="ode: relative tolerance"
-        ),
-        click.option(
-            "--atol", type=click.FloatRange(min=0, min_open=True), default=1e-5, help="ode: absolute tolerance"
-        ),
+        click.option("--rtol", type=cli.Float(min=0, min_open=True), default=1e-5, help="ode: relative tolerance"),
+        click.option("--atol", type=cli.Float(min=0, min_open=True), default=1e-5, help="ode: absolute tolerance"),
     ]
     for option in reversed(table):
         function = option(function)
@@ -101,21 +97,24 @@ def generate_images(*args, **kwargs):
 @click.option("--batch", "max_batch_size", type=click.IntRange(min=1), default=32, help="Largest batch per process")
 @click.option("--grid", is_flag=True, help="Also write <outdir>-grid.png with a row per source")
 @click.option("--steps", "num_steps", type=click.IntRange(min=1), default=32, help="Sampling steps")
-@click.option("--sigma_min", type=click.FloatRange(min=0, min_open=True), default=0.002, help="Lowest noise level")
-@click.option("--sigma_max", type=click.FloatRange(min=0, min_open=True), default=80, help="Highest noise level")
-@click.option("--rho", type=click.FloatRange(min=0, min_open=True), default=7, help="Exponent of the time steps")
-@click.option("--guidance", type=float, default=1, help="Guidance strength; 1: none")
+@click.option("--sigma_min", type=cli.Float(min=0, min_open=True), default=0.002, help="Lowest noise level")
+@click.option("--sigma_max", type=cli.Float(min=0, min_open=True), default=80, help="Highest noise level")
+@click.option("--rho", type=cli.Float(min=0, min_open=True), default=7, help="Exponent of the time steps")
+@click.option("--guidance", type=cli.Float(), default=1, help="Guidance strength; 1: none")
 @click.option("--guidance-interval", type=cli.FLOATS, metavar="LO,HI", help="Guide only at noise levels in (LO, HI]")
-@click.option("--S_churn", "S_churn", type=click.FloatRange(min=0), default=0, help="Stochasticity strength")
-@click.option("--S_min", "S_min", type=click.FloatRange(min=0), default=0, help="Lowest noise level of churn")
+@click.option("--S_churn", "S_churn", type=cli.Float(min=0), default=0, help="Stochasticity strength")
+@click.option("--S_min", "S_min", type=cli.Float(min=0), default=0, help="Lowest noise level of churn")
 @click.option(
-    "--S_max", "S_max", type=click.FloatRange(min=0), default=float("inf"), help="Highest noise level of churn"
+    "--S_max", "S_max", type=cli.Float(min=0, infinite=True), default=float("inf"), help="Highest noise level of churn"
 )
-@click.option("--S_noise", "S_noise", type=float, default=1, help="Noise inflation of churn")
-@click.option("--aug-dim", type=float, metavar="D", help="Refuse a snapshot that was not trained with this D of PFGM++")
+@click.option("--S_noise", "S_noise", type=cli.Float(), default=1, help="Noise inflation of churn")
 @click.option(
-    "--inject-noise", type=click.FloatRange(min=0), metavar="ALPHA", help="Add ALPHA sigma eps before every step"
+    "--aug-dim",
+    type=cli.Float(infinite=True),
+    metavar="D",
+    help="Refuse a snapshot that was not trained with this D of PFGM++",
 )
+@click.option("--inject-noise", type=cli.Float(min=0), metavar="ALPHA", help="Add ALPHA sigma eps before every step")
 @click.option(
     "--quantize-bits", type=click.IntRange(1, 24), metavar="B", help="Round weights to so many bits  [default: no]"
 )

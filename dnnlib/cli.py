@@ -4,6 +4,7 @@ A script uses `@cli.command()` or `@cli.group()` in place of click's. ValueError
 on stderr; set DNNLIB_TRACEBACK=1 to see where they come from.
 """
 
+import math
 import os
 import sys
 
@@ -27,6 +28,22 @@ class _Parsed(click.ParamType):
             return self.parse(value)
         except ValueError as err:
             self.fail(str(err), param, ctx)
+
+
+class Float(click.FloatRange):
+    """A finite number within bounds; inf (and -inf) only where the option says so, nan never."""
+
+    name = "float"
+
+    def __init__(self, *bounds, infinite=False, **options):
+        super().__init__(*bounds, **options)
+        self.infinite = infinite
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if math.isnan(number) or (math.isinf(number) and not self.infinite):
+            raise click.UsageError(f"{param.opts[0]}={value} must be finite: give a number", ctx)
+        return number
 
 
 class _Mapping(click.ParamType):
@@ -53,7 +70,15 @@ SEEDS = _Parsed("seeds", parse_seeds)
 INTS = _Parsed("ints", _list_of(int, "integers"))
 FLOATS = _Parsed("floats", _list_of(float, "numbers"))
 MAPPING = _Mapping()
+WORKERS = click.IntRange(0, 256)  # processes: more would take the machine down before the first image
 STRINGS = _Parsed("names", lambda text: [part for part in text.split(",") if part])
+
+
+def _reason(err):
+    """What an exception says, in a line and without error numbers."""
+    if isinstance(err, OSError) and err.strerror:
+        return err.strerror if err.filename is None else f"{err.filename}: {err.strerror}"
+    return (str(err).splitlines() or [type(err).__name__])[0]
 
 
 def _read_config(ctx, param, paths):
@@ -69,8 +94,9 @@ def _read_config(ctx, param, paths):
         try:
             with open(path, encoding="utf-8") as file:
                 values = yaml.safe_load(file) or {}
-        except (OSError, yaml.YAMLError) as err:
-            raise click.BadParameter(f"{path}: {str(err).splitlines()[0]}", ctx, param) from err
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as err:
+            why = err.strerror if isinstance(err, OSError) and err.strerror else _reason(err)
+            raise click.BadParameter(f"{path}: {why}", ctx, param) from err
         if not isinstance(values, dict):
             raise click.BadParameter(f"{path}: must map option names to values", ctx, param)
         for name, value in values.items():
@@ -100,6 +126,13 @@ def config_option(function):
     )(function)
 
 
+def _out_of_memory(err):
+    """Whether there was no room for a tensor, on the CPU or a GPU."""
+    return isinstance(err, MemoryError) or any(
+        sign in str(err) for sign in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
 class _OneLineErrors:
     """Mixed into click's classes: every error is one line, bad input exits with 2."""
 
@@ -120,7 +153,11 @@ class _OneLineErrors:
         except (ValueError, OSError) as err:
             if os.environ.get("DNNLIB_TRACEBACK"):
                 raise
-            self._fail(str(err) or type(err).__name__, 2)
+            self._fail(_reason(err) if isinstance(err, OSError) else str(err) or type(err).__name__, 2)
+        except (RuntimeError, MemoryError) as err:
+            if os.environ.get("DNNLIB_TRACEBACK") or not _out_of_memory(err):
+                raise
+            self._fail(f"out of memory ({_reason(err)}): lower the batch (training: --batch-gpu) or the network", 1)
 
     @staticmethod
     def _fail(message, code):
@@ -129,10 +166,20 @@ class _OneLineErrors:
 
 
 class Command(_OneLineErrors, click.Command):
-    pass
+    """A command that takes no empty values: they come from unset shell variables."""
+
+    def make_context(self, *args, **kwargs):
+        ctx = super().make_context(*args, **kwargs)
+        for param in self.params:
+            value = ctx.params.get(param.name)
+            if value == "" or (isinstance(value, tuple) and "" in value):
+                raise click.BadParameter("is empty: give a value, or leave it out", ctx, param)
+        return ctx
 
 
 class Group(_OneLineErrors, click.Group):
+    command_class = Command
+
     def command(self, *args, **kwargs):
         """A sub-command, with --config."""
         make = super().command(*args, **kwargs)

@@ -76,10 +76,10 @@ def damage(path):
     return None if _file_digest(path) in wanted else "its checksum does not match"
 
 
-def load(path):
+def load(path, mmap=False):
     """Read a checkpoint to the CPU, executing nothing. Raises ValueError for a missing, damaged or foreign file.
 
-    A file without a checksum beside it (a copy) is taken as it is.
+    A file without a checksum beside it (a copy) is taken as it is. mmap: leave the tensors on the disk until used.
     """
     path = Path(path)
     if not path.is_file():
@@ -87,7 +87,7 @@ def load(path):
     if _wanted(path) and damage(path):
         raise ValueError(f"{path}: damaged ({damage(path)}); resume from an earlier one")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as err:  # zip, pickle and storage errors have no common base
         raise ValueError(
             f"{path}: not a readable checkpoint ({(str(err).splitlines() or [type(err).__name__])[0]})"

@@ -12,7 +12,7 @@ def init(device=None):
 
     Sets the CUDA device from LOCAL_RANK. Returns the device of this process. Raises ValueError for one that is not there.
     """
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
         device = torch.device(name)
     except RuntimeError:

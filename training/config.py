@@ -114,8 +114,22 @@ class TrainingConfig:
         positive = ("total_nimg", "batch_size", "lr", "P_std", "sigma_data", "loss_scaling", "stf_refs", "score_scale")
         for name in positive:
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
-        for name in ("decay", "rampup", "weight_decay", "batch_gpu", "slice_nimg", "keep", "workers", "seed"):
+        for name in (
+            "process_lr_scale",
+            "decay",
+            "rampup",
+            "weight_decay",
+            "batch_gpu",
+            "slice_nimg",
+            "keep",
+            "workers",
+            "seed",
+        ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        ok = self.channel_mult is None or all(0 < m <= 1024 for m in self.channel_mult)
+        _require(ok, "channel_mult", self.channel_mult, "must be factors between 1 and 1024")
+        ok = self.attn_resolutions is None or all(r >= 0 for r in self.attn_resolutions)
+        _require(ok, "attn_resolutions", self.attn_resolutions, "must not be negative")
         for name in ("dropout", "label_dropout", "augment"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must lie in [0, 1]")
         _require(

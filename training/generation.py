@@ -215,7 +215,13 @@ def run(
             f"--guidance={guidance} needs a guiding network: give --gnet (null: the network without label)"
         )
     if guidance == 1:
+        if gnet is not None and preset is None:
+            warnings.warn(f"--gnet={gnet} has no effect without --guidance", stacklevel=2)
         gnet = None
+    if options.get("sources") and options.get("class_idx") != "balanced":
+        raise ValueError(f"--sources={','.join(map(str, options['sources']))} needs --class=balanced")
+    if options.get("sigma_min", 0) >= options.get("sigma_max", math.inf):
+        raise ValueError(f"--sigma_min={options['sigma_min']:g} must be below --sigma_max={options['sigma_max']:g}")
     if guidance_interval is not None and (gnet is None or len(guidance_interval) != 2):
         raise ValueError("--guidance-interval=LO,HI needs two noise levels, --gnet and --guidance")
     device = dist.init(device)

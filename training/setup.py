@@ -71,8 +71,6 @@ def build_edm(config, interface):
     """The EDM-era networks (training/networks_edm.py): ddpmpp, ncsnpp, adm with EDM, VP or VE preconditioning."""
     from training import networks_edm
 
-    if config.precond not in _PRECONDS:
-        raise ValueError(f"--precond={config.precond} is unknown; known: {', '.join(_PRECONDS)}")
     options = dict(_EDM_ARCHS[config.arch])
     options.update(
         _given(
@@ -250,10 +248,24 @@ def interface_of(dataset, encoder):
     return dict(img_resolution=latent.shape[-1], img_channels=latent.shape[1], label_dim=len(label))
 
 
+SIZES = ("channels", "channel_mult", "num_blocks", "attn_resolutions", "channels_per_head", "net_options")
+
+
 def build_network(config, interface, device):
     """The network with weights that depend on the seed alone, or from --init."""
     torch.manual_seed(hash_seed(config.seed, 0))
-    net = _choose(ARCHS, "arch", config.arch)(config, interface).to(device)
+    build = _choose(ARCHS, "arch", config.arch)
+    _choose(_PRECONDS, "precond", config.precond)
+    try:
+        net = build(config, interface).to(device)
+    except (TypeError, ZeroDivisionError, OverflowError, RuntimeError) as err:
+        if isinstance(err, torch.OutOfMemoryError):
+            raise
+        given = _given(**{name: getattr(config, name) for name in SIZES})
+        why = (str(err).splitlines() or [type(err).__name__])[0]
+        raise ValueError(
+            f"--arch={config.arch} cannot be built with {given} for images of {interface} ({why}): give other sizes"
+        ) from err
     if config.init is not None:
         donor = persistence.load_snapshot(config.init, device).net
         try:
@@ -299,14 +311,20 @@ def check_inputs(config, outdir, resume=None):
     check_same_run(outdir, config)
     dataset = open_dataset(config)
     choose_encoder(dataset, config.encoder)
-    tables = (ARCHS, "arch"), (LOSSES, "loss"), (OPTIMIZERS, "optimizer"), (SCHEDULES, "lr_schedule")
+    tables = (
+        (ARCHS, "arch"),
+        (_PRECONDS, "precond"),
+        (LOSSES, "loss"),
+        (OPTIMIZERS, "optimizer"),
+        (SCHEDULES, "lr_schedule"),
+    )
     for table, name in tables:
         _choose(table, name.replace("_", "-"), getattr(config, name))
     if config.select != "none":
         function = _choose(selection.FUNCTIONS, "select", config.select)
         selection.check_choice(function, config.reference is not None, config.select_when, config.select_options)
-    if resume is not None and not Path(resume).is_file():
-        raise ValueError(f"--resume={resume}: no such checkpoint")
+    if resume is not None:
+        checkpoint.load(resume, mmap=True)  # the format; whether it fits this network shows later
     build_loss(config, None)
     if config.val_data:
         ImageFolderDataset(config.val_data)
