@@ -37,7 +37,14 @@ def steps_for(solver, nfe):
 
 
 def cells(nfes, grids=GRIDS, arms=ARMS, tolerances=TOLERANCES):
-    """All (arm, grid, budget): Heun in sigma has one grid only; RK45 none, its budget is a tolerance < 1, not an NFE."""
+    """All (arm, grid, budget): Heun in sigma has one grid only; RK45 none, its budget is a tolerance < 1, not an NFE.
+
+    Raises ValueError for an unknown grid, or less than the 3 evaluations that a step of every solver and its end need.
+    """
+    if unknown := set(grids) - set(GRIDS):
+        raise ValueError(f"--grids: {min(unknown)!r} is unknown; choose some of {', '.join(GRIDS)}")
+    if min(nfes) < 3:
+        raise ValueError(f"--nfe={min(nfes)}: give at least 3 network evaluations")
     chosen = []
     for arm, (_, _, solver) in arms.items():
         if solver == "ode":

@@ -54,6 +54,10 @@ def test_points(tmp_path):
         f"--dest={tmp_path}",
     )
     assert len(read(tmp_path, "gaussian")) == 1 + 3
+    with pytest.raises(ValueError, match="--grids: 'log' is unknown"):
+        run("mixture", "--grids=log", f"--dest={tmp_path}")
+    with pytest.raises(ValueError, match="--nfe=2: give at least 3"):
+        run("gaussian", "--nfe=10,2", f"--dest={tmp_path}")
     rows = read(tmp_path, "mixture")
     assert {(r["arm"], r["grid"]) for r in rows} == {("data", ""), ("VP EM", "uniform"), ("CLD RK45", "adaptive")}
     text = plot_solvers.plot_solvers(tmp_path, tmp_path / "figure")
