@@ -37,15 +37,20 @@ def draw(runs, keys, axes, log=True):
     for row, key in zip(grid, keys, strict=True):
         for axis, which in zip(row, axes, strict=True):
             field, label = AXES[which]
-            for name, lines in runs.items():
+            for i, (name, lines) in enumerate(runs.items()):
                 points = [(line[field], line[key]) for line in lines if line.get(key) is not None and field in line]
                 if points:
-                    axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else None)
+                    marker = "." if len(points) < 30 else None
+                    axis.plot(*zip(*points, strict=True), f"C{i % 10}", label=name, marker=marker)  # a run, a colour
             values = [v for line in axis.get_lines() for v in line.get_ydata()]
             if log and values and min(values) > 0:
                 axis.set_yscale("log")
             axis.set(xlabel=label, ylabel=key)
-    grid[0, 0].legend(fontsize=7)
+    handles = [line for axis in grid.flat for line in axis.get_lines()]
+    handles = {line.get_label(): line for line in handles}
+    grid[0, 0].legend(
+        [handles[name] for name in runs if name in handles], [n for n in runs if n in handles], fontsize=7
+    )
     return fig
 
 
@@ -67,7 +72,9 @@ def main(runs, keys, axes, log, save):
     unknown = set(axes) - set(AXES)
     if unknown:
         raise click.UsageError(f"--x={sorted(unknown)[0]} is none of {', '.join(AXES)}")
-    lines = {Path(run).name: read_stats(run) for run in runs}
+    names = [Path(run).name for run in runs]
+    names = names if len(set(names)) == len(names) else runs
+    lines = {name: read_stats(run) for name, run in zip(names, runs, strict=True)}
     present = {key for run in lines.values() for line in run for key, value in line.items() if value is not None}
     missing = set(keys or ()) - present
     if missing:

@@ -217,6 +217,14 @@ def test_commands(tmp_path):
     assert done.exit_code == 2 and "holds a run already" in done.output and (out / "stats.jsonl").read_bytes() == before
 
 
+def test_a_run_keeps_its_colour_where_others_have_no_curve():
+    runs = {"a": [{"Progress/kimg": 1, "x": 2.0}], "b": [{"Progress/kimg": 1, "x": 3.0, "y": 4.0}]}
+    figure = plot_run.draw(runs, ["x", "y"], ["images"])
+    colours = [{line.get_label(): line.get_color() for line in axis.get_lines()} for axis in figure.axes]
+    assert list(colours[0]) == ["a", "b"] and colours[1] == {"b": colours[0]["b"]} != {"b": colours[0]["a"]}
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "b"]
+
+
 def test_autoguidance_figure_has_eight_panels():
     torch.manual_seed(0)
     net, gnet = ToyModel(hidden_dim=8, num_layers=1).eval(), ToyModel(hidden_dim=8, num_layers=1).eval()
