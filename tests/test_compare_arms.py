@@ -1,0 +1,60 @@
+"""The table of many arms: means, paired differences, order of arms, refusals."""
+
+import json
+
+import click.testing
+import numpy as np
+import pytest
+
+from simulations import compare_arms
+
+VALUES = {
+    "cfg-1": [0.8, 0.84, 0.79],
+    "cfg-1.5": [0.9, 0.91, 0.85],
+    "cfg-10": [0.99, 0.97, 0.95],
+    "auto-2": [0.7, 0.9, 0.8],
+}
+
+
+@pytest.fixture
+def scores(tmp_path):
+    for arm, values in VALUES.items():
+        for seed, value in enumerate(values):
+            numbers = {"agreement": value, "fd": 3 - value, "recall": 1 - value, "precision": None}
+            content = {"tags": {"arm": arm, "seed": str(seed)}, "metrics": {"pixels": {"overall": numbers, "mean": {}}}}
+            (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def run(scores, *more):
+    options = [f"--scores={scores}/*.json", f"--dest={scores}/out/arms", *more]
+    return click.testing.CliRunner().invoke(compare_arms.main, options)
+
+
+def test_means_and_paired_differences(scores):
+    done = run(scores, "--against=cfg-1")
+    assert done.exit_code == 0, done.output
+    assert [path.rsplit(".")[-1] for path in json.loads(done.output)["files"]] == ["md", "csv", "png", "svg"]
+    text = (scores / "out" / "arms.md").read_text()
+    level, change = text.split("Difference")
+    rows = [line for line in level.splitlines() if line.startswith("| ") and " ± " in line]
+    assert [row.split(" | ")[0] for row in rows] == ["| auto-2", "| cfg-1", "| cfg-1.5", "| cfg-10"]
+    x, base = np.array(VALUES["cfg-1.5"]), np.array(VALUES["cfg-1"])
+    assert f"| cfg-1.5 | {x.mean():.4f} ± {x.std(ddof=1):.4f} |" in level
+    d = x - base
+    assert f"| cfg-1.5 | {d.mean():+.4f} ± {d.std(ddof=1) / 3**0.5:.4f} | {-d.mean():+.4f}" in change
+    assert "precision" not in text and "| cfg-1 |" not in change
+    few = run(scores, "--against=cfg-1", "--arms=cfg-10,cfg-1")
+    assert few.exit_code == 0 and "auto" not in (scores / "out" / "arms.csv").read_text()
+
+
+def test_user_errors(scores):
+    assert "'cfg-7'" in run(scores, "--against=cfg-7").output
+    assert run(scores, "--against=cfg-1", "--section=mean").exit_code == 2  # holds no numbers
+    (scores / "cfg-1-2.json").unlink()
+    done = run(scores, "--against=cfg-1")
+    assert done.exit_code == 2 and "arm cfg-1 lacks the seeds 2" in done.output and done.output.count("Error") == 1
+    (scores / "zz.json").write_text("{}")
+    assert "zz.json" in run(scores, "--against=cfg-1").output
+    assert "no score files" in run(scores / "nowhere", "--against=cfg-1").output
+    assert not (scores / "out").exists()
