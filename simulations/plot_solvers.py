@@ -15,7 +15,7 @@ TITLES = {
 COLORS = dict(
     zip(
         ARMS,
-        ("#333333", "#D9730D", "#C0392B", "#3C8F3A", "#2A6FBB", "#7FB2E5", "#8E44AD", "#C58FD9", "#8C6D1F"),
+        ("#333333", "#D9730D", "#C0392B", "#3C8F3A", "#2A6FBB", "#7FB2E5", "#8E44AD", "#C58FD9", "#8C6D1F", "#D4B75A"),
         strict=True,
     )
 )

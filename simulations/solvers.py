@@ -24,6 +24,7 @@ ARMS = {
     "MALDA EM": ("malda", dict(V=3), "em"),
     "MALDA SSCS": ("malda", dict(V=3), "sscs"),
     "learned EM": ("learned", dict(V=2), "em"),
+    "learned SSCS": ("learned", dict(V=2), "sscs"),
 }
 GRIDS = ("sigma", "uniform", "quadratic")
 TOLERANCES = (1e-1, 1e-2, 1e-3)  # of RK45, which chooses its steps
