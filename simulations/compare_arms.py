@@ -93,7 +93,7 @@ def figure(arms, columns=("agreement", "fd", "recall")):
 @cli.command()
 @click.option("--scores", metavar="GLOB", required=True, help="Score files of calculate_metrics.py calc --dest --tag")
 @click.option("--against", metavar="ARM", required=True, help="The arm that others are held against")
-@click.option("--arms", type=cli.STRINGS, help="Which arms, in this order; default: all")
+@click.option("--arms", type=cli.STRINGS, help="Which arms, in this order; default: --against, then all")
 @click.option(
     "--section", type=click.Choice(["overall", "mean"]), default="overall", help="All samples, or mean of the sources"
 )
@@ -111,7 +111,7 @@ def main(scores, against, arms, section, dest):
     unknown = {against, *(arms or ())} - set(found)
     if unknown:
         raise ValueError(f"arm {sorted(unknown)[0]!r} is in no score file; there are: {', '.join(found)}")
-    chosen = {arm: found[arm] for arm in arms or found}
+    chosen = {arm: found[arm] for arm in dict.fromkeys(arms or (against, *found))}
     chosen.setdefault(against, found[against])
     from simulations import style
 

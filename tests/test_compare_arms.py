@@ -38,7 +38,7 @@ def test_means_and_paired_differences(scores):
     text = (scores / "out" / "arms.md").read_text()
     level, change = text.split("Difference")
     rows = [line for line in level.splitlines() if line.startswith("| ") and " ± " in line]
-    assert [row.split(" | ")[0] for row in rows] == ["| auto-2", "| cfg-1", "| cfg-1.5", "| cfg-10"]
+    assert [row.split(" | ")[0] for row in rows] == ["| cfg-1", "| auto-2", "| cfg-1.5", "| cfg-10"]
     x, base = np.array(VALUES["cfg-1.5"]), np.array(VALUES["cfg-1"])
     assert f"| cfg-1.5 | {x.mean():.4f} ± {x.std(ddof=1):.4f} |" in level
     d = x - base
