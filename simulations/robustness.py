@@ -243,7 +243,47 @@ def markdown(rows, experiment):
     for label, line in table.items():
         cells = [f"{mean:.2f} ± {sd:.2f}" if sd else f"{mean:.2f}" for mean, sd, _ in (line[v] for v in values)]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    paired = forgiveness(rows, experiment)
+    if paired and len(values) > 1:
+        title = (
+            f"Growth by the disturbance, minus that of {list(table)[-1]}: mean and 95 % interval over paired trainings"
+        )
+        lines += ["", title, "", f"| {experiment} | " + " | ".join(map(str, next(iter(paired.values())))) + " |"]
+        lines += ["| --- " * len(values) + "|"]
+        for label, line in paired.items():
+            lines.append(f"| {label} | " + " | ".join(f"{m:+.2f} ± {h:.2f}" for m, h in line.values()) + " |")
     return "\n".join(lines)
+
+
+def forgiveness(rows, experiment, column="fd"):
+    """{label: {value: (mean, half-width)}}: how much more a label's distance grows by the disturbance than the last label's.
+
+    Growth is against the undisturbed sampler (alpha 0, unrounded weights, the most steps). Paired by training seed, the i-th
+    network of a label with the i-th of the last; half-width of the 95 % interval (Student's t). Empty unless all labels
+    have equally many trainings, at least two.
+    """
+    from scipy import stats
+
+    means = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in rows:
+        means[row["label"]][row["net"]][row["value"]].append(row[column])
+    values = list(dict.fromkeys(row["value"] for row in rows))
+    base = "none" if experiment == "bits" else (min if experiment == "alpha" else max)(values)
+    growth = {
+        label: np.array([[np.mean(net[v]) - np.mean(net[base]) for v in values] for net in nets.values()])
+        for label, nets in means.items()
+    }  # [trainings, values]
+    last = list(growth)[-1]
+    n = len(growth[last])
+    if n < 2 or any(len(found) != n for found in growth.values()):
+        return {}
+    table = {}
+    for label in list(growth)[:-1]:
+        difference = growth[label] - growth[last]
+        half = stats.t.ppf(0.975, n - 1) * difference.std(axis=0, ddof=1) / math.sqrt(n)
+        pairs = zip(values, difference.mean(axis=0), half, strict=True)
+        table[label] = {v: (float(m), float(h)) for v, m, h in pairs if v != base}
+    return table
 
 
 def is_writer():

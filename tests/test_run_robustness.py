@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import calculate_metrics
@@ -113,6 +114,25 @@ def test_error_bars_are_over_training_seeds():
     mean, sd, seeds = robustness.summarize(rows[:2])["a"][0.1]
     assert (mean, seeds) == (2.0, 1) and sd == pytest.approx(np.std([1, 3], ddof=1))
     assert "| a | 4.00 ± 2.00 |" in robustness.markdown(rows, "alpha")
+
+
+def test_growth_is_compared_within_a_training_seed():
+    """Seeds differ by tens, labels by a few percent of that: pairing shows it."""
+    rows = [
+        {"label": label, "net": f"{label}{seed}", "value": alpha, "fd": 10.0 * seed + alpha * (slope + 0.5 * seed)}
+        for label, slope in (("a", 3.0), ("b", 5.0))
+        for seed in range(3)
+        for alpha in (0.0, 0.1, 0.2)
+    ]
+    rows[2]["fd"] += 0.3  # label a, seed 0, alpha 0.2
+    found = robustness.forgiveness(rows, "alpha")
+    assert found["a"][0.1] == pytest.approx((-0.2, 0))
+    difference = np.array([-0.1, -0.4, -0.4])
+    interval = scipy.stats.t.interval(0.95, 2, difference.mean(), scipy.stats.sem(difference))
+    mean, half = found["a"][0.2]
+    assert (mean - half, mean + half) == pytest.approx(interval)
+    assert "| a | -0.20 ± 0.00 | -0.30 ± 0.43 |" in robustness.markdown(rows, "alpha")
+    assert robustness.forgiveness(rows[:-3], "alpha") == {}  # unequal numbers of trainings
 
 
 def test_dry_run_counts_the_grid(nets, capsys):
