@@ -14,7 +14,7 @@ from simulations.theory_io import ListOption, OneLineCommand  # noqa: E402
 _SWEEPS = {
     "config": {},
     "fixed": {},
-    "values": {"K": [1, 2, 4, 8, 16], "n": [100, 300, 1000, 3000], "sim": [0.0, 0.5, 0.8, 0.9, 1.0]},
+    "values": {"K": [1, 2, 4, 8], "n": [100, 300, 1000, 3000], "sim": [0.0, 0.5, 0.8, 1.0]},
 }
 BUDGETS = {
     "smoke": {  # seconds
@@ -25,12 +25,12 @@ BUDGETS = {
         "seeds": [0, 1, 2],
     },
     "small": _SWEEPS | {  # minutes on one core
-        "rule": {"steps": (1000,), "batches": (300,), "patience": 8},
+        "rule": {"steps": (60, 200, 600), "early": False, "batches": (1000,)},
         "seeds": [0, 1, 2],
     },
     "large": _SWEEPS | {
         "values": _SWEEPS["values"] | {"K": [1, 2, 4, 8, 16, 32], "n": [100, 300, 1000, 3000, 10_000, 30_000]},
-        "rule": {"steps": (1000, 5000), "batches": (300,), "lrs": (3e-3, 1e-2, 2e-2)},
+        "rule": {"steps": (60, 200, 600, 2000, 6000), "early": False, "batches": (1000,), "lrs": (3e-3, 1e-2, 2e-2)},
         "seeds": list(range(10)),
     },
 }  # fmt: skip
