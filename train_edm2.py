@@ -178,7 +178,8 @@ def run(config, outdir, resume=None, device=None):
         chosen["on_snapshot"] = hooks.grid_hook(*setup.grid_shape(config))
     start = setup.prepare(config, outdir, device, resume)
     outdir.mkdir(parents=True, exist_ok=True)
-    with Logger(outdir / "log.txt") if dist.get_rank() == 0 else nullcontext():
+    first = dist.get_rank() == 0
+    with Logger(outdir / "log.txt") if first else nullcontext():
         try:
             loop = start(chosen)
         except TrainingFailed as err:
@@ -192,9 +193,11 @@ def run(config, outdir, resume=None, device=None):
         finally:
             dist.shutdown()
         if loop.interrupted:
-            dist.print0("Stopped by a signal; run the same command again to go on.")
+            if first:  # the group is gone: every process would take itself for the first
+                print("Stopped by a signal; run the same command again to go on.", flush=True)
             return cli.INTERRUPTED
-        dist.print0("Done.")
+        if first:
+            print("Done.", flush=True)
     return 0
 
 

@@ -1,9 +1,14 @@
 """What a training step and sampling cost: a table for a preset on this machine, on the CPU or a GPU.
 
+Beside ours, in the same process and turn by turn, the plain formulation: one draw of noise from the global generator, the
+loss, backward, `nan_to_num` and averages parameter by parameter, torch's Adam; sampling as EDM's algorithm 1 reads. Same
+network, same shapes: the ratio is what exactness (seeded blocks, checks, statistics) costs or saves.
+
 python benchmarks/step.py --preset=digits8 --device=cpu --dest=benchmarks/RESULTS_step.md
 python benchmarks/step.py --preset=edm2-img512-xs --batch=64 --precision=fp32,fp16,bf16 --compile=no,yes
 """
 
+import copy
 import datetime
 import os
 import platform
@@ -15,7 +20,7 @@ import torch
 
 from dnnlib import atomic_write, cli
 from torch_utils import distributed as dist
-from training import selection, setup
+from training import phema, selection, setup
 from training.config import make_config
 from training.dataset import ArrayDataset
 from training.encoders import IdentityEncoder
@@ -43,17 +48,79 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def timed(function, device, repeats, warmup):
-    """Seconds of each of `repeats` calls, after `warmup` calls."""
-    seconds = []
+def clock_of(device):
+    """Seconds of the processor for one thread, which other load does not change; else seconds on the wall."""
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def timed(functions, device, repeats, warmup):
+    """Median seconds of a call of each function, over `repeats` calls in turn after `warmup`; other load hits all alike."""
+    seconds, clock = [[] for _ in functions], clock_of(device)
     for i in range(warmup + repeats):
-        synchronize(device)
-        begin = time.perf_counter()
-        function()
-        synchronize(device)
-        if i >= warmup:
-            seconds.append(time.perf_counter() - begin)
-    return seconds
+        for function, kept in zip(functions, seconds, strict=True):
+            synchronize(device)
+            begin = clock()
+            function()
+            synchronize(device)
+            if i >= warmup:
+                kept.append(clock() - begin)
+    return [statistics.median(kept) for kept in seconds]
+
+
+class PlainStep:
+    """The training step as it is usually written; its network starts as a copy of `net`."""
+
+    def __init__(self, net, config, data, device):
+        self.net = copy.deepcopy(net)
+        self.averages = [copy.deepcopy(net).requires_grad_(False) for _ in config.ema_std]
+        self.images, self.labels = (a.to(device) for a in data)
+        self.config, self.count = config, 0
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-4, betas=tuple(config.betas))
+
+    def __call__(self):
+        config, device = self.config, self.images.device
+        self.optimizer.zero_grad(set_to_none=True)
+        micro = min(config.batch_gpu or config.batch_size, config.batch_size)
+        for start in range(0, config.batch_size, micro):
+            size = min(micro, config.batch_size - start)
+            chosen = torch.randint(len(self.images), [size], device=device)
+            images, labels = self.images[chosen], self.labels[chosen] if self.labels.shape[1] else None
+            sigma = (torch.randn([size, 1, 1, 1], device=device) * config.P_std + config.P_mean).exp()
+            noisy = images + torch.randn_like(images) * sigma
+            weight = (sigma**2 + config.sigma_data**2) / (sigma * config.sigma_data) ** 2
+            if config.loss == "edm2":
+                denoised, logvar = self.net(noisy, sigma, labels, return_logvar=True)
+                loss = weight / logvar.exp() * (denoised - images) ** 2 + logvar
+            else:
+                loss = weight * (self.net(noisy, sigma, labels) - images) ** 2
+            (loss.sum() / config.batch_size).backward()
+        for p in self.net.parameters():
+            if p.grad is not None:
+                torch.nan_to_num(p.grad, nan=0, posinf=0, neginf=0, out=p.grad)
+        self.optimizer.step()
+        self.count += 1
+        with torch.no_grad():
+            for std, average in zip(config.ema_std, self.averages, strict=True):
+                beta = (1 - 1 / self.count) ** (phema.std_to_exp(std) + 1)
+                for p, q in zip(self.net.parameters(), average.parameters(), strict=True):
+                    q.lerp_(p, 1 - float(beta))
+
+
+@torch.no_grad()
+def plain_heun(net, noise, labels, num_steps, sigma_min=0.002, sigma_max=80.0, rho=7):
+    """EDM, algorithm 1, in float64 as published."""
+    index = torch.arange(num_steps, dtype=torch.float64, device=noise.device)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    sigmas = [*((high + index / max(num_steps - 1, 1) * (low - high)) ** rho), torch.zeros_like(index[0])]
+    x = noise.double() * sigmas[0]
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        slope = (x - net(x.float(), sigma.float(), labels).double()) / sigma
+        ahead = x + (following - sigma) * slope
+        if following > 0:
+            slope_ahead = (ahead - net(ahead.float(), following.float(), labels).double()) / following
+            ahead = x + (following - sigma) * (slope + slope_ahead) / 2
+        x = ahead
+    return x
 
 
 def make_loop(config, interface, device):
@@ -86,27 +153,38 @@ def measure(config, interface, device, precision, compiled, steps, warmup, sampl
         config.net_options = dict(config.net_options, reduced_dtype=PRECISIONS[precision])
     loop = make_loop(config, interface, device)
     parameters = sum(p.numel() for p in loop.objective.net.parameters())
+    plain = PlainStep(loop.objective.net, config, loop.feed.arrays, device)
     if compiled:
-        loop.objective.net.compile()
+        for net in (loop.objective.net, plain.net):
+            net.compile()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    training = timed(loop.step, device, steps, warmup)
-    net = loop.objective.net.eval()
+    step, plain_step = timed([loop.step, plain], device, steps, warmup)
+    net, plain_net = loop.objective.net.eval(), plain.net.eval()
     shape = [config.batch_size, interface["img_channels"], interface["img_resolution"], interface["img_resolution"]]
     noise = torch.randn(shape, device=device)
     labels = None
     if interface["label_dim"]:
         labels = torch.eye(interface["label_dim"], device=device)[torch.arange(len(noise)) % interface["label_dim"]]
-    sampling = timed(lambda: heun(net, noise, labels, num_steps=sampling_steps), device, max(steps // 5, 2), 1)
-    step, sample = statistics.median(training), statistics.median(sampling)
+    sample, plain_sample = timed(
+        [
+            lambda: heun(net, noise, labels, num_steps=sampling_steps),
+            lambda: plain_heun(plain_net, noise, labels, sampling_steps),
+        ],
+        device, max(steps // 5, 2), 1,
+    )  # fmt: skip
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     return [
         precision,
         "yes" if compiled else "no",
         f"{parameters / 1e6:.2f} M",
         f"{step * 1e3:.1f}",
+        f"{plain_step * 1e3:.1f}",
+        f"{plain_step / step:.2f}",
         f"{config.batch_size / step:.0f}",
         f"{sample * 1e3:.0f}",
+        f"{plain_sample * 1e3:.0f}",
+        f"{plain_sample / sample:.2f}",
         f"{config.batch_size / sample:.1f}",
         "-" if memory is None else f"{memory:.2f}",
     ]
@@ -115,8 +193,9 @@ def measure(config, interface, device, precision, compiled, steps, warmup, sampl
 def table(rows, sampling_steps):
     """Markdown."""
     head = [
-        "precision", "compiled", "parameters", "training step [ms]", "training [img/s]",
-        f"sampling a batch, {sampling_steps} steps [ms]", "sampling [img/s]", "peak memory [GiB]",
+        "precision", "compiled", "parameters", "training step [ms]", "plain [ms]", "plain / ours", "training [img/s]",
+        f"sampling a batch, {sampling_steps} steps [ms]", "plain [ms]", "plain / ours", "sampling [img/s]",
+        "peak memory of both [GiB]",
     ]  # fmt: skip
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
@@ -129,8 +208,9 @@ def machine(device):
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             model = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), model)
+    clock = ", processor time" if clock_of(device) is time.process_time else ""
     load = f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else ""
-    return f"{model}, {torch.get_num_threads()} thread(s){load}, PyTorch {torch.__version__}"
+    return f"{model}, {torch.get_num_threads()} thread(s){load}, PyTorch {torch.__version__}{clock}"
 
 
 @cli.command()

@@ -14,7 +14,7 @@ import sys
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch", "scipy", "train_edm2", "training.setup", "training.hooks", "training.generation"]
+    ["torch", "torch._dynamo", "scipy", "train_edm2", "training.setup", "training.hooks", "training.generation"]
 )
 
 

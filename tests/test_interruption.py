@@ -1,7 +1,10 @@
 """Killed at any moment, told to stop at any moment, split over invocations: the same final weights, bit for bit."""
 
 import json
+import os
+import random
 import signal
+import time
 
 import child_runs
 import pytest
@@ -80,6 +83,14 @@ def test_interrupted_and_resumed(digits, whole, tmp_path, number, what, which):
     code, output = child_runs.run("train_edm2", command(digits, run_dir), log)
     assert code == 0, output
     assert_same_run_up_to_stops(whole, run_dir)
+    if number == KILL:  # also in what was logged: nothing twice, nothing missing
+        assert logged(run_dir) == logged(whole)
+
+
+def logged(run_dir):
+    """(kimg, loss) of every line of stats.jsonl."""
+    lines = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+    return [(line["Progress/kimg"], line.get("Loss/loss")) for line in lines]
 
 
 def assert_same_run_up_to_stops(whole, run_dir):
@@ -116,8 +127,25 @@ def test_slices(digits, whole, tmp_path):
         reached.append(checkpoint.load(checkpoint.newest_sound(run_dir))["state"]["cur_nimg"])
     assert reached == [1024, 2048, 3072]
     assert_same_run(whole, run_dir)
-    seen = [json.loads(line)["Progress/kimg"] for line in (run_dir / "stats.jsonl").read_text().splitlines()]
-    assert seen == [0, 1.024, 2.048, 3.072]
+    assert logged(run_dir) == logged(whole) and [kimg for kimg, _ in logged(run_dir)] == [0, 1.024, 2.048, 3.072]
+
+
+def test_killed_from_outside_again_and_again(digits, whole, tmp_path):
+    """At moments that nobody chose, until the run is through."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    moments = random.Random(0)
+    for attempt in range(40):
+        process = child_runs.start("train_edm2", command(digits, run_dir), log)
+        process.join(moments.uniform(0.2, 0.6) * 1.4**attempt)  # longer each time, so that it ends
+        if process.exitcode is not None:
+            break
+        os.kill(process.pid, KILL)
+        assert child_runs.wait(process) == -KILL
+        for path in checkpoint.list_checkpoints(run_dir) if run_dir.exists() else ():
+            assert checkpoint.damage(path) is None
+    assert process.exitcode == 0 and attempt > 0, log.read_text()
+    assert_same_run(whole, run_dir)
+    assert logged(run_dir) == logged(whole)
 
 
 def test_flipped_byte_in_the_newest_checkpoint(digits, whole, tmp_path):
@@ -162,7 +190,10 @@ def test_one_of_two_processes_is_killed(digits, tmp_path):
             )
             for rank, env in enumerate(environments)
         ]
+        child_runs.wait(processes[1])
+        ended = time.monotonic()
         codes = [child_runs.wait(process) for process in processes]
+        assert time.monotonic() - ended < 60  # and not after the half hour of the process group's own limit
         return codes, [(tmp_path / f"log{rank}").read_text() for rank in range(2)]
 
     codes, logs = both(tmp_path / "whole")

@@ -8,6 +8,7 @@ dropout is a function of (seed, position in the data order), see training/feed.p
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import time
 import warnings
@@ -17,7 +18,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from dnnlib.util import format_time
+from dnnlib.util import atomic_write, format_time
 from torch_utils import checkpoint, persistence
 from torch_utils import distributed as dist
 from torch_utils.random import hash_seed
@@ -122,6 +123,18 @@ class TrainingLoop:
         except (KeyError, RuntimeError, TypeError) as err:
             why = (str(err) or type(err).__name__).splitlines()[0]
             raise ValueError(f"{path}: does not fit this model ({why})") from err
+
+    def _trim_stats(self):
+        """Drop the lines of stats.jsonl that an interrupted invocation left and this one writes again."""
+        path = self.run_dir / "stats.jsonl"
+        if dist.get_rank() != 0 or not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        last = self.state.cur_nimg / 1e3 or -1  # the very first line is written again, too
+        kept = [line for line in lines if _kimg_of(line) <= last]
+        if kept != lines:
+            with atomic_write(path, "w") as file:
+                file.writelines(kept)
 
     def save_checkpoint(self):
         self._check_ranks_agree()
@@ -293,6 +306,7 @@ class TrainingLoop:
             if dist.get_rank() == 0:  # an interruption may have come before this
                 checkpoint.remove_old(self.run_dir, periods.keep)
             return state
+        self._trim_stats()
         dist.print0(f"Training from {start / 1e3:g} kimg to {stop / 1e3:g} kimg:")
         clock = _Clock()
         bar = tqdm(
@@ -323,6 +337,14 @@ class TrainingLoop:
         finally:
             bar.close()
         return state
+
+
+def _kimg_of(line):
+    """Progress/kimg of a line of stats.jsonl; infinity for one that is not whole."""
+    try:
+        return json.loads(line)["Progress/kimg"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class _Clock:
