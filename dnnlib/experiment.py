@@ -110,7 +110,7 @@ def load(path, budget=None, overrides=None):
     try:
         with open(path, encoding="utf-8") as file:
             spec = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError) as err:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as err:
         raise ValueError(f"{path}: not a readable experiment file ({str(err).splitlines()[0]})") from err
     if not isinstance(spec, dict) or not isinstance(spec.get("steps"), list):
         raise ValueError(f"{path}: an experiment file is a mapping with the keys name, settings, budgets and steps")
@@ -156,6 +156,9 @@ def load(path, budget=None, overrides=None):
                 argv.extend(shlex.split(text) if re.fullmatch(r"\{\w+\}", word) else [text])
             steps.append(Step(_fill(entry["name"], values, where), argv, stage, bool(entry.get("summary"))))
     names = [step.name for step in steps]
+    strange = next((n for n in names if "/" in n or n in ("", ".", "..") or not n.isprintable()), None)
+    if strange is not None:
+        raise ValueError(f"{path}: a step is called {strange!r}, which cannot be the name of a file: use letters and -")
     double = next((n for n in names if names.count(n) > 1), None)
     if double is not None:
         raise ValueError(f"{path}: two steps are called {double!r}: put what differs into the name")
