@@ -18,7 +18,6 @@ import zlib
 import numpy as np
 
 from training.dataset_format import ZIP_ERRORS, ImageSource, open_image
-from training.dataset_lmdb import LMDB
 
 
 def open_archive(path):
@@ -389,7 +388,7 @@ def _image_of_example(features, name):
 
 
 # ----------------------------------------------------------------------------
-# LMDB.
+# LMDB (with the lmdb package).
 
 
 def _lmdb(path):
@@ -397,15 +396,29 @@ def _lmdb(path):
     file = os.path.join(path, "data.mdb") if os.path.isdir(path) else path
     if not os.path.isfile(file) or not file.lower().endswith((".mdb", ".lmdb")):
         return None
+    try:
+        import lmdb
+    except ImportError as err:
+        raise ValueError(f"--source={path}: LMDB needs the lmdb package: pip install lmdb") from err
     import PIL.Image
 
-    base = LMDB(file)
-    keys = sorted(base.keys(), key=lambda key: _natural(key.decode("latin1")))
+    try:
+        base = lmdb.open(file, subdir=False, readonly=True, lock=False, readahead=False)
+        # The library maps the file: reading past its end would end the process.
+        whole = os.path.getsize(file) >= (base.info()["last_pgno"] + 1) * base.stat()["psize"]
+        if not whole:
+            raise ValueError(f"{file}: damaged LMDB file (it ends early); copy it again")
+        with base.begin() as transaction:
+            keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
+    except lmdb.Error as err:
+        raise ValueError(f"{file}: no readable LMDB file ({err})") from err
     if not keys:
         raise ValueError(f"--source={path}: no images found")
+    keys.sort(key=lambda key: _natural(key.decode("latin1")))
 
     def read(i):
-        data = base.read(keys[i])
+        with base.begin() as transaction:
+            data = transaction.get(keys[i])
         side = int(round((len(data) / 3) ** 0.5))
         if side and 3 * side * side == len(data) and data[:4] not in (b"\x89PNG", b"\xff\xd8\xff\xe0", b"RIFF"):
             return PIL.Image.fromarray(np.frombuffer(data, dtype=np.uint8).reshape(side, side, 3))
