@@ -5,20 +5,15 @@ import math
 from pathlib import Path
 
 from simulations import style
-from simulations.solvers import ARMS, REFERENCE, differences, mean_and_error, summarise
+from simulations.solvers import ARMS, IN_SIGMA, REFERENCE, differences, mean_and_error, summarise
 
 TITLES = {
     "gaussian": ("Gaussian, exact", "Wasserstein error"),
     "mixture": ("nine Gaussians", "sliced Wasserstein error"),
     "digits": ("digits, trained denoiser", "Frechet distance, mean of sources"),
 }
-COLORS = dict(
-    zip(
-        ARMS,
-        ("#333333", "#D9730D", "#C0392B", "#3C8F3A", "#2A6FBB", "#7FB2E5", "#8E44AD", "#C58FD9", "#8C6D1F", "#D4B75A"),
-        strict=True,
-    )
-)
+HUES = "333333 999999 D9730D C0392B 3C8F3A 2A6FBB 7FB2E5 8E44AD C58FD9 8C6D1F D4B75A"
+COLORS = {arm: f"#{hue}" for arm, hue in zip(ARMS, HUES.split(), strict=True)}
 
 
 def read(dest):
@@ -41,7 +36,7 @@ def over_sources(stats):
 def plot_solvers(dest, stem, grids=("uniform", "quadratic")):
     """Draw one panel per experiment and grid at `stem`, and the agreement of the arms on digits at `stem`-sources.
 
-    Returns Markdown tables. Arms without a time grid (Heun in sigma, RK45) are in both rows.
+    Returns Markdown tables. Arms without a time grid (Heun, RK45) are in both rows.
     """
     everything = read(dest)
     bound = everything.pop("bound", None)
@@ -68,7 +63,7 @@ def plot_solvers(dest, stem, grids=("uniform", "quadratic")):
 
 def _curves(axis, stats, grids):
     for arm in ARMS:
-        chosen = ("sigma",) if ARMS[arm][2] == "heun" else grids
+        chosen = ("sigma",) if ARMS[arm][2] in IN_SIGMA else grids
         points = sorted((k[2], *v) for k, v in stats.items() if k[0] == arm and k[1] in chosen)
         if points:
             nfe, mean, error = zip(*points, strict=True)

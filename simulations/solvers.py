@@ -1,5 +1,6 @@
 """One denoiser through many processes and solvers: error against the number of network evaluations (NFE)."""
 
+import functools
 import math
 import time
 
@@ -16,6 +17,7 @@ from training.processes import Learned, LinearProcess
 PAPER_CLD = dict(M=0.25, beta=[4, 4])
 ARMS = {
     "EDM Heun": ("edm", {}, "heun"),
+    "EDM churn": ("edm", {}, "churn"),
     "VP EM": ("vp", {}, "em"),
     "CLD EM": ("cld", PAPER_CLD, "em"),
     "CLD SSCS": ("cld", PAPER_CLD, "sscs"),
@@ -26,6 +28,8 @@ ARMS = {
     "learned EM": ("learned", dict(V=2), "em"),
     "learned SSCS": ("learned", dict(V=2), "sscs"),
 }
+RUN = {**SOLVERS, "churn": functools.partial(SOLVERS["heun"], S_churn=30, S_min=0.05, S_max=50)}  # Heun with noise
+IN_SIGMA = ("heun", "churn")  # solvers with one grid only
 GRIDS = ("sigma", "uniform", "quadratic")
 TOLERANCES = (1e-1, 1e-2, 1e-3)  # of RK45, which chooses its steps
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
@@ -34,11 +38,11 @@ REFERENCE = "EDM Heun"  # which the other arms are compared with
 
 def steps_for(solver, nfe):
     """Steps that spend at most `nfe` evaluations, the closing denoising included."""
-    return {"heun": (nfe + 1) // 2, "flow": (nfe - 1) // 2}.get(solver, nfe - 1)
+    return (nfe + 1) // 2 if solver in IN_SIGMA else (nfe - 1) // 2 if solver == "flow" else nfe - 1
 
 
 def cells(nfes, grids=GRIDS, arms=ARMS, tolerances=TOLERANCES):
-    """All (arm, grid, budget): Heun in sigma has one grid only; RK45 none, its budget is a tolerance < 1, not an NFE.
+    """All (arm, grid, budget): Heun has one grid only; RK45 none, its budget is a tolerance < 1, not an NFE.
 
     Raises ValueError for an unknown grid, or less than the 3 evaluations that a step of every solver and its end need.
     """
@@ -51,7 +55,7 @@ def cells(nfes, grids=GRIDS, arms=ARMS, tolerances=TOLERANCES):
         if solver == "ode":
             chosen += [(arm, "adaptive", tolerance) for tolerance in tolerances]
         else:
-            chosen += [(arm, g, n) for g in (("sigma",) if solver == "heun" else grids) for n in nfes]
+            chosen += [(arm, g, n) for g in (("sigma",) if solver in IN_SIGMA else grids) for n in nfes]
     return chosen
 
 
@@ -102,7 +106,7 @@ def sample(net, cell, shape, seed, labels=None, learned=None, dtype=torch.float3
         options = dict(rtol=budget, atol=budget)
     else:
         options = dict(num_steps=max(1, steps_for(solver, budget)), randn_like=randn_like)
-    images = SOLVERS[solver](net, process, start, labels, **options, **ends)
+    images = RUN[solver](net, process, start, labels, **options, **ends)
     return images.to(dtype), net.calls
 
 
@@ -148,16 +152,14 @@ def exact_error(cell, mean=0.3, std=0.5, learned=None):
     solver, process, net = ARMS[arm][2], arm_process(arm, learned), Affine(mean, std)
     steps = max(1, steps_for(solver, nfe))
     ends = dict(grid=grid, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX)
-    calls = steps * {"em": 1, "sscs": 2}.get(solver, 0)
+    calls = steps * {"em": 1, "sscs": 2, "churn": 1}.get(solver, 0)
     units = torch.eye(1 + process.V * (1 + calls), dtype=torch.float64)[:, 1:]  # row 0: the mean
     draws = iter(units.reshape(len(units), 1 + calls, process.V, 1).unbind(1))
     t_max = samplers.endpoints(net, process, **ends)[0]
     root = torch.linalg.cholesky(process.prior_covariance("matched", t_max, std).detach())
-    if solver == "heun":
-        options = dict(dtype=torch.float64)
-    else:
-        options = dict(net_dtype=torch.float64, randn_like=lambda u: next(draws).to(u))
-    out = SOLVERS[solver](net, process, root @ next(draws), num_steps=steps, **options, **ends)
+    precision = {"dtype" if solver in IN_SIGMA else "net_dtype": torch.float64}
+    start, randn_like = root @ next(draws), lambda u: next(draws).reshape(u.shape).to(u)
+    out = RUN[solver](net, process, start, num_steps=steps, randn_like=randn_like, **precision, **ends)
     out = out.double().flatten()
     return math.hypot(float(out[0]) - mean, float((out[1:] - out[0]).norm()) - std)
 
