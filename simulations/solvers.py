@@ -226,7 +226,8 @@ def summarise(rows):
 def differences(rows, reference=REFERENCE):
     """{(arm, grid, source or None): (mean, standard error)} of the errors less the reference's, at the largest budgets.
 
-    The arms' draws are independent of each other in all but the start, so errors add in squares.
+    The arms' draws are independent of each other in all but the start, so errors add in squares. Arms with one seed, which
+    have no error, are left out.
     """
     best = {}
     for (arm, grid, nfe, source), value in summarise(rows).items():
@@ -236,7 +237,7 @@ def differences(rows, reference=REFERENCE):
     return {
         key: (value[0] - base[key[2]][0], math.hypot(value[1], base[key[2]][1]))
         for key, (nfe, value) in best.items()
-        if key[0] != reference and nfe and key[2] in base
+        if key[0] != reference and nfe and value[1] and key[2] in base
     }
 
 

@@ -112,8 +112,10 @@ def test_differences_against_the_written_out_ones():
         return dict(arm=arm, grid="g", nfe=nfe, seed=seed, error=error, source=source)
 
     rows = [row("EDM Heun", 10, s, 99.0) for s in (0, 1)] + [row("EDM Heun", 20, s, 1.0 + s) for s in (0, 1)]
-    rows += [row("VP EM", 20, s, 4.0 + 3 * s) for s in (0, 1)]
-    mean, error = solvers.differences(rows)["VP EM", "g", 0]
+    rows += [row("VP EM", 20, s, 4.0 + 3 * s) for s in (0, 1)] + [row("CLD EM", 20, 0, 3.0)]
+    found = solvers.differences(rows)
+    mean, error = found["VP EM", "g", 0]
+    assert list(found) == [("VP EM", "g", 0)]  # one seed has no error
     assert mean == pytest.approx(5.5 - 1.5)
     assert error == pytest.approx(math.hypot(1.5, 0.5))  # of two values: half their distance
     assert torch.tensor(solvers.mean_and_error([1.0, 2.0])).tolist() == [1.5, 0.5]
