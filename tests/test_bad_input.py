@@ -128,6 +128,60 @@ def test_converting_from_bad_sources(options, parts, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "option, parts",
+    [
+        ("--outdir=", ["--outdir", "empty"]),
+        ("--outdir=FILE", ["data.zip"]),
+        ("--outdir=FILE/run", ["data.zip"]),
+        ("--outdir=/proc/run", ["/proc/run"]),
+        ("--device=", ["--device", "empty"]),
+        ("--lr=nan", ["--lr=nan must be finite"]),
+        ("--workers=99999", ["--workers", "256"]),
+        ("--channels=99999999", ["--channels"]),
+        ("--num-blocks=99999999", ["--num-blocks"]),
+        ("--channel-mult=-1", ["--channel-mult=[-1]"]),
+        ("--preset=nothing", ["nothing", "digits8"]),
+        ("--batch=96", ["must be a multiple of --batch=96"]),
+        ("--precond=nothing", ["--precond=nothing", "edm"]),
+        ("--resume=FILE", ["data.zip", "not a readable checkpoint"]),
+    ],
+    ids=str,
+)
+def test_training_options_that_cannot_be(option, parts, tmp_path):
+    data = archive(tmp_path / "data.zip")
+    command = small_command(data, tmp_path / "run", option.replace("FILE", str(data)))
+    before = data.read_bytes()
+    one_line(CliRunner().invoke(train_edm2.main, command), *parts)
+    assert data.read_bytes() == before and list(tmp_path.iterdir()) == [data]  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    "option, parts",
+    [
+        ("--outdir=", ["--outdir", "empty"]),
+        ("--outdir=FILE", ["net.safetensors"]),
+        ("--outdir=/proc/out", ["/proc/out"]),
+        ("--sigma_min=nan", ["--sigma_min=nan"]),
+        ("--sigma_max=inf", ["--sigma_max=inf"]),
+        ("--sigma_min=100", ["--sigma_min=100 must be below --sigma_max=80"]),
+        ("--sources=1", ["--sources=1 needs --class=balanced"]),
+        ("--class=3", ["class 3", "0 to 2"]),
+        ("--seeds=3-1", ["3-1"]),
+        ("--guidance=2", ["--gnet"]),
+        ("--solver=nothing", ["nothing"]),
+        ("--process=nothing", ["nothing"]),
+    ],
+    ids=str,
+)
+def test_generation_options_that_cannot_be(option, parts, tmp_path):
+    net = tmp_path / "net.safetensors"
+    save_snapshot(net, Precond(8, 1, 3, model_channels=8, channel_mult=[1], num_blocks=1, channels_per_head=8))
+    command = [f"--net={net}", f"--outdir={tmp_path / 'out'}", "--seeds=0-1", "--steps=1", "--device=cpu"]
+    one_line(CliRunner().invoke(generate_images.main, [*command, option.replace("FILE", str(net))]), *parts)
+    assert list(tmp_path.iterdir()) == [net]
+
+
 class Bomb:
     def __reduce__(self):
         return exec, ("raise SystemExit(99)",)

@@ -14,7 +14,7 @@ from small_runs import assert_identical, final_state, small_command
 
 from torch_utils import checkpoint
 
-KILL, TERM = signal.SIGKILL, signal.SIGTERM
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +66,14 @@ MOMENTS = [
 
 
 CASES = [(KILL, *moment) for moment in MOMENTS] + [(TERM, *MOMENTS[i]) for i in (1, 2, 3, 4, 7, 11)]
+CASES.append((INT, *MOMENTS[1]))
 
 
 @pytest.mark.parametrize("number, what, which", CASES, ids=[f"{n.name}-{what}-{which}" for n, what, which in CASES])
 def test_interrupted_and_resumed(digits, whole, tmp_path, number, what, which):
     run_dir, log = tmp_path / "run", tmp_path / "log"
     code, output = child_runs.run("train_edm2", command(digits, run_dir), log, moment=(number, what, which))
-    finished = number == TERM and (run_dir / "training-state-0000003.pt").exists()
+    finished = number != KILL and (run_dir / "training-state-0000003.pt").exists()
     if number == KILL:
         assert code == -KILL
     else:
