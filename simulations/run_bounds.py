@@ -9,6 +9,7 @@ import click
 if not __package__:  # run as a file: the packages are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dnnlib import cli  # noqa: E402
 from simulations import bounds  # noqa: E402
 from simulations.theory_io import OneLineCommand, shared_count, write_json  # noqa: E402
 
@@ -34,26 +35,18 @@ _DEFAULTS = {  # the paper's simulations; it has no EBM one
 @click.option("--n", "n", type=_COUNT, help="Samples of all sources together.  [500; arm, ebm 10000]")
 @click.option(
     "--delta",
-    type=click.FloatRange(0, 0.5, min_open=True),
+    type=cli.Float(0, 0.5, min_open=True),
     default=0.05,
     show_default=True,
     help="The bound may fail with this probability.",
 )
-@click.option("--eps", type=click.FloatRange(0, 1, min_open=True), help="Bracket size of the sharp bound.  [1/n]")
-@click.option(
-    "--log-n", "log_n", type=click.FloatRange(min=0), help="general: log bracketing number of the multi class."
-)
-@click.option(
-    "--log-n-single", "log_n_single", type=click.FloatRange(min=0), help="general: of the single class.  [--log-n]"
-)
+@click.option("--eps", type=cli.Float(0, 1, min_open=True), help="Bracket size of the sharp bound.  [1/n]")
+@click.option("--log-n", "log_n", type=cli.Float(min=0), help="general: log bracketing number of the multi class.")
+@click.option("--log-n-single", "log_n_single", type=cli.Float(min=0), help="general: of the single class.  [--log-n]")
 @click.option("--d", "d", type=_COUNT, help="gaussian: dimension.  [10]")
 @click.option("--d1", "d1", type=click.IntRange(min=0), help="gaussian: source-specific dimensions.  [from --beta]")
-@click.option(
-    "--beta", "--sim", "beta", type=click.FloatRange(0, 1), help="gaussian: share of shared dimensions.  [0.5]"
-)
-@click.option(
-    "--B", "B", type=click.FloatRange(0, min_open=True), help="Largest absolute parameter.  [gaussian 5, else 1]"
-)
+@click.option("--beta", "--sim", "beta", type=cli.Float(0, 1), help="gaussian: share of shared dimensions.  [0.5]")
+@click.option("--B", "B", type=cli.Float(0, min_open=True), help="Largest absolute parameter.  [gaussian 5, else 1]")
 @click.option("--D", "D", type=_COUNT, help="arm: sequence length [10]; ebm: dimension, checks W >= D + de  [2]")
 @click.option("--M", "M", type=_COUNT, help="arm: vocabulary.  [2]")
 @click.option("--de", "de", type=_COUNT, help="arm, ebm: embedding width.  [arm 64, ebm 4]")
@@ -64,7 +57,7 @@ _DEFAULTS = {  # the paper's simulations; it has no EBM one
     "--positions", type=_COUNT, help="arm, ebm: places for the S non-zero parameters; counts sparsity patterns."
 )
 @click.option("--as-published", is_flag=True, help="Sharp bound with the logarithm as printed, errors included.")
-@click.option("--target-tv", type=click.FloatRange(0, min_open=True), help="Error to reach; needs --solve-for.")
+@click.option("--target-tv", type=cli.Float(0, min_open=True), help="Error to reach; needs --solve-for.")
 @click.option("--solve-for", type=click.Choice(["n"]), help="Smallest n whose bound is at most --target-tv.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON here as well.")
 def main(model, n, delta, eps, as_published, target_tv, solve_for, out, **options):

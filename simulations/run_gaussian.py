@@ -9,6 +9,7 @@ import click
 if not __package__:  # run as a file: the packages are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dnnlib import cli  # noqa: E402
 from simulations.theory_io import RESULTS_DIR, ListOption, OneLineCommand, write_csv  # noqa: E402
 
 
@@ -31,7 +32,7 @@ from simulations.theory_io import RESULTS_DIR, ListOption, OneLineCommand, write
 @click.option(
     "--n", "num_train", type=click.IntRange(min=1), default=500, help="Training points in all, unless they vary."
 )
-@click.option("--sim", type=click.FloatRange(0, 1), default=0.5, help="Share of shared dimensions, unless it varies.")
+@click.option("--sim", type=cli.Float(0, 1), default=0.5, help="Share of shared dimensions, unless it varies.")
 @click.option("--D", "--d", "dim", type=click.IntRange(min=1), default=10, help="Data dimension.")
 @click.option("--test-size", type=click.IntRange(min=1), default=500, help="Test pairs behind the empirical TV.")
 @click.option(
@@ -44,12 +45,8 @@ from simulations.theory_io import RESULTS_DIR, ListOption, OneLineCommand, write
 @click.option(
     "--sim-values", "sim_values", type=ListOption(float, 0, 1), help="Similarities.  [default: 0,0.3,0.5,0.7,1]"
 )
-@click.option(
-    "--delta", type=click.FloatRange(0, 0.5, min_open=True), default=0.05, help="Failure probability of the bounds."
-)
-@click.option(
-    "--B", "box", type=click.FloatRange(0, min_open=True), help="Bounds: box [-B, B] of the means.  [default: K]"
-)
+@click.option("--delta", type=cli.Float(0, 0.5, min_open=True), default=0.05, help="Failure probability of the bounds.")
+@click.option("--B", "box", type=cli.Float(0, min_open=True), help="Bounds: box [-B, B] of the means.  [default: K]")
 def main(
     tag,
     results_dir,

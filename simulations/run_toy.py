@@ -48,10 +48,10 @@ def main():
     default="likelihood",
     help="Of the loss",
 )
-@click.option("--t-min", type=click.FloatRange(min=0, min_open=True), help="Lowest t; default: where sigma is 0.002")
+@click.option("--t-min", type=cli.Float(min=0, min_open=True), help="Lowest t; default: where sigma is 0.002")
 @click.option("--steps", type=click.IntRange(min=1), default=2000, help="Training steps")
 @click.option("--batch", type=click.IntRange(min=1), default=512, help="Points per step")
-@click.option("--lr", type=float, default=2e-3, help="Learning rate")
+@click.option("--lr", type=cli.Float(), default=2e-3, help="Learning rate")
 @click.option("--channels", "hidden_dim", type=click.IntRange(min=2), default=128, help="Width of the network")
 @SEED
 def train(outdir, process, **options):

@@ -49,7 +49,7 @@ def main():
     "--guide", "--guide-path", "guide", metavar="SNAPSHOT", help="Reference of the selection and guide of the metrics"
 )
 @click.option("--guidance/--no-guidance", default=None, help="Use --guide; default: if it is given")
-@click.option("--guide-weight", type=float, default=3.0, help="Guidance weight of test metrics and --interpol")
+@click.option("--guide-weight", type=cli.Float(), default=3.0, help="Guidance weight of test metrics and --interpol")
 @click.option("--interpol", is_flag=True, help="While selecting, score and train the guided network")
 @click.option("--select", metavar="NAME", default="none", help="none, or a function of training/selection.py")
 @click.option("--selection", "random", is_flag=True, help="Same as --select=random")
@@ -58,7 +58,7 @@ def main():
     "--filter-ratio",
     "--filt",
     "filter_ratio",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=cli.Float(0, 1, max_open=True),
     default=0.8,
     help="Share of the points that is discarded",
 )
@@ -116,7 +116,7 @@ def train(outdir, guidance, guide, guide_weight, select, random, acid, early, la
 @click.option("--net", "--net-path", "net", metavar="SNAPSHOT", required=True, help="File, or run folder")
 @click.option("--ema", "--ema-path", "ema", metavar="SNAPSHOT", help="Average of the same run, measured beside")
 @click.option("--guide", "--guide-path", "guide", metavar="SNAPSHOT", help="Guide; adds the guided metrics")
-@click.option("--guidance", type=float, default=3.0, help="Guidance weight")
+@click.option("--guidance", type=cli.Float(), default=3.0, help="Guidance weight")
 @click.option("--cls", type=click.Choice(["A", "B", "AB"]), default="A", help="Classes of the tree")
 @click.option("--n-samples", type=click.IntRange(min=1), default=1024, help="Samples; scores depend on it")
 @click.option("--external", is_flag=True, help="Also on the outer branches (class A)")
@@ -137,7 +137,7 @@ def test(net, ema, guide, guidance, n_samples, levels, **options):
 @main.command()
 @click.option("--net", metavar="SNAPSHOT", required=True, help="Main network: file, or run folder")
 @click.option("--gnet", "--guide", "gnet", metavar="SNAPSHOT", required=True, help="Guide")
-@click.option("--guidance", type=float, default=3.0, help="Guidance weight")
+@click.option("--guidance", type=cli.Float(), default=3.0, help="Guidance weight")
 @click.option("--cls", type=click.Choice(["A", "B", "AB"]), default="A", help="Classes of the ground truth")
 @click.option(
     "--save",

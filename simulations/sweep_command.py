@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from dnnlib import cli
 from simulations.theory_io import RESULTS_DIR, ListOption, write_csv
 
 
@@ -28,13 +29,13 @@ def training_options(function):
         click.option(
             "--threads", type=click.IntRange(min=1), default=1, help="CPU threads; the networks are too small for more."
         ),
-        click.option("--sim", type=click.FloatRange(0, 1), help="True similarity of the sources, unless it varies."),
+        click.option("--sim", type=cli.Float(0, 1), help="True similarity of the sources, unless it varies."),
         click.option(
             "--family",
             type=click.Choice(["path", "independent"]),
             help="Sources differ in one number or in everything.",
         ),
-        click.option("--scale", type=click.FloatRange(min=0), help="Size of the log-probability field."),
+        click.option("--scale", type=cli.Float(min=0), help="Size of the log-probability field."),
         click.option("--de", type=click.IntRange(min=1), help="Embedding width."),
         click.option("--W", "W", type=click.IntRange(min=1), help="Hidden width."),
         click.option("--L", "L", type=click.IntRange(min=1), help="Affine layers."),
@@ -58,7 +59,7 @@ def training_options(function):
         ),
         click.option(
             "--holdout",
-            type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            type=cli.Float(0, 1, min_open=True, max_open=True),
             help="Share of the data held out for selection.",
         ),
         click.option(
@@ -68,12 +69,12 @@ def training_options(function):
             "--bound",
             "--B",
             "bound",
-            type=click.FloatRange(0, min_open=True),
+            type=cli.Float(0, min_open=True),
             help="B: parameters are clipped to [-B, B].",
         ),
         click.option(
             "--delta",
-            type=click.FloatRange(0, 0.5, min_open=True),
+            type=cli.Float(0, 0.5, min_open=True),
             default=0.05,
             help="Failure probability of the bounds.",
         ),
