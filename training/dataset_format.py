@@ -126,6 +126,8 @@ def open_image(data, name, header_only=False):
         image = PIL.Image.open(io.BytesIO(data))
         if not header_only:
             image.load()
+    except PIL.UnidentifiedImageError as err:  # its message names the buffer, which tells nobody anything
+        raise ValueError(f"{name} is corrupt or no image (unknown format); replace or remove it") from err
     except Exception as err:  # Every plugin of Pillow fails in its own way.
         raise ValueError(f"{name} is corrupt or no image ({err}); replace or remove it") from err
     if image.mode.startswith(("I", "F")):
