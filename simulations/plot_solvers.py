@@ -45,14 +45,16 @@ def plot_solvers(dest, stem, grids=("uniform", "quadratic")):
         stats = over_sources(summarise(rows))
         for line, grid in enumerate(grids):
             axis = axes[line, column]
-            _curves(axis, stats, (grid, "adaptive"))
+            worst = sorted(_curves(axis, stats, (grid, "adaptive")))
             axis.set(xscale="log", yscale="log", title=f"{TITLES[name][0]}, {grid} grid")
             nfes = fixed_nfes(rows)
             axis.set_xticks(nfes, [str(n) for n in nfes])
             axis.xaxis.set_tick_params(which="minor", bottom=False, top=False, labelbottom=False)
             axis.set(xlabel="network evaluations", ylabel=TITLES[name][1])
+            if len(worst) > 1:  # one arm that diverges hides nothing
+                axis.set_ylim(top=min(2 * worst[-2], axis.get_ylim()[1]))
     handles = {h.get_label(): h for axis in axes.flat for h in axis.get_legend_handles_labels()[0]}
-    fig.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), fontsize=8)
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=(len(handles) + 1) // 2, fontsize=8)
     style.save(fig, stem, dpi=110)
     tables = [table(name, rows) for name, rows in everything.items()]
     if "digits" in everything:
@@ -62,15 +64,19 @@ def plot_solvers(dest, stem, grids=("uniform", "quadratic")):
 
 
 def _curves(axis, stats, grids):
+    """Draw the arms, and return the largest error of each."""
+    worst = []
     for arm in ARMS:
         chosen = ("sigma",) if ARMS[arm][2] in IN_SIGMA else grids
         points = sorted((k[2], *v) for k, v in stats.items() if k[0] == arm and k[1] in chosen)
         if points:
             nfe, mean, error = zip(*points, strict=True)
             axis.errorbar(nfe, mean, error, marker="o", markersize=3, color=COLORS[arm], label=arm, linewidth=1.1)
+            worst.append(max(mean))
     for key, value in stats.items():
         if key[0] == "data":
             axis.axhline(value[0], color=style.NEUTRAL, linestyle=":", linewidth=1)
+    return worst
 
 
 def _agreement(rows, stem):
@@ -88,6 +94,8 @@ def _agreement(rows, stem):
         axis.axvline(0, color=style.LINE["single"], linewidth=1)
         axis.set_yticks(range(len(names)), [f"{arm}, {grid}" for arm, grid in names])
         axis.set(title=f"source {source}", xlabel=f"FD less that of {REFERENCE}")
+        axis.set_xscale("symlog", linthresh=3)
+        axis.set_xticks([-3, 0, 3, 100], ["-3", "0", "3", "100"])
     axes[0, 0].invert_yaxis()
     style.save(fig, stem, dpi=110)
 
