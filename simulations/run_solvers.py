@@ -114,7 +114,7 @@ def digits(net, data, detector, nfes, seeds, per_source, arms, grids, learned, d
     judge = next(iter(get_detectors(f"classifier:{detector}").values()))
     path = Path(dest) / "digits.json"
     rows = json.loads(path.read_text()) if path.is_file() else []
-    if any(row["per_source"] != per_source for row in rows):
+    if any(row.get("per_source") != per_source for row in rows):
         raise ValueError(
             f"--per-source={per_source}: {path} has rows of another number of samples; take another --dest"
         )
