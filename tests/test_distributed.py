@@ -40,7 +40,7 @@ def same_losses(a, b):
 def same_gradients(a, b):
     assert sorted(a) == sorted(b) == [1, distributed_script.STEPS - 1]
     for step, tolerance in ((1, 1e-6), (distributed_script.STEPS - 1, 1e-5)):  # by then the weights differ by rounding
-        assert 0 < float(a[step].norm()) and float((a[step] - b[step]).norm() / a[step].norm()) < tolerance
+        assert float(a[step].norm()) > 0 and float((a[step] - b[step]).norm() / a[step].norm()) < tolerance
 
 
 def test_data_order_and_noise_do_not_depend_on_the_processes(alone, group):
