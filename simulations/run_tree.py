@@ -107,9 +107,13 @@ def train(outdir, guidance, guide, guide_weight, select, random, acid, early, la
         return
     hook = tree_metrics.validation_hook(config.cls, device=config.device) if val else None
     loop = tree_training.train(config, outdir, hook)
-    if test or viz:
-        ema = loop.ema.get()[0][0].net
-        tree_metrics.finish(config, outdir, loop.objective.net.eval(), ema, test, viz)
+    ema = loop.ema.get()[0][0].net
+    if test:
+        tree_metrics.write_test(config, outdir, loop.objective.net.eval(), ema)
+    if viz:
+        from simulations import tree_plots
+
+        tree_plots.write_samples(config, outdir, ema)
 
 
 @main.command()

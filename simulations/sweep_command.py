@@ -1,4 +1,4 @@
-"""What run_arm.py and run_ebm.py share: the options of training and selection, and running planned sweeps."""
+"""What the commands of arm and ebm share: options of training and selection, running planned sweeps, drawing them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from dnnlib import cli
-from simulations.theory_io import RESULTS_DIR, ListOption, write_csv
+from simulations.theory_io import FIGURES_DIR, RESULTS_DIR, ListOption, OneLineCommand, write_csv
 
 
 # fmt: off  (one option a line)
@@ -154,3 +154,40 @@ def _progress(name: str):
     from tqdm import tqdm
 
     return lambda cells: tqdm(cells, desc=name, unit="cell", file=sys.stderr)
+
+
+def figure_command(experiment: str, all_tags: list[str]) -> click.Command:
+    """The command behind plot_arm.py and plot_ebm.py."""
+    folder = {"type": click.Path(file_okay=False, path_type=Path)}
+    tag_help = "Sweeps to draw, repeated.  [default: all]"
+    help_text = (
+        f"Draw {experiment}.png and .svg: TV errors and the ratio multi/single, measured and predicted.\n\n\b\n"
+        f"Examples:\n  python simulations/run_{experiment}.py\n  python simulations/plot_{experiment}.py"
+    )
+
+    @click.command(cls=OneLineCommand, help=help_text)
+    @click.option(
+        "--results-dir",
+        "--results_dir",
+        **folder,
+        default=RESULTS_DIR / experiment / "small",
+        show_default=f"simulations/results/{experiment}/small",
+        help=f"Where run_{experiment}.py wrote.",
+    )
+    @click.option(
+        "--figures-dir",
+        **folder,
+        default=FIGURES_DIR,
+        show_default="simulations/figures",
+        help="Where the figure goes.",
+    )
+    @click.option("--tag", "tags", type=click.Choice(all_tags), multiple=True, help=tag_help)
+    @click.option("--name", default=experiment, show_default=True, help="File name without suffix.")
+    @click.option("--dpi", type=click.IntRange(50, 1200), default=200, show_default=True, help="Resolution of the PNG.")
+    def command(results_dir, figures_dir, tags, name, dpi):
+        from simulations.sweep_figure import plot_sweeps
+
+        files = plot_sweeps(list(tags) or all_tags, results_dir, figures_dir, name, dpi)
+        print(json.dumps({"files": [str(f) for f in files]}))
+
+    return command

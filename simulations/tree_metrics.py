@@ -163,25 +163,13 @@ def test(net, ema=None, guide=None, guidance=3.0, n_samples=1024, levels=False, 
     return result
 
 
-def finish(config, outdir, net, ema, test=True, viz=False, num=1024):
-    """At the end of a run: all metrics of the raw and the averaged network into test.json, samples into samples.png."""
-    outdir = Path(outdir)
+def write_test(config, outdir, net, ema, num=1024):
+    """At the end of a run: all metrics of the raw and the averaged network into test.json, and on stdout."""
     guide = load_toy(config.guide, config.device) if config.guide else None
-    if test:
-        options = dict(
-            cls=config.cls, num=num, guidance=config.guidance, device=config.device, external=config.cls == "A"
-        )
-        found = {"n_samples": num}
-        for who, network in (("learner", net), ("ema", ema)):
-            metrics = evaluate(network, guide, **options)
-            found.update({f"{who}_{name}": value for name, value in metrics.items()})
-        with atomic_write(outdir / "test.json", "w") as file:
-            json.dump(found, file, indent=2)
-        print(json.dumps(found, indent=2))
-    if viz:
-        from simulations import style, tree_plots
-
-        points = samples(
-            ema, config.cls, 1 << 13, gnet=guide, guidance=config.guidance if guide else 1.0, device=config.device
-        )
-        style.save(tree_plots.samples_figure(points, config.cls), outdir / "samples")
+    options = dict(cls=config.cls, num=num, guidance=config.guidance, device=config.device, external=config.cls == "A")
+    found = {"n_samples": num}
+    for who, network in (("learner", net), ("ema", ema)):
+        found.update({f"{who}_{name}": value for name, value in evaluate(network, guide, **options).items()})
+    with atomic_write(Path(outdir) / "test.json", "w") as file:
+        json.dump(found, file, indent=2)
+    print(json.dumps(found, indent=2))

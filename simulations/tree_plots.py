@@ -1,9 +1,12 @@
 """The autoguidance figure on the tree: samples, densities and trajectories, with and without guidance (arXiv 2406.02507)."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from simulations import style, tree, tree_metrics
+from simulations.tree_training import load_toy
 
 WIDE = dict(centre=(0.30, 0.30), half=1.2)
 ZOOM = dict(centre=(0.45, 1.22), half=0.3)
@@ -110,3 +113,11 @@ def samples_figure(points, cls="A", size=400):
     axis.scatter(*points.cpu().T, s=0.6, color=MARK, lw=0, rasterized=True)
     _frame(axis, view, f"{len(points)} samples")
     return fig
+
+
+def write_samples(config, outdir, net, num=1 << 13):
+    """samples.png and .svg of a run: points of its averaged network, guided if the run has a guide."""
+    guide = load_toy(config.guide, config.device) if config.guide else None
+    weight = config.guidance if guide else 1.0
+    points = tree_metrics.samples(net, config.cls, num, gnet=guide, guidance=weight, device=config.device)
+    style.save(samples_figure(points, config.cls), Path(outdir) / "samples")
