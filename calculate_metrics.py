@@ -159,6 +159,8 @@ def gen(net, num, sources, steps, gnet, guidance, **options):
         raise ValueError(f"--guidance={guidance:g} and --gnet go together: give both or none")
     sampler = {"num_steps": steps} | ({} if gnet is None else {"gnet": gnet, "guidance": guidance})
     class_idx = options.pop("class")
+    if sources and class_idx != "balanced":
+        raise ValueError(f"--sources={','.join(map(str, sources))} needs --class=balanced")
     prepared = scoring.prepare(**options)
     detectors, references, _, device = prepared
     seeds = range(options["seed"], options["seed"] + num)

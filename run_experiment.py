@@ -66,10 +66,6 @@ def main(file, budget, settings, out, list_only, names, index, jobs):
     if out is not None:
         overrides["out"] = out
     settings, steps = experiment.load(file, budget, overrides)
-    if list_only:
-        for i, step in enumerate(steps):
-            print(f"{i:4d} {'done' if experiment.is_done(settings['out'], step) else 'todo'} {step.name}")
-        return
     if index is not None:
         if index >= len(steps):
             raise ValueError(f"--index={index}: {file} has steps 0 to {len(steps) - 1}")
@@ -77,6 +73,11 @@ def main(file, budget, settings, out, list_only, names, index, jobs):
     unknown = set(names) - {step.name for step in steps}
     if unknown:
         raise ValueError(f"--step={sorted(unknown)[0]} is no step of {file}: see --list")
+    if list_only:
+        for i, step in enumerate(steps):
+            if not names or step.name in names:
+                print(f"{i:4d} {'done' if experiment.is_done(settings['out'], step) else 'todo'} {step.name}")
+        return
     chosen = [step for step in steps if not names or step.name in names]
     experiment.run(chosen, settings["out"], load_scripts, jobs or min(os.cpu_count() or 1, 8))
     if not names and settings.get("print"):

@@ -170,6 +170,7 @@ def test_command_line(file, tmp_path, monkeypatch):
     monkeypatch.setattr(run_experiment, "load_scripts", load_scripts)
     listed = invoke(file, "--list").stdout.splitlines()
     assert len(listed) == 7 and listed[1].split() == ["1", "todo", "one-0"]
+    assert invoke(file, "--list", "--index=2").stdout.splitlines() == listed[2:3]
     assert invoke(file, "--jobs=1", "--index=1").exit_code == 0
     assert invoke(file, "--jobs=1", "--step=one-2").exit_code == 0
     done = [line.split()[1:] for line in invoke(file, "--list").stdout.splitlines()]
@@ -190,6 +191,7 @@ def test_command_line(file, tmp_path, monkeypatch):
         (["--set", "n"], "--set n: give NAME=VALUE"),
         (["--set", "n=[1"], "--set n=.*not readable"),
         (["--step=nothing"], "--step=nothing is no step"),
+        (["--list", "--step=nothing"], "--step=nothing is no step"),
         (["--index=7"], "--index=7: .*steps 0 to 6"),
         (["--jobs=0"], "--jobs"),
     ],

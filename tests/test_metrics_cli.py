@@ -155,6 +155,7 @@ REF = "--data={0}/ref.zip"
         ("--net=x: no such file", ("gen", "--net=x", REF)),
         ("--guidance=2", ("gen", f"--net={__file__}", REF, "--guidance=2")),
         ("--class", ("gen", "--net=x", REF, "--class=some")),
+        ("--sources=1 needs --class=balanced", ("gen", f"--net={__file__}", REF, "--sources=1")),
     ],
 )
 def test_errors_are_one_line(files, inside, message, args):
