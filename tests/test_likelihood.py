@@ -299,6 +299,7 @@ def test_discretised_elbo_bounds_the_probability():
         (lambda x: elbo(Gaussian(), PFGMpp(128), x), "linear-process view"),
         (lambda x: elbo(Gaussian(), EDM(), x, decoder="exact"), "decoder"),
         (lambda x: elbo(Gaussian(), EDM(), x, prior="flat"), "prior"),
+        (lambda x: elbo(Gaussian(), EDM(), x, num_samples=0), "num_samples"),
         (lambda x: elbo(Gaussian(), processes.get("vp"), x, t_min=2), "t_min"),
         (lambda x: ode_log_likelihood(Gaussian(), EDM(), x, probe="uniform"), "probe"),
         (lambda x: ode_log_likelihood(Gaussian(), EDM(), x, hutch_probes=0), "hutch_probes"),

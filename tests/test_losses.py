@@ -85,6 +85,13 @@ def test_draw_order_is_level_augmentation_noise(images):
     torch.testing.assert_close(result, (draws.sigma**2 + 0.25) / (draws.sigma * 0.5) ** 2 * residual**2)
 
 
+def test_a_single_index_keeps_the_example_axis(images):
+    draws = EDM2Loss().draw(images, torch.eye(6), generator(3))
+    for index in (4, -2, np.int64(4)):
+        assert len(draws[index]) == 1
+        assert torch.equal(draws[index].images, draws.images[4:5]) and torch.equal(draws[index].sigma, draws.sigma[4:5])
+
+
 @pytest.mark.parametrize("index", [torch.tensor([4, 0, 4]), slice(1, 5, 2), [3], torch.arange(6) > 3])
 def test_indexing_selects_examples(images, index):
     labels = torch.eye(6)

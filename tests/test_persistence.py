@@ -64,7 +64,8 @@ def test_the_process_travels_with_its_parameters(snapshot, tmp_path):
             p.add_(0.1)
     tensors = {f"process.{name}": value for name, value in learned.state_dict().items()}
     save_snapshot(path, net, process=learned.spec(), tensors=tensors)
-    assert torch.equal(load_snapshot(path).process.Q, learned.Q)
+    loaded = load_snapshot(path).process
+    assert torch.equal(loaded.Q, learned.Q) and not loaded.Q.requires_grad
 
 
 def test_run_folder_means_its_newest_snapshot(snapshot, tmp_path):

@@ -285,6 +285,7 @@ def test_specs_are_plain_and_round_trip(name):
         (lambda: PFGMpp("many"), "D"),
         (lambda: EDM(sigma_max=-1), "sigma_max"),
         (lambda: processes.get("vp").kernel_parts(0.0), "times in"),
+        (lambda: processes.get("cld").sigma(-0.1), "time runs from 0"),
     ],
 )
 def test_errors_name_the_cause(make, message):

@@ -142,6 +142,12 @@ def test_heun_step_by_step():
     torch.testing.assert_close(ours, x, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [dict(sigma_min=0), dict(sigma_min=90), dict(num_steps=2.5), dict(num_steps=0)])
+def test_heun_refuses_impossible_grids(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        samplers.heun(Gaussian(), torch.zeros(1, 1, 2, 2), **options)
+
+
 def test_heun_calls_and_edges():
     def forbidden(x):
         raise AssertionError("drew without churn")

@@ -83,6 +83,26 @@ def test_bad_choices_are_named():
         LossSelector(hard_loss, options={"num_chunks": 4})
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda learner_loss, *, size, generator: torch.zeros(size, dtype=torch.int64),
+        lambda learner_loss, *, size, generator: torch.arange(size - 1),
+        lambda learner_loss, *, size, generator: torch.arange(size) + len(learner_loss) - 1,
+        lambda learner_loss, *, size, generator: learner_loss > 0,
+    ],
+    ids=["repeated", "too few", "out of range", "mask"],
+)
+def test_a_function_that_breaks_its_contract_is_refused(function):
+    with pytest.raises(ValueError, match="2 distinct indices below 8"):
+        step(LossSelector(function, filter_ratio=0.75), Objective(Affine(), ValueLoss()), PointFeed(range(8)), batch=2)
+
+
+def test_indices_may_come_as_a_list():
+    selector = LossSelector(lambda learner_loss, *, size, generator: [5, 2], filter_ratio=0.75)
+    assert step(selector, Objective(Affine(), ValueLoss()), PointFeed(range(8)), batch=2)[0] == [5.0, 2.0]
+
+
 def test_the_largest_losses_are_trained_on_and_nothing_else():
     selector = LossSelector(hard_loss, filter_ratio=0.75)
     net = Affine()

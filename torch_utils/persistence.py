@@ -200,4 +200,5 @@ def load_snapshot(path, device="cpu", classes=None):
         own = {k[8:]: v for k, v in state.items() if k.startswith("process.")}
         if own:
             process.load_state_dict(own)
+            process.requires_grad_(False)
     return Snapshot(net=net, encoder=encoder, process=process, options=header.get("options", {}), header=header)

@@ -113,6 +113,8 @@ def elbo(
     """
     if hasattr(net, "score"):
         raise ValueError("elbo takes a denoiser; a joint network has its own loss")
+    if num_samples < 1:
+        raise ValueError(f"num_samples = {num_samples}: at least one is needed")
     t_max, t_min = ends(net, process, t_min, t_max, sigma_min, sigma_max)
     denoiser = DenoiserScore(net, process, labels, net_dtype)
     sigma_data = denoiser.sigma_data

@@ -6,6 +6,7 @@ set of draws can be scored by several networks, selected from, split into micro-
 """
 
 import math
+import numbers
 
 import torch
 
@@ -17,8 +18,8 @@ from training.schedules import learning_rate_schedule
 class Draws(dict):
     """Named tensors with a common first axis N (or None): what one loss evaluation needs besides the network.
 
-    Entries are attributes too. `draws[idx]` with a tensor, slice or list of indices selects examples; with a string it
-    is the dict entry. Denoising losses use images [N, ...] (clean, augmented), sigma [N, 1, ...], noise [N, ...]
+    Entries are attributes too. `draws[idx]` with a tensor, slice, list or number selects examples; with a string it is
+    the dict entry. Denoising losses use images [N, ...] (clean, augmented), sigma [N, 1, ...], noise [N, ...]
     (already times sigma), labels [N, K] or None, augment_labels [N, A] or None, targets [N, ...] or None; a loss of
     your own may add any others.
     """
@@ -32,6 +33,8 @@ class Draws(dict):
     def __getitem__(self, key):
         if isinstance(key, str):
             return super().__getitem__(key)
+        if isinstance(key, numbers.Integral):  # one example still has its axis
+            key = [int(key)]
         return Draws({name: None if value is None else value[key] for name, value in self.items()})
 
     def __len__(self):

@@ -38,8 +38,10 @@ def heun_states(
     randn_like=torch.randn_like,    # source of the churn noise
 ):  # fmt: skip
     """Generator of `State`s of `heun`: the noise, then the image after every step; `time` is the noise level."""
-    if num_steps < 1:
-        raise ValueError(f"num_steps = {num_steps}: at least one step is needed")
+    if num_steps < 1 or num_steps != int(num_steps):
+        raise ValueError(f"num_steps = {num_steps}: at least one step is needed, and whole ones")
+    if not 0 < sigma_min <= sigma_max:
+        raise ValueError(f"sigma_min = {sigma_min}, sigma_max = {sigma_max}: need 0 < sigma_min <= sigma_max")
     if guidance != 1 and gnet is None:
         raise ValueError(f"guidance = {guidance} needs a guiding network (gnet)")
 

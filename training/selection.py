@@ -251,6 +251,7 @@ class LossSelector(IdentitySelector):
         chosen = self.function(
             **{name: scores[name] for name in self.wanted}, size=size, generator=generator, **self.options
         )
+        chosen = _checked(chosen, size, scores["sigma"])
         self._record_choice(scores, chosen, parts)
         mine = chosen[(chosen >= first) & (chosen < first + num_local)] - first
         if not len(mine):
@@ -319,6 +320,18 @@ class LossSelector(IdentitySelector):
 
     def load_state_dict(self, state):
         self.beaten_at, self.cur_nimg = state["beaten_at"], state["cur_nimg"]
+
+
+def _checked(chosen, size, like):
+    """What a selection function returned as int64 indices on like's device. Raises ValueError if it broke its contract."""
+    chosen = torch.as_tensor(chosen, device=like.device)
+    wrong = chosen.ndim != 1 or chosen.dtype.is_floating_point or chosen.dtype == torch.bool or len(chosen) != size
+    if wrong or (size and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(like)) or len(chosen.unique()) < size:
+        raise ValueError(
+            f"the selection function returned {chosen.dtype} of shape {list(chosen.shape)}: "
+            f"it must return {size} distinct indices below {len(like)}"
+        )
+    return chosen.to(torch.int64)
 
 
 def _source(draws):

@@ -257,6 +257,8 @@ class LinearProcess(GaussianKernel):
     def snr(self, t):
         """m' C^-1 m, the signal-to-noise ratio per unit signal; inf at t = 0."""
         t = self._time(t)
+        if not bool((t >= 0).all()):
+            raise ValueError(f"t = {t.tolist()}: time runs from 0 to 1")
         safe = torch.where(t > 0, t, self.T)
         return torch.where(t > 0, self.kernel_parts(safe).snr.to(t.device), math.inf)
 
