@@ -304,6 +304,10 @@ def test_discretised_elbo_bounds_the_probability():
         (lambda x: ode_log_likelihood(Gaussian(), EDM(), x, probe="uniform"), "probe"),
         (lambda x: ode_log_likelihood(Gaussian(), EDM(), x, hutch_probes=0), "hutch_probes"),
         (lambda x: ode_log_likelihood(Gaussian(), EDM(), x, state="half"), "state"),
+        (
+            lambda x: ode_log_likelihood(Gaussian(), processes.get("cld", init_aux_var=0), x, state="joint"),
+            "init_aux_var",
+        ),
     ],
 )
 def test_errors_name_the_cause(call, message):

@@ -278,6 +278,8 @@ def joint_flow(score, process, x, span, noisy, prior, probing, rtol, atol):
         denoised = score.denoised(u, span[0])
     else:  # u = (x, v0)
         std = math.sqrt(getattr(process, "init_aux_var", 1.0))
+        if process.V > 1 and std == 0:
+            raise ValueError("init_aux_var = 0: v0 has no density, so the joint likelihood needs a decoder")
         noise[:, 0] = 0
         u = noise * std
         u[:, 0] = x
