@@ -146,10 +146,10 @@ def plot(net, process, dataset, stem, solver="sscs", num=2048, steps=100, side=4
 
 
 def _scatter(axis, data, points, reach, found):
-    axis.scatter(*data.T, s=1, color=style.NEUTRAL, label="data", alpha=0.5)
-    axis.scatter(*points.T, s=1, color=style.LINE["single"], label="samples", alpha=0.5)
-    axis.set(xlim=(-reach, reach), ylim=(-reach, reach), title=f"sliced $W_2$ {found['sliced_w2']:.3f}", aspect="equal")
-    axis.legend(markerscale=6, loc="upper right")
+    axis.scatter(*data.T, s=1, color=style.NEUTRAL, alpha=0.5)
+    axis.scatter(*points.T, s=1, color=style.LINE["single"], alpha=0.5)
+    title = f"samples over data (grey), sliced $W_2$ {found['sliced_w2']:.3f}"  # a legend would hide points somewhere
+    axis.set(xlim=(-reach, reach), ylim=(-reach, reach), title=title, aspect="equal")
 
 
 def _paths(axis, times, states, title):
