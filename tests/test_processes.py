@@ -286,6 +286,15 @@ def test_specs_are_plain_and_round_trip(name):
         (lambda: EDM(sigma_max=-1), "sigma_max"),
         (lambda: processes.get("vp").kernel_parts(0.0), "times in"),
         (lambda: processes.get("cld").sigma(-0.1), "time runs from 0"),
+        (lambda: processes.get("cld", M=[1, 2]), "M = "),
+        (lambda: processes.get("cld", init_aux_var="low"), "init_aux_var = 'low'"),
+        (lambda: processes.get("alda", gamma=[1, 2]), "gamma = "),
+        (lambda: processes.get("alda", psi=0), "psi = 0"),
+        (lambda: processes.get("malda", V=float("inf")), "V = inf"),
+        (lambda: processes.CLD.published(beta1="steep"), "beta1 = 'steep'"),
+        (lambda: LinearProcess([[0, 1], [-1]], torch.eye(2)), "Q = .*rows of equal length"),
+        (lambda: LinearProcess([[0, 1], [-1, 0]], torch.zeros(2, 2)), "D is zero"),
+        (lambda: EDM(sigma_max="high"), "sigma_max = 'high'"),
     ],
 )
 def test_errors_name_the_cause(make, message):

@@ -3,7 +3,7 @@
 import torch
 
 from torch_utils import random
-from training.processes.kernels import GaussianKernel
+from training.processes.kernels import GaussianKernel, number
 from training.processes.states import expand
 
 
@@ -17,9 +17,9 @@ class EDM(GaussianKernel):
     V = 1
 
     def __init__(self, sigma_max: float = 80.0):
-        if not 0 < sigma_max < float("inf"):
+        self.sigma_max = number("sigma_max", sigma_max)
+        if not 0 < self.sigma_max < float("inf"):
             raise ValueError(f"sigma_max = {sigma_max}: give a finite number > 0")
-        self.sigma_max = float(sigma_max)
 
     def __repr__(self):
         return f"EDM(sigma_max={self.sigma_max:g})"

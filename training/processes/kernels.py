@@ -8,6 +8,14 @@ import torch
 from torch_utils import random
 
 
+def number(name, value) -> float:
+    """An option as a float. Raises ValueError that names it for what is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} = {value!r}: give a number") from None
+
+
 class GaussianKernel:
     """Standard normal noise (EDM, and every linear diffusion)."""
 
@@ -30,10 +38,7 @@ class PFGMpp(GaussianKernel):
     """
 
     def __init__(self, D=2048.0):
-        try:
-            self.D = float(D)
-        except (TypeError, ValueError):
-            raise ValueError(f"D = {D!r}: give a number > 0 or inf") from None
+        self.D = number("D", D)
         if not self.D > 0:
             raise ValueError(f"D = {D}: the number of augmented dimensions must be > 0, or inf")
         if self.D <= 2:

@@ -17,7 +17,7 @@ import torch
 
 from torch_utils import random
 from training.processes import numerics
-from training.processes.kernels import GaussianKernel
+from training.processes.kernels import GaussianKernel, number
 from training.processes.states import apply_matrix, expand, flatten
 
 
@@ -41,9 +41,13 @@ class Kernel(NamedTuple):
 
 
 def as_matrix(name, value):
-    matrix = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    shown = " ".join(repr(value).split())  # a tensor's takes several lines
+    try:
+        matrix = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} = {shown}: give a square matrix, rows of equal length") from None
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.isfinite().all():
-        raise ValueError(f"{name}: give a finite square matrix, not shape {tuple(matrix.shape)}")
+        raise ValueError(f"{name} = {shown}: give a square matrix of finite numbers")
     return matrix
 
 
@@ -74,9 +78,9 @@ class LinearProcess(GaussianKernel):
             raise ValueError(f"beta = {beta!r}: give two numbers, the values at t = 0 and t = 1") from None
         if not (min(low, high) >= 0 and 0 < low + high < math.inf):
             raise ValueError(f"beta = {beta!r}: give two numbers >= 0, not both 0")
-        if not 0 <= init_aux_var < math.inf:
+        self.init_aux_var = number("init_aux_var", init_aux_var)
+        if not 0 <= self.init_aux_var < math.inf:
             raise ValueError(f"init_aux_var = {init_aux_var}: give a variance >= 0")
-        self.init_aux_var = float(init_aux_var)
         self._cache = collections.OrderedDict()
         self._tables = {}
         self._check()
@@ -91,6 +95,8 @@ class LinearProcess(GaussianKernel):
             raise ValueError("D must be symmetric")
         if torch.linalg.eigvalsh(D)[0] < -1e-10 * (1 + D.abs().max()):
             raise ValueError("D must be positive semi-definite")
+        if not D.any():
+            raise ValueError("D is zero: without noise nothing is forgotten, and sigma(t) does not grow")
         if not torch.equal(S, torch.diag(torch.diagonal(S))) or (torch.diagonal(S) <= 0).any():
             raise ValueError("S must be diagonal with entries > 0")
         # Kalman's rank condition: C(t) is regular for t > 0 iff the noises, carried along by A, span the state.

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from training.processes.kernels import number
 from training.processes.linear import LinearProcess
 
 
@@ -51,7 +52,8 @@ class CLD(Named):
 
         Its beta1 is a slope. The defaults are its CIFAR-10 process: M = 0.25, beta = (4, 4), init_aux_var = 0.01.
         """
-        M = 1 / positive("m_inv", m_inv)
+        M, gamma = 1 / positive("m_inv", m_inv), number("gamma", gamma)
+        beta0, beta1 = number("beta0", beta0), number("beta1", beta1)
         return cls(M=M, beta=(beta0, beta0 + beta1), init_aux_var=gamma * M)
 
 
@@ -61,7 +63,7 @@ class ALDA(Named):
     name = "alda"
 
     def __init__(self, M=1.0, gamma=1.0, psi=1.0, beta=(0.1, 10.0), init_aux_var=0.01):
-        M = positive("M", M)
+        M, gamma, psi = positive("M", M), number("gamma", gamma), positive("psi", psi)
         Q = [[0, -M, 0], [M, 0, -gamma], [0, gamma, 0]]
         super().__init__(Q, [[0, 0, 0], [0, 0, 0], [0, 0, psi * M]], [1, M, M], beta, init_aux_var)
         self._remember(M=M, gamma=gamma, psi=psi, beta=list(self.beta_range), init_aux_var=self.init_aux_var)
@@ -122,12 +124,12 @@ class Learned(Named, torch.nn.Module):
 
 
 def positive(name, value) -> float:
-    if not 0 < float(value) < math.inf:
+    if not 0 < number(name, value) < math.inf:
         raise ValueError(f"{name} = {value}: give a finite number > 0")
     return float(value)
 
 
 def count(name, value, least) -> int:
-    if int(value) != value or value < least:
+    if not (number(name, value).is_integer() and value >= least):  # neither inf nor NaN is
         raise ValueError(f"{name} = {value}: give an integer >= {least}")
     return int(value)
