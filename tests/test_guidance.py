@@ -206,3 +206,11 @@ def test_user_errors(make, message):
     gnet.img_resolution = 9
     with pytest.raises(ValueError, match="img_resolution=9"):
         GuidedDenoiser(GaussianDenoiser(), gnet, 2.0)
+
+
+def test_every_wrapper_has_the_attributes_of_its_network():
+    net = GaussianDenoiser(sd=0.8, label_dim=3)
+    for wrapper in (NullLabels(net), classifier_free(net, 2.0), GuidedScore(net, NullLabels(net), get("cld"), 2.0)):
+        for name in ("label_dim", "sigma_data", "sigma_min", "sigma_max", "img_channels", "img_resolution"):
+            assert getattr(wrapper, name) == getattr(net, name)
+        assert not hasattr(wrapper, "no_such_attribute")

@@ -17,6 +17,7 @@ import torch
 from training.parameterization import GivenScore, make_score
 
 NULL_LABELS = ("zero", "last")
+FORWARDED = ("label_dim", "sigma_data", "sigma_min", "sigma_max", "img_channels", "img_resolution")
 
 
 def guidance_weight(sigma, guidance=1.0, interval=None, schedule=None):
@@ -115,7 +116,7 @@ class GuidedDenoiser(torch.nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("label_dim", "sigma_data", "sigma_min", "sigma_max", "img_channels", "img_resolution"):
+            if name in FORWARDED:
                 return getattr(self.net, name)
             if name == "score" and hasattr(self.net, "score"):
                 return self._score
@@ -162,7 +163,7 @@ class GuidedScore:
         self._main, self._guide = make_score(net, process, labels), make_score(gnet, process, labels)
 
     def __getattr__(self, name):
-        if name in ("label_dim", "sigma_data", "sigma_min", "sigma_max", "img_channels", "img_resolution"):
+        if name in FORWARDED:
             return getattr(self.net, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
@@ -190,10 +191,9 @@ class NullLabels(torch.nn.Module):
             )
         self.net = net
         self.null = null
-        self.label_dim = net.label_dim
-        self.img_channels, self.img_resolution = (
-            getattr(net, f"img_{name}", None) for name in ("channels", "resolution")
-        )
+
+    def __getattr__(self, name):
+        return getattr(self.net, name) if name in FORWARDED else super().__getattr__(name)
 
     def forward(self, x, sigma, class_labels=None, **kwargs):
         labels = torch.zeros([len(x), self.label_dim], device=x.device)
