@@ -294,6 +294,7 @@ def test_specs_are_plain_and_round_trip(name):
         (lambda: processes.CLD.published(beta1="steep"), "beta1 = 'steep'"),
         (lambda: LinearProcess([[0, 1], [-1]], torch.eye(2)), "Q = .*rows of equal length"),
         (lambda: LinearProcess([[0, 1], [-1, 0]], torch.zeros(2, 2)), "D is zero"),
+        (lambda: LinearProcess([[0, 1], [-1, 0]], torch.eye(2), S="unit"), "S = 'unit'"),
         (lambda: EDM(sigma_max="high"), "sigma_max = 'high'"),
     ],
 )

@@ -69,7 +69,10 @@ class LinearProcess(GaussianKernel):
 
     def _setup(self, V, S, beta, init_aux_var):
         """Everything but Q and D."""
-        S = torch.as_tensor([1.0] * V if S is None else S, dtype=torch.float64).detach().cpu()
+        try:
+            S = torch.as_tensor([1.0] * V if S is None else S, dtype=torch.float64).detach().cpu()
+        except (TypeError, ValueError):
+            raise ValueError(f"S = {S!r}: give its diagonal, {V} numbers > 0") from None
         self.S = torch.diag(S) if S.ndim == 1 else as_matrix("S", S)
         try:
             self.beta_range = tuple(float(value) for value in beta)
