@@ -113,8 +113,11 @@ def test_snapshots_hold_the_average(finished):
     [
         (dict(status_nimg=1000), "--status=1000 must be a multiple of --batch=128, such as 896"),
         (dict(total_nimg=2047), "--duration=2047 must be a multiple of --batch=128, such as 1920"),
-        (dict(batch_size=64, snapshot_nimg=64), "--snapshot=64 must be a multiple of 1Ki"),
-        (dict(batch_size=64, checkpoint_nimg=192), "--checkpoint=192 must be a multiple of 1Ki"),
+        (
+            dict(batch_size=64, snapshot_nimg=64),
+            "--snapshot=64 must be a multiple of --batch=64 and of 1Ki (1024), such",
+        ),
+        (dict(batch_size=64, checkpoint_nimg=192), "--checkpoint=192 must be a multiple of --batch=64 and of 1Ki"),
         (dict(batch_size=100), "must be a multiple of --batch=100"),
     ],
 )

@@ -142,14 +142,11 @@ class TrainingConfig:
         ok = self.ema_std and all(0 < std <= 12**-0.5 for std in self.ema_std)
         _require(ok, "ema_std", self.ema_std, "must lie in (0, 0.2887)")
         for name in ("status_nimg", "snapshot_nimg", "checkpoint_nimg", "total_nimg", "slice_nimg"):
-            value = getattr(self, name)
-            down = value // self.batch_size * self.batch_size
-            _require(
-                value >= 0 and value % self.batch_size == 0, name, value,
-                f"must be a multiple of --batch={self.batch_size}, such as {down or self.batch_size}",
-            )  # fmt: skip
-        for name in ("snapshot_nimg", "checkpoint_nimg"):
-            _require(getattr(self, name) % 1024 == 0, name, getattr(self, name), "must be a multiple of 1Ki (1024)")
+            value, unit, units = getattr(self, name), self.batch_size, f"--batch={self.batch_size}"
+            if name in ("snapshot_nimg", "checkpoint_nimg"):
+                unit, units = math.lcm(unit, 1024), f"{units} and of 1Ki (1024)"
+            ok = value >= 0 and value % unit == 0
+            _require(ok, name, value, f"must be a multiple of {units}, such as {value // unit * unit or unit}")
         if self.augment and self.arch == "edm2":
             raise ValueError(
                 f"--augment={self.augment} needs a network with augmentation labels: --arch=ddpmpp|ncsnpp|adm"
