@@ -187,6 +187,15 @@ def test_finite_data_denoiser_lands_on_the_data(D):
         assert torch.equal(images, samplers.heun(pfgmpp.PosteriorMean(data), gauss, num_steps=18))
 
 
+@pytest.mark.filterwarnings("ignore:D = ")
+def test_heavy_tails_land_on_the_data_too():
+    """At D = 1 some samples are still far away at the default end; a lower one is low enough."""
+    data = torch.randn(8, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise = PFGMpp(1.0).unit_noise([1000, 2, 1, 1], torch.Generator().manual_seed(1)).double()
+    points = samplers.heun(pfgmpp.PosteriorMean(data, 1.0), noise, num_steps=64, sigma_min=1e-5, dtype=torch.float64)
+    assert float(torch.cdist(points.flatten(1), data.flatten(1)).min(dim=1).values.max()) < 1e-3
+
+
 # Linear processes: exact laws by linearity.
 
 
