@@ -10,7 +10,7 @@ import click
 
 from dnnlib import cli
 from generate_images import process_options
-from metrics import scoring
+from metrics import commands
 
 
 def _int(name, help, default=None, at_least=0):
@@ -91,13 +91,13 @@ def ref(data, dest, metrics, per_source, batch, workers, device, features):
     from metrics.references import save_references
     from torch_utils import distributed
 
-    device = scoring.start(device)
+    device = commands.start(device)
     root, suffix = os.path.splitext(dest)
     if suffix != ".npz":
         dest = (root if suffix == ".pkl" else dest) + ".npz"
         click.echo(f"Statistics are stored as npz: writing {dest}", err=True)
-    scoring.check_writable(dest)
-    detectors, dataset = scoring.open_detectors(metrics, device), scoring.open_images(data, "--data")
+    commands.check_writable(dest)
+    detectors, dataset = commands.open_detectors(metrics, device), commands.open_images(data, "--data")
     with progress_bar(len(dataset), "ref") as progress:
         sets = collect_dataset(
             dataset, detectors, per_source=per_source, batch_size=batch, workers=workers, progress=progress
@@ -109,7 +109,7 @@ def ref(data, dest, metrics, per_source, batch, workers, device, features):
         save_references(dest, sets, **({} if features else {"feature_limit": 0}))
     counts = next(iter(sets.values())).statistics.n.tolist()
     result = {"dest": dest, "data": data, "content_hash": content, "detectors": list(sets)}
-    scoring.print_json(result | {"num_images": counts[0], "source_counts": counts[1:]})
+    commands.print_json(result | {"num_images": counts[0], "source_counts": counts[1:]})
 
 
 @cmdline.command()
@@ -120,14 +120,14 @@ def calc(images, num, **options):
     """Score a folder or zip of images."""
     from metrics.features import collect_dataset, progress_bar
 
-    dataset = scoring.open_images(images, "--images")
+    dataset = commands.open_images(images, "--images")
     if num is not None and num > len(dataset):
         raise ValueError(f"--num={num}: {images} holds {len(dataset)} images; generate more or lower --num")
-    prepared = scoring.prepare(**options)
+    prepared = commands.prepare(**options)
     extract = {"batch_size": options["batch"], "workers": options["workers"], "seed": options["seed"]}
     with progress_bar(num or len(dataset), "images") as progress:
         samples = collect_dataset(dataset, prepared[0], num=num, progress=progress, **extract)
-    scoring.score(images, samples, prepared, **options)
+    commands.score(images, samples, prepared, **options)
 
 
 def _parse_class(ctx, param, value):
@@ -161,7 +161,7 @@ def gen(net, num, sources, steps, gnet, guidance, **options):
     class_idx = options.pop("class")
     if sources and class_idx != "balanced":
         raise ValueError(f"--sources={','.join(map(str, sources))} needs --class=balanced")
-    prepared = scoring.prepare(**options)
+    prepared = commands.prepare(**options)
     detectors, references, _, device = prepared
     seeds = range(options["seed"], options["seed"] + num)
     images = generate_images(
@@ -171,7 +171,7 @@ def gen(net, num, sources, steps, gnet, guidance, **options):
     with progress_bar(num, "gen") as progress:
         batches = generated_batches(images)
         samples = collect(batches, detectors, num_sources=num_sources, num_images=num, progress=progress)
-    scoring.score(net, samples, prepared, **options)
+    commands.score(net, samples, prepared, **options)
 
 
 @cmdline.command()
@@ -189,18 +189,18 @@ def detector(data, holdout, dest, epochs, seed, device):
     from metrics.features import load_labelled
     from torch_utils import distributed
 
-    device = scoring.start(device)
+    device = commands.start(device)
     if distributed.get_world_size() > 1:
         raise ValueError("the detector is trained by one process: run it without torchrun")
-    scoring.check_writable(dest)
-    images, labels, num_classes = load_labelled(scoring.open_images(data, "--data"))
-    held = load_labelled(scoring.open_images(holdout, "--holdout"))[:2] if holdout else (None, None)
+    commands.check_writable(dest)
+    images, labels, num_classes = load_labelled(commands.open_images(data, "--data"))
+    held = load_labelled(commands.open_images(holdout, "--holdout"))[:2] if holdout else (None, None)
     options = {"num_classes": num_classes, "epochs": epochs, "seed": seed, "device": device}
     options["progress"] = lambda epochs: tqdm.tqdm(epochs, desc="detector", unit="epoch", file=sys.stderr)
     judge = train_classifier(images, labels, holdout_images=held[0], holdout_labels=held[1], **options)
     judge.save(dest)
     report = {name: judge.header[name] for name in ("accuracy", "source_accuracy", "num_train", "num_holdout")}
-    scoring.print_json({"dest": dest, "data": data, "detector": judge.identity} | report)
+    commands.print_json({"dest": dest, "data": data, "detector": judge.identity} | report)
 
 
 @cmdline.command()
@@ -219,18 +219,18 @@ def loss(net, data, sources, num, seed, device, dest, tags):
     from training.validation import denoising_loss
 
     if dest is not None:
-        scoring.check_writable(dest)
-    tags = scoring.parse_tags(tags)
-    device = scoring.start(device)
+        commands.check_writable(dest)
+    tags = commands.parse_tags(tags)
+    device = commands.start(device)
     if distributed.get_world_size() > 1:
         raise ValueError("the denoising loss is computed by one process: run it without torchrun")
     snapshot = load_snapshot(net, device)
-    dataset = scoring.open_images(data, "--data")
+    dataset = commands.open_images(data, "--data")
     if sources is not None:
         dataset = dataset.subset([i for source in sources for i in dataset.indices_of(source)])
     result = denoising_loss(snapshot.net, dataset, snapshot.encoder, seed=seed, max_images=num)
     sources = {str(k): {"denoising_loss": v} for k, v in result.pop("sources", {}).items()}
-    scoring.finish(
+    commands.finish(
         {"net": net, "seed": seed, "tags": tags, "metrics": {"denoising": {**result, "sources": sources}}}, dest
     )
 
@@ -270,12 +270,12 @@ def likelihood(
     from metrics.likelihood_report import choose_encoder, likelihood_report
     from torch_utils import distributed
     from torch_utils.persistence import load_snapshot
-    from training.process_options import make_process, require_gaussian
+    from training.processes.options import make_process, require_gaussian
 
     if dest is not None:
-        scoring.check_writable(dest)
-    tags = scoring.parse_tags(tags)
-    device = scoring.start(device)
+        commands.check_writable(dest)
+    tags = commands.parse_tags(tags)
+    device = commands.start(device)
     if distributed.get_world_size() > 1:
         raise ValueError("likelihoods are computed by one process: run it without torchrun")
     snapshot = load_snapshot(net, device)
@@ -284,7 +284,7 @@ def likelihood(
     transform = choose_encoder(encoder, snapshot.encoder)
     ends = {"t_min": t_min, "sigma_min": sigma_min, "sigma_max": sigma_max}
     options.update({name: value for name, value in ends.items() if value is not None})
-    dataset = scoring.open_images(data, "--data")
+    dataset = commands.open_images(data, "--data")
     with progress_bar(min(num or len(dataset), len(dataset)), "likelihood") as progress:
         result = likelihood_report(
             snapshot.net,
@@ -300,7 +300,7 @@ def likelihood(
         )
     about = {"net": net, "data": data, "seed": seed, "tags": tags, "method": method}
     about |= {"process": chosen.spec(), "encoder": repr(transform)}
-    scoring.finish(about | {"metrics": {"likelihood": result}}, dest)
+    commands.finish(about | {"metrics": {"likelihood": result}}, dest)
 
 
 @cmdline.command()
@@ -331,7 +331,7 @@ def best(scores, distance, detector, top):
     """Minimum and top-3 mean over checkpoints, each with its lowest score over blocks of images."""
     from metrics.checkpoints import best_of, read_checkpoint_scores
 
-    scoring.print_json(best_of(read_checkpoint_scores(scores, distance, detector), top))
+    commands.print_json(best_of(read_checkpoint_scores(scores, distance, detector), top))
 
 
 if __name__ == "__main__":

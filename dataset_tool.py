@@ -132,7 +132,7 @@ def convert(**options):
     python dataset_tool.py convert --source=photos/ --dest=photos64.zip --transform=center-crop --resolution=64x64
     python dataset_tool.py convert --source=downloads/cifar-10-python.tar.gz --dest=cifar10-32x32.zip
     """  # fmt: skip
-    from training.dataset_convert import convert as run
+    from training.dataset.convert import convert as run
 
     summary = run(progress=progress, **options)
     if summary["unlabelled"]:
@@ -171,7 +171,7 @@ def encode(**options):
     python dataset_tool.py encode --source=img512.zip --dest=img512-sd.zip
     python dataset_tool.py encode --source=img256.zip --dest=img256-sd.zip --model-url=models/sd-vae-ft-mse
     """
-    from training.dataset_latents import encode_dataset
+    from training.dataset.latents import encode_dataset
 
     click.echo(json.dumps(encode_dataset(progress=progress, **options)))
 
@@ -191,7 +191,7 @@ def decode(**options):
     \b
     python dataset_tool.py decode --source=img512-sd.zip --dest=look/ --max-images=64
     """  # fmt: skip
-    from training.dataset_latents import decode_dataset
+    from training.dataset.latents import decode_dataset
 
     click.echo(json.dumps(decode_dataset(progress=progress, **options)))
 
@@ -220,7 +220,7 @@ def inspect(path, as_json, **options):
     python dataset_tool.py inspect digits.zip
     python dataset_tool.py inspect digits.zip --json --hash
     """  # fmt: skip
-    from training.dataset_inspect import format_report, inspect_dataset
+    from training.dataset.inspect import format_report, inspect_dataset
 
     info = inspect_dataset(path, **options)
     click.echo(json.dumps(info) if as_json else "\n".join(format_report(info)))

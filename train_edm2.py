@@ -101,7 +101,7 @@ def options(function):
         click.option("--ema-decay", type=cli.Float(), help="decay: per step"),
         click.option("--ls", "loss_scaling", type=cli.Float(), help="Loss scale"),
         # Selection.
-        click.option("--select", metavar="NAME", help="none, or a function of training/selection.py"),
+        click.option("--select", metavar="NAME", help="none, or a function of training/selection/functions.py"),
         click.option(
             "--reference", metavar="SNAPSHOT", help="Reference of the selection; ema: the learner's own average"
         ),

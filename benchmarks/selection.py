@@ -19,7 +19,7 @@ from training.dataset import ArrayDataset
 from training.encoders import IdentityEncoder
 from training.feed import Feed
 from training.losses import Draws, Objective
-from training.selection_functions import jointly_sample_batch
+from training.selection.functions import jointly_sample_batch
 from training.training_loop import Periods, TrainingLoop
 
 ARMS = {  # name -> function, options of the selector

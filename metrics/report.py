@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 
-from metrics.comparison import COLUMNS, collect, read_scores, sources_of, theory_ratio, verdict
+from metrics.results import COLUMNS, collect, read_scores, sources_of, theory_ratio, verdict
 
 
 def to_csv(cells, arms, sources):

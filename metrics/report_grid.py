@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metrics.comparison import collect, sources_of, theory_ratio, verdict
+from metrics.results import collect, sources_of, theory_ratio, verdict
 
 MEASURES = {"fd": "FD", "denoising_loss": "held-out denoising loss"}
 

@@ -74,10 +74,10 @@ def tables(arms, against):
 
 def figure(arms, columns=("agreement", "fd", "recall")):
     """A panel per column, a point with its standard deviation per arm, single seeds as small dots."""
-    from simulations import style
+    from metrics import figures
 
     columns = [c for c in columns if all(c in row for found in arms.values() for row in found.values())]
-    fig, axes = style.figure(columns=len(columns), width=3.4, height=3.0, squeeze=False)
+    fig, axes = figures.figure(columns=len(columns), width=3.4, height=3.0, squeeze=False)
     for axis, column in zip(axes[0], columns, strict=True):
         for i, found in enumerate(arms.values()):
             values = [row[column] for row in found.values()]
@@ -113,7 +113,7 @@ def main(scores, against, arms, section, dest):
         raise ValueError(f"arm {sorted(unknown)[0]!r} is in no score file; there are: {', '.join(found)}")
     chosen = {arm: found[arm] for arm in dict.fromkeys(arms or (against, *found))}
     chosen.setdefault(against, found[against])
-    from simulations import style
+    from metrics import figures
 
     stem = Path(dest)
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def main(scores, against, arms, section, dest):
         writer.writerow(["arm", "seed", *COLUMNS])
         for arm, rows in chosen.items():
             writer.writerows([arm, seed, *(row.get(c, "") for c in COLUMNS)] for seed, row in rows.items())
-    paths = [f"{stem}.md", f"{stem}.csv", *style.save(figure(chosen), stem, dpi=130)]
+    paths = [f"{stem}.md", f"{stem}.csv", *figures.save(figure(chosen), stem, dpi=130)]
     print(json.dumps({"files": [str(path) for path in paths]}))
 
 

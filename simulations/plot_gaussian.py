@@ -24,16 +24,16 @@ def plot_paper_panel(tag: str, results_dir: Path, figures_dir: Path, dpi: int = 
     """One panel of the paper's Figure 1: empirical TV (left axis) and sqrt(P/n) (right axis)."""
     from matplotlib.ticker import MaxNLocator
 
-    from simulations import style
+    from metrics import figures
 
     rows = read_results(results_dir, tag)
     x = [row[tag] for row in rows]
-    fig, left = style.figure()
+    fig, left = figures.figure()
     right = left.twinx()
     handles = []
     for axis, column, colors, line in (
-        (left, "empirical TV", style.EMPIRICAL, style.EMPIRICAL_LINE),
-        (right, "theoretical TV bound", style.THEORETICAL, style.THEORETICAL_LINE),
+        (left, "empirical TV", figures.EMPIRICAL, figures.EMPIRICAL_LINE),
+        (right, "theoretical TV bound", figures.THEORETICAL, figures.THEORETICAL_LINE),
     ):
         seen = []
         for arm in _ARMS:
@@ -41,45 +41,45 @@ def plot_paper_panel(tag: str, results_dir: Path, figures_dir: Path, dpi: int = 
             kind = "empirical" if axis is left else "theoretical"
             handles += axis.plot(x, y, color=colors[arm], label=f"{kind}, {arm}", **line)
             seen += y
-        style.pad(axis, seen)  # each axis by its own range, as in the paper: compare shapes, not heights
+        figures.pad(axis, seen)  # each axis by its own range, as in the paper: compare shapes, not heights
         axis.yaxis.set_major_locator(MaxNLocator(5))
         axis.tick_params(labelsize=12)
         axis.grid(False)
-    style.x_ticks(left, x, share=0.16 if tag == "n" else 0.12)
+    figures.x_ticks(left, x, share=0.16 if tag == "n" else 0.12)
     left.set_xlabel(_PAPER_LABELS[tag], fontsize=14)
     left.set_ylabel("Empirical TV Error", fontsize=14)
     right.set_ylabel("Theoretical Bound", fontsize=14)
     fig.legend(handles=handles, loc="outside upper center", ncols=2, columnspacing=1.2, handlelength=2.4)
-    return style.save(fig, Path(figures_dir) / f"gaussian_{tag}", dpi)
+    return figures.save(fig, Path(figures_dir) / f"gaussian_{tag}", dpi)
 
 
 def plot_overview(results_dir: Path, figures_dir: Path, name: str = "gaussian", dpi: int = 200) -> list[Path]:
     """Three panels side by side: measured TV with error bands, and the exact expectation."""
-    from simulations import style
+    from metrics import figures
 
-    fig, axes = style.figure(columns=3, width=2.6, height=2.5)
+    fig, axes = figures.figure(columns=3, width=2.6, height=2.5)
     for letter, tag, axis in zip("abc", ("K", "n", "sim"), axes, strict=True):
         rows = read_results(results_dir, tag)
         x = [row[tag] for row in rows]
         fine, curve = _exact(tag, x, rows[0])
         for index, arm in enumerate(_ARMS):
-            color = style.LINE[arm]
+            color = figures.LINE[arm]
             y = [row[f"empirical TV of {arm}"] for row in rows]
             error = [row[f"standard error of empirical {arm}"] for row in rows]
             lower, upper = ([a + s * b for a, b in zip(y, error, strict=True)] for s in (-1, 1))
             axis.fill_between(x, lower, upper, color=color, alpha=0.18, linewidth=0)
-            axis.plot(x, y, linestyle="none", marker=style.MARKER[arm], markersize=4.5, color=color,
-                      label=f"{style.LABEL[arm]}, mean of {rows[0]['runs']} runs ± standard error")  # fmt: skip
+            axis.plot(x, y, linestyle="none", marker=figures.MARKER[arm], markersize=4.5, color=color,
+                      label=f"{figures.LABEL[arm]}, mean of {rows[0]['runs']} runs ± standard error")  # fmt: skip
             axis.plot(fine, [c[index] for c in curve], color=color, linewidth=1.3,
-                      label=f"{style.LABEL[arm]}, exact expectation")  # fmt: skip
-        style.x_ticks(axis, x, log=tag == "n", share=0.2 if tag == "n" else 0.12)
+                      label=f"{figures.LABEL[arm]}, exact expectation")  # fmt: skip
+        figures.x_ticks(axis, x, log=tag == "n", share=0.2 if tag == "n" else 0.12)
         if tag == "n":
             _plain_log_y(axis)
-        axis.set_xlabel(f"({letter}) {style.PANEL_LABELS[tag]}")
+        axis.set_xlabel(f"({letter}) {figures.PANEL_LABELS[tag]}")
     axes[0].set_ylabel("Average TV error")
     handles, labels = axes[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=2)
-    return style.save(fig, Path(figures_dir) / name, dpi)
+    return figures.save(fig, Path(figures_dir) / name, dpi)
 
 
 def _exact(tag: str, x: list, row: dict) -> tuple[list, list[tuple[float, float]]]:

@@ -31,9 +31,9 @@ def read_stats(run):
 
 def draw(runs, keys, axes, log=True):
     """Figure with a row per key and a column per axis; runs: {name: lines of stats.jsonl}."""
-    from simulations import style
+    from metrics import figures
 
-    fig, grid = style.figure(columns=len(axes), rows=len(keys), width=4.2, height=2.6, squeeze=False)
+    fig, grid = figures.figure(columns=len(axes), rows=len(keys), width=4.2, height=2.6, squeeze=False)
     for row, key in zip(grid, keys, strict=True):
         for axis, which in zip(row, axes, strict=True):
             field, label = AXES[which]
@@ -82,10 +82,10 @@ def main(runs, keys, axes, log, save):
     keys = keys or [key for key in CURVES if key in present]
     if not keys:
         raise ValueError(f"none of the usual fields is there; give --keys from {', '.join(sorted(present))}")
-    from simulations import style
+    from metrics import figures
 
     stem = Path(save).with_suffix("") if Path(save).suffix in (".png", ".svg") else Path(save)
-    print(json.dumps({"files": [str(path) for path in style.save(draw(lines, keys, axes, log), stem)]}))
+    print(json.dumps({"files": [str(path) for path in figures.save(draw(lines, keys, axes, log), stem)]}))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main(nets, data, ref, detector, experiments, alphas, steps, bits, num_steps,
         if not class_idx.isdigit():
             raise ValueError(f"--class={class_idx}: give a source id (0, 1, ...) or balanced")
         class_idx = int(class_idx)
-    from simulations import robustness  # late: torch takes seconds to import, --help should not
+    from simulations.studies import robustness  # late: torch takes seconds to import, --help should not
 
     values = {"alphas": alphas, "steps": steps, "bits": bits, "num_steps": num_steps}
     chosen = {name: robustness.settings_of(name, **values) for name in experiments}
@@ -96,7 +96,7 @@ def run(models, experiments, judge, samplings, num, dest, **options):
     """Measure the grid into the folder `dest`: CSV files after every new cell, figures and summary.md at the end."""
     from tqdm import tqdm
 
-    from simulations import robustness
+    from simulations.studies import robustness
     from simulations.theory_io import read_csv, write_csv, write_text
 
     dest, writer = Path(dest), robustness.is_writer()

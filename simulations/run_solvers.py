@@ -68,7 +68,7 @@ def main():
 @DEST
 def gaussian(nfes, arms, grids, learned, dest):
     """N(0.3, 0.25): the exact Wasserstein error of every fixed-step solver, without Monte Carlo."""
-    from simulations.solvers import cells, choose_arms, exact_rows
+    from simulations.studies.solvers import cells, choose_arms, exact_rows
 
     chosen = cells(nfes, grids, choose_arms(arms))
     write(dest, "gaussian", exact_rows(chosen, learned=read_learned(learned), progress=progress))
@@ -84,7 +84,7 @@ def gaussian(nfes, arms, grids, learned, dest):
 @DEST
 def mixture(nfes, seeds, num, arms, grids, learned, dest):
     """Nine Gaussians with their exact denoiser: sliced Wasserstein error."""
-    from simulations.solvers import cells, choose_arms, mixture_rows
+    from simulations.studies.solvers import cells, choose_arms, mixture_rows
 
     chosen = cells(nfes, grids, choose_arms(arms))
     write(dest, "mixture", mixture_rows(chosen, seeds, num, learned=read_learned(learned), progress=progress))
@@ -104,7 +104,7 @@ def mixture(nfes, seeds, num, arms, grids, learned, dest):
 def digits(net, data, detector, nfes, seeds, per_source, arms, grids, learned, dest):
     """A trained denoiser: Frechet distance per source. Cells and seeds that are in the file already are kept."""
     from metrics.detectors import get_detectors
-    from simulations.solvers import cell_of, cells, choose_arms, digit_rows
+    from simulations.studies.solvers import cell_of, cells, choose_arms, digit_rows
     from torch_utils.persistence import load_snapshot
     from training.dataset import ImageFolderDataset, load_arrays
 
@@ -137,7 +137,7 @@ def digits(net, data, detector, nfes, seeds, per_source, arms, grids, learned, d
 @DEST
 def bound(net, data, samples, num, seed, learned, dest):
     """Bits/dim through every process between the same ends: once with draws of their own, once with common ones."""
-    from simulations.solvers import bound_rows
+    from simulations.studies.solvers import bound_rows
     from torch_utils.persistence import load_snapshot
     from training.dataset import ImageFolderDataset, load_arrays
 
@@ -158,7 +158,7 @@ def bound(net, data, samples, num, seed, learned, dest):
 @DEST
 def plot(figure, tables, dest):
     """Draw what there is, and print it as Markdown tables."""
-    from simulations.plot_solvers import plot_solvers
+    from simulations.studies.solvers_report import plot_solvers
 
     text = plot_solvers(dest, figure)
     if tables is None:

@@ -63,7 +63,7 @@ def train(outdir, process, **options):
 
 def _open(net, process, options):
     from torch_utils.persistence import load_snapshot
-    from training.process_options import make_process
+    from training.processes.options import make_process
 
     snapshot = load_snapshot(net)
     if snapshot.net.img_channels != 2 or snapshot.net.img_resolution != 1:

@@ -51,7 +51,7 @@ def main():
 @click.option("--guidance/--no-guidance", default=None, help="Use --guide; default: if it is given")
 @click.option("--guide-weight", type=cli.Float(), default=3.0, help="Guidance weight of test metrics and --interpol")
 @click.option("--interpol", is_flag=True, help="While selecting, score and train the guided network")
-@click.option("--select", metavar="NAME", default="none", help="none, or a function of training/selection.py")
+@click.option("--select", metavar="NAME", default="none", help="none, or a function of training/selection/functions.py")
 @click.option("--selection", "random", is_flag=True, help="Same as --select=random")
 @click.option("--acid", is_flag=True, help="Same as --select=jest")
 @click.option(
@@ -96,7 +96,8 @@ def train(outdir, guidance, guide, guide_weight, select, random, acid, early, la
     guide = None if guidance is False else guide
     from dataclasses import asdict
 
-    from simulations import tree_metrics, tree_training
+    from simulations.tree import metrics as tree_metrics
+    from simulations.tree import training as tree_training
     from torch_utils import distributed
 
     distributed.init(given["device"])
@@ -111,7 +112,7 @@ def train(outdir, guidance, guide, guide_weight, select, random, acid, early, la
     if test:
         tree_metrics.write_test(config, outdir, loop.objective.net.eval(), ema)
     if viz:
-        from simulations import tree_plots
+        from simulations.tree import plots as tree_plots
 
         tree_plots.write_samples(config, outdir, ema)
 
@@ -130,7 +131,7 @@ def train(outdir, guidance, guide, guide_weight, select, random, acid, early, la
 @click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu, ...")
 def test(net, ema, guide, guidance, n_samples, levels, **options):
     """Measure snapshots. stdout: JSON, with what the exact mixture itself scores under `floor`."""
-    from simulations import tree_metrics
+    from simulations.tree import metrics as tree_metrics
     from torch_utils import distributed
 
     distributed.init(options["device"])
@@ -154,8 +155,9 @@ def test(net, ema, guide, guidance, n_samples, levels, **options):
 @click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu, ...")
 def plot(net, gnet, guidance, cls, save, seed, device):
     """Draw the autoguidance figure: samples, densities and trajectories with and without guidance."""
-    from simulations import style, tree_plots
-    from simulations.tree_training import load_toy
+    from metrics import figures
+    from simulations.tree import plots as tree_plots
+    from simulations.tree.training import load_toy
     from torch_utils import distributed
 
     distributed.init(device)
@@ -163,7 +165,7 @@ def plot(net, gnet, guidance, cls, save, seed, device):
         load_toy(net, device), load_toy(gnet, device), guidance, cls, seed, device=device
     )
     stem = Path(save).with_suffix("") if Path(save).suffix in (".png", ".svg") else Path(save)
-    print(json.dumps({"files": [str(path) for path in style.save(figure, stem)]}))
+    print(json.dumps({"files": [str(path) for path in figures.save(figure, stem)]}))
 
 
 if __name__ == "__main__":

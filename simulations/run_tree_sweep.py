@@ -58,7 +58,8 @@ def main(arms, seeds, reference_iter, reference_batch, n_samples, jobs, outdir, 
         print(json.dumps({"arms": arms, "seeds": seeds, "outdir": outdir, **options}, indent=2))
         print("Dry run; exiting.")
         return
-    from simulations import tree_sweep, tree_training
+    from simulations.tree import sweep as tree_sweep
+    from simulations.tree import training as tree_training
     from torch_utils import distributed
 
     distributed.init(options["device"])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from simulations import style
+from metrics import figures
 from simulations.theory_io import read_csv
 
 _ARMS = ("single", "multi")
 _LEGEND = [
     f"{name}{kind}"
-    for name in (*style.LABEL.values(), "ratio")
+    for name in (*figures.LABEL.values(), "ratio")
     for kind in (" (± standard error)", ", published", ", predicted")
 ]
 
@@ -24,14 +24,14 @@ def plot_sweeps(tags: list[str], results_dir: Path, figures_dir: Path, name: str
     """
     tables = [sorted(read_csv(Path(results_dir) / t / f"results_{t}.csv"), key=lambda r, t=t: r[t]) for t in tags]
     width = max(2.05, 5.6 / len(tags))  # room for the legend
-    fig, axes = style.figure(columns=len(tags), rows=2, width=width, height=1.9, sharex="col", squeeze=False)
+    fig, axes = figures.figure(columns=len(tags), rows=2, width=width, height=1.9, sharex="col", squeeze=False)
     for column, (tag, rows) in enumerate(zip(tags, tables, strict=True)):
         errors, ratio = axes[0][column], axes[1][column]
         _errors(errors, rows, tag)
         _ratio(ratio, rows, tag)
-        style.x_ticks(ratio, [row[tag] for row in rows], log=tag == "n", share=0.28 if tag == "n" else 0.13)
+        figures.x_ticks(ratio, [row[tag] for row in rows], log=tag == "n", share=0.28 if tag == "n" else 0.13)
         letter = "abcd"[column]
-        ratio.set_xlabel(f"({letter}) {style.PANEL_LABELS[tag]}", fontsize=9)
+        ratio.set_xlabel(f"({letter}) {figures.PANEL_LABELS[tag]}", fontsize=9)
     axes[0][0].set_ylabel("Average TV error")
     axes[1][0].set_ylabel("Ratio multi / single")
     handles = {}
@@ -43,22 +43,22 @@ def plot_sweeps(tags: list[str], results_dir: Path, figures_dir: Path, name: str
     fig.legend([handles[x] for x in labels], labels, loc="outside upper center", ncols=columns, fontsize=8.5,
                columnspacing=1.3, handlelength=1.9)  # fmt: skip
     fig.align_ylabels(axes[:, 0])
-    return style.save(fig, Path(figures_dir) / name, dpi)
+    return figures.save(fig, Path(figures_dir) / name, dpi)
 
 
 def _errors(axis, rows: list[dict], tag: str) -> None:
     x = [row[tag] for row in rows]
     top = 0.0
     for arm in _ARMS:
-        color = style.LINE[arm]
+        color = figures.LINE[arm]
         y, e = [row[f"TV of {arm}"] for row in rows], [row[f"standard error of {arm}"] for row in rows]
-        axis.errorbar(x, y, e, color=color, marker=style.MARKER[arm], markersize=4.5, capsize=2, elinewidth=1,
-                      label=f"{style.LABEL[arm]} (± standard error)")  # fmt: skip
+        axis.errorbar(x, y, e, color=color, marker=figures.MARKER[arm], markersize=4.5, capsize=2, elinewidth=1,
+                      label=f"{figures.LABEL[arm]} (± standard error)")  # fmt: skip
         top = max(top, *(a + b for a, b in zip(y, e, strict=True)))
         known = [(row[tag], row[key]) for row in rows if row.get(key := f"published TV of {arm}") not in (None, "")]
         if known:
-            axis.plot(*zip(*known, strict=True), color=color, linestyle=":", linewidth=1, marker=style.MARKER[arm],
-                      markersize=4.5, markerfacecolor="white", label=f"{style.LABEL[arm]}, published")  # fmt: skip
+            axis.plot(*zip(*known, strict=True), color=color, linestyle=":", linewidth=1, marker=figures.MARKER[arm],
+                      markersize=4.5, markerfacecolor="white", label=f"{figures.LABEL[arm]}, published")  # fmt: skip
             top = max(top, *(y for _, y in known))
     axis.set_ylim(0, 1.07 * top)
 
@@ -67,7 +67,7 @@ def _ratio(axis, rows: list[dict], tag: str) -> None:
     x = [row[tag] for row in rows]
     measured = [row["measured ratio"] for row in rows]
     error = [_ratio_error(row) for row in rows]
-    axis.axhline(1, color=style.NEUTRAL, linewidth=0.7)
+    axis.axhline(1, color=figures.NEUTRAL, linewidth=0.7)
     axis.errorbar(
         x,
         measured,
@@ -83,7 +83,7 @@ def _ratio(axis, rows: list[dict], tag: str) -> None:
     if known:
         axis.plot(*zip(*known, strict=True), color="black", linestyle=":", linewidth=1, marker="o", markersize=4,
                   markerfacecolor="white", label="ratio, published")  # fmt: skip
-    axis.plot(x, [row["predicted ratio"] for row in rows], color=style.NEUTRAL, linestyle="--", linewidth=1.2,
+    axis.plot(x, [row["predicted ratio"] for row in rows], color=figures.NEUTRAL, linestyle="--", linewidth=1.2,
               label="ratio, predicted")  # fmt: skip
     axis.set_ylim(bottom=0)
 

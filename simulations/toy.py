@@ -5,19 +5,20 @@ import math
 import numpy as np
 import torch
 
-from simulations import style, toy_data
-from simulations.solvers import sliced_wasserstein
+from metrics import figures
+from simulations import toy_data
+from simulations.studies.solvers import sliced_wasserstein
 from torch_utils.random import hash_seed, seeded_generator
 from training import likelihood, samplers
 from training.dataset import ArrayDataset
 from training.encoders import IdentityEncoder
 from training.feed import Feed
 from training.losses import LogNormalLoss, Objective
+from training.losses.process import ProcessLoss
 from training.networks_toy import MLPDenoiser
-from training.parameterization import make_score
 from training.phema import PowerFunctionEMA
-from training.process_loss import ProcessLoss
-from training.process_options import make_process
+from training.processes.options import make_process
+from training.processes.score import make_score
 from training.schedules import learning_rate_schedule
 from training.selection import IdentitySelector
 from training.training_loop import Periods, training_loop
@@ -115,7 +116,7 @@ def plot(net, process, dataset, stem, solver="sscs", num=2048, steps=100, side=4
     found = measures(net, process, dataset, points, seed)
     data = toy_data.get(dataset)(num, seeded_generator("cpu", seed, 8))
     reach = float(data.abs().max()) * 1.15
-    fig, axes = style.figure(3, 3.1, 2.9, rows=2)
+    fig, axes = figures.figure(3, 3.1, 2.9, rows=2)
     _scatter(axes[0, 0], data, points, reach, found)
     _paths(axes[0, 1], times, states[:, :24, 0], "data variable $x_1$")
     if process.V > 1:
@@ -141,13 +142,13 @@ def plot(net, process, dataset, stem, solver="sscs", num=2048, steps=100, side=4
         axis.imshow(image.sqrt(), origin="lower", extent=(-reach, reach, -reach, reach), cmap="viridis", aspect="equal")
         axis.set_title(title)
         axis.grid(False)
-    style.save(fig, stem, dpi=110)
+    figures.save(fig, stem, dpi=110)
     return found
 
 
 def _scatter(axis, data, points, reach, found):
-    axis.scatter(*data.T, s=1, color=style.NEUTRAL, alpha=0.5)
-    axis.scatter(*points.T, s=1, color=style.LINE["single"], alpha=0.5)
+    axis.scatter(*data.T, s=1, color=figures.NEUTRAL, alpha=0.5)
+    axis.scatter(*points.T, s=1, color=figures.LINE["single"], alpha=0.5)
     title = f"samples over data (grey), sliced $W_2$ {found['sliced_w2']:.3f}"  # a legend would hide points somewhere
     axis.set(xlim=(-reach, reach), ylim=(-reach, reach), title=title, aspect="equal")
 
@@ -163,5 +164,5 @@ def _score_field(axis, net, reach, sigma=0.15):
     with torch.no_grad():
         score = (net(x.reshape(-1, 2, 1, 1), torch.tensor(sigma)).flatten(1) - x) / sigma**2
     arrows = score / score.norm(dim=1, keepdim=True) * score.norm(dim=1, keepdim=True).sqrt()
-    axis.quiver(*x.T, *arrows.T, color=style.LINE["multi"])
+    axis.quiver(*x.T, *arrows.T, color=figures.LINE["multi"])
     axis.set(title=rf"score at $\sigma$ = {sigma:g}", aspect="equal")

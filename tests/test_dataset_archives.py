@@ -11,9 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from training import dataset_archives
-from training.dataset_convert import convert
-from training.dataset_sources import open_source
+from training.dataset import archives
+from training.dataset.convert import convert
+from training.dataset.sources import open_source
 
 
 def images_of(source):
@@ -228,24 +228,24 @@ def example(**features):
 
 def record(data):
     length = struct.pack("<Q", len(data))
-    return length + struct.pack("<I", dataset_archives.masked_crc32c(length)) + data + b"\0\0\0\0"
+    return length + struct.pack("<I", archives.masked_crc32c(length)) + data + b"\0\0\0\0"
 
 
 def test_checksum_equals_published_values():
     unmask = lambda crc: ((r := (crc - 0xA282EAD8) & 0xFFFFFFFF) << 15 | r >> 17) & 0xFFFFFFFF
-    assert unmask(dataset_archives.masked_crc32c(b"123456789")) == 0xE3069283  # Castagnoli check value
-    assert unmask(dataset_archives.masked_crc32c(bytes(32))) == 0x8A9136AA  # RFC 3720, B.4
-    assert unmask(dataset_archives.masked_crc32c(bytes(range(32)))) == 0x46DD794E
+    assert unmask(archives.masked_crc32c(b"123456789")) == 0xE3069283  # Castagnoli check value
+    assert unmask(archives.masked_crc32c(bytes(32))) == 0x8A9136AA  # RFC 3720, B.4
+    assert unmask(archives.masked_crc32c(bytes(range(32)))) == 0x46DD794E
 
 
 def test_parse_example():
-    parsed = dataset_archives.parse_example(example(a=b"xyz", shape=[3, 300, -1], f=[0.5, -2.0]))
+    parsed = archives.parse_example(example(a=b"xyz", shape=[3, 300, -1], f=[0.5, -2.0]))
     assert parsed == {"a": [b"xyz"], "shape": [3, 300, -1], "f": [0.5, -2.0]}
     unpacked = field(1, field(1, field(1, b"n") + field(2, field(3, b"\x08\x05\x08\x07"))))
-    assert dataset_archives.parse_example(unpacked) == {"n": [5, 7]}
+    assert archives.parse_example(unpacked) == {"n": [5, 7]}
     for broken in [b"\x0a\xff", b"\x0a\x05ab", b"\x0b", example(a=b"xyz")[:-1], b"\x0a\x02\x08\x01"]:
         with pytest.raises(ValueError, match=r"no tf\.train\.Example"):
-            dataset_archives.parse_example(broken)
+            archives.parse_example(broken)
 
 
 def test_tfrecords(tmp_path):

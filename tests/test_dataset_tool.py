@@ -16,8 +16,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 import dataset_tool
-from training import dataset_convert
 from training.dataset import ImageFolderDataset, content_hash
+from training.dataset import convert as dataset_convert
 
 SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "dataset_tool.py")
 
@@ -339,7 +339,7 @@ def test_largest_distance_equals_scipy():
     import torch
     from scipy.spatial.distance import pdist
 
-    from training.dataset_inspect import largest_distance
+    from training.dataset.inspect import largest_distance
 
     x = np.random.RandomState(0).randn(600, 7).astype(np.float32)
     assert np.isclose(largest_distance(torch.from_numpy(x)), pdist(x.astype(np.float64)).max(), rtol=1e-6)

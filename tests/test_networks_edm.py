@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from torch_utils.persistence import load_snapshot, save_snapshot
 from training.networks_edm import DhariwalUNet, EDMPrecond, SongUNet, VEPrecond, VPPrecond, iDDPMPrecond
-from training.networks_edm_layers import Conv2d, Linear, UNetBlock, attention
+from training.networks_edm.layers import Conv2d, Linear, UNetBlock, attention
 
 DDPMPP = {"model_type": "SongUNet"}
 NCSNPP = {

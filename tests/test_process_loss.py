@@ -11,8 +11,8 @@ import generate_images
 from torch_utils.persistence import load_snapshot
 from training import likelihood, processes, setup
 from training.config import make_config
-from training.process_loss import ProcessLoss
-from training.process_options import make_process, parse_options
+from training.losses.process import ProcessLoss
+from training.processes.options import make_process, parse_options
 
 S = 0.6  # standard deviation of the data
 

@@ -12,8 +12,8 @@ from scipy import stats
 
 from torch_utils.random import StackedRandomGenerator
 from training import processes
-from training.parameterization import make_score
 from training.processes import CLD, EDM, LinearProcess, PFGMpp, pfgmpp
+from training.processes.score import make_score
 from training.processes.time_density import NoiseLevels, importance_time, weight
 
 mp.mp.dps = 250

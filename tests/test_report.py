@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from metrics import comparison, report, report_grid
+from metrics import report, report_grid, results
 
 
 def write_scores(folder, values, **extra):
@@ -37,8 +37,8 @@ def noisy():
 def test_verdict_against_plain_formulas(tmp_path, noisy):
     import glob
 
-    rows = comparison.read_scores(sorted(glob.glob(write_scores(tmp_path, noisy))))
-    got = comparison.verdict(comparison.collect(rows), ["0", "1"])
+    rows = results.read_scores(sorted(glob.glob(write_scores(tmp_path, noisy))))
+    got = results.verdict(results.collect(rows), ["0", "1"])
     table = np.array(
         [
             [[np.mean([noisy[a, s, t, q] for q in (0, 1)]) for t in (0, 1, 2)] for s in (0, 1)]
@@ -63,12 +63,12 @@ def test_interval_covers_zero_for_equal_arms_at_its_rate():
     rng = np.random.default_rng(1)
     misses = 0
     for _ in range(200):
-        cells = defaultdict(comparison.Cell)
+        cells = defaultdict(results.Cell)
         for arm in ("multi", "single"):
             for source in ("0", "1", "2"):
                 for seed in range(4):
                     cells[arm, source, "fd"].values[str(seed), "0"] = 10 + rng.normal()
-        low, high = comparison.verdict(cells, ["0", "1", "2"]).interval
+        low, high = results.verdict(cells, ["0", "1", "2"]).interval
         misses += low > 0 or high < 0
     assert misses <= scipy.stats.binom.ppf(0.9999, 200, 0.05)
     assert misses >= scipy.stats.binom.ppf(0.0001, 200, 0.05)
@@ -112,7 +112,7 @@ def test_theory_ratio():
     net = Precond(8, 1, 3, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[], channels_per_head=8)
     own = net.unet.emb_label.weight.shape[0]
     total = sum(p.numel() for p in net.parameters())
-    got = comparison.theory_ratio(net, 3)
+    got = results.theory_ratio(net, 3)
     beta = (total - 3 * own) / (total - 2 * own)
     assert got["per_source"] == own
     assert got["beta_sim"] == pytest.approx(beta)
@@ -131,7 +131,7 @@ def test_grid_pairs_cells_with_their_own_single_arm(tmp_path):
         tags = {"cell": cell, "group": group, "n": "25", "k": str(len(sources)), "images_trained": "1Ki"}
         write_scores(tmp_path / cell, {("multi", s, seed, 0): level for s in sources for seed in (0, 1)}, multi=tags)
     paths = [*tmp_path.glob("*.json"), *tmp_path.parent.glob("*.json"), *tmp_path.glob("*/*.json")]
-    found = {r.cell: r for r in report_grid.results(comparison.read_scores(paths))}
+    found = {r.cell: r for r in report_grid.results(results.read_scores(paths))}
     assert found["K2"].verdicts["fd"].advantage == pytest.approx(1 - 8 / 10.5)
     assert found["S"].verdicts["fd"].advantage == pytest.approx(1 - 10 / 20.5)
     assert found["K2"].images == {"multi": 1024, "single": 2048}

@@ -9,7 +9,7 @@ import torch
 import generate_images
 from torch_utils import persistence
 from torch_utils.random import StackedRandomGenerator
-from training import generation, networks_edm, processes, robustness, samplers
+from training import generation, networks_edm, processes, quantize, samplers
 
 SONG = dict(model_type="SongUNet", model_channels=128, augment_dim=9)
 DDPMPP = dict(SONG, embedding_type="positional", encoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1])
@@ -39,7 +39,7 @@ def plain_quantize(values, bits):
 def test_quantizer_equals_a_plain_loop(bits, offset):
     """Also where the range holds no zero: there the published rule saturates."""
     x = torch.randn([6, 5], generator=torch.Generator().manual_seed(bits)) + offset
-    ours = robustness.quantize_tensor(x, bits)
+    ours = quantize.quantize_tensor(x, bits)
     expected, scale, zero = plain_quantize(list(x.flatten().numpy()), bits)
     np.testing.assert_allclose(ours.flatten(), expected, rtol=1e-6, atol=1e-7)
     codes = ours.flatten().numpy() / scale + zero
@@ -55,17 +55,17 @@ def test_quantizer_equals_a_plain_loop(bits, offset):
 def test_zero_stays_zero():
     x = torch.tensor([-0.7, 0.0, 1.3, 0.0])
     for bits in range(2, 12):
-        assert robustness.quantize_tensor(x, bits)[1] == 0
+        assert quantize.quantize_tensor(x, bits)[1] == 0
 
 
 def test_degenerate_tensors():
-    assert torch.equal(robustness.quantize_tensor(torch.zeros(3, 2), 5), torch.zeros(3, 2))
-    assert torch.equal(robustness.quantize_tensor(torch.full([4], 0.3), 5), torch.zeros(4))  # as published
-    half = robustness.quantize_tensor(torch.randn(4, generator=torch.Generator().manual_seed(0)).half(), 5)
+    assert torch.equal(quantize.quantize_tensor(torch.zeros(3, 2), 5), torch.zeros(3, 2))
+    assert torch.equal(quantize.quantize_tensor(torch.full([4], 0.3), 5), torch.zeros(4))  # as published
+    half = quantize.quantize_tensor(torch.randn(4, generator=torch.Generator().manual_seed(0)).half(), 5)
     assert half.dtype == torch.float16
     for bits in (0, 25, 2.5):
         with pytest.raises(ValueError, match="--quantize-bits"):
-            robustness.quantize_tensor(torch.ones(2), bits)
+            quantize.quantize_tensor(torch.ones(2), bits)
 
 
 # --- which weights ----------------------------------------------------------------------------------------------------
@@ -83,38 +83,38 @@ def test_original_policy_hits_the_published_tensors(options, resolution, tensors
     with torch.device("meta"):
         net = networks_edm.EDMPrecond(resolution, 3, **options)
     sizes = {name: p.numel() for name, p in net.named_parameters()}
-    names = robustness.quantized_names(net, "original")
+    names = quantize.quantized_names(net, "original")
     assert sum(sizes.values()) == parameters
     assert tensors is None or (len(sizes), len(names)) == (tensors, rounded)
     assert round(100 * sum(sizes[name] for name in names) / parameters, 1) == share
     if resolution == 32:  # what the substring meant: the image's own resolution
-        assert names == robustness.quantized_names(net, "role")
+        assert names == quantize.quantized_names(net, "role")
     else:
-        roles = robustness.quantized_names(net, "role")
+        roles = quantize.quantized_names(net, "role")
         assert any("32x32" in name for name in roles) and not any("64x64" in name for name in roles)
 
 
 def test_roles_in_the_edm2_network(tiny_net):
     net = tiny_net()
-    names = robustness.quantized_names(net, "role")
+    names = quantize.quantized_names(net, "role")
     assert names and all("4x4" in name and "conv" in name or "attn" in name for name in names)
     before = {name: p.clone() for name, p in net.named_parameters()}
-    rounded = robustness.quantize_weights(net, 4)
+    rounded = quantize.quantize_weights(net, 4)
     for name, p in rounded.named_parameters():
         assert torch.equal(before[name], net.get_parameter(name))  # the network itself is left alone
         assert torch.equal(p, before[name]) != (name in names)
         assert name not in names or len(p.unique()) <= 16
-    assert robustness.quantize_weights(net, None) is net
+    assert quantize.quantize_weights(net, None) is net
     with pytest.raises(ValueError, match="--quantize-policy"):
-        robustness.quantize_weights(net, 4, "mine")
+        quantize.quantize_weights(net, 4, "mine")
     with pytest.raises(ValueError, match="--quantize-policy=original"):
-        robustness.quantize_weights(torch.nn.Linear(2, 2), 4)
+        quantize.quantize_weights(torch.nn.Linear(2, 2), 4)
 
 
 def test_many_bits_reproduce_the_network(tiny_net):
     net, x = tiny_net(label_dim=0), torch.randn(2, 1, 8, 8)
-    torch.testing.assert_close(robustness.quantize_weights(net, 20)(x, 1.0), net(x, 1.0), atol=1e-3, rtol=1e-3)
-    assert (robustness.quantize_weights(net, 2)(x, 1.0) - net(x, 1.0)).abs().max() > 1e-2
+    torch.testing.assert_close(quantize.quantize_weights(net, 20)(x, 1.0), net(x, 1.0), atol=1e-3, rtol=1e-3)
+    assert (quantize.quantize_weights(net, 2)(x, 1.0) - net(x, 1.0)).abs().max() > 1e-2
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_injected_noise_equals_a_plain_loop():
     queue = iter(noise)
     kept, net = latents.clone(), Linear()
     options = dict(num_steps=n, dtype=torch.float64, randn_like=lambda x: next(queue))
-    ours = robustness.noisy_heun(alpha)(net, latents, **options)
+    ours = samplers.noisy_heun(alpha)(net, latents, **options)
     assert net.calls == 2 * n - 1 and next(queue, None) is None and torch.equal(latents, kept)
     t = [(80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(n)] + [0.0]
     x = latents * t[0]
@@ -155,9 +155,9 @@ def test_injected_noise_equals_a_plain_loop():
 
 
 def test_no_noise_is_the_sampler_itself():
-    assert robustness.noisy_heun(0) is samplers.heun and robustness.noisy_heun(None) is samplers.heun
+    assert samplers.noisy_heun(0) is samplers.heun and samplers.noisy_heun(None) is samplers.heun
     with pytest.raises(ValueError, match="--inject-noise"):
-        robustness.noisy_heun(-0.1)
+        samplers.noisy_heun(-0.1)
 
 
 def test_noise_belongs_to_the_seed():
@@ -165,7 +165,7 @@ def test_noise_belongs_to_the_seed():
     made = {}
     for batch in (1, 3):
         batches = generation.generate_images(
-            Linear(), range(5, 9), max_batch_size=batch, sampler=robustness.noisy_heun(0.5), num_steps=3
+            Linear(), range(5, 9), max_batch_size=batch, sampler=samplers.noisy_heun(0.5), num_steps=3
         )
         made[batch] = torch.cat([b.images for b in batches])
     assert torch.equal(made[1], made[3])
@@ -175,7 +175,7 @@ def test_noise_belongs_to_the_seed():
 def test_random_state_is_untouched_by_alpha_zero():
     generators = [StackedRandomGenerator("cpu", [1, 2]) for _ in range(2)]
     latents = torch.ones(2, 1, 4, 4)
-    a = robustness.noisy_heun(0)(Linear(), latents, num_steps=3, randn_like=generators[0].randn_like)
+    a = samplers.noisy_heun(0)(Linear(), latents, num_steps=3, randn_like=generators[0].randn_like)
     b = samplers.heun(Linear(), latents, num_steps=3, randn_like=generators[1].randn_like)
     assert torch.equal(a, b) and torch.equal(*(g.randn([2, 3]) for g in generators))
 

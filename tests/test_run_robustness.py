@@ -11,7 +11,8 @@ import torch
 
 import calculate_metrics
 from metrics import checkpoints
-from simulations import robustness, run_robustness, stable_targets
+from simulations import run_robustness
+from simulations.studies import robustness, stable_targets
 from torch_utils import persistence
 from training import processes
 from training.dataset import ImageFolderDataset, load_arrays

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from metrics.classifier import train_classifier
-from simulations import plot_solvers, run_solvers, solvers
+from simulations import run_solvers
+from simulations.studies import solvers, solvers_report
 from torch_utils.persistence import save_snapshot
 from training import processes
 from training.dataset import ImageFolderDataset, load_arrays
@@ -60,7 +61,7 @@ def test_points(tmp_path):
         run("gaussian", "--nfe=10,2", f"--dest={tmp_path}")
     rows = read(tmp_path, "mixture")
     assert {(r["arm"], r["grid"]) for r in rows} == {("data", ""), ("VP EM", "uniform"), ("CLD RK45", "adaptive")}
-    text = plot_solvers.plot_solvers(tmp_path, tmp_path / "figure")
+    text = solvers_report.plot_solvers(tmp_path, tmp_path / "figure")
     assert "| VP EM | uniform |" in text and "CLD RK45: " in text and (tmp_path / "figure.png").stat().st_size > 10_000
 
 

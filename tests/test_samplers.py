@@ -8,8 +8,8 @@ import torch
 
 from torch_utils.random import StackedRandomGenerator
 from training import processes, samplers
-from training.parameterization import make_score
 from training.processes import CLD, EDM, PFGMpp, pfgmpp
+from training.processes.score import make_score
 
 GAUSS_VAR = 0.3
 

@@ -8,7 +8,7 @@ import socket
 import pytest
 import torch
 
-from simulations.tree_training import TreeFeed
+from simulations.tree.training import TreeFeed
 from torch_utils import distributed as dist
 from torch_utils.persistence import save_snapshot
 from torch_utils.random import hash_seed

@@ -9,8 +9,8 @@ import pytest
 import scipy.stats
 import torch
 
-from training import selection_functions as sf
-from training.selection_functions import conditional_logits, jointly_sample_batch, requirements_of
+from training.selection import functions as sf
+from training.selection.functions import conditional_logits, jointly_sample_batch, requirements_of
 
 VARIANTS = list(itertools.product([True, False], [False, True]))  # learnability, inverted
 

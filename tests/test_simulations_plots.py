@@ -9,7 +9,8 @@ import matplotlib.image
 import pytest
 from click.testing import CliRunner
 
-from simulations import plot_gaussian, run_gaussian, style
+from metrics import figures
+from simulations import plot_gaussian, run_gaussian
 from simulations.gaussian_exact import expected_tv
 
 SCRIPTS = Path(plot_gaussian.__file__).parent
@@ -72,15 +73,15 @@ def test_missing_results(tmp_path):
     ],
 )
 def test_tick_labels_do_not_touch(values, log):
-    fig, axis = style.figure(width=2.1, height=1.9)
+    fig, axis = figures.figure(width=2.1, height=1.9)
     axis.plot(values, values)
-    style.x_ticks(axis, values, log, share=0.28 if log else 0.13)
+    figures.x_ticks(axis, values, log, share=0.28 if log else 0.13)
     fig.canvas.draw()
     boxes = [t.get_window_extent() for t in axis.get_xticklabels(which="both") if t.get_text()]
     boxes.sort(key=lambda box: box.x0)
     assert len(boxes) >= 2
     assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
-    style.plt.close(fig)
+    figures.plt.close(fig)
 
 
 @pytest.mark.parametrize(("D", "values"), [(7, [0.0, 0.1, 0.5, 0.9, 1.0]), (10, [0.0, 0.3, 0.7, 1.0])])

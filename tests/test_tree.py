@@ -111,7 +111,7 @@ def test_scores_count_cells_and_samples():
     assert mandala_score(torch.full((4, 2), 9.0)) == classification_score(torch.full((4, 2), 9.0)) == 0
     # A cell with hits and misses counts as hit: along a thin outer branch, the level line crosses cells.
     mixture = ground_truth("A", dtype=torch.float64)
-    lower = np.array(tree.ORIGIN) - 0.03 * 101 / 2
+    lower = np.array(tree.mixture.ORIGIN) - 0.03 * 101 / 2
     fine = lower + 0.03 * (np.floor((on.numpy() - lower) / 0.03) + np.random.RandomState(0).rand(2000, 2) * 0.999)
     hits = mixture.logp(fine) >= -2.12
     assert hits.any()

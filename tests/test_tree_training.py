@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from simulations import plot_run, run_tree, run_tree_sweep, tree, tree_metrics, tree_plots, tree_sweep, tree_training
-from simulations.tree_training import TreeConfig, TreeFeed, TreeLoss, load_toy, train
+from simulations import plot_run, run_tree, run_tree_sweep, tree
+from simulations.tree import metrics as tree_metrics
+from simulations.tree import plots as tree_plots
+from simulations.tree import sweep as tree_sweep
+from simulations.tree import training as tree_training
+from simulations.tree.training import TreeConfig, TreeFeed, TreeLoss, load_toy, train
 from training.networks_toy import ToyModel
 
 SMALL = TreeConfig(dim=16, layers=2, total_iter=8, batch_size=256, chunks=4, snapshot_iter=4)

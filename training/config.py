@@ -156,7 +156,7 @@ class TrainingConfig:
             _require(self.process == "pfgmpp", "aug_dim", self.aug_dim, "belongs to --process=pfgmpp")
             _require(self.aug_dim > 0, "aug_dim", self.aug_dim, "must be positive or inf")
         if self.process_options:
-            from training.process_options import parse_options
+            from training.processes.options import parse_options
 
             self.process_options = parse_options(self.process_options)
         for name in ("time_sampling", "weighting", "t_min"):

@@ -14,12 +14,12 @@ from dnnlib import EasyDict, atomic_write
 from torch_utils import distributed as dist
 from torch_utils import persistence
 from torch_utils.random import StackedRandomGenerator
-from training import robustness, samplers
+from training import quantize, samplers
 from training.encoders import StandardRGBEncoder
 from training.guidance import GuidedDenoiser, NullLabels
 from training.images import png_bytes, save_grid
-from training.process_options import require_gaussian
 from training.process_sampling import choose, heun_in_sigma
+from training.processes.options import require_gaussian
 
 GRID_COLUMNS = 16
 NULL_GUIDES = {"null": "zero", "null-last": "last"}  # --gnet for classifier-free guidance: which label means none
@@ -227,18 +227,18 @@ def run(
     device = dist.init(device)
     net, encoder, kernel = _open(net, None, None, device)
     check_aug_dim(kernel, aug_dim)
-    net = robustness.quantize_weights(net, quantize_bits, quantize_policy)
+    net = quantize.quantize_weights(net, quantize_bits, quantize_policy)
     if gnet in NULL_GUIDES:
         gnet = NullLabels(net, NULL_GUIDES[gnet])
     elif gnet is not None:
-        gnet = robustness.quantize_weights(_open(gnet, None, None, device)[0], quantize_bits, quantize_policy)
+        gnet = quantize.quantize_weights(_open(gnet, None, None, device)[0], quantize_bits, quantize_policy)
     if guidance_interval is not None:
         net, gnet, options = _interval(net, gnet, guidance_interval, options), None, {**options, "guidance": 1}
     guidance = options.pop("guidance", 1)
     process, options = choose(process, process_options, solver, trained=kernel, **options)
     options.update(encoder=encoder, kernel=kernel, process=process, guidance=guidance)
     if process is None:
-        options["sampler"] = robustness.noisy_heun(inject_noise)
+        options["sampler"] = samplers.noisy_heun(inject_noise)
     elif inject_noise:
         raise ValueError(f"--inject-noise={inject_noise:g} is for EDM's own sampler: leave --process and --solver out")
     dist.print0(f"Generating {len(seeds)} images to {outdir} ...")

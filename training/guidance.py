@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from training.parameterization import GivenScore, make_score
+from training.processes.score import GivenScore, make_score
 
 NULL_LABELS = ("zero", "last")
 FORWARDED = ("label_dim", "sigma_data", "sigma_min", "sigma_max", "img_channels", "img_resolution")

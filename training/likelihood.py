@@ -12,7 +12,7 @@ import scipy.integrate
 import torch
 
 from torch_utils import random
-from training.parameterization import DenoiserScore, make_score, require_linear
+from training.processes.score import DenoiserScore, make_score, require_linear
 from training.processes.states import expand
 from training.processes.time_density import snr_law
 from training.samplers import endpoints

@@ -6,7 +6,7 @@ import warnings
 import torch
 
 from training import processes, samplers
-from training.process_options import make_process, require_gaussian
+from training.processes.options import make_process, require_gaussian
 
 
 @torch.no_grad()

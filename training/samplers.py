@@ -1,5 +1,6 @@
 """How to get back: solvers. Each exists as a plain function that returns images and as a generator of its states."""
 
+import functools
 import math
 import warnings
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 import scipy.integrate
 import torch
 
-from training.parameterization import make_score, require_linear
+from training.processes.score import make_score, require_linear
 from training.processes.states import apply_matrix
 
 
@@ -416,3 +417,34 @@ def probability_flow(
         num_steps = 1
     problem = Problem(net, process, latents, labels, num_steps, times, grid, t_min, denoise, randn_like, **options)
     return problem.finish(last_of(flow_states(problem, method, rtol, atol)), latents.dtype)
+
+
+def inject_noise(states, alpha, randn_like=torch.randn_like):
+    """The states of a solver, with x += alpha sigma_i eps before each of its steps i, eps standard normal.
+
+    states: generator of `State`s whose `time` is the noise level, such as `heun_states`; the state it goes on from is
+    changed in place. randn_like: source of eps, called once per step, also before the last one.
+    """
+    for state in states:
+        if state.time > 0:  # the last state starts no step
+            state.state.add_(alpha * state.time * randn_like(state.state))
+        yield state
+
+
+def noisy_heun(alpha):
+    """`heun` with `inject_noise`, same signature; alpha 0 or None is `heun` itself.
+
+    eps comes from the sampler's `randn_like`: with per-sample generators it depends on the sample's seed alone. Raises
+    ValueError for a negative alpha.
+    """
+    if not alpha:
+        return heun
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"inject_noise={alpha}: give a number >= 0 (--inject-noise)")
+
+    @functools.wraps(heun)
+    def sampler(net, noise, labels=None, gnet=None, *args, randn_like=torch.randn_like, **kwargs):
+        states = heun_states(net, noise, labels, gnet, *args, randn_like=randn_like, **kwargs)
+        return last_of(inject_noise(states, alpha, randn_like)).state
+
+    return sampler

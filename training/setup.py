@@ -23,7 +23,7 @@ from training.config import LINEAR, check_same_run
 from training.dataset import ImageFolderDataset, load_arrays
 from training.feed import CACHE_BYTES, Feed
 from training.networks_edm2 import Precond
-from training.process_options import make_process
+from training.processes.options import make_process
 from training.schedules import SCHEDULES
 from training.training_loop import Periods, training_loop
 
@@ -68,7 +68,7 @@ _PRECONDS = {"edm": "EDMPrecond", "vp": "VPPrecond", "ve": "VEPrecond"}
 
 
 def build_edm(config, interface):
-    """The EDM-era networks (training/networks_edm.py): ddpmpp, ncsnpp, adm with EDM, VP or VE preconditioning."""
+    """The EDM-era networks (training/networks_edm/): ddpmpp, ncsnpp, adm with EDM, VP or VE preconditioning."""
     from training import networks_edm
 
     options = dict(_EDM_ARCHS[config.arch])
@@ -103,8 +103,8 @@ LOSSES = {
 
 
 def build_process_loss(config, common):
-    """The loss of a linear process (training/process_loss.py)."""
-    from training.process_loss import ProcessLoss
+    """The loss of a linear process (training/losses/process.py)."""
+    from training.losses.process import ProcessLoss
 
     process = common["kernel"]
     if not hasattr(process, "project"):

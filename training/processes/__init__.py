@@ -8,9 +8,10 @@ A new linear process is a class with its Q and D:
 """
 
 from training.processes.edm import EDM
-from training.processes.kernels import GaussianKernel, PFGMpp
+from training.processes.kernels import GaussianKernel
 from training.processes.linear import LinearProcess
 from training.processes.named import ALDA, CLD, MALDA, VP, Learned
+from training.processes.pfgmpp import PFGMpp
 
 REGISTRY = {
     "edm": EDM,

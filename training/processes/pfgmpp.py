@@ -5,10 +5,14 @@ Only these quantities need N; sampling (`PFGMpp.unit_noise`) does not.
 """
 
 import math
+import warnings
 
 import numpy as np
 import torch
 from scipy import special, stats
+
+from torch_utils import random
+from training.processes.kernels import GaussianKernel, number
 
 
 def log_kernel(squared_distance, sigma, N, D):
@@ -119,3 +123,49 @@ def mean_tvd(data, kernel, sigmas, num_samples=1000, generator=None):
         means.append(tvd.mean())
         errors.append(tvd.std() / math.sqrt(num_samples))
     return torch.stack(means), torch.stack(errors)
+
+
+class PFGMpp(GaussianKernel):
+    """PFGM++ noise with D augmented dimensions: multivariate Student-t with D degrees of freedom (PFGM++ eq. 5).
+
+    The perturbation kernel p_r(x|y) ~ (|x-y|^2 + r^2)^(-(N+D)/2) at r = sigma sqrt(D) is the law of
+    y + sigma g / sqrt(u), g ~ N(0, I_N), u ~ Gamma(D/2, rate D/2), one u per sample. D may be any number > 0, or inf
+    (or "inf"), which is Gaussian. The mean of the training loss is finite for D > 2 only, its variance for D > 4.
+
+    Raises ValueError unless D > 0. Warns for D <= 4.
+    """
+
+    def __init__(self, D=2048.0):
+        self.D = number("D", D)
+        if not self.D > 0:
+            raise ValueError(f"D = {D}: the number of augmented dimensions must be > 0, or inf")
+        if self.D <= 2:
+            warnings.warn(f"D = {D}: the training loss has no finite mean for D <= 2", stacklevel=2)
+        elif self.D <= 4:
+            warnings.warn(f"D = {D}: the training loss has no finite variance for D <= 4", stacklevel=2)
+
+    def __repr__(self):
+        return f"PFGMpp(D={self.D:g})"
+
+    @property
+    def logvar_default(self) -> bool:
+        """Whether the network's uncertainty head is on by default: it needs a loss of finite mean."""
+        return self.D > 2
+
+    def spec(self) -> dict:
+        """Plain description, see `training.processes.from_spec`."""
+        return {"name": "pfgmpp", "D": self.D if math.isfinite(self.D) else "inf"}
+
+    def unit_noise(self, shape, generator=None, device=None, dtype=torch.float32):
+        """Noise of unit scale, as `GaussianKernel.unit_noise`.
+
+        The Gaussian direction is drawn from `generator`, the radius from a child of it: the same seed shares its
+        direction, and everything drawn later, across all D. D = inf is bit-identical to the Gaussian.
+        """
+        if math.isinf(self.D):
+            return super().unit_noise(shape, generator, device, dtype)
+        child = random.child_generator(generator, device=device or "cpu")  # before g: the state moves on
+        gauss = super().unit_noise(shape, generator, device, dtype)  # [N, ...]
+        gamma = random.standard_gamma(self.D / 2, shape[0], child, gauss.device) / (self.D / 2)  # [N]
+        scale = gamma.rsqrt().reshape(-1, *[1] * (gauss.ndim - 1))
+        return (gauss.to(torch.float64) * scale).to(dtype)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from training import encoders
-from training.dataset_convert import DatasetWriter, check_dest
-from training.dataset_sources import open_source
+from training.dataset.convert import DatasetWriter, check_dest
+from training.dataset.sources import open_source
 
 
 def encode_dataset(

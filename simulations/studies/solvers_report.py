@@ -4,8 +4,8 @@ import json
 import math
 from pathlib import Path
 
-from simulations import style
-from simulations.solvers import ARMS, IN_SIGMA, REFERENCE, differences, mean_and_error, summarise
+from metrics import figures
+from simulations.studies.solvers import ARMS, IN_SIGMA, REFERENCE, differences, mean_and_error, summarise
 
 TITLES = {
     "gaussian": ("Gaussian, exact", "Wasserstein error"),
@@ -40,7 +40,7 @@ def plot_solvers(dest, stem, grids=("uniform", "quadratic")):
     """
     everything = read(dest)
     bound = everything.pop("bound", None)
-    fig, axes = style.figure(len(everything), 3.6, 3.0, rows=len(grids), squeeze=False)
+    fig, axes = figures.figure(len(everything), 3.6, 3.0, rows=len(grids), squeeze=False)
     for column, (name, rows) in enumerate(everything.items()):
         stats = over_sources(summarise(rows))
         for line, grid in enumerate(grids):
@@ -55,7 +55,7 @@ def plot_solvers(dest, stem, grids=("uniform", "quadratic")):
                 axis.set_ylim(top=min(2 * worst[-2], axis.get_ylim()[1]))
     handles = {h.get_label(): h for axis in axes.flat for h in axis.get_legend_handles_labels()[0]}
     fig.legend(handles.values(), handles, loc="outside lower center", ncols=(len(handles) + 1) // 2, fontsize=8)
-    style.save(fig, stem, dpi=110)
+    figures.save(fig, stem, dpi=110)
     tables = [table(name, rows) for name, rows in everything.items()]
     if "digits" in everything:
         _agreement(everything["digits"], f"{stem}-sources")
@@ -75,7 +75,7 @@ def _curves(axis, stats, grids):
             worst.append(max(mean))
     for key, value in stats.items():
         if key[0] == "data":
-            axis.axhline(value[0], color=style.NEUTRAL, linestyle=":", linewidth=1)
+            axis.axhline(value[0], color=figures.NEUTRAL, linestyle=":", linewidth=1)
     return worst
 
 
@@ -84,20 +84,20 @@ def _agreement(rows, stem):
     found = differences(rows)
     sources = sorted({key[2] for key in found})
     names = list(dict.fromkeys(key[:2] for key in found))
-    fig, axes = style.figure(len(sources), 2.6, 0.2 * len(names) + 0.9, sharey=True, squeeze=False)
+    fig, axes = figures.figure(len(sources), 2.6, 0.2 * len(names) + 0.9, sharey=True, squeeze=False)
     for axis, source in zip(axes[0], sources, strict=True):
         values = [found[(*name, source)] for name in names]
         axis.errorbar(
             [v[0] for v in values], range(len(names)), xerr=[2 * v[1] for v in values], fmt="o", markersize=4,
-            color=style.NEUTRAL,
+            color=figures.NEUTRAL,
         )  # fmt: skip
-        axis.axvline(0, color=style.LINE["single"], linewidth=1)
+        axis.axvline(0, color=figures.LINE["single"], linewidth=1)
         axis.set_yticks(range(len(names)), [f"{arm}, {grid}" for arm, grid in names])
         axis.set(title=f"source {source}", xlabel=f"FD less that of {REFERENCE}")
         axis.set_xscale("symlog", linthresh=3)
         axis.set_xticks([-3, 0, 3, 100], ["-3", "0", "3", "100"])
     axes[0, 0].invert_yaxis()
-    style.save(fig, stem, dpi=110)
+    figures.save(fig, stem, dpi=110)
 
 
 def fixed_nfes(rows):

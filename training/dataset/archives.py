@@ -17,7 +17,7 @@ import zlib
 
 import numpy as np
 
-from training.dataset_format import ZIP_ERRORS, ImageSource, open_image
+from training.dataset.format import ZIP_ERRORS, ImageSource, open_image
 
 
 def open_archive(path):

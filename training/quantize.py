@@ -4,46 +4,11 @@ The third experiment of that section, fewer steps, needs nothing but `num_steps`
 """
 
 import copy
-import functools
-import math
 import re
 
 import torch
 
-from training import samplers
-
 # --- noise ------------------------------------------------------------------------------------------------------------
-
-
-def inject_noise(states, alpha, randn_like=torch.randn_like):
-    """The states of a solver, with x += alpha sigma_i eps before each of its steps i, eps standard normal.
-
-    states: generator of `State`s whose `time` is the noise level, such as `heun_states`; the state it goes on from is
-    changed in place. randn_like: source of eps, called once per step, also before the last one.
-    """
-    for state in states:
-        if state.time > 0:  # the last state starts no step
-            state.state.add_(alpha * state.time * randn_like(state.state))
-        yield state
-
-
-def noisy_heun(alpha):
-    """`samplers.heun` with `inject_noise`, same signature; alpha 0 or None is `samplers.heun` itself.
-
-    eps comes from the sampler's `randn_like`: with per-sample generators it depends on the sample's seed alone. Raises
-    ValueError for a negative alpha.
-    """
-    if not alpha:
-        return samplers.heun
-    if not (alpha > 0 and math.isfinite(alpha)):
-        raise ValueError(f"inject_noise={alpha}: give a number >= 0 (--inject-noise)")
-
-    @functools.wraps(samplers.heun)
-    def sampler(net, noise, labels=None, gnet=None, *args, randn_like=torch.randn_like, **kwargs):
-        states = samplers.heun_states(net, noise, labels, gnet, *args, randn_like=randn_like, **kwargs)
-        return samplers.last_of(inject_noise(states, alpha, randn_like)).state
-
-    return sampler
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from metrics.features import collect, collect_dataset, generated_batches
 from metrics.references import load_references, require_detectors
 from torch_utils import distributed as dist
 from torch_utils import persistence
-from training import robustness
+from training import quantize, samplers
 from training.generation import generate_images
 
 # The values of the paper; 0 and None are the undisturbed sampler.
@@ -124,13 +124,13 @@ class Judge:
 def measure(model, setting, judge, seeds, policy="role", class_idx="balanced", batch=256, device="cpu"):
     """Scores of one cell (see `Judge.score`); the images exist in memory only."""
     batches = generate_images(
-        robustness.quantize_weights(model.net, setting.bits, policy),
+        quantize.quantize_weights(model.net, setting.bits, policy),
         seeds,
         encoder=model.encoder,
         kernel=model.kernel,
         class_idx=class_idx if model.net.label_dim else None,
         max_batch_size=batch,
-        sampler=robustness.noisy_heun(setting.alpha),
+        sampler=samplers.noisy_heun(setting.alpha),
         num_steps=setting.steps,
         device=device,
     )
@@ -208,13 +208,13 @@ def plot(rows, experiment, stem):
     """Frechet distance against the disturbance, one line per label with error bars; writes stem.png and stem.svg."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    from simulations import style
+    from metrics import figures
 
     table = summarize(rows)
-    fig, axis = style.figure(width=4.6, height=3.2)
+    fig, axis = figures.figure(width=4.6, height=3.2)
     values = list(next(iter(table.values())))
     numeric = experiment != "bits"
-    shades = [style.plt.get_cmap("viridis")(x) for x in np.linspace(0, 0.85, len(table))]
+    shades = [figures.plt.get_cmap("viridis")(x) for x in np.linspace(0, 0.85, len(table))]
     for index, (label, line) in enumerate(table.items()):
         x = np.array(values, float) if numeric else np.arange(len(values), dtype=float)
         shift = (index - (len(table) - 1) / 2) * 0.012 * (x.max() - x.min() or 1)  # bars side by side
@@ -232,7 +232,7 @@ def plot(rows, experiment, stem):
     axis.set_xlabel(X_LABELS[experiment])
     axis.set_ylabel("Frechet distance")
     axis.legend(title=f"mean ± sd of {seeds} trainings" if seeds > 1 else None)
-    return style.save(fig, stem)
+    return figures.save(fig, stem)
 
 
 def markdown(rows, experiment):

@@ -9,9 +9,9 @@ import torch
 from simulations import toy_data
 from torch_utils.random import StackedRandomGenerator, hash_seed, seeded_generator
 from training import likelihood, samplers
-from training.process_options import make_process
 from training.process_sampling import SOLVERS
 from training.processes import Learned, LinearProcess
+from training.processes.options import make_process
 
 # name: (process, options, solver). All start from the matched prior and run between the same noise levels.
 PAPER_CLD = dict(M=0.25, beta=[4, 4])

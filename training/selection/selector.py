@@ -1,4 +1,4 @@
-"""Which examples to train on: selectors, and the selection functions they call.
+"""Selectors: from candidates to the examples that are trained on.
 
 A selection function is f(learner_loss [B], ..., *, size, generator) -> indices [size], distinct, on the input's device. It
 receives by name whichever of learner_loss, reference_loss, features, labels, sigma it declares; what it needs is read
@@ -15,23 +15,7 @@ import torch
 
 from torch_utils import distributed as dist
 from training.losses import Draws
-from training.selection_functions import (
-    FUNCTIONS,
-    conditional_logits,
-    diverse_learnability,
-    easy_reference,
-    hard_loss,
-    jointly_sample_batch,
-    proportional,
-    random_baseline,
-    requirements_of,
-)
-
-__all__ = [
-    "FUNCTIONS", "IdentitySelector", "LossSelector", "conditional_logits", "diverse_learnability", "easy_reference",
-    "hard_loss", "jointly_sample_batch", "proportional", "random_baseline", "requirements_of",
-]  # fmt: skip
-
+from training.selection.functions import requirements_of
 
 CHEAP = ("half", "lowres", "levels")
 CHEAP_SHARE = 0.5  # of the candidates that `levels` scores

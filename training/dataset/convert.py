@@ -17,8 +17,8 @@ import zipfile
 import numpy as np
 
 from dnnlib import atomic_write
-from training.dataset_format import LABELS_FILE, ImageSource
-from training.dataset_sources import open_source
+from training.dataset.format import LABELS_FILE, ImageSource
+from training.dataset.sources import open_source
 
 TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal", "pad")
 _NO_DESTINATION = (".tar", ".tgz", ".gz", ".7z", ".rar", ".npz", ".npy", ".png", ".jpg", ".json")

@@ -23,7 +23,7 @@ from training.losses import LogNormalLoss, Objective
 from training.networks_toy import ToyModel
 from training.phema import PowerFunctionEMA
 from training.schedules import learning_rate_schedule
-from training.selection_functions import requirements_of, selection_size
+from training.selection.functions import requirements_of, selection_size
 from training.training_loop import Periods, TrainingLoop
 
 

@@ -1,0 +1,1 @@
+"""Experiments about trained networks: solvers, robustness to disturbances, stable targets."""

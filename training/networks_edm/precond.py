@@ -1,0 +1,227 @@
+"""Preconditioning of the EDM-era networks: EDM, VP, VE and iDDPM (EDM table 1)."""
+
+import math
+
+import torch
+
+from torch_utils.persistence import persistent
+from training.networks_edm.layers import LogVariance
+from training.networks_edm.unets import DhariwalUNet, SongUNet, _require
+
+
+class _Precond(torch.nn.Module):
+    """What the four preconditioners share: labels, precision and D = c_skip x + c_out F(c_in x, c_noise) (EDM eq. 7).
+
+    forward(x [N, C, R, R], sigma [N] or scalar, class_labels [N, label_dim] or None) -> [N, C, R, R] float32, and
+    additionally the log-variance [N, 1, 1, 1] if return_logvar (zeros without `logvar_channels`).
+    A conditional network given no labels uses a zero vector, which is a trained null label only with label dropout.
+    """
+
+    def __init__(
+        self, img_resolution, img_channels, label_dim, use_fp16, sigma_data, model_type, logvar_channels, model_kwargs
+    ):
+        _require("model_type", model_type, MODELS)
+        super().__init__()
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels
+        self.label_dim = label_dim
+        self.use_fp16 = use_fp16
+        self.sigma_data = sigma_data
+        self.model = MODELS[model_type](
+            img_resolution=img_resolution,
+            in_channels=img_channels,
+            out_channels=img_channels * self.outputs_per_channel,
+            label_dim=label_dim,
+            **model_kwargs,
+        )
+        # Created after the model and only on request: state_dicts and seeded weights of the release stay valid.
+        self.logvar = LogVariance(logvar_channels) if logvar_channels else None
+
+    outputs_per_channel = 1
+
+    def coefficients(self, sigma):
+        """(c_skip, c_out, c_in, c_noise) for sigma [N, 1, 1, 1]."""
+        raise NotImplementedError
+
+    def round_sigma(self, sigma):
+        """The nearest noise level the network was trained for, in the shape of sigma."""
+        return torch.as_tensor(sigma)
+
+    def forward(
+        self, x, sigma, class_labels=None, force_fp32=False, return_logvar=False, augment_labels=None, **model_kwargs
+    ):
+        x = x.to(torch.float32)
+        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
+        if self.label_dim == 0:
+            class_labels = None
+        elif class_labels is None:
+            class_labels = torch.zeros([1, self.label_dim], device=x.device)
+        else:
+            class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
+        dtype = torch.float16 if self.use_fp16 and not force_fp32 and x.device.type == "cuda" else torch.float32
+
+        c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
+        output = self.model(
+            (c_in * x).to(dtype), c_noise.flatten(), class_labels, augment_labels=augment_labels, **model_kwargs
+        )
+        denoised = c_skip * x + c_out * output[:, : self.img_channels].to(torch.float32)
+        if not return_logvar:
+            return denoised
+        logvar = torch.zeros_like(sigma) if self.logvar is None else self.logvar(sigma)
+        return denoised, logvar.expand(x.shape[0], 1, 1, 1)
+
+
+@persistent
+class EDMPrecond(_Precond):
+    """EDM's own preconditioning (EDM Table 1, last column)."""
+
+    def __init__(
+        self,
+        img_resolution,
+        img_channels,
+        label_dim=0,  # 0: unconditional
+        use_fp16=False,  # half precision on a GPU
+        sigma_min=0,
+        sigma_max=float("inf"),
+        sigma_data=0.5,  # standard deviation of the data
+        model_type="DhariwalUNet",
+        logvar_channels=0,  # 0: no uncertainty head
+        **model_kwargs,
+    ):
+        super().__init__(
+            img_resolution, img_channels, label_dim, use_fp16, sigma_data, model_type, logvar_channels, model_kwargs
+        )
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+
+    def coefficients(self, sigma):
+        total = sigma**2 + self.sigma_data**2
+        return self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
+
+
+@persistent
+class VPPrecond(_Precond):
+    """Variance preserving (DDPM, Song et al.) seen as a denoiser (EDM Table 1, first column). x is not VP-scaled."""
+
+    def __init__(
+        self,
+        img_resolution,
+        img_channels,
+        label_dim=0,
+        use_fp16=False,
+        beta_d=19.9,  # extent of the noise schedule
+        beta_min=0.1,  # its slope at t = 0
+        M=1000,  # number of time steps of the original
+        epsilon_t=1e-5,  # smallest time
+        model_type="SongUNet",
+        logvar_channels=0,
+        sigma_data=0.5,  # for losses and solvers; the preconditioning does not use it
+        **model_kwargs,
+    ):
+        super().__init__(
+            img_resolution, img_channels, label_dim, use_fp16, sigma_data, model_type, logvar_channels, model_kwargs
+        )
+        self.beta_d = beta_d
+        self.beta_min = beta_min
+        self.M = M
+        self.epsilon_t = epsilon_t
+        # float32 on purpose: cancellation makes sigma(1e-5) = 2^-10, which released networks carry.
+        limits = torch.tensor([epsilon_t, 1.0], dtype=torch.float32, device="cpu")
+        self.sigma_min, self.sigma_max = self.sigma(limits).tolist()
+
+    def sigma(self, t):
+        """Noise level at time t (float32)."""
+        t = t if torch.is_tensor(t) else torch.as_tensor(t)
+        return ((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt()
+
+    def sigma_inv(self, sigma):
+        """Time at which the noise level is sigma."""
+        sigma = torch.as_tensor(sigma)
+        return ((self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt() - self.beta_min) / self.beta_d
+
+    def coefficients(self, sigma):
+        return torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
+
+
+@persistent
+class VEPrecond(_Precond):
+    """Variance exploding (NCSN, Song et al.) seen as a denoiser (EDM Table 1, second column)."""
+
+    def __init__(
+        self,
+        img_resolution,
+        img_channels,
+        label_dim=0,
+        use_fp16=False,
+        sigma_min=0.02,
+        sigma_max=100,
+        model_type="SongUNet",
+        logvar_channels=0,
+        sigma_data=0.5,  # for losses and solvers; the preconditioning does not use it
+        **model_kwargs,
+    ):
+        super().__init__(
+            img_resolution, img_channels, label_dim, use_fp16, sigma_data, model_type, logvar_channels, model_kwargs
+        )
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+
+    def coefficients(self, sigma):
+        return torch.ones_like(sigma), sigma, torch.ones_like(sigma), (0.5 * sigma).log()
+
+
+@persistent
+class iDDPMPrecond(_Precond):
+    """Improved DDPM (Nichol & Dhariwal 2021) seen as a denoiser (EDM Table 1, third column).
+
+    The network has twice the output channels (its learned variances); only the first half is used.
+    """
+
+    outputs_per_channel = 2
+
+    def __init__(
+        self,
+        img_resolution,
+        img_channels,
+        label_dim=0,
+        use_fp16=False,
+        C_1=0.001,  # largest ratio of successive signal levels kept
+        C_2=0.008,  # offset of the cosine schedule
+        M=1000,  # number of time steps
+        model_type="DhariwalUNet",
+        logvar_channels=0,
+        sigma_data=0.5,  # for losses and solvers; the preconditioning does not use it
+        **model_kwargs,
+    ):
+        super().__init__(
+            img_resolution, img_channels, label_dim, use_fp16, sigma_data, model_type, logvar_channels, model_kwargs
+        )
+        self.C_1 = C_1
+        self.C_2 = C_2
+        self.M = M
+        steps = torch.arange(M + 1, dtype=torch.float32, device="cpu")
+        alpha_bar = (0.5 * math.pi * steps / M / (C_2 + 1)).sin() ** 2
+        ratio = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=C_1)  # [M]
+        u = torch.zeros(M + 1, dtype=torch.float32, device="cpu")
+        for j in range(M, 0, -1):  # EDM Appendix C.3.4
+            u[j - 1] = ((u[j] ** 2 + 1) / ratio[j - 1] - 1).sqrt()
+        self.register_buffer("u", torch.tensor(u.tolist()))
+        self.sigma_min = float(u[M - 1])
+        self.sigma_max = float(u[0])
+
+    def _nearest(self, sigma):
+        distance = (sigma.to(self.u).reshape(-1, 1) - self.u).abs()  # [N, M + 1]
+        return distance.argmin(dim=1)
+
+    def round_sigma(self, sigma, return_index=False):
+        sigma = torch.as_tensor(sigma)
+        index = self._nearest(sigma)
+        result = index if return_index else self.u[index].to(sigma.dtype)
+        return result.reshape(sigma.shape).to(sigma.device)
+
+    def coefficients(self, sigma):
+        c_noise = (self.M - 1 - self.round_sigma(sigma, return_index=True)).to(torch.float32)
+        return torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise
+
+
+MODELS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
