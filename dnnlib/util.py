@@ -1,6 +1,7 @@
 """Small utilities shared by every room: EasyDict, a tee for log.txt, atomic writes, number formats."""
 
 import contextlib
+import json
 import os
 import re
 import sys
@@ -72,9 +73,9 @@ def atomic_write(path, mode="wb"):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    encoding = None if "b" in mode else "utf-8"
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        with os.fdopen(fd, mode, encoding=encoding) as file:
+        with os.fdopen(fd, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -88,6 +89,18 @@ def atomic_write(path, mode="wb"):
         if isinstance(err, OSError) and err.errno is not None and err.filename is None:
             raise OSError(err.errno, f"{err.strerror}; free some space or choose another place", str(path)) from err
         raise
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file atomically, line ends as they are; returns its path."""
+    with atomic_write(path, "w") as file:
+        file.write(text)
+    return Path(path)
+
+
+def write_json(path: str | Path, value: object) -> Path:
+    """Write strict JSON atomically; returns its path. Raises ValueError for NaN or infinity."""
+    return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 _NIMG = re.compile(r"([0-9]{1,18})(Ki|Mi|Gi|)")

@@ -8,8 +8,9 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from dnnlib.util import write_json
+from metrics.table import mean_and_error
 from simulations.bounds import Bound
-from simulations.theory_io import mean_and_error, write_json
 
 
 def run_cells(

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
+from metrics.table import mean_and_error
 from simulations.bounds import gaussian_bound
 from simulations.gaussian_exact import expected_tv, tv_unit_gaussians
-from simulations.theory_io import mean_and_error, shared_count
+from simulations.theory_io import shared_count
 
 PAPER_SEEDS = (3, 33, 520, 2025, 25731)
 PAPER_DEFAULTS = {"K": 5, "n": 500, "sim": 0.5}

@@ -9,7 +9,8 @@ import click
 if not __package__:  # run as a file: the packages are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from simulations.theory_io import FIGURES_DIR, RESULTS_DIR, OneLineCommand, exact_fraction, read_csv, shared_count  # noqa: E402
+from metrics.table import read_csv  # noqa: E402
+from simulations.theory_io import FIGURES_DIR, RESULTS_DIR, OneLineCommand, exact_fraction, shared_count  # noqa: E402
 
 _ARMS = ("single", "multi")
 _PAPER_LABELS = {"K": "(a) Number of Sources", "n": "(b) Sample Size", "sim": "(c) Distribution Similarity"}

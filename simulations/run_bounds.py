@@ -10,8 +10,9 @@ if not __package__:  # run as a file: the packages are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dnnlib import cli  # noqa: E402
+from dnnlib.util import write_json  # noqa: E402
 from simulations import bounds  # noqa: E402
-from simulations.theory_io import OneLineCommand, shared_count, write_json  # noqa: E402
+from simulations.theory_io import OneLineCommand, shared_count  # noqa: E402
 
 _COUNT = click.IntRange(min=1)
 _USES = {

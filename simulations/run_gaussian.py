@@ -10,7 +10,8 @@ if not __package__:  # run as a file: the packages are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dnnlib import cli  # noqa: E402
-from simulations.theory_io import RESULTS_DIR, ListOption, OneLineCommand, write_csv  # noqa: E402
+from metrics.table import write_csv  # noqa: E402
+from simulations.theory_io import RESULTS_DIR, ListOption, OneLineCommand  # noqa: E402
 
 
 # fmt: off  (one option a line)

@@ -96,8 +96,9 @@ def run(models, experiments, judge, samplings, num, dest, **options):
     """Measure the grid into the folder `dest`: CSV files after every new cell, figures and summary.md at the end."""
     from tqdm import tqdm
 
+    from dnnlib.util import write_text
+    from metrics.table import read_csv, write_csv
     from simulations.studies import robustness
-    from simulations.theory_io import read_csv, write_csv, write_text
 
     dest, writer = Path(dest), robustness.is_writer()
     paths = {name: dest / f"robustness-{name}.csv" for name in experiments}

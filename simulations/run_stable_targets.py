@@ -31,8 +31,8 @@ Example:
 @click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
 def main(nets, data, stf_refs, num, seed, dest, device):
     """Evaluate the training loss of each network against one-image and against stable targets, on the same draws."""
+    from metrics.table import write_csv
     from simulations.studies import robustness, stable_targets
-    from simulations.theory_io import write_csv
     from torch_utils import distributed as dist
     from torch_utils import persistence
     from training.config import TrainingConfig

@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 
 from dnnlib import cli
-from simulations.theory_io import FIGURES_DIR, RESULTS_DIR, ListOption, OneLineCommand, write_csv
+from metrics.table import write_csv
+from simulations.theory_io import FIGURES_DIR, RESULTS_DIR, ListOption, OneLineCommand
 
 
 # fmt: off  (one option a line)

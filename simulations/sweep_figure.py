@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from metrics import figures
-from simulations.theory_io import read_csv
+from metrics.table import read_csv
 
 _ARMS = ("single", "multi")
 _LEGEND = [

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
-import os
 import sys
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,72 +12,6 @@ import click
 HERE = Path(__file__).resolve().parent
 RESULTS_DIR = HERE / "results"  # beside the scripts, so that commands work from any folder
 FIGURES_DIR = HERE / "figures"
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Write a text file atomically: an interrupted run leaves the earlier file as it was."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
-    return path
-
-
-def write_csv(path: str | Path, rows: Sequence[Mapping[str, object]]) -> Path:
-    """Write rows (all with the keys of the first) as CSV, floats with all their digits.
-
-    Raises:
-        ValueError: a value is NaN or infinite, or there is no row.
-    """
-    if not rows:
-        raise ValueError(f"no rows to write to {path}")
-    for row in rows:
-        for key, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"column {key!r} of {path} is {value}; refusing to write it")
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: int(v) if isinstance(v, bool) else v for k, v in row.items()} for row in rows)
-    return write_text(path, buffer.getvalue())
-
-
-def read_csv(path: str | Path) -> list[dict[str, object]]:
-    """Read a CSV file; cells that are numbers become int or float.
-
-    Raises:
-        ValueError: the file does not exist or holds no rows.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; run the run_*.py script first, or pass --results-dir")
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    if not rows:
-        raise ValueError(f"{path} holds no rows; run the run_*.py script again")
-    return rows
-
-
-def write_json(path: str | Path, value: object) -> Path:
-    """Write JSON atomically."""
-    return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _number(text: str) -> object:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def exact_fraction(value: float | str) -> Fraction:
@@ -100,16 +28,6 @@ def shared_count(share: float, count: int) -> int:
     if not 0 <= share <= 1:
         raise ValueError(f"sim={share} must lie within [0, 1]")
     return math.floor(exact_fraction(share) * count)
-
-
-def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and its standard error (0 for a single value)."""
-    values = [float(v) for v in values]
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return mean, 0.0
-    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
 
 
 class ListOption(click.ParamType):

@@ -14,7 +14,8 @@ import scipy.stats
 import torch
 from click.testing import CliRunner
 
-from simulations import gaussian, theory_io
+from metrics import table
+from simulations import gaussian
 from simulations.gaussian_exact import expected_tv, expected_tv_given_counts, expected_tv_student, tv_unit_gaussians
 from simulations.run_gaussian import main
 
@@ -178,7 +179,7 @@ def test_expected_tv_against_simulated_fits(cell):
     config = gaussian.Config(K, n, D, sim, test_size=1)
     fits = [gaussian.simulate(config, seed) for seed in range(2000)]
     for index, name in enumerate(("tv_single", "tv_multi")):
-        mean, error = theory_io.mean_and_error(getattr(f, name) for f in fits)
+        mean, error = table.mean_and_error(getattr(f, name) for f in fits)
         assert abs(mean - expected_tv(K, n, D, config.d1)[index]) < 3 * error + 1e-12, name
 
 
@@ -274,5 +275,5 @@ def test_command_refuses(options, tmp_path):
 
 def test_non_finite_values_are_never_written(tmp_path):
     with pytest.raises(ValueError, match="refusing"):
-        theory_io.write_csv(tmp_path / "a.csv", [{"x": float("nan")}])
+        table.write_csv(tmp_path / "a.csv", [{"x": float("nan")}])
     assert not list(tmp_path.iterdir())
