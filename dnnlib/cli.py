@@ -39,6 +39,9 @@ class Float(click.FloatRange):
         super().__init__(*bounds, **options)
         self.infinite = infinite
 
+    def _describe_range(self):
+        return super()._describe_range() if (self.min, self.max) != (None, None) else ""  # click says x<=None
+
     def convert(self, value, param, ctx):
         number = super().convert(value, param, ctx)
         if math.isnan(number) or (math.isinf(number) and not self.infinite):
@@ -166,7 +169,16 @@ class _OneLineErrors:
 
 
 class Command(_OneLineErrors, click.Command):
-    """A command that takes no empty values: they come from unset shell variables."""
+    """A command that takes no empty values (they come from unset shell variables), with options under headings."""
+
+    def format_options(self, ctx, formatter):
+        sections = {}
+        for param in self.get_params(ctx):
+            if record := param.get_help_record(ctx):
+                sections.setdefault(getattr(param, "group", None) or "Options", []).append(record)
+        for heading, records in sorted(sections.items(), key=lambda item: item[0] == "Options"):
+            with formatter.section(heading):
+                formatter.write_dl(records)
 
     def make_context(self, *args, **kwargs):
         ctx = super().make_context(*args, **kwargs)
