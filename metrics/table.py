@@ -53,11 +53,40 @@ def _number(text: str) -> object:
     return text
 
 
+def markdown(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table, without a newline at its end."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _mean_and_variance(values: Iterable[float]) -> tuple[float, float, int]:
+    values = [float(v) for v in values]
+    mean, n = math.fsum(values) / len(values), len(values)
+    return mean, math.fsum((v - mean) ** 2 for v in values) / (n - 1) if n > 1 else math.nan, n
+
+
+def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1); NaN deviation for a single value."""
+    mean, variance, _ = _mean_and_variance(values)
+    return mean, math.sqrt(variance)
+
+
 def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
     """Mean and its standard error (0 for a single value)."""
-    values = [float(v) for v in values]
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return mean, 0.0
-    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
+    mean, variance, n = _mean_and_variance(values)
+    return mean, math.sqrt(variance / n) if n > 1 else 0.0
+
+
+def paired_difference(a: Iterable[float], b: Iterable[float]) -> tuple[float, float, float, float]:
+    """Mean of a - b over pairs, its standard error, and the ends of its 95 % interval (Student's t).
+
+    A single pair has no error: all but its difference are NaN. Raises ValueError for sequences of different lengths.
+    """
+    import scipy.stats
+
+    mean, variance, n = _mean_and_variance(x - y for x, y in zip(a, b, strict=True))
+    if n < 2:
+        return mean, math.nan, math.nan, math.nan
+    error = math.sqrt(variance / n)
+    half = float(scipy.stats.t.ppf(0.975, n - 1)) * error
+    return mean, error, mean - half, mean + half
