@@ -8,10 +8,14 @@ losses of the chosen ones indexed, backward through the whole graph.
 """
 
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import click
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training import selection, setup
 from training.config import make_config

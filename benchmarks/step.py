@@ -13,10 +13,14 @@ import datetime
 import os
 import platform
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import click
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dnnlib import atomic_write, cli
 from torch_utils import distributed as dist
