@@ -102,6 +102,19 @@ def _combinations(foreach, values, where):
     return assignments
 
 
+def _folder_name(name, budget, overrides):
+    """Where results go by default: another budget or setting is another experiment, which must not mix with this one.
+
+    Letters, digits and `-_.` only; where several choices would read alike, a hash tells them apart.
+    """
+    parts = [] if budget in (None, "default") else [budget]
+    parts += [str(part) for key, value in overrides.items() if key != "out" for part in (key, value)]
+    plain = re.sub(r"[^\w.-]+", "", re.sub(r"[,=]\s*", "-", "-".join([str(name), *parts])))[:100]
+    if all(re.fullmatch(r"[\w.]+", part) for part in parts):
+        return plain
+    return f"{plain}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:6]}"
+
+
 def load(path, budget=None, overrides=None):
     """(name, settings) and the list of Steps of an experiment file. Raises ValueError with the file and what is wrong.
 
@@ -132,10 +145,7 @@ def load(path, budget=None, overrides=None):
             f"--set {sorted(unknown)[0]}: {path} has no such setting; known: {', '.join(sorted(settings))}"
         )
     settings.update(overrides or {})
-    # Another budget or setting is another experiment: its results must not mix with these.
-    parts = [name, *([] if budget in (None, "default") else [budget])]
-    parts += [f"{key}={value}" for key, value in (overrides or {}).items() if key != "out"]
-    settings.setdefault("out", "results/" + re.sub(r"[^\w.=,-]+", "", "-".join(parts).replace(", ", ",")))
+    settings.setdefault("out", "results/" + _folder_name(name, budget, overrides or {}))
     steps = []
     for stage, entry in enumerate(spec["steps"]):
         where = f"{path}, step {stage}"

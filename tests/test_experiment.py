@@ -1,6 +1,7 @@
 """Experiment files: settings, budgets, repetitions, markers, resuming after a failure."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -81,6 +82,23 @@ def test_budgets_and_overrides_in_that_order(file):
     assert set(commands(experiment.load(file, "smoke,single")[1])) == {"all", "one-7", "pair-5-1", "pair-5-2", "table"}
     steps = experiment.load(file, "smoke", {"n": 9, "sources": [4]})[1]
     assert commands(steps)["one-4"] == "--text=4:9"
+
+
+def test_the_default_folder_is_plain_and_no_two_choices_share_it(tmp_path):
+    path = tmp_path / "demo.yaml"
+    path.write_text("settings: {a: 1, b: 2, c: [3, 4]}\nbudgets: {x: {}, x-y: {}, y: {}}\nsteps: []\n")
+    folder = lambda *choice: experiment.load(path, *choice)[0]["out"]
+    assert folder() == folder("default") == "results/demo"
+    assert folder("x") == "results/demo-x" and folder("x", {"a": 5, "b": 0.5}) == "results/demo-x-a-5-b-0.5"
+    lists = [
+        (None, {"c": value})
+        for value in ([0, 1], "0-1", ["0,1"], [0, "", 1], "0/1", "a/../b", [[0], 1], -1, 1, "x" * 300)
+    ]
+    mixed = [("x,y",), ("x-y",), (None, {"a": "b", "b": 3}), (None, {"a": ["b", "b", 3]}), (None, {"a": "b-b-3"})]
+    folders = [folder(*choice) for choice in lists + mixed]
+    assert len(set(folders)) == len(folders)
+    assert all(re.fullmatch(r"results/[A-Za-z0-9_.-]{1,120}", name) for name in folders), folders
+    assert folders[0].startswith("results/demo-c-0-1-") and folders[len(lists)].startswith("results/demo-x-y-")
 
 
 def test_steps_run_once_and_again_when_their_command_changes(file, tmp_path):
@@ -199,8 +217,6 @@ def test_command_line(file, tmp_path, monkeypatch):
 def test_mistakes_are_one_line(file, arguments, message):
     result = invoke(file, *arguments)
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
-    import re
-
     assert re.search(message, result.stderr)
 
 
