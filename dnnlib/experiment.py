@@ -107,12 +107,13 @@ def _folder_name(name, budget, overrides):
 
     Letters, digits and `-_.` only; where several choices would read alike, a hash tells them apart.
     """
-    parts = [] if budget in (None, "default") else [budget]
-    parts += [str(part) for key, value in overrides.items() if key != "out" for part in (key, value)]
-    plain = re.sub(r"[^\w.-]+", "", re.sub(r"[,=]\s*", "-", "-".join([str(name), *parts])))[:100]
-    if all(re.fullmatch(r"[\w.]+", part) for part in parts):
+    choices = [] if budget in (None, "default") else [budget]
+    choices += [part for key, value in overrides.items() if key != "out" for part in (key, value)]
+    parts = [str(part) for part in choices]
+    plain = re.sub(r"[^\w.-]+", "", re.sub(r"[,=]\s*", "-", "-".join([str(name), *parts])))
+    if len(plain) <= 100 and all(re.fullmatch(r"[\w.]+", part) for part in parts):
         return plain
-    return f"{plain}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:6]}"
+    return f"{plain[:100]}-{hashlib.sha256(repr(choices).encode()).hexdigest()[:6]}"
 
 
 def load(path, budget=None, overrides=None):

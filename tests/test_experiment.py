@@ -92,7 +92,20 @@ def test_the_default_folder_is_plain_and_no_two_choices_share_it(tmp_path):
     assert folder("x") == "results/demo-x" and folder("x", {"a": 5, "b": 0.5}) == "results/demo-x-a-5-b-0.5"
     lists = [
         (None, {"c": value})
-        for value in ([0, 1], "0-1", ["0,1"], [0, "", 1], "0/1", "a/../b", [[0], 1], -1, 1, "x" * 300)
+        for value in (
+            [0, 1],
+            "0-1",
+            ["0,1"],
+            [0, "", 1],
+            "0/1",
+            "a/../b",
+            [[0], 1],
+            "-1",
+            1,
+            "[0, 1]",
+            "x" * 300,
+            "x" * 301,
+        )
     ]
     mixed = [("x,y",), ("x-y",), (None, {"a": "b", "b": 3}), (None, {"a": ["b", "b", 3]}), (None, {"a": "b-b-3"})]
     folders = [folder(*choice) for choice in lists + mixed]
