@@ -6,6 +6,7 @@ on stderr; set DNNLIB_TRACEBACK=1 to see where they come from.
 
 import math
 import os
+import re
 import sys
 
 import click
@@ -58,20 +59,28 @@ class _Mapping(click.ParamType):
         return value if isinstance(value, dict) else str(value)
 
 
-def _list_of(kind, name):
-    def parse(text):
-        try:
-            return [kind(part) for part in text.split(",")]
-        except ValueError:
-            raise ValueError(f"{text!r} is no comma-separated list of {name}") from None
+def _integers(text):
+    values = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([-+]?[0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not 0 <= last - first < 1_000_000:
+            raise ValueError(f"{text!r} is no comma-separated list of integers, ranges such as 0-4 included")
+        values.extend(range(first, last + 1))
+    return values
 
-    return parse
+
+def _numbers(text):
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{text!r} is no comma-separated list of numbers") from None
 
 
 NIMG = _Parsed("nimg", parse_nimg)
 SEEDS = _Parsed("seeds", parse_seeds)
-INTS = _Parsed("ints", _list_of(int, "integers"))
-FLOATS = _Parsed("floats", _list_of(float, "numbers"))
+INTS = _Parsed("ints", _integers)
+FLOATS = _Parsed("floats", _numbers)
 MAPPING = _Mapping()
 WORKERS = click.IntRange(0, 256)  # processes: more would take the machine down before the first image
 STRINGS = _Parsed("names", lambda text: [part for part in text.split(",") if part])

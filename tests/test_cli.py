@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 
+import click
 import pytest
 from click.testing import CliRunner
 from small_runs import python
@@ -275,6 +276,20 @@ def test_seeds(text, seeds):
 def test_wrong_seeds(text):
     with pytest.raises(ValueError, match="seeds"):
         parse_seeds(text)
+
+
+@pytest.mark.parametrize(
+    "text, values",
+    [("3", [3]), ("1, 2,5-7", [1, 2, 5, 6, 7]), ("-2,0-0", [-2, 0]), ("-1-1", [-1, 0, 1]), ([4, 5], [4, 5]), (6, [6])],
+)
+def test_lists_of_integers(text, values):
+    assert cli.INTS.convert(text, None, None) == values
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,", "1.5", "3-1", "1-", "0-99999999", "1--2", "nan"])
+def test_wrong_lists_of_integers(text):
+    with pytest.raises(click.BadParameter, match="list of integers"):
+        cli.INTS.convert(text, None, None)
 
 
 def test_errors_of_libraries_become_one_line(monkeypatch):

@@ -1,0 +1,58 @@
+"""A resumable map: each finished cell of a grid is kept as a file, so that long work can be interrupted and run again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from dnnlib.util import write_text
+
+
+def run(
+    cells: Sequence[tuple],
+    work: Callable,
+    folder: str | Path,
+    *,
+    identity: Callable = lambda *cell: cell,
+    read: Callable = lambda result: result,
+    fresh: bool = False,
+    keep: bool = True,
+    progress: Callable[[list], Iterable] = iter,
+) -> list:
+    """[work(*cell) for cell in cells]; results that lie in `folder` are read instead, and equal cells are worked on once.
+
+    Args:
+        cells:    arguments of `work`, which returns plain data or a dataclass of such.
+        folder:   one JSON file per finished cell.
+        identity: (*cell) -> all that the result depends on, as plain data or dataclasses; default: the arguments.
+        read:     stored plain data -> result; where it raises KeyError, TypeError or ValueError, the cell is run again.
+        fresh:    run finished cells again.
+        keep:     write the files (of several processes that work on the same cells together, one does).
+        progress: wraps the list of cells that are run, e.g. tqdm.
+    """
+    names = [json.dumps(identity(*cell), default=_named, sort_keys=True) for cell in cells]
+    files = {name: Path(folder) / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json" for name in names}
+    results = {} if fresh else _known(files, read)
+    missing = {name: cell for name, cell in zip(names, cells, strict=True) if name not in results}
+    for name in progress(list(missing)):
+        text = json.dumps({"cell": json.loads(name), "result": work(*missing[name])}, default=dataclasses.asdict)
+        if keep:
+            write_text(files[name], text)
+        results[name] = read(json.loads(text)["result"])  # the same, run or read
+    return [results[name] for name in names]
+
+
+def _named(value: object) -> list:
+    return [type(value).__name__, dataclasses.asdict(value)]
+
+
+def _known(files: dict[str, Path], read: Callable) -> dict[str, object]:
+    results = {}
+    for name, path in files.items():
+        with contextlib.suppress(OSError, KeyError, TypeError, ValueError):  # absent, damaged, or of an older form
+            results[name] = read(json.loads(path.read_text(encoding="utf-8"))["result"])
+    return results
