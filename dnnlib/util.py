@@ -144,6 +144,12 @@ def parse_seeds(text):
     return seeds
 
 
+def natural_key(text: str) -> list:
+    """Sort key that orders numbers within names by their value: a-2 before a-10, cfg-1.25 before cfg-1.5."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return [(float(part) if "." in part else int(part)) if i % 2 else part for i, part in enumerate(parts)]
+
+
 def format_time(seconds):
     """'7s', '3m 07s', '2h 03m 07s' or '1d 02h 03m'."""
     s = int(round(float(seconds)))

@@ -4,7 +4,6 @@ import csv
 import glob
 import json
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ if not __package__:  # run as a file: the packages are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dnnlib import atomic_write, cli  # noqa: E402
+from dnnlib.util import natural_key  # noqa: E402
 
 COLUMNS = ["agreement", "fd", "precision", "recall", "density", "coverage"]
 
@@ -40,11 +40,7 @@ def read(paths, section="overall"):
     for arm, found in arms.items():
         if set(found) != seeds:
             raise ValueError(f"arm {arm} lacks the seeds {', '.join(sorted(seeds - set(found)))}, which others have")
-    return {arm: dict(sorted(arms[arm].items())) for arm in sorted(arms, key=_natural)}
-
-
-def _natural(text):
-    return [(0, float(part)) if re.fullmatch(r"\d+(\.\d+)?", part) else (1, part) for part in re.split(r"-", text)]
+    return {arm: dict(sorted(arms[arm].items())) for arm in sorted(arms, key=natural_key)}
 
 
 def mean_sd(values):

@@ -15,6 +15,7 @@ import generate_images
 import run_experiment
 import train_edm2
 from dnnlib import cli, format_nimg, parse_nimg, parse_seeds
+from dnnlib.util import natural_key
 from training import training_loop
 
 SCRIPTS = {
@@ -311,3 +312,8 @@ def test_errors_of_libraries_become_one_line(monkeypatch):
 def test_help_names_the_exit_codes():
     text = re.sub(r"\s+", " ", train("--help").output)
     assert "75 stopped by SIGTERM or SIGINT" in text and "2 bad input" in text
+
+
+def test_natural_order():
+    names = ["cfg-1.25", "cfg-1.5", "cfg-2", "cfg-10", "none", "x2y", "x10", "x10.npz"]
+    assert sorted(sorted(names), key=natural_key) == names

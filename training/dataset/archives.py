@@ -17,6 +17,7 @@ import zlib
 
 import numpy as np
 
+from dnnlib.util import natural_key
 from training.dataset.format import ZIP_ERRORS, ImageSource, open_image
 
 
@@ -195,7 +196,7 @@ def read_idx(path, dimensions):
 def _npz_shards(path):
     """One .npz or a folder of them, with `data` uint8 [N,3*S*S] and `labels` (downsampled ImageNet counts from 1)."""
     if os.path.isdir(path):
-        names = sorted((n for n in os.listdir(path) if n.lower().endswith(".npz")), key=_natural)
+        names = sorted((n for n in os.listdir(path) if n.lower().endswith(".npz")), key=natural_key)
         if not names or len(names) < len([n for n in os.listdir(path) if not n.startswith(".")]):
             return None
         files = [os.path.join(path, n) for n in names]
@@ -224,10 +225,6 @@ def _npz_shards(path):
     return _from_arrays(name, np.ascontiguousarray(np.concatenate(images)), labels - int(from_one), count)
 
 
-def _natural(name):
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-
-
 # ----------------------------------------------------------------------------
 # TFRecords, without TensorFlow.
 
@@ -236,7 +233,7 @@ def _tfrecords(path):
     """One .tfrecord(s) file or a folder of them. Examples hold `data` (raw [C,H,W]) with `shape`, or an encoded image."""
     is_record = lambda name: re.search(r"\.tfrecords?(-\d+-of-\d+)?$", name.lower()) is not None
     if os.path.isdir(path):
-        names = sorted((n for n in os.listdir(path) if is_record(n)), key=_natural)
+        names = sorted((n for n in os.listdir(path) if is_record(n)), key=natural_key)
         if not names or len(names) < len([n for n in os.listdir(path) if not n.startswith(".")]):
             return None
         files = [os.path.join(path, n) for n in names]
@@ -414,7 +411,7 @@ def _lmdb(path):
         raise ValueError(f"{file}: no readable LMDB file ({err})") from err
     if not keys:
         raise ValueError(f"--source={path}: no images found")
-    keys.sort(key=lambda key: _natural(key.decode("latin1")))
+    keys.sort(key=lambda key: natural_key(key.decode("latin1")))
 
     def read(i):
         with base.begin() as transaction:
@@ -459,7 +456,7 @@ def _tiny_imagenet(path):
             if not os.path.isdir(folder):
                 raise ValueError(f"--source={path}: {folder} is missing; extract Tiny ImageNet again")
             names = sorted(n for n in os.listdir(folder) if n.lower().endswith((".jpeg", ".jpg", ".png")))
-            files += [(os.path.join(folder, name), index[wnid]) for name in sorted(names, key=_natural)]
+            files += [(os.path.join(folder, name), index[wnid]) for name in sorted(names, key=natural_key)]
 
     def read(i, header_only=False):
         with open(files[i][0], "rb") as f:
