@@ -216,7 +216,7 @@ def loss(net, data, sources, num, seed, device, dest, tags):
     """Denoising loss on held-out images at fixed noise levels, per source: a yardstick less noisy than samples."""
     from torch_utils import distributed
     from torch_utils.persistence import load_snapshot
-    from training.validation import denoising_loss
+    from training.validation import HeldOut
 
     if dest is not None:
         commands.check_writable(dest)
@@ -228,7 +228,7 @@ def loss(net, data, sources, num, seed, device, dest, tags):
     dataset = commands.open_images(data, "--data")
     if sources is not None:
         dataset = dataset.subset([i for source in sources for i in dataset.indices_of(source)])
-    result = denoising_loss(snapshot.net, dataset, snapshot.encoder, seed=seed, max_images=num)
+    result = HeldOut(dataset, seed, num).denoising_loss(snapshot.net, snapshot.encoder)
     sources = {str(k): {"denoising_loss": v} for k, v in result.pop("sources", {}).items()}
     commands.finish(
         {"net": net, "seed": seed, "tags": tags, "metrics": {"denoising": {**result, "sources": sources}}}, dest

@@ -98,12 +98,10 @@ def make_loop(config, interface, arm, filter_ratio, chunks):
         more = {"num_chunks": chunks} if name in ("jest", "diverse", "one-pass") else {}
         kind = OnePass if name == "one-pass" else selection.LossSelector
         selector = kind(function, reference, filter_ratio, options=more, **options)
-    optimizer = setup.OPTIMIZERS[config.optimizer](objective.param_groups(), lr=1, betas=tuple(config.betas))
-    return TrainingLoop(
-        objective, Feed(data, block=config.block), IdentityEncoder(), selector, optimizer,
-        setup.EMAS[config.ema](config, objective), lambda nimg: 1e-4, ".", Periods(config.batch_size),
-        batch_size=config.batch_size,
-    )  # fmt: skip
+    optimizer = setup.OPTIMIZERS[config.optimizer](config, objective.param_groups())
+    ema, periods = setup.EMAS[config.ema](config, objective), Periods(config.batch_size)
+    parts = (objective, Feed(data, block=config.block), IdentityEncoder(), selector, optimizer, ema)
+    return TrainingLoop(setup.Run(*parts, lambda nimg: 1e-4, periods, config.batch_size), ".")
 
 
 def step_times(preset, filter_ratio, chunks, steps):

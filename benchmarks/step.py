@@ -139,12 +139,12 @@ def make_loop(config, interface, device):
     )
     net = setup.build_network(config, interface, device)
     objective = Objective(net, setup.build_loss(config, None).to(device))
-    optimizer = setup.OPTIMIZERS[config.optimizer](objective.param_groups(), lr=1, betas=tuple(config.betas))
-    return TrainingLoop(
-        objective, Feed(data, block=config.block, device=device), IdentityEncoder(), selection.IdentitySelector(),
-        optimizer, setup.EMAS[config.ema](config, objective), lambda nimg: 1e-4, ".", Periods(config.batch_size),
-        batch_size=config.batch_size, batch_gpu=config.batch_gpu or None,
-    )  # fmt: skip
+    optimizer = setup.OPTIMIZERS[config.optimizer](config, objective.param_groups())
+    ema, periods = setup.EMAS[config.ema](config, objective), Periods(config.batch_size)
+    feed = Feed(data, block=config.block, device=device)
+    parts = (objective, feed, IdentityEncoder(), selection.IdentitySelector(), optimizer, ema)
+    run = setup.Run(*parts, lambda nimg: 1e-4, periods, config.batch_size, config.batch_gpu or None)
+    return TrainingLoop(run, ".")
 
 
 def measure(config, interface, device, precision, compiled, steps, warmup, sampling_steps):

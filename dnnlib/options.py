@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from dnnlib import cli
+from dnnlib.util import format_nimg
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,14 @@ class Opt:
             return "" if low is None else named.get((self.at_least, self.above), f"be at least {low:g}")
         left, right = "(" if self.at_least is None else "[", ")" if self.at_most is None else "]"
         return f"lie in {left}{-math.inf if low is None else low:g}, {high:.4g}{right}"
+
+    def symbols(self) -> str:
+        """The bounds as --help shows them: 0<=x<1; empty without bounds."""
+        low = next((f"{v:g}{s}" for v, s in ((self.at_least, "<="), (self.above, "<")) if v is not None), "")
+        high = next((f"{s}{v:.4g}" for v, s in ((self.at_most, "<="), (self.below, "<")) if v is not None), "")
+        if low and not high:
+            return f"x>{'=' if self.above is None else ''}{low.rstrip('<=')}"
+        return f"{low}x{high}" if high else ""
 
     def holds(self, value: float) -> bool:
         """Whether a number is within the bounds, and finite unless it need not be."""
@@ -103,10 +112,10 @@ class Option(click.Option):
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         words, text = super().get_help_record(ctx)
-        bounds = self.own.range().replace("be ", "").removeprefix("lie in ")
-        extra = [bounds] if bounds else []
+        extra = [self.own.symbols()] if self.own.symbols() else []
         shown = self.shown if self.own.shown is None else self.own.shown
         if shown not in (None, "", [], {}):
+            shown = format_nimg(shown) if self.type is cli.NIMG else shown
             extra.append(f"default: {','.join(map(str, shown)) if isinstance(shown, list) else shown}")
         return words, f"{text}  [{'; '.join(extra)}]" if extra else text
 

@@ -21,7 +21,8 @@ from training.processes.options import make_process
 from training.processes.score import make_score
 from training.schedules import learning_rate_schedule
 from training.selection import IdentitySelector
-from training.training_loop import Periods, training_loop
+from training.setup import Run
+from training.training_loop import Periods
 
 STATES = {
     "em": samplers.euler_maruyama_states,
@@ -65,15 +66,19 @@ def train(
     optimizer = torch.optim.Adam(objective.param_groups(), lr=lr, betas=(0.9, 0.99))
     total, period = steps * batch, math.lcm(batch, 1024)
     options = dict(dataset=dataset, process=process, steps=steps, batch=batch, lr=lr, seed=seed)
-    outdir.mkdir(parents=True, exist_ok=True)
-    return training_loop(
-        objective, Feed(data, seed=seed, block=batch), IdentityEncoder(), IdentitySelector(), optimizer,
+    return Run(
+        objective,
+        Feed(data, seed=seed, block=batch),
+        IdentityEncoder(),
+        IdentitySelector(),
+        optimizer,
         PowerFunctionEMA(objective, [ema_std]),
         lambda nimg: learning_rate_schedule(nimg, batch, lr, steps / 4, 0),
-        outdir,
         Periods(total, 0, batch * max(1, steps // 10), period * max(1, total // period), 0),
-        batch_size=batch, seed=seed, header=dict(options=options, dataset=dict(path=dataset, label_dim=0)),
-    )  # fmt: skip
+        batch_size=batch,
+        seed=seed,
+        header=dict(options=options, dataset=dict(path=dataset, label_dim=0)),
+    ).start(outdir)
 
 
 @torch.no_grad()

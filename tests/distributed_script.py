@@ -44,7 +44,7 @@ def train(data, out, batch_gpu, steps):
     net = setup.build_network(config, setup.interface_of(dataset, encoder), "cpu")
     objective = Objective(net, EDM2Loss(label_dropout=0.2))
     recorder, losses = Recorder(), []
-    loop = TrainingLoop(
+    run = setup.Run(
         objective,
         Feed(dataset, seed=0, block=4, rank=dist.get_rank(), world_size=dist.get_world_size()),
         encoder,
@@ -52,11 +52,11 @@ def train(data, out, batch_gpu, steps):
         torch.optim.Adam(objective.param_groups(), lr=1, betas=(0.9, 0.99)),
         phema.PowerFunctionEMA(objective, [0.1]),
         lambda nimg: 0.01 * min(nimg / 2000, 1),
-        out,
         Periods(total_nimg=BATCH * 1024, status_nimg=BATCH, snapshot_nimg=0, checkpoint_nimg=0),
         batch_size=BATCH,
         batch_gpu=batch_gpu,
     )
+    loop = TrainingLoop(run, out)
     gradients = {}
     for step in range(steps):
         loop.step()

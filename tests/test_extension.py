@@ -19,7 +19,7 @@ from training.encoders import IdentityEncoder
 from training.feed import Feed
 from training.losses import Draws, EDM2Loss, Loss, Objective
 from training.processes import LinearProcess
-from training.training_loop import Periods, training_loop
+from training.training_loop import Periods
 
 SHORT = dict(total_nimg=256, status_nimg=0, snapshot_nimg=1024, checkpoint_nimg=0)
 
@@ -27,12 +27,11 @@ SHORT = dict(total_nimg=256, status_nimg=0, snapshot_nimg=1024, checkpoint_nimg=
 def train_points(data, net, loss, run_dir, steps=20, batch=128, lr=0.01):
     """The real loop on data in memory."""
     objective = Objective(net, loss)
-    return training_loop(
-        objective, Feed(data, block=32), IdentityEncoder(), selection.IdentitySelector(),
-        torch.optim.Adam(objective.param_groups(), lr=1, betas=(0.9, 0.9)), phema.PowerFunctionEMA(objective, [0.1]),
-        lambda nimg: lr, run_dir, Periods(steps * batch, snapshot_nimg=batch * 1024, status_nimg=0, checkpoint_nimg=0),
-        batch_size=batch,
-    )  # fmt: skip
+    optimizer = torch.optim.Adam(objective.param_groups(), lr=1, betas=(0.9, 0.9))
+    parts = (objective, Feed(data, block=32), IdentityEncoder(), selection.IdentitySelector(), optimizer)
+    periods = Periods(steps * batch, snapshot_nimg=batch * 1024, status_nimg=0, checkpoint_nimg=0)
+    ema = phema.PowerFunctionEMA(objective, [0.1])
+    return setup.Run(*parts, ema, lambda nimg: lr, periods, batch_size=batch).start(run_dir)
 
 
 class Exact:

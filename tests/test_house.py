@@ -66,7 +66,6 @@ PENDING_ARGUMENTS = {
     "training.samplers.heun_states",
     "training.samplers.probability_flow",
     "training.samplers.probability_flow_states",
-    "training.training_loop.TrainingLoop.__init__",
 }
 PENDING_HELP = {"simulations/run_solvers.py", "simulations/run_toy.py"}
 PENDING_TYPES = {
@@ -94,7 +93,6 @@ PENDING_TYPES = {
     "torch_utils.random",
     "torch_utils.training_stats",
     "training.augment",
-    "training.config",
     "training.dataset.archives",
     "training.dataset.convert",
     "training.dataset.dataset",
@@ -104,10 +102,8 @@ PENDING_TYPES = {
     "training.dataset.order",
     "training.dataset.sources",
     "training.encoders",
-    "training.feed",
     "training.generation",
     "training.guidance",
-    "training.hooks",
     "training.images",
     "training.likelihood",
     "training.losses.denoising",
@@ -118,8 +114,6 @@ PENDING_TYPES = {
     "training.networks_edm.unets",
     "training.networks_edm2",
     "training.networks_toy",
-    "training.phema",
-    "training.presets",
     "training.process_sampling",
     "training.processes",
     "training.processes.edm",
@@ -134,12 +128,8 @@ PENDING_TYPES = {
     "training.processes.time_density",
     "training.quantize",
     "training.samplers",
-    "training.schedules",
     "training.selection.functions",
     "training.selection.selector",
-    "training.setup",
-    "training.training_loop",
-    "training.validation",
 }
 
 

@@ -11,6 +11,7 @@ from training.dataset import ArrayDataset
 from training.encoders import IdentityEncoder
 from training.feed import Feed
 from training.losses import Draws, Loss, Objective
+from training.setup import Run
 from training.training_loop import Periods, TrainingFailed, TrainingLoop
 
 BATCH = 8
@@ -43,11 +44,13 @@ class Sometimes(Loss):
 def make(tmp_path, bad, value=math.nan, steps=4, status=1, **options):
     data = ArrayDataset(torch.zeros(16, 1, 1, 1).numpy())
     objective = Objective(Scale(), Sometimes(bad, value))
-    return TrainingLoop(
-        objective, Feed(data, block=BATCH), IdentityEncoder(), selection.IdentitySelector(),
-        torch.optim.Adam(objective.param_groups(), lr=1), None, lambda nimg: 0.01, tmp_path,
-        Periods(steps * BATCH, status_nimg=status * BATCH, snapshot_nimg=0, checkpoint_nimg=0), batch_size=BATCH, **options,
-    )  # fmt: skip
+    optimizer = torch.optim.Adam(objective.param_groups(), lr=1)
+    feed, periods = Feed(data, block=BATCH), Periods(steps * BATCH, 0, status * BATCH, 0, 0)
+    selector = selection.IdentitySelector()
+    run = Run(
+        objective, feed, IdentityEncoder(), selector, optimizer, None, lambda nimg: 0.01, periods, BATCH, **options
+    )
+    return TrainingLoop(run, tmp_path)
 
 
 def statistics(tmp_path):

@@ -111,7 +111,7 @@ def test_the_snapshot_knows_D(digits, tmp_path):
     assert snapshot.process.D == 24.5 and snapshot.options["aug_dim"] == 24.5
     with pytest.raises(ValueError, match="--aug-dim: 24.5 -> 25.0"):
         config = TrainingConfig(**{**snapshot.options, "aug_dim": 25.0}).check()
-        setup.check_inputs(config, tmp_path / "run")
+        setup.build(config).check(tmp_path / "run")
 
 
 def test_stable_targets_with_accumulation_in_two_processes(digits, tmp_path):
@@ -256,7 +256,7 @@ def test_draws_with_stable_targets_do_not_depend_on_the_split(digits):
     """Reference batches belong to blocks of the data order: any process count and micro-batch gives the same targets."""
     config = make_config("digits8", data=str(digits), process="pfgmpp", aug_dim=16, stf=True, stf_refs=20)
     dataset, encoder = ImageFolderDataset(str(digits), use_labels=True), StandardRGBEncoder()
-    loss = setup.build_loss(config, setup._references(dataset, encoder, "cpu"))
+    loss = setup.build_loss(config, setup._references(Feed(dataset), encoder))
 
     def draws(world_size, max_batch):
         parts = []
@@ -276,7 +276,7 @@ def test_draws_with_stable_targets_do_not_depend_on_the_split(digits):
 def test_references_are_augmented_as_the_images_are(digits):
     config = make_config("digits8", data=str(digits), arch="ddpmpp", augment=1.0, stf=True)
     dataset, encoder = ImageFolderDataset(str(digits), use_labels=True), StandardRGBEncoder()
-    plain = setup._references(dataset, encoder, "cpu")
+    plain = setup._references(Feed(dataset), encoder)
     loss = setup.build_loss(config, plain)
     clean, labels = plain(12, seeded(15))
     moved, same_labels = loss.stable_targets.references(12, seeded(15))

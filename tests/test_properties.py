@@ -234,7 +234,7 @@ def test_any_training_options_up_to_the_start(digits, tmp_path_factory, chosen):
         raise SystemExit(0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "training_loop", started)
+        patch.setattr(setup.Run, "start", started)
         one_line_or_success(CliRunner().invoke(train_edm2.main, command))
 
 

@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from small_runs import assert_identical, final_state, small_config
 
+from dnnlib.options import declared
 from torch_utils import checkpoint
 from torch_utils.persistence import load_snapshot, read_header
 from training import config as training_config
@@ -17,7 +18,7 @@ from training.encoders import IdentityEncoder
 from training.feed import Candidates, Feed
 from training.losses import EDM2Loss, Objective
 from training.networks_toy import MLPDenoiser
-from training.training_loop import Periods, TrainingLoop, training_loop
+from training.training_loop import Periods, TrainingLoop
 
 
 def tensors(path):
@@ -52,7 +53,7 @@ def test_a_small_network_learns_the_denoiser_of_a_gaussian(tmp_path):
         return total / 4
 
     before = excess(net.eval())
-    loop = training_loop(
+    loop = setup.Run(
         objective,
         Feed(data, seed=3, block=256),
         IdentityEncoder(),
@@ -60,10 +61,9 @@ def test_a_small_network_learns_the_denoiser_of_a_gaussian(tmp_path):
         torch.optim.Adam(objective.param_groups(), lr=1, betas=(0.9, 0.99)),
         phema.PowerFunctionEMA(objective, [0.1]),
         lambda nimg: 3e-3,
-        tmp_path,
         Periods(total_nimg=200 * 256, status_nimg=0, snapshot_nimg=0, checkpoint_nimg=0),
         batch_size=256,
-    )
+    ).start(tmp_path)
     after = excess(loop.ema.get()[0][0].net)
     assert before > 0.3 and after < 0.02
 
@@ -192,7 +192,9 @@ def test_free_options_may_change(finished, digits, tmp_path):
         digits, total_nimg=4096, status_nimg=512, snapshot_nimg=2048, batch_gpu=16, workers=1, bench=False
     )
     assert training_config.differences(small_config(digits).to_dict(), free.to_dict()) == []
-    assert set(small_config(digits).to_dict()) >= training_config.FREE_TO_CHANGE
+    assert set(small_config(digits).to_dict()) >= {
+        name for name, own in declared(training_config.TrainingConfig).items() if own.free
+    }
 
 
 def test_resume_from_a_named_file(finished, digits, tmp_path):
@@ -319,10 +321,8 @@ def points_loop(tmp_path, loss=None, **options):
         batch_size=32, periods=Periods(total_nimg=32 * 1024, status_nimg=32 * 64, snapshot_nimg=0, checkpoint_nimg=0)
     )
     optimizer = torch.optim.SGD(objective.param_groups(), lr=1)
-    return TrainingLoop(
-        objective, Feed(data, block=8), IdentityEncoder(), selection.IdentitySelector(), optimizer, None, lambda nimg: 0.01,
-        tmp_path, **{**given, **options},
-    )  # fmt: skip
+    parts = (objective, Feed(data, block=8), IdentityEncoder(), selection.IdentitySelector(), optimizer, None)
+    return TrainingLoop(setup.Run(*parts, lambda nimg: 0.01, **{**given, **options}), tmp_path)
 
 
 def test_gradient_is_a_sum_over_values_and_a_mean_over_the_batch(tmp_path):

@@ -1,229 +1,219 @@
-"""One training run as plain data: every option with its default, checked before any work starts."""
+"""One training run as plain data: every option once, with its default, help and bounds; checked before any work starts."""
 
 import dataclasses
+import functools
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from training import presets
+from dnnlib import cli, options
+from dnnlib.options import opt
+from training import choices, presets
 
-LINEAR = ("vp", "cld", "alda", "malda", "learned", "linear")  # processes that say at which noise levels to train
-
-# What a resumed run may change: lengths, intervals and how the work is split. None of these touches a random draw.
-FREE_TO_CHANGE = {
-    "total_nimg", "slice_nimg", "status_nimg", "snapshot_nimg", "checkpoint_nimg", "keep", "batch_gpu", "workers", "bench",
-    "val_data", "grid", "snapshot_fp16", "preset",
-}  # fmt: skip
+# One line per option; `free`: a resumed run may change it, since it touches no random draw.
+_data = functools.partial(opt, group="Data")
+_net = functools.partial(opt, group="Network")
+_noise = functools.partial(opt, group="Noise and loss")
+_optim = functools.partial(opt, group="Optimization")
+_select = functools.partial(opt, group="Selection")
+_run = functools.partial(opt, group="Running")
 
 
 @dataclass
 class TrainingConfig:
-    """Field names as in the presets; the command line's names where they differ are in comments. Lengths in images."""
+    """Field names as in the presets. Lengths in images; None leaves a choice to the part that it belongs to."""
 
-    data: str = ""  # zip or folder
+    data: str = _data("", "Data set (see dataset_tool.py)", metavar="ZIP|DIR")
     preset: str = ""  # where the defaults came from; for the record
-    cond: bool = True  # class-conditional
-    xflip: bool = False  # add mirrored copies
-    max_images: int | None = None  # use so many images of the data set
-    val_data: str | None = None  # held-out data for the validation loss
+    cond: bool = _data(True, "Class-conditional training")
+    xflip: bool = _data(False, "Add mirrored copies of all images")
+    max_images: int | None = _data(None, "Use so many images of the data set", at_least=1)
+    val_data: str | None = _data(None, "Held-out data for the validation loss", metavar="ZIP|DIR", free=True)
+    encoder: str | None = _data(None, "Of pixels", choices=choices.ENCODERS, shown="by the data")
 
-    # Network.
-    arch: str = "edm2"
-    precond: str = "edm"  # of the EDM-era networks
-    channels: int | None = None  # None: the architecture's own default
-    channel_mult: list | None = None
-    num_blocks: int | None = None
-    attn_resolutions: list | None = None
-    channels_per_head: int | None = None
-    dropout: float = 0.0
-    fp16: bool = True
+    arch: str = _net("edm2", "Architecture", choices=choices.ARCHS)
+    precond: str = _net("edm", "Preconditioning of ddpmpp, ncsnpp, adm", choices=choices.PRECONDS)
+    channels: int | None = _net(None, "Base width", "--channels", "--cbase", at_least=1, at_most=2**16)
+    channel_mult: list | None = _net(
+        None, "Width per level, e.g. 1,2,3,4", "--channel-mult", "--cres", type=cli.INTS, at_least=1, at_most=1024
+    )
+    num_blocks: int | None = _net(None, "Blocks per level", at_least=1, at_most=1000)
+    attn_resolutions: list | None = _net(None, "Resolutions with attention, e.g. 16,8", type=cli.INTS, at_least=0)
+    channels_per_head: int | None = _net(None, "Width of an attention head", at_least=1, at_most=2**16)
+    dropout: float = _net(0.0, "Dropout probability", at_least=0, at_most=1)
+    fp16: bool = _net(True, "Reduced precision on GPUs")
     net_options: dict = field(default_factory=dict)  # further constructor arguments
 
-    # Noise and loss.
-    process: str = "edm"
-    process_options: dict = field(default_factory=dict)  # of a linear process: M, beta, init_aux_var, V, ...
-    aug_dim: float | None = None  # D of PFGM++
-    loss: str = "edm2"
-    time_sampling: str | None = None  # loss "process", which is that of linear processes: law of t; None: snr
-    weighting: str | None = None  # loss "process": None: likelihood
-    t_min: float | None = None  # loss "process": lower end of t; None: where sigma is 0.002
-    process_lr_scale: float = 0.1  # learned processes: learning rate as a multiple of the network's
-    encoder: str | None = None  # pixels: rgb, dequantize, center or logit; None: by the data
-    sigma_data: float = 0.5
-    P_mean: float = -0.4
-    P_std: float = 1.0
-    label_dropout: float = 0.0
-    uncertainty: bool | None = None  # None: the loss's own default, off where the process forbids it
-    augment: float = 0.0  # probability of EDM's augmentation pipeline
-    stf: bool = False
-    stf_refs: int = 1024
+    process: str = _noise(
+        "edm", "Noise: edm, pfgmpp, vp, cld, alda, malda, learned, or linear with Q and D", metavar="NAME"
+    )
+    process_options: dict = _noise({}, "Of the process: M=0.25,beta=4:4,init_aux_var=0.01", type=cli.MAPPING)
+    aug_dim: float | None = _noise(
+        None, "Augmented dimensions of pfgmpp, any number > 0 or inf", metavar="D", above=0, infinite=True
+    )
+    loss: str = _noise("edm2", "Loss; process: a process's own noise levels", choices=choices.LOSSES)
+    time_sampling: str | None = _noise(
+        None, "Of loss process: law of t", choices=("uniform", "importance", "snr"), shown="snr"
+    )
+    weighting: str | None = _noise(
+        None, "Its weight", choices=("likelihood", "reweightedv1", "reweightedv2"), shown="likelihood"
+    )
+    t_min: float | None = _noise(None, "Its lowest t", above=0, shown="where sigma is 0.002")
+    process_lr_scale: float = _noise(0.1, "Learned process: learning rate relative to the network's", at_least=0)
+    sigma_data: float = _noise(0.5, "Standard deviation of the data (dataset_tool.py inspect)", above=0)
+    P_mean: float = _noise(-0.4, "Mean of ln sigma")
+    P_std: float = _noise(1.0, "Standard deviation of ln sigma", above=0)
+    label_dropout: float = _noise(0.0, "Probability of a zeroed label", at_least=0, at_most=1)
+    uncertainty: bool | None = _noise(None, "Learned log-variance in the loss", shown="the loss's own")
+    augment: float = _noise(0.0, "Probability of EDM's augmentations", at_least=0, at_most=1)
+    stf: bool = _noise(False, "Stable targets: posterior means over reference images")
+    stf_refs: int = _noise(1024, "Reference images per noise block", above=0)
 
-    # Optimization.
-    total_nimg: int = 8 << 30  # --duration
-    batch_size: int = 2048  # --batch
-    optimizer: str = "adam"
-    betas: list = field(default_factory=lambda: [0.9, 0.99])
-    weight_decay: float = 0.0
-    grad_clip: float | None = None
-    lr: float = 0.01
-    lr_schedule: str = "edm2"
-    decay: float = 70000  # batches
-    rampup: float = 10.0  # million images
-    ema: str = "power"
-    ema_std: list = field(default_factory=lambda: [0.05, 0.10])
-    ema_halflife: float = 0.5  # million images
+    total_nimg: int = _optim(
+        8 << 30, "Total training images, e.g. 64Mi", "--duration", type=cli.NIMG, above=0, free=True
+    )
+    batch_size: int = _optim(2048, "Total batch over all processes", "--batch", type=cli.NIMG, above=0)
+    optimizer: str = _optim("adam", "Optimizer", choices=choices.OPTIMIZERS)
+    betas: list = _optim([0.9, 0.99], "Of the optimizer", at_least=0, below=1)
+    weight_decay: float = _optim(0.0, "Of the optimizer", at_least=0)
+    grad_clip: float | None = _optim(None, "Global norm of the gradient", above=0)
+    lr: float = _optim(0.01, "Reference learning rate", above=0)
+    lr_schedule: str = _optim("edm2", "Learning rate over time", choices=choices.SCHEDULES)
+    decay: float = _optim(70000, "Batches before the learning rate decays; 0: never", at_least=0)
+    rampup: float = _optim(10.0, "Learning-rate ramp-up, million images", metavar="MIMG", at_least=0)
+    ema: str = _optim("power", "Kind of weight average", choices=choices.EMAS)
+    ema_std: list = _optim([0.05, 0.10], "power: relative stds", above=0, at_most=12**-0.5)
+    ema_halflife: float = _optim(0.5, "halflife: million images", metavar="MIMG", above=0)
     ema_rampup: float | None = 0.09
-    ema_decay: float = 0.9999
-    loss_scaling: float = 1.0  # --ls
+    ema_decay: float = _optim(0.9999, "decay: per step", at_least=0, below=1)
+    loss_scaling: float = _optim(1.0, "Loss scale", "--ls", above=0)
 
-    # Selection.
-    select: str = "none"
-    reference: str | None = None  # snapshot of the reference network
-    filter_ratio: float = 0.8
-    select_when: str = "always"
-    select_scope: str = "global"
-    select_from: int = 0
-    select_until: int | None = None
-    score_scale: float = 1.0
-    select_cheap: str | None = None  # half, lowres or levels: cheaper scores
-    select_options: dict = field(default_factory=dict)  # chunks and other keywords of the selection function
+    select: str = _select("none", "none, or a function of training/selection/functions.py", metavar="NAME")
+    reference: str | None = _select(
+        None, "Reference of the selection; ema: the learner's own average", metavar="SNAPSHOT"
+    )
+    filter_ratio: float = _select(0.8, "Share of the candidates that is discarded", at_least=0, below=1)
+    select_when: str = _select(
+        "always", "Until / from the learner beating the reference", choices=("always", "early", "late")
+    )
+    select_scope: str = _select("global", "Choose over all processes or in each", choices=("global", "rank"))
+    select_from: int = _select(0, "Select from so many images on", type=cli.NIMG, at_least=0)
+    select_until: int | None = _select(None, "Select until so many images", type=cli.NIMG, at_least=0)
+    score_scale: float = _select(1.0, "Factor on the losses that are compared", above=0)
+    select_cheap: str | None = _select(
+        None, "Cheaper scores; training stays exact", choices=("half", "levels", "lowres")
+    )
+    select_options: dict = field(default_factory=dict)  # --chunks and other keywords of the selection function
 
-    # Running.
-    seed: int = 0
-    block: int | None = None  # positions of the data order that share one noise generator; None: largest divisor <= 32
-    batch_gpu: int = 0  # micro-batch per process; 0: no limit
-    bench: bool = True
-    slice_nimg: int = 0
-    status_nimg: int = 128 << 10
-    snapshot_nimg: int = 8 << 20
-    checkpoint_nimg: int = 128 << 20
-    keep: int = 0
-    workers: int = 2
-    init: str | None = None  # snapshot whose weights start the run
-    grid: bool = True  # draw a sample grid at every snapshot
-    snapshot_fp16: bool = False
+    seed: int = _run(0, "Of everything random", at_least=0)
+    block: int | None = _run(
+        None, "Data positions that share one noise generator", at_least=1, shown="largest divisor of the batch up to 32"
+    )
+    batch_gpu: int = _run(0, "Largest micro-batch per process; 0: no limit", type=cli.NIMG, at_least=0, free=True)
+    bench: bool = _run(True, "cuDNN benchmarking", free=True)
+    slice_nimg: int = _run(0, "Train at most so many images now", "--slice", type=cli.NIMG, at_least=0, free=True)
+    status_nimg: int = _run(
+        128 << 10, "Interval of status lines; 0: none", "--status", type=cli.NIMG, at_least=0, free=True
+    )
+    snapshot_nimg: int = _run(
+        8 << 20, "Interval of snapshots; 0: none", "--snapshot", type=cli.NIMG, at_least=0, free=True
+    )
+    checkpoint_nimg: int = _run(
+        128 << 20, "Interval of checkpoints; 0: last only", "--checkpoint", type=cli.NIMG, at_least=0, free=True
+    )
+    keep: int = _run(0, "Checkpoints to keep; 0: all", at_least=0, free=True)
+    workers: int = _run(2, "Loader processes", at_least=0, at_most=256, free=True)  # more would take the machine down
+    init: str | None = _run(None, "Start a new run from these weights", metavar="SNAPSHOT")
+    grid: bool = _run(True, "Sample grid at every snapshot", free=True)
+    snapshot_fp16: bool = _run(False, "Store snapshots in half precision", free=True)
 
-    def check(self):
+    def check(self) -> "TrainingConfig":
         """Raises ValueError, naming the option, for values that cannot work together. Returns self."""
-        for field_ in dataclasses.fields(self):
-            value = getattr(self, field_.name)
-            numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, float)]
-            ok = all(map(math.isfinite, numbers)) or field_.name == "aug_dim"
-            _require(ok, field_.name, value, "must be finite")
-        positive = ("total_nimg", "batch_size", "lr", "P_std", "sigma_data", "loss_scaling", "stf_refs", "score_scale")
-        for name in positive:
-            _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
-        for name in (
-            "process_lr_scale",
-            "decay",
-            "rampup",
-            "weight_decay",
-            "batch_gpu",
-            "slice_nimg",
-            "keep",
-            "workers",
-            "seed",
-        ):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        ok = self.channel_mult is None or all(0 < m <= 1024 for m in self.channel_mult)
-        _require(ok, "channel_mult", self.channel_mult, "must be factors between 1 and 1024")
-        ok = self.attn_resolutions is None or all(r >= 0 for r in self.attn_resolutions)
-        _require(ok, "attn_resolutions", self.attn_resolutions, "must not be negative")
-        for name in ("dropout", "label_dropout", "augment"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must lie in [0, 1]")
-        _require(
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must be two in [0, 1)"
-        )
-        _require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", self.grad_clip, "must be positive")
-        _require(self.ema_halflife > 0, "ema_halflife", self.ema_halflife, "must be positive")
-        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must lie in [0, 1)")
-        _require(0 <= self.filter_ratio < 1, "filter_ratio", self.filter_ratio, "must lie in [0, 1): it is discarded")
-        ok = self.ema_std and all(0 < std <= 12**-0.5 for std in self.ema_std)
-        _require(ok, "ema_std", self.ema_std, "must lie in (0, 0.2887)")
+        if self.aug_dim is not None:
+            self.aug_dim = float(self.aug_dim)  # "inf", as it is stored
+        options.check(self)
+        self._require(len(self.betas) == 2, "betas", "must be two numbers")
+        self._require(len(self.ema_std) > 0, "ema_std", "must be at least one number")
         for name in ("status_nimg", "snapshot_nimg", "checkpoint_nimg", "total_nimg", "slice_nimg"):
             value, unit, units = getattr(self, name), self.batch_size, f"--batch={self.batch_size}"
             if name in ("snapshot_nimg", "checkpoint_nimg"):
                 unit, units = math.lcm(unit, 1024), f"{units} and of 1Ki (1024)"
-            ok = value >= 0 and value % unit == 0
-            _require(ok, name, value, f"must be a multiple of {units}, such as {value // unit * unit or unit}")
-        if self.augment and self.arch == "edm2":
-            raise ValueError(
-                f"--augment={self.augment} needs a network with augmentation labels: --arch=ddpmpp|ncsnpp|adm"
+            self._require(
+                value % unit == 0, name, f"must be a multiple of {units}, such as {value // unit * unit or unit}"
             )
-        if self.aug_dim is not None:
-            self.aug_dim = float(self.aug_dim)  # "inf", as it is stored
-            _require(self.process == "pfgmpp", "aug_dim", self.aug_dim, "belongs to --process=pfgmpp")
-            _require(self.aug_dim > 0, "aug_dim", self.aug_dim, "must be positive or inf")
+        labelled = not self.augment or self.arch != "edm2"
+        self._require(labelled, "augment", "needs a network with augmentation labels: --arch=ddpmpp|ncsnpp|adm")
+        self._require(self.aug_dim is None or self.process == "pfgmpp", "aug_dim", "belongs to --process=pfgmpp")
         if self.process_options:
             from training.processes.options import parse_options
 
             self.process_options = parse_options(self.process_options)
         for name in ("time_sampling", "weighting", "t_min"):
-            value = getattr(self, name)
-            _require(
-                value is None or self.loss == "process", name, value, f"belongs to --loss=process, not {self.loss}"
-            )
+            fits = getattr(self, name) is None or self.loss == "process"
+            self._require(fits, name, f"belongs to --loss=process, not {self.loss}")
         if self.block is None:
             self.block = max(b for b in range(1, min(self.batch_size, 32) + 1) if self.batch_size % b == 0)
-        _require(self.block >= 1, "block", self.block, "must be at least 1")
         return self
 
-    def to_dict(self):
+    def _require(self, ok, name, remedy):
+        if not ok:
+            raise ValueError(f"{option_name(name)}={getattr(self, name)} {remedy}")
+
+    def to_dict(self) -> dict[str, Any]:
         """Plain data that every JSON reader takes: an infinite D is the word inf."""
         values = dataclasses.asdict(self)
         return values if self.aug_dim is None or math.isfinite(self.aug_dim) else {**values, "aug_dim": "inf"}
 
 
-# How fields are called on the command line where the name is another.
-OPTION_NAMES = {
-    "total_nimg": "duration", "batch_size": "batch", "slice_nimg": "slice", "status_nimg": "status",
-    "snapshot_nimg": "snapshot", "checkpoint_nimg": "checkpoint", "loss_scaling": "ls", "select_options": "chunks",
-}  # fmt: skip
-
-
-def option_name(name):
+def option_name(name: str) -> str:
     """The command-line option of a field."""
-    name = OPTION_NAMES.get(name, name)
-    return "--" + (name if name.startswith("P_") else name.replace("_", "-"))
+    return "--chunks" if name == "select_options" else options.flag(TrainingConfig, name)
 
 
-def _require(ok, name, value, remedy):
-    if not ok:
-        raise ValueError(f"{option_name(name)}={value} {remedy}")
+def has_own_levels(process: str) -> bool:
+    """Whether a process of that name says at which noise levels to train: linear diffusions other than EDM's own."""
+    if process == "edm":
+        return False
+    from training import processes
+
+    known = processes.REGISTRY.get(process)
+    return getattr(known, "linear", hasattr(known, "project"))
 
 
-def make_config(preset=None, **options):
+def make_config(preset: str | None = None, **given: Any) -> TrainingConfig:
     """TrainingConfig from a preset's row and explicit options (None: not given), checked. Raises ValueError."""
     row = presets.get(preset) if preset else {}
     fields = {f.name for f in dataclasses.fields(TrainingConfig)}
-    unknown = {*row, *options} - fields
+    unknown = {*row, *given} - fields
     if unknown:
         raise ValueError(f"unknown training options {sorted(unknown)}; known: {', '.join(sorted(fields))}")
-    row.update({name: value for name, value in options.items() if value is not None})
-    chosen = any(options.get(name) is not None for name in ("arch", "precond")) or "loss" not in row
-    if chosen and options.get("loss") is None and row.get("arch", "edm2") != "edm2":
+    row.update({name: value for name, value in given.items() if value is not None})
+    chosen = any(given.get(name) is not None for name in ("arch", "precond")) or "loss" not in row
+    if chosen and given.get("loss") is None and row.get("arch", "edm2") != "edm2":
         row["loss"] = row.get("precond", "edm")  # the loss that a preconditioning was made with
-    if row.get("process") in LINEAR and options.get("loss") is None:
+    if given.get("loss") is None and has_own_levels(row.get("process", "edm")):
         row["loss"] = "process"  # its own noise levels and weight
     return TrainingConfig(**{**row, "preset": preset or ""}).check()
 
 
-def differences(old, new):
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines 'option: old -> new' for the options that a resumed run must not change.
 
     An option that one side does not know has its default there: the run is older, or newer, than the option.
     """
     defaults = TrainingConfig().to_dict()
+    free = {"preset"} | {name for name, own in options.declared(TrainingConfig).items() if own.free}
     lines = []
-    for name in sorted({*old, *new} - FREE_TO_CHANGE):
+    for name in sorted({*old, *new} - free):
         a, b = (json.loads(json.dumps(side.get(name, defaults.get(name)))) for side in (old, new))
         if a != b:
             lines.append(f"{option_name(name)}: {a} -> {b}")
     return lines
 
 
-def check_same_run(run_dir, config):
+def check_same_run(run_dir: str | Path, config: TrainingConfig) -> None:
     """Raises ValueError if `run_dir` holds a run with other options than `config`."""
     path = Path(run_dir) / "training_options.json"
     if not path.is_file():

@@ -5,22 +5,26 @@ level, augmentation, noise, label dropout) comes from one generator seeded by (s
 micro-batches take whole blocks, so neither their number nor their size changes any draw.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.utils.data
 
 from torch_utils.random import hash_seed, seeded_generator
-from training.dataset import load_arrays, order
-from training.losses import Draws
+from training.dataset import Dataset, load_arrays, order
+from training.encoders import Encoder
+from training.losses import Draws, Loss
 
 CACHE_BYTES = 2**29  # data sets that decode to less stay in memory as tensors
 
 
-def block_slices(position, count, block):
+def block_slices(position: int, count: int, block: int) -> list[tuple[int, int]]:
     """[(first, size)] blocks of the positions position .. position + count - 1; the last one may be shorter."""
     return [(first, min(block, position + count - first)) for first in range(position, position + count, block)]
 
 
-def share(items, rank, world_size):
+def share(items: list, rank: int, world_size: int) -> list:
     """The contiguous part of `items` that falls to `rank`; parts differ in length by one at most, some may be empty."""
     small, extra = divmod(len(items), world_size)
     start = rank * small + min(rank, extra)
@@ -49,16 +53,16 @@ class Feed:
 
     def __init__(
         self,
-        dataset,  # training.dataset.Dataset
-        seed=0,  # of the data order
-        block=32,  # positions per block
-        device="cpu",
-        rank=0,
-        world_size=1,
-        workers=2,  # loader processes, for data sets that do not fit in memory
-        cache=None,  # keep all decoded images in memory; None: if they take less than CACHE_BYTES
-        shuffle=True,
-    ):
+        dataset: Dataset,
+        seed: int = 0,  # of the data order
+        block: int = 32,  # positions per block
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 2,  # loader processes, for data sets that do not fit in memory
+        cache: bool | None = None,  # keep all decoded images in memory; None: if they take less than CACHE_BYTES
+        shuffle: bool = True,
+    ) -> None:
         self.dataset = dataset
         self.seed, self.block, self.shuffle = seed, block, shuffle
         self.device = torch.device(device)
@@ -69,7 +73,7 @@ class Feed:
         self.arrays = load_arrays(dataset) if cache else None
         self.loader, self.expected = None, None
 
-    def blocks(self, position, count):
+    def blocks(self, position: int, count: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Blocks of this rank among the positions position .. position + count - 1."""
         slices = share(block_slices(position, count, self.block), self.rank, self.world_size)
         for first, size in slices:
@@ -79,6 +83,15 @@ class Feed:
             else:
                 images, labels = self._next(position, count, restart=first == slices[0][0])
             yield first, images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def examples(self, index: torch.Tensor) -> list[torch.Tensor]:
+        """[images [n, C, H, W], labels [n, K]] of data-set indices [n] (CPU), on `device`."""
+        if self.arrays is not None:
+            chosen = [a[index] for a in self.arrays]
+        else:
+            items = [self.dataset[i] for i in index.tolist()]
+            chosen = [torch.stack([torch.as_tensor(part) for part in column]) for column in zip(*items, strict=True)]
+        return [part.to(self.device) for part in chosen]
 
     def _next(self, position, count, restart):
         if restart and self.expected != (position, count):  # first use, or the number of candidates changed
@@ -109,7 +122,17 @@ class Candidates:
     candidates of all ranks, of this rank's first one.
     """
 
-    def __init__(self, feed, encoder, loss, position, count, batch, cur_nimg, max_batch=None):
+    def __init__(
+        self,
+        feed: Any,  # Feed, or anything with its contract
+        encoder: Encoder,
+        loss: Loss,
+        position: int,
+        count: int,
+        batch: int,
+        cur_nimg: int,
+        max_batch: int | None = None,
+    ) -> None:
         self.feed, self.encoder, self.loss = feed, encoder, loss
         self.position, self.count, self.batch, self.cur_nimg = position, count, batch, cur_nimg
         self.max_batch = max_batch or count
@@ -128,7 +151,7 @@ class Candidates:
         if pending is not None and len(pending):
             yield pending
 
-    def draw_block(self, first, images, labels):
+    def draw_block(self, first: int, images: torch.Tensor, labels: torch.Tensor) -> Draws:
         """The Draws of one block, a function of (seed, first position, images) alone."""
         generator = seeded_generator(self.feed.device, self.feed.seed, first)
         latents = self.encoder.encode_latents(images, generator)

@@ -3,32 +3,50 @@
 The loop calls these through its contract; it knows none of them.
 """
 
+import math
 import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from torch_utils import distributed as dist
 from torch_utils.random import StackedRandomGenerator
+from training.dataset import Dataset
 from training.images import save_grid
 from training.samplers import heun
-from training.validation import denoising_loss
+from training.validation import HeldOut
+
+if TYPE_CHECKING:
+    from training.setup import Run
 
 GRID_COLUMNS = 8
 GRID_ROWS = 16  # sources shown at most
 GRID_CHANNELS_TOTAL = 2**23  # elements of a grid; larger images get fewer columns
 
 
-def validation_hook(dataset, **options):
+def standard_hooks(run: "Run") -> dict:
+    """The hooks of train_edm2.py for a training.setup.Run."""
+    chosen = {"stop_requested": StopOnSignal()}
+    if run.held_out is not None:
+        chosen["on_status"] = validation_hook(run.held_out)
+    if run.config.grid:
+        dataset = run.feed.dataset
+        chosen["on_snapshot"] = grid_hook(
+            sorted({int(k) for k in dataset.raw_labels}) if dataset.has_onehot_labels else None
+        )
+    return chosen
+
+
+def validation_hook(dataset: Dataset, **options: int) -> Callable:
     """on_status hook: validation loss of the first average of the weights on `dataset`, on rank 0."""
+    held_out = HeldOut(dataset, **options) if dist.get_rank() == 0 else None
 
     def on_status(loop):
-        if dist.get_rank() != 0:
+        if held_out is None:
             return {}
-        averages = loop.ema.get() if loop.ema is not None else [(loop.objective, "ema")]
-        net = averages[0][0].net
-        training = net.training
-        result = denoising_loss(net.eval(), dataset, loop.encoder, **options)
-        net.train(training)
+        with loop.average() as average:
+            result = held_out.denoising_loss(average.net, loop.encoder)
         fields = {"Loss/validation": result["loss"]}
         fields.update({f"Loss/validation_sigma{s}": v for s, v in result["levels"].items()})
         fields.update({f"Loss/validation_source{k}": v for k, v in result.get("sources", {}).items()})
@@ -37,32 +55,29 @@ def validation_hook(dataset, **options):
     return on_status
 
 
-def grid_hook(shape, label_dim, sources=None, num_steps=18, seed=0):
+def grid_hook(sources: list[int] | None = None, num_steps: int = 18, seed: int = 0) -> Callable:
     """on_snapshot hook: `samples-<kimg>.png` with a row per source, from the first average, on rank 0.
 
-    shape: [C, R, R] of the latents. sources: label ids to show (None: the first ones).
+    sources: label ids to show (None: the first ones).
     """
-    columns = max(1, min(GRID_COLUMNS, GRID_CHANNELS_TOTAL // (shape[0] * shape[1] * shape[2] * GRID_ROWS)))
-    rows = list(range(label_dim) if sources is None else sources)[:GRID_ROWS] or [None]
 
     @torch.no_grad()
-    def on_snapshot(loop, averages):
+    def on_snapshot(loop):
         if dist.get_rank() != 0:
             return
-        net = averages[0][0].net
-        kernel = getattr(loop.objective.loss, "kernel", None)
-        device = loop.feed.device
-        pictures, training = [], net.training
-        net.eval()
-        for label in rows:
-            generator = StackedRandomGenerator(device, range(seed, seed + columns))
-            size = [columns, *shape]
-            noise = generator.randn(size, device=device) if kernel is None else kernel.unit_noise(size, generator)
-            onehot = None
-            if label is not None:
-                onehot = torch.eye(label_dim, device=device)[[label] * columns]
-            pictures.append(loop.encoder.decode(heun(net, noise.to(device), onehot, num_steps=num_steps)).cpu())
-        net.train(training)
+        device, kernel = loop.feed.device, getattr(loop.objective.loss, "kernel", None)
+        pictures = []
+        with loop.average() as average:
+            net = average.net
+            shape = [net.img_channels, net.img_resolution, net.img_resolution]
+            columns = max(1, min(GRID_COLUMNS, GRID_CHANNELS_TOTAL // (math.prod(shape) * GRID_ROWS)))
+            rows = list(range(net.label_dim) if sources is None else sources)[:GRID_ROWS] or [None]
+            for label in rows:
+                generator = StackedRandomGenerator(device, range(seed, seed + columns))
+                size = [columns, *shape]
+                noise = generator.randn(size, device=device) if kernel is None else kernel.unit_noise(size, generator)
+                onehot = None if label is None else torch.eye(net.label_dim, device=device)[[label] * columns]
+                pictures.append(loop.encoder.decode(heun(net, noise.to(device), onehot, num_steps=num_steps)).cpu())
         titles = None if rows == [None] else rows
         save_grid(loop.run_dir / f"samples-{loop.kimg:07d}.png", pictures, titles)
 
@@ -72,7 +87,7 @@ def grid_hook(shape, label_dim, sources=None, num_steps=18, seed=0):
 class StopOnSignal:
     """stop_requested hook: True once SIGTERM or SIGINT has arrived; a second SIGINT interrupts at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.requested = False
         signal.signal(signal.SIGTERM, self._handle)
         signal.signal(signal.SIGINT, self._handle)
@@ -82,5 +97,5 @@ class StopOnSignal:
             raise KeyboardInterrupt
         self.requested = True
 
-    def __call__(self):
+    def __call__(self) -> bool:
         return self.requested

@@ -90,7 +90,7 @@ PRESETS["digits8"] = dict(_DIGITS, total_nimg=128 << 10)
 PRESETS["digits28"] = dict(_DIGITS, total_nimg=256 << 10, channel_mult=[1, 2, 2], attn_resolutions=[7])
 
 
-def get(name):
+def get(name: str) -> dict:
     """A copy of a preset's row. Raises ValueError for an unknown name, listing the known ones."""
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; known: {', '.join(sorted(PRESETS))}")
@@ -157,7 +157,7 @@ GENERATION_PRESETS = {
 }
 
 
-def generation_preset(name, root=MODEL_ROOT):
+def generation_preset(name: str, root: str = MODEL_ROOT) -> dict:
     """{net, gnet, guidance, published} of a preset, files as `<root>/<name>.pkl`; gnet is None without guidance.
 
     root: URL or folder that holds the published files. Raises ValueError for an unknown name, listing the known ones.

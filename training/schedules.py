@@ -3,7 +3,9 @@
 import math
 
 
-def learning_rate_schedule(cur_nimg, batch_size, ref_lr=100e-4, ref_batches=70e3, rampup_Mimg=10):
+def learning_rate_schedule(
+    cur_nimg: float, batch_size: int, ref_lr: float = 100e-4, ref_batches: float = 70e3, rampup_Mimg: float = 10
+) -> float:
     """EDM2's schedule (EDM2 eq. 67): linear ramp-up, then ref_lr / sqrt(max(t / ref_batches, 1)), t in batches.
 
     Each factor is skipped where its parameter is 0. Evaluated with the images seen before the step, so that the first
@@ -17,7 +19,9 @@ def learning_rate_schedule(cur_nimg, batch_size, ref_lr=100e-4, ref_batches=70e3
     return lr
 
 
-def halved_schedule(cur_nimg, batch_size, ref_lr=100e-4, ref_batches=70e3, rampup_Mimg=10):
+def halved_schedule(
+    cur_nimg: float, batch_size: int, ref_lr: float = 100e-4, ref_batches: float = 70e3, rampup_Mimg: float = 10
+) -> float:
     """The schedule of the multi-source experiments (Wang et al., ICML 2025, published code).
 
     As EDM2's, but lr halves suddenly at t = ref_batches and decays from there. The paper does not mention it.
@@ -26,30 +30,34 @@ def halved_schedule(cur_nimg, batch_size, ref_lr=100e-4, ref_batches=70e3, rampu
     return lr / 2 if ref_batches > 0 and cur_nimg > ref_batches * batch_size else lr
 
 
-def constant_schedule(cur_nimg, batch_size, ref_lr=100e-4, ref_batches=0, rampup_Mimg=10):
+def constant_schedule(
+    cur_nimg: float, batch_size: int, ref_lr: float = 100e-4, ref_batches: float = 0, rampup_Mimg: float = 10
+) -> float:
     """Constant after the linear ramp-up."""
     return learning_rate_schedule(cur_nimg, batch_size, ref_lr, 0, rampup_Mimg)
 
 
-def cosine_schedule(cur_nimg, batch_size, ref_lr=100e-4, ref_batches=70e3, rampup_Mimg=10):
+def cosine_schedule(
+    cur_nimg: float, batch_size: int, ref_lr: float = 100e-4, ref_batches: float = 70e3, rampup_Mimg: float = 10
+) -> float:
     """Half a cosine from ref_lr to 0 over ref_batches batches, times the linear ramp-up."""
     progress = min(cur_nimg / (ref_batches * batch_size), 1) if ref_batches > 0 else 0
     return learning_rate_schedule(cur_nimg, batch_size, ref_lr, 0, rampup_Mimg) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def ajest_learning_rate(
-    cur_nimg,  # images trained on, this step's included
-    cur_step,  # steps before this one
-    super_batch=2048,  # candidates per step
-    mini_batch=None,  # images trained on per selecting step; None: super_batch
-    selecting=False,  # whether this step selects
-    when="always",  # "always", "early" (selection ended at the switch) or "late" (it began there)
-    change_nimg=0,  # images trained on at the switch ...
-    change_step=0,  # ... and steps; 0: no switch yet
-    ref_lr=100e-4,
-    ref_batches=70e3,  # steps; 0: no decay
-    rampup_Mimg=10,  # million images; 0: no ramp
-):
+    cur_nimg: float,  # images trained on, this step's included
+    cur_step: float,  # steps before this one
+    super_batch: float = 2048,  # candidates per step
+    mini_batch: float | None = None,  # images trained on per selecting step; None: super_batch
+    selecting: bool = False,  # whether this step selects
+    when: str = "always",  # "always", "early" (selection ended at the switch) or "late" (it began there)
+    change_nimg: float = 0,  # images trained on at the switch ...
+    change_step: float = 0,  # ... and steps; 0: no switch yet
+    ref_lr: float = 100e-4,
+    ref_batches: float = 70e3,  # steps; 0: no decay
+    rampup_Mimg: float = 10,  # million images; 0: no ramp
+) -> float:
     """The learning rate of AJEST's published code (Pais et al. 2025), where a selecting step counts as super_batch images.
 
     With F = super_batch / mini_batch: while selecting, images and steps count F times and the ramp is F times shorter, so
@@ -74,13 +82,21 @@ def ajest_learning_rate(
     return lr
 
 
-def ajest_schedule(cur_nimg, batch_size, ref_lr=100e-4, ref_batches=70e3, rampup_Mimg=10, *, selection):
+def ajest_schedule(
+    cur_nimg: float,
+    batch_size: int,
+    ref_lr: float = 100e-4,
+    ref_batches: float = 70e3,
+    rampup_Mimg: float = 10,
+    *,
+    selection: dict,
+) -> float:
     """`ajest_learning_rate` of a run with batches of batch_size trained images. selection: the selector's `progress()`."""
     change = 0 if selection["beaten_at"] is None else selection["beaten_at"] + batch_size  # the step after the trigger
-    return ajest_learning_rate(
-        cur_nimg + batch_size, cur_nimg / batch_size, batch_size * selection["ratio"], batch_size, selection["selecting"],
-        selection["when"], change, change / batch_size, ref_lr, ref_batches, rampup_Mimg,
-    )  # fmt: skip
+    sizes = batch_size * selection["ratio"], batch_size
+    phase = selection["selecting"], selection["when"], change, change / batch_size
+    position = cur_nimg + batch_size, cur_nimg / batch_size
+    return ajest_learning_rate(*position, *sizes, *phase, ref_lr, ref_batches, rampup_Mimg)
 
 
 SCHEDULES = {  # one that declares `selection` gets the selector's progress()

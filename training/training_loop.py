@@ -11,8 +11,9 @@ import json
 import math
 import os
 import time
-import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -24,6 +25,9 @@ from torch_utils import distributed as dist
 from torch_utils.random import hash_seed
 from torch_utils.training_stats import Collector
 from training.feed import Candidates
+
+if TYPE_CHECKING:
+    from training.setup import Run
 
 MAX_BAD_STEPS = 100  # consecutive steps without one finite gradient, after which training stops
 
@@ -58,49 +62,47 @@ class TrainingLoop:
 
     def __init__(
         self,
-        objective,  # training.losses.Objective on its device
-        feed,  # training.feed.Feed
-        encoder,  # training.encoders.Encoder
-        selector,  # .candidates(batch), .minibatches(objective, candidates), .state_dict(), .load_state_dict()
-        optimizer,  # its param groups carry `lr_scale`
-        ema,  # .update(cur_nimg, batch), .get(), .state_dict(), .load_state_dict(); or None
-        learning_rate,  # cur_nimg -> lr
-        run_dir,  # existing folder
-        periods,  # Periods
-        batch_size,  # images trained on per step, over all processes
-        batch_gpu=None,  # largest micro-batch per process; None: no limit
-        seed=0,  # of everything random
-        loss_scaling=1.0,  # factor on the loss before backward (fp16); never divided out, as in EDM2
-        grad_clip=None,  # global norm; None: no clipping
-        header=None,  # plain data for the snapshots' headers
-        snapshot_dtype=None,  # storage type of parameters in snapshots; None: as they are
-        on_status=None,  # (loop) -> dict of further statistics or None; called on every process
-        on_snapshot=None,  # (loop, [(module, name)]) -> None; called on every process
-        stop_requested=None,  # () -> bool; True on any process ends training after the step
-    ):
+        run: "Run",  # the parts, see training/setup.py
+        run_dir: str | Path,  # existing folder
+        on_status: Callable | None = None,  # (loop) -> dict of further statistics or None; called on every process
+        on_snapshot: Callable | None = None,  # (loop) -> None; called on every process
+        stop_requested: Callable | None = None,  # () -> bool; True on any process ends training after the step
+    ) -> None:
+        periods, batch = run.periods, run.batch_size
         for name in ("snapshot_nimg", "checkpoint_nimg"):
             if getattr(periods, name) % 1024:
                 raise ValueError(f"{name}={getattr(periods, name)} must be a multiple of 1024 images (1Ki)")
         for name in ("total_nimg", "slice_nimg", "status_nimg", "snapshot_nimg", "checkpoint_nimg"):
-            if getattr(periods, name) % batch_size:
-                raise ValueError(f"{name}={getattr(periods, name)} must be a multiple of the batch size {batch_size}")
-        self.objective, self.feed, self.encoder, self.selector = objective, feed, encoder, selector
-        self.optimizer, self.ema, self.learning_rate = optimizer, ema, learning_rate
-        self.run_dir, self.periods = Path(run_dir), periods
-        self.batch_size, self.batch_gpu, self.seed = batch_size, batch_gpu, seed
-        self.loss_scaling, self.grad_clip = loss_scaling, grad_clip
-        self.header, self.snapshot_dtype = header or {}, snapshot_dtype
+            if getattr(periods, name) % batch:
+                raise ValueError(f"{name}={getattr(periods, name)} must be a multiple of the batch size {batch}")
+        self.parts, self.run_dir = run, Path(run_dir)
+        self.objective, self.feed, self.encoder, self.selector = run.objective, run.feed, run.encoder, run.selector
+        self.optimizer, self.ema, self.batch_size, self.periods = run.optimizer, run.ema, batch, periods
         self.on_status, self.on_snapshot = on_status, on_snapshot
         self.stop_requested = stop_requested or (lambda: False)
         self.state = State()
-        self.stats = Collector(feed.device)
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.bad_steps = torch.zeros([], device=feed.device)  # consecutive steps without finite gradients
+        self.stats = Collector(self.feed.device)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.bad_steps = torch.zeros([], device=self.feed.device)  # consecutive steps without finite gradients
         self.interrupted = False
+
+    def averages(self) -> list[tuple[torch.nn.Module, str]]:
+        """[(Objective, name)]: the averages of the weights, or the weights themselves where none is kept."""
+        return self.ema.get() if self.ema is not None else [(self.objective, "ema")]
+
+    @contextlib.contextmanager
+    def average(self) -> Iterator[torch.nn.Module]:
+        """The first average in eval mode, for hooks; the mode is restored after."""
+        objective = self.averages()[0][0]
+        training = objective.training
+        try:
+            yield objective.eval()
+        finally:
+            objective.train(training)
 
     # --- saving and loading ------------------------------------------------------------------------------------------
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """Everything a resumed run needs, as plain types."""
         return {
             "state": dataclasses.asdict(self.state),
@@ -110,7 +112,7 @@ class TrainingLoop:
             "selector": self.selector.state_dict(),
         }
 
-    def load(self, path):
+    def load(self, path: str | Path) -> None:
         """Continue from a checkpoint. Raises ValueError if it is damaged or does not fit."""
         data = checkpoint.load(path)
         try:
@@ -136,17 +138,16 @@ class TrainingLoop:
             with atomic_write(path, "w") as file:
                 file.writelines(kept)
 
-    def save_checkpoint(self):
+    def save_checkpoint(self) -> None:
         self._check_ranks_agree()
         if dist.get_rank() == 0:
             checkpoint.save(self.run_dir / f"training-state-{self.kimg:07d}.pt", self.state_dict())
             checkpoint.remove_old(self.run_dir, self.periods.keep)
         dist.barrier()
 
-    def save_snapshots(self):
-        averages = self.ema.get() if self.ema is not None else [(self.objective, "ema")]
+    def save_snapshots(self) -> None:
         if dist.get_rank() == 0:
-            for objective, name in averages:
+            for objective, name in self.averages():
                 process = getattr(objective.loss, "process", None)
                 tensors = process.state_dict() if isinstance(process, torch.nn.Module) else {}
                 persistence.save_snapshot(
@@ -155,17 +156,17 @@ class TrainingLoop:
                     encoder=self.encoder,
                     process=objective.loss.process_spec() if hasattr(objective.loss, "process_spec") else None,
                     tensors={f"process.{k}": v for k, v in tensors.items()},
-                    dtype=self.snapshot_dtype,
+                    dtype=self.parts.snapshot_dtype,
                     nimg=self.state.cur_nimg,
                     ema=name,
-                    **self.header,
+                    **self.parts.header,
                 )
         if self.on_snapshot is not None:
-            self.on_snapshot(self, averages)
+            self.on_snapshot(self)
         dist.barrier()
 
     @property
-    def kimg(self):
+    def kimg(self) -> int:
         return self.state.cur_nimg // 1000
 
     def _check_ranks_agree(self):
@@ -177,9 +178,9 @@ class TrainingLoop:
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def step(self):
+    def step(self) -> None:
         """Train on one batch; returns nothing, reports Loss/loss and Loss/learning_rate."""
-        torch.manual_seed(hash_seed(self.seed, dist.get_rank(), self.state.cur_nimg))  # dropout only
+        torch.manual_seed(hash_seed(self.parts.seed, dist.get_rank(), self.state.cur_nimg))  # dropout only
         candidates = Candidates(
             self.feed,
             self.encoder,
@@ -188,7 +189,7 @@ class TrainingLoop:
             count=self.selector.candidates(self.batch_size),
             batch=self.batch_size,
             cur_nimg=self.state.cur_nimg,
-            max_batch=self.batch_gpu,
+            max_batch=self.parts.batch_gpu,
         )
         self.optimizer.zero_grad(set_to_none=False)
         self.objective.train()
@@ -197,9 +198,9 @@ class TrainingLoop:
         for draws in self.selector.minibatches(self.objective, candidates):
             losses = self.objective(draws)
             self.stats.report("Loss/loss", losses)
-            (losses.sum() * (self.loss_scaling / self.batch_size)).backward()
+            (losses.sum() * (self.parts.loss_scaling / self.batch_size)).backward()
             count, rounds = count + len(draws), rounds + 1
-        lr = self.learning_rate(self.state.cur_nimg)
+        lr = self.parts.learning_rate(self.state.cur_nimg)
         self.stats.report("Loss/learning_rate", lr)
         self._apply_gradients(lr, count, rounds)
         self.state.position += candidates.count
@@ -233,8 +234,8 @@ class TrainingLoop:
         self.stats.report("Progress/nonfinite_steps", (~finite).double())
         for g in gradients:
             torch.nan_to_num(g, nan=0, posinf=0, neginf=0, out=g)
-        if self.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        if self.parts.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.parts.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         self.optimizer.step()
@@ -292,7 +293,7 @@ class TrainingLoop:
     def _due(self, period, anyway=False):
         return bool(period) and (anyway or self.state.cur_nimg % period == 0)
 
-    def run(self):
+    def run(self) -> State:
         """Train. Returns the final State; `interrupted` tells whether a stop request ended it."""
         periods, state = self.periods, self.state
         start = state.cur_nimg
@@ -374,16 +375,3 @@ class _Clock:
                 clock.nimg += nimg
 
         return Timer()
-
-
-def training_loop(*args, resume=None, **kwargs):
-    """Make a TrainingLoop (same arguments), continue from the checkpoint `resume` if given, run it, and return it."""
-    loop = TrainingLoop(*args, **kwargs)
-    if resume is not None:
-        dist.print0(f"Resuming from {resume}")
-        loop.load(resume)
-    dist.broadcast_([*loop.objective.parameters(), *loop.objective.buffers()])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
-        loop.run()
-    return loop

@@ -6,7 +6,7 @@ Karras et al. 2024 (arXiv 2406.02507) for the task and its options; Pais et al. 
 import inspect
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from training.networks_toy import ToyModel
 from training.phema import PowerFunctionEMA
 from training.schedules import learning_rate_schedule
 from training.selection.functions import requirements_of, selection_size
+from training.setup import Run
 from training.training_loop import Periods, TrainingLoop
 
 
@@ -236,64 +237,74 @@ def train(config, outdir, on_status=None, memory=None):
     ema = PowerFunctionEMA(objective, [config.ema_std])
     needs = config.select != "none" and "reference_loss" in requirements_of(selection.FUNCTIONS[config.select])
     reference = guide if guide is not None else (ema.get()[0][0].net if needs or config.when != "always" else None)
-    optimizer = torch.optim.Adam(objective.param_groups(), lr=config.lr, betas=(0.9, 0.99))
-    feed = TreeFeed(mixture, config.seed, config.batch_size, device)
     outdir.mkdir(parents=True, exist_ok=True)
     header = dict(options=asdict(config), dataset=dict(path=f"tree:{config.cls}", label_dim=0))
-    run = _Run(config, objective, feed, optimizer, ema, outdir, header, on_status)
+    run = Run(
+        objective,
+        TreeFeed(mixture, config.seed, config.batch_size, device),
+        IdentityEncoder(),
+        selector=None,  # of each phase
+        optimizer=torch.optim.Adam(objective.param_groups(), lr=config.lr, betas=(0.9, 0.99)),
+        ema=ema,
+        learning_rate=None,
+        periods=None,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        header=header,
+    )
+    loop, done, watch = None, 0, _Watch()
     with Logger(outdir / "log.txt"):
         for phase in _phases(config, reference):
-            run.phase(phase)
+            if done < config.total_iter:
+                loop, done = _train_phase(config, run, outdir, phase, loop, done, watch, on_status)
     persistence.save_snapshot(
-        outdir / f"learner-{run.loop.kimg:07d}.safetensors", net, encoder=IdentityEncoder(),
-        process=loss.process_spec(), nimg=run.loop.state.cur_nimg, ema="raw", **header,
-    )  # fmt: skip
-    return run.loop
+        outdir / f"learner-{loop.kimg:07d}.safetensors",
+        net,
+        encoder=IdentityEncoder(),
+        process=loss.process_spec(),
+        nimg=loop.state.cur_nimg,
+        ema="raw",
+        **header,
+    )
+    return loop
 
 
-class _Run:
-    """One toy run over its phases."""
+def _train_phase(config, run, outdir, phase, earlier, done, watch, on_status):
+    """Train until the end of a phase: the last step, or the switch it waits for. done: steps of earlier phases.
 
-    def __init__(self, config, objective, feed, optimizer, ema, outdir, header, on_status):
-        self.config, self.parts = config, (objective, feed, IdentityEncoder())
-        self.optimizer, self.ema, self.outdir, self.header = optimizer, ema, outdir, header
-        self.on_status = on_status or (lambda loop: {})
-        self.watch, self.loop, self.done = _Watch(), None, 0  # done: steps of earlier phases
+    Returns the loop and the steps of all phases so far.
+    """
+    begin = 0 if earlier is None else earlier.state.cur_nimg
 
-    def phase(self, phase):
-        """Train until the end of the phase: the last step, or the switch it waits for."""
-        config, first, begin = self.config, self.done, 0 if self.loop is None else self.loop.state.cur_nimg
-        if first >= config.total_iter:
-            return
+    def iteration(nimg):
+        return done + (nimg - begin) // phase.batch
 
-        def iteration(nimg):
-            return first + (nimg - begin) // phase.batch
+    def status(loop):
+        cpu, wall = watch.seconds()
+        watch.pause()
+        fields = {"Progress/iteration": iteration(loop.state.cur_nimg), "Progress/candidates": loop.state.position}
+        fields |= {"Timing/cpu_sec": cpu, "Timing/wall_sec": wall, **(on_status(loop) if on_status else {})}
+        watch.resume()
+        return fields
 
-        def status(loop):
-            cpu, wall = self.watch.seconds()
-            self.watch.pause()
-            fields = {"Progress/iteration": iteration(loop.state.cur_nimg), "Progress/candidates": loop.state.position}
-            fields.update({"Timing/cpu_sec": cpu, "Timing/wall_sec": wall, **self.on_status(loop)})
-            self.watch.resume()
-            return fields
-
-        period = _period(config, phase.batch)
-        loop = TrainingLoop(
-            *self.parts, phase.selector, self.optimizer, self.ema,
-            lambda nimg: learning_rate_schedule(iteration(nimg), 1, config.lr, config.lr_iter, 0),
-            self.outdir,
-            Periods(begin + (config.total_iter - first) * phase.batch, 0, period, period, 0),
-            batch_size=phase.batch, seed=config.seed, header=self.header, on_status=status,
-        )  # fmt: skip
-        if self.loop is not None:
-            loop.state = self.loop.state
-        if phase.waits:
-            unit = math.lcm(config.trained_batch(), config.batch_size)  # both batch sizes divide what is trained so far
-            loop.stop_requested = lambda: (
-                phase.selector.beaten_at is not None and (loop.state.cur_nimg + phase.batch) % unit == 0
-            )
-        loop.run()
-        self.loop, self.done = loop, iteration(loop.state.cur_nimg)
+    period = _period(config, phase.batch)
+    run = replace(
+        run,
+        selector=phase.selector,
+        learning_rate=lambda nimg: learning_rate_schedule(iteration(nimg), 1, config.lr, config.lr_iter, 0),
+        periods=Periods(begin + (config.total_iter - done) * phase.batch, 0, period, period, 0),
+        batch_size=phase.batch,
+    )
+    loop = TrainingLoop(run, outdir, on_status=status)
+    if earlier is not None:
+        loop.state = earlier.state
+    if phase.waits:
+        unit = math.lcm(config.trained_batch(), config.batch_size)  # both batch sizes divide what is trained so far
+        loop.stop_requested = lambda: (
+            phase.selector.beaten_at is not None and (loop.state.cur_nimg + phase.batch) % unit == 0
+        )
+    loop.run()
+    return loop, iteration(loop.state.cur_nimg)
 
 
 def _period(config, batch):

@@ -1,0 +1,169 @@
+"""What a training run is made of, by name: each choice is one entry of one dict. Nothing heavy is imported before use.
+
+An entry of your own (`ARCHS["mine"] = build_mine`) is a choice of `train_edm2.py` at once, and in its help.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from training.schedules import SCHEDULES
+
+__all__ = ["ARCHS", "EMAS", "ENCODERS", "LOSSES", "OPTIMIZERS", "PRECONDS", "SCHEDULES", "choose", "given"]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def choose(table: dict[str, Any], option: str, name: str) -> Any:
+    """The entry of a registry. Raises ValueError that names the option and the known names."""
+    if name not in table:
+        raise ValueError(f"--{option}={name} is unknown; known: {', '.join(sorted(table))}")
+    return table[name]
+
+
+def _sizes(config) -> dict[str, Any]:
+    """Sizes that all U-Nets take; those left out are the architecture's own."""
+    return given(
+        model_channels=config.channels,
+        channel_mult=config.channel_mult,
+        num_blocks=config.num_blocks,
+        attn_resolutions=config.attn_resolutions,
+    )
+
+
+def _edm2(config, interface):
+    from training.networks_edm2 import Precond
+
+    options = dict(interface, use_fp16=config.fp16, sigma_data=config.sigma_data, dropout=config.dropout)
+    return Precond(
+        **options, **_sizes(config), **given(channels_per_head=config.channels_per_head), **config.net_options
+    )
+
+
+_SONG = dict(model_type="SongUNet", model_channels=128, channel_mult=[2, 2, 2], decoder_type="standard")
+_EDM_ARCHS = {
+    "ddpmpp": dict(
+        _SONG, embedding_type="positional", encoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1]
+    ),
+    "ncsnpp": dict(
+        _SONG, embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=[1, 3, 3, 1]
+    ),
+    "adm": dict(model_type="DhariwalUNet", model_channels=192, channel_mult=[1, 2, 3, 4]),
+}
+PRECONDS = {"edm": "EDMPrecond", "vp": "VPPrecond", "ve": "VEPrecond"}  # classes of training/networks_edm/precond.py
+
+
+def _edm(config, interface):
+    from training import networks_edm
+
+    options = dict(interface, use_fp16=config.fp16, dropout=config.dropout) | _EDM_ARCHS[config.arch] | _sizes(config)
+    if config.augment:
+        options["augment_dim"] = augment_pipe(config).label_dim
+    if config.precond == "edm":
+        options["sigma_data"] = config.sigma_data
+    return getattr(networks_edm, PRECONDS[config.precond])(**options | config.net_options)
+
+
+# (TrainingConfig, {img_resolution, img_channels, label_dim}) -> denoiser.
+ARCHS: dict[str, Callable] = {"edm2": _edm2, "ddpmpp": _edm, "ncsnpp": _edm, "adm": _edm}
+
+
+def augment_pipe(config: Any) -> Any:
+    """EDM's augmentations (EDM appendix F.2) at the probability of --augment."""
+    from training.augment import AugmentPipe
+
+    return AugmentPipe(p=config.augment, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
+
+
+def _log_normal(name):
+    def build(config, common, references):
+        from training import losses
+
+        return getattr(losses, name)(config.P_mean, config.P_std, **common)
+
+    return build
+
+
+def _fixed(name):
+    def build(config, common, references):
+        from training import losses
+
+        return getattr(losses, name)(**common)
+
+    return build
+
+
+def _process(config, common, references):
+    from training.losses.process import ProcessLoss
+
+    process = common["kernel"]
+    if not hasattr(process, "project"):
+        raise ValueError(f"--loss=process needs a linear process, not --process={config.process}: take --loss=edm2")
+    laws = given(time_sampling=config.time_sampling, weighting=config.weighting, t_min=config.t_min)
+    return ProcessLoss(process, **common, **laws, lr_scale=config.process_lr_scale)
+
+
+# (TrainingConfig, keywords of every DenoisingLoss, references: (n, generator) -> clean examples) -> Loss.
+LOSSES: dict[str, Callable] = {
+    "edm2": _log_normal("EDM2Loss"),
+    "edm": _log_normal("EDMLoss"),
+    "vp": _fixed("VPLoss"),
+    "ve": _fixed("VELoss"),
+    "process": _process,
+}
+
+
+def _torch_optimizer(name):
+    def build(config, groups):
+        import torch
+
+        options = dict(lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay)
+        return getattr(torch.optim, name)(groups, **options)
+
+    return build
+
+
+# (TrainingConfig, parameter groups with `lr_scale`) -> optimizer.
+OPTIMIZERS: dict[str, Callable] = {
+    "adam": _torch_optimizer("Adam"),
+    "adamw": _torch_optimizer("AdamW"),
+    "adamax": _torch_optimizer("Adamax"),
+}
+
+
+def _average(name, *fields):
+    def build(config, objective):
+        from training import phema
+
+        return getattr(phema, name)(objective, *(getattr(config, field) for field in fields))
+
+    return build
+
+
+# (TrainingConfig, Objective) -> average of the weights, or None.
+EMAS: dict[str, Callable] = {
+    "power": _average("PowerFunctionEMA", "ema_std"),
+    "halflife": _average("HalfLifeEMA", "ema_halflife", "ema_rampup"),
+    "decay": _average("DecayEMA", "ema_decay"),
+    "none": lambda config, objective: None,
+}
+
+
+def _encoder(name):
+    def build():
+        from training import encoders
+
+        return getattr(encoders, name)()
+
+    return build
+
+
+# () -> encoder of uint8 pixels.
+ENCODERS: dict[str, Callable] = {
+    "rgb": _encoder("StandardRGBEncoder"),
+    "dequantize": _encoder("UniformDequantizer"),
+    "center": _encoder("CenterEncoder"),
+    "logit": _encoder("LogitEncoder"),
+}
