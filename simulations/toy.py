@@ -32,22 +32,18 @@ STATES = {
 
 
 def train(
-    dataset,                  # name in toy_data.TOY_DATA
-    outdir,                   # run folder
-    process="edm",            # or a linear process: its noise levels and weight; a learned one is trained along
+    dataset,  # name in toy_data.TOY_DATA
+    outdir,  # run folder
+    process="edm",  # or a linear process: its noise levels and weight; a learned one is trained along
     process_options=None,
-    time_sampling="snr",
-    weighting="likelihood",
-    t_min=None,
-    steps=2000,               # of `batch` points each
+    steps=2000,  # of `batch` points each
     batch=512,
-    num_points=1 << 15,       # points of the data set
+    num_points=1 << 15,  # points of the data set
     hidden_dim=128,
-    num_layers=4,
     lr=2e-3,
-    ema_std=0.05,
     seed=0,
-):  # fmt: skip
+    **law,  # of a linear process: time_sampling, weighting, t_min
+):
     """Train an MLPDenoiser on points [N, 2, 1, 1] by the project's own loop; returns the TrainingLoop.
 
     Snapshots, stats.jsonl and checkpoints lie in `outdir`. Raises ValueError for unknown names.
@@ -56,12 +52,12 @@ def train(
     data = ArrayDataset(points.reshape(-1, 2, 1, 1).numpy(), name=dataset)
     sigma_data = float(points.std(dim=0).square().mean().sqrt())
     torch.manual_seed(hash_seed(seed, 0))
-    net = MLPDenoiser(hidden_dim=hidden_dim, num_layers=num_layers, sigma_data=sigma_data)
+    net = MLPDenoiser(hidden_dim=hidden_dim, num_layers=4, sigma_data=sigma_data)
     if process == "edm":
         loss = LogNormalLoss(P_mean=math.log(sigma_data) - 1.2, P_std=1.5, sigma_data=sigma_data, uncertainty=False)
     else:
         made = make_process(process, process_options, seed=seed, learn=True)
-        loss = ProcessLoss(made, sigma_data, time_sampling, weighting, t_min)
+        loss = ProcessLoss(made, sigma_data, **law)
     objective = Objective(net, loss)
     optimizer = torch.optim.Adam(objective.param_groups(), lr=lr, betas=(0.9, 0.99))
     total, period = steps * batch, math.lcm(batch, 1024)
@@ -72,7 +68,7 @@ def train(
         IdentityEncoder(),
         IdentitySelector(),
         optimizer,
-        PowerFunctionEMA(objective, [ema_std]),
+        PowerFunctionEMA(objective, [0.05]),
         lambda nimg: learning_rate_schedule(nimg, batch, lr, steps / 4, 0),
         Periods(total, 0, batch * max(1, steps // 10), period * max(1, total // period), 0),
         batch_size=batch,

@@ -55,7 +55,6 @@ PENDING_ARGUMENTS = {
     "simulations.run_gaussian.main",
     "simulations.run_robustness.main",
     "simulations.run_tree.train",
-    "simulations.toy.train",
     "training.dataset.convert.convert",
     "training.generation.generate_images",
     "training.generation.run",

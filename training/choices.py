@@ -3,6 +3,7 @@
 An entry of your own (`ARCHS["mine"] = build_mine`) is a choice of `train_edm2.py` at once, and in its help.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,15 @@ def choose(table: dict[str, Any], option: str, name: str) -> Any:
     if name not in table:
         raise ValueError(f"--{option}={name} is unknown; known: {', '.join(sorted(table))}")
     return table[name]
+
+
+def _late(module):
+    """name -> attribute of a module that is imported when asked."""
+    return lambda name: getattr(importlib.import_module(module), name)
+
+
+_losses, _phema, _encoders = _late("training.losses"), _late("training.phema"), _late("training.encoders")
+_networks, _optim = _late("training.networks_edm"), _late("torch.optim")
 
 
 def _sizes(config) -> dict[str, Any]:
@@ -56,14 +66,12 @@ PRECONDS = {"edm": "EDMPrecond", "vp": "VPPrecond", "ve": "VEPrecond"}  # classe
 
 
 def _edm(config, interface):
-    from training import networks_edm
-
     options = dict(interface, use_fp16=config.fp16, dropout=config.dropout) | _EDM_ARCHS[config.arch] | _sizes(config)
     if config.augment:
         options["augment_dim"] = augment_pipe(config).label_dim
     if config.precond == "edm":
         options["sigma_data"] = config.sigma_data
-    return getattr(networks_edm, PRECONDS[config.precond])(**options | config.net_options)
+    return _networks(PRECONDS[config.precond])(**options | config.net_options)
 
 
 # (TrainingConfig, {img_resolution, img_channels, label_dim}) -> denoiser.
@@ -75,24 +83,6 @@ def augment_pipe(config: Any) -> Any:
     from training.augment import AugmentPipe
 
     return AugmentPipe(p=config.augment, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
-
-
-def _log_normal(name):
-    def build(config, common, references):
-        from training import losses
-
-        return getattr(losses, name)(config.P_mean, config.P_std, **common)
-
-    return build
-
-
-def _fixed(name):
-    def build(config, common, references):
-        from training import losses
-
-        return getattr(losses, name)(**common)
-
-    return build
 
 
 def _process(config, common, references):
@@ -107,63 +97,37 @@ def _process(config, common, references):
 
 # (TrainingConfig, keywords of every DenoisingLoss, references: (n, generator) -> clean examples) -> Loss.
 LOSSES: dict[str, Callable] = {
-    "edm2": _log_normal("EDM2Loss"),
-    "edm": _log_normal("EDMLoss"),
-    "vp": _fixed("VPLoss"),
-    "ve": _fixed("VELoss"),
+    "edm2": lambda config, common, references: _losses("EDM2Loss")(config.P_mean, config.P_std, **common),
+    "edm": lambda config, common, references: _losses("EDMLoss")(config.P_mean, config.P_std, **common),
+    "vp": lambda config, common, references: _losses("VPLoss")(**common),
+    "ve": lambda config, common, references: _losses("VELoss")(**common),
     "process": _process,
 }
 
 
-def _torch_optimizer(name):
-    def build(config, groups):
-        import torch
-
-        options = dict(lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay)
-        return getattr(torch.optim, name)(groups, **options)
-
-    return build
+def _adam(config):
+    return dict(lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay)
 
 
 # (TrainingConfig, parameter groups with `lr_scale`) -> optimizer.
 OPTIMIZERS: dict[str, Callable] = {
-    "adam": _torch_optimizer("Adam"),
-    "adamw": _torch_optimizer("AdamW"),
-    "adamax": _torch_optimizer("Adamax"),
+    "adam": lambda config, groups: _optim("Adam")(groups, **_adam(config)),
+    "adamw": lambda config, groups: _optim("AdamW")(groups, **_adam(config)),
+    "adamax": lambda config, groups: _optim("Adamax")(groups, **_adam(config)),
 }
-
-
-def _average(name, *fields):
-    def build(config, objective):
-        from training import phema
-
-        return getattr(phema, name)(objective, *(getattr(config, field) for field in fields))
-
-    return build
-
 
 # (TrainingConfig, Objective) -> average of the weights, or None.
 EMAS: dict[str, Callable] = {
-    "power": _average("PowerFunctionEMA", "ema_std"),
-    "halflife": _average("HalfLifeEMA", "ema_halflife", "ema_rampup"),
-    "decay": _average("DecayEMA", "ema_decay"),
+    "power": lambda config, objective: _phema("PowerFunctionEMA")(objective, config.ema_std),
+    "halflife": lambda config, objective: _phema("HalfLifeEMA")(objective, config.ema_halflife, config.ema_rampup),
+    "decay": lambda config, objective: _phema("DecayEMA")(objective, config.ema_decay),
     "none": lambda config, objective: None,
 }
 
-
-def _encoder(name):
-    def build():
-        from training import encoders
-
-        return getattr(encoders, name)()
-
-    return build
-
-
 # () -> encoder of uint8 pixels.
 ENCODERS: dict[str, Callable] = {
-    "rgb": _encoder("StandardRGBEncoder"),
-    "dequantize": _encoder("UniformDequantizer"),
-    "center": _encoder("CenterEncoder"),
-    "logit": _encoder("LogitEncoder"),
+    "rgb": lambda: _encoders("StandardRGBEncoder")(),
+    "dequantize": lambda: _encoders("UniformDequantizer")(),
+    "center": lambda: _encoders("CenterEncoder")(),
+    "logit": lambda: _encoders("LogitEncoder")(),
 }

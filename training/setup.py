@@ -7,7 +7,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -226,18 +226,12 @@ def build_selector(config: TrainingConfig, device: torch.device, ema: Any = None
         reference = ema.get()[0][0].net
     elif config.reference is not None:
         reference = persistence.load_snapshot(config.reference, device).net
-    return selection.LossSelector(
-        function,
-        reference=reference,
-        filter_ratio=config.filter_ratio,
-        scope=config.select_scope,
-        score_scale=config.score_scale,
-        when=config.select_when,
-        select_from=config.select_from,
-        select_until=math.inf if config.select_until is None else config.select_until,
-        cheap=config.select_cheap,
-        options=config.select_options,
-    )
+    stretch = dict(when=config.select_when, select_from=config.select_from)
+    if config.select_until is not None:
+        stretch["select_until"] = config.select_until
+    scores = dict(score_scale=config.score_scale, cheap=config.select_cheap, options=config.select_options)
+    how = dict(filter_ratio=config.filter_ratio, scope=config.select_scope, **stretch, **scores)
+    return selection.LossSelector(function, reference=reference, **how)
 
 
 def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
@@ -248,15 +242,8 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
     interface = interface_of(dataset, encoder)
     held_out = ImageFolderDataset(config.val_data, use_labels=config.cond) if config.val_data else None
     _fast_math(config)
-    feed = Feed(
-        dataset,
-        seed=config.seed,
-        block=config.block,
-        device=device,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        workers=config.workers,
-    )
+    ranks = dict(rank=dist.get_rank(), world_size=dist.get_world_size())
+    feed = Feed(dataset, config.seed, config.block, device, **ranks, workers=config.workers)
     net = build_network(config, interface, device)
     loss = build_loss(config, _references(feed, encoder)).to(device)
     objective = losses.Objective(net, loss)
@@ -277,14 +264,7 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
         learning_rate=functools.partial(
             _learning_rate, choose(SCHEDULES, "lr-schedule", config.lr_schedule), config, selector
         ),
-        periods=Periods(
-            total_nimg=config.total_nimg,
-            slice_nimg=config.slice_nimg,
-            status_nimg=config.status_nimg,
-            snapshot_nimg=config.snapshot_nimg,
-            checkpoint_nimg=config.checkpoint_nimg,
-            keep=config.keep,
-        ),
+        periods=Periods(**{f.name: getattr(config, f.name) for f in fields(Periods)}),
         batch_size=config.batch_size,
         batch_gpu=config.batch_gpu or None,
         seed=config.seed,
