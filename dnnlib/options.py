@@ -104,7 +104,7 @@ class Option(click.Option):
     """A click option made from a field: choices and default are read when help is asked for."""
 
     def __init__(self, declarations: list[str], own: Opt, default_shown: Any, **rest: Any) -> None:
-        super().__init__(declarations, help=own.help, metavar=own.metavar, **rest)
+        super().__init__(declarations, help=own.help, metavar=own.metavar, default=None, **rest)  # also for flags
         self.own, self.group, self.shown = own, own.group, default_shown
 
     def make_metavar(self, ctx: click.Context) -> str:

@@ -6,44 +6,14 @@ for the true similarity of the sources (`ground_truth`). All errors are exact: t
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 
 import numpy as np
 import torch
 
-from simulations.mle import MLP, Rule, fit
-
-
-@dataclasses.dataclass(frozen=True)
-class ArmConfig:
-    """One cell: data, ground truth and network."""
-
-    K: int = 3  # sources, p(y) = 1/K
-    n: int = 10_000  # training samples of all sources together
-    D: int = 10  # sequence length
-    M: int = 2  # vocabulary
-    sim: float = 0.8  # true similarity: share of the log-probability field that all sources have in common
-    family: str = "path"  # how sources differ: "path" (in one number) or "independent" (in everything)
-    order: int = 3  # tokens that interact at most; 0 draws every outcome's log-probability on its own
-    scale: float = 2.0  # size of the log-probability field (0: uniform)
-    de: int = 64  # embedding width
-    W: int = 64  # hidden width
-    L: int = 5  # affine layers
-
-    def __post_init__(self) -> None:
-        for name in ("K", "n", "D", "M", "de", "W", "L"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
-        if self.family not in ("path", "independent"):
-            raise ValueError(f"family={self.family!r} is unknown; use path or independent")
-        if not 0 <= self.sim <= 1 or self.scale < 0 or self.order < 0:
-            raise ValueError(
-                f"sim={self.sim} must lie within [0, 1], scale={self.scale} and order={self.order} be >= 0"
-            )
-        if self.M**self.D * self.K > 2**26:
-            raise ValueError(f"M^D * K = {self.M**self.D * self.K} outcomes are too many to enumerate; lower D, M or K")
+from simulations.configs import ArmConfig, Rule
+from simulations.mle import MLP, Outcome, compare, fit
 
 
 def ground_truth(config: ArmConfig, seed: int) -> np.ndarray:
@@ -191,56 +161,23 @@ def tv(p: np.ndarray, q: np.ndarray) -> float:
     return 0.5 * float(np.abs(p - q).sum())
 
 
-@dataclasses.dataclass(frozen=True)
-class ArmOutcome:
-    """Exact average TV errors of one data set, and what helps to read them."""
-
-    single: float
-    multi: float
-    empty: int  # sources without data; each counts as TV = 1 in `single`
-    histogram: float  # error of the observed frequencies: no model, no sharing
-    pooled: float  # mean TV of a source to the average of all sources: what ignoring the label costs
-    uniform: float  # mean TV of a source to the uniform distribution
-    params: int  # S of one MLP
-    single_steps: float
-    multi_steps: int
-
-
-def run_cell(config: ArmConfig, rule: Rule, seed: int) -> ArmOutcome:
+def run_cell(config: ArmConfig, rule: Rule, seed: int) -> Outcome:
     """Draw sources and data, fit one multi-source and K single-source networks by the same rule, measure exactly."""
     K, D, M = config.K, config.D, config.M
     tables = ground_truth(config, seed)
     codes, sources = sample(tables, config.n, seed)
-    network = {"D": D, "M": M, "de": config.de, "W": config.W, "L": config.L}
 
-    data = Prefixes(codes, sources, K, D, M)
-    multi = fit(lambda: ARM(K, **network), data.nll, len(data), rule, seed)
-    multi_tv = np.mean([tv(multi.model.table(k), tables[k]) for k in range(K)])
-
-    errors, steps, histogram = [], [], []
-    for k in range(K):
-        own = codes[sources == k]
+    def train(source):
+        own = codes if source is None else codes[sources == source]
         if not len(own):
-            errors.append(1.0)
-            histogram.append(1.0)
-            continue
-        histogram.append(tv(np.bincount(own, minlength=M**D) / len(own), tables[k]))
-        if K == 1:  # the same data, network, rule and seed
-            single = multi
-        else:
-            data = Prefixes(own, np.zeros_like(own), 1, D, M)
-            single = fit(lambda: ARM(1, **network), data.nll, len(data), rule, seed)
-        errors.append(tv(single.model.table(0), tables[k]))
-        steps.append(single.steps)
-    average = tables.mean(axis=0)
-    return ArmOutcome(
-        single=float(np.mean(errors)),
-        multi=float(multi_tv),
-        empty=K - len(steps),
-        histogram=float(np.mean(histogram)),
-        pooled=float(np.mean([tv(t, average) for t in tables])),
-        uniform=float(np.mean([tv(t, np.full_like(t, 1 / t.size)) for t in tables])),
-        params=multi.model.mlp.num_params,
-        single_steps=float(np.mean(steps)),
-        multi_steps=multi.steps,
-    )
+            return None
+        labels, count = (sources, K) if source is None else (np.zeros_like(own), 1)
+        data = Prefixes(own, labels, count, D, M)
+        return fit(lambda: ARM(count, D, M, config.de, config.W, config.L), data.nll, len(data), rule, seed)
+
+    def histogram(source):
+        own = codes[sources == source]
+        return np.bincount(own, minlength=M**D) / len(own)
+
+    uniform = np.full(M**D, 1 / M**D)
+    return compare(tables, uniform, tv, train, lambda model, label: model.table(label), histogram)

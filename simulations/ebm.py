@@ -8,41 +8,14 @@ likelihood needs no sampling, and total variation is an integral as well.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import math
 
 import numpy as np
 import torch
 
-from simulations.mle import MLP, Rule, fit
-
-
-@dataclasses.dataclass(frozen=True)
-class EbmConfig:
-    """One cell: data, ground truth and network."""
-
-    K: int = 8  # sources, p(y) = 1/K
-    n: int = 1000  # training samples of all sources together
-    D: int = 1  # data dimension, 1 or 2
-    sim: float = 0.8  # true similarity: share of the log-density field that all sources have in common
-    family: str = "path"  # how sources differ: "path" (in one number) or "independent" (in everything)
-    scale: float = 2.0  # size of the log-density field (0: uniform)
-    modes: int = 4  # highest cosine frequency per axis, in half periods
-    de: int = 4  # embedding width
-    W: int = 64  # hidden width
-    L: int = 3  # affine layers
-
-    def __post_init__(self) -> None:
-        for name in ("K", "n", "modes", "de", "W", "L"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
-        if self.D not in (1, 2):
-            raise ValueError(f"D={self.D} must be 1 or 2: normalisation is by quadrature")
-        if self.family not in ("path", "independent"):
-            raise ValueError(f"family={self.family!r} is unknown; use path or independent")
-        if not 0 <= self.sim <= 1 or self.scale < 0:
-            raise ValueError(f"sim={self.sim} must lie within [0, 1] and scale={self.scale} be >= 0")
+from simulations.configs import EbmConfig, Rule
+from simulations.mle import MLP, Outcome, compare, fit
 
 
 def quadrature(D: int, panels: int, nodes: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -159,22 +132,7 @@ class EBM(torch.nn.Module):
         return (-energy(x) - log_z).numpy()
 
 
-@dataclasses.dataclass(frozen=True)
-class EbmOutcome:
-    """Average TV errors of one data set by quadrature, and what helps to read them."""
-
-    single: float
-    multi: float
-    empty: int  # sources without data; each counts as TV = 1 in `single`
-    histogram: float  # error of a histogram per source with about n_k^(1/(D + 2)) * 2 bins per axis: no sharing
-    pooled: float  # mean TV of a source to the average of all sources: what ignoring the label costs
-    uniform: float  # mean TV of a source to the uniform distribution
-    params: int  # S of one MLP
-    single_steps: float
-    multi_steps: int
-
-
-def run_cell(config: EbmConfig, rule: Rule, seed: int) -> EbmOutcome:
+def run_cell(config: EbmConfig, rule: Rule, seed: int) -> Outcome:
     """Draw sources and data, fit one multi-source and K single-source networks by the same rule, measure by quadrature."""
     K, D = config.K, config.D
     truth = Truth(config, seed)
@@ -185,43 +143,26 @@ def run_cell(config: EbmConfig, rule: Rule, seed: int) -> EbmOutcome:
     def tv(p, q):
         return 0.5 * float(np.abs(p - q) @ weights)
 
-    def train(own_x, own_sources, count):
-        data, labels = torch.from_numpy(own_x).float(), torch.from_numpy(own_sources)
+    def train(source):
+        own = x if source is None else x[sources == source]
+        if not len(own):
+            return None
+        labels, count = (sources, K) if source is None else (np.zeros(len(own), dtype=np.int64), 1)
+        data, labels = torch.from_numpy(own).float(), torch.from_numpy(labels)
         build = lambda: EBM(count, D, config.de, config.W, config.L)
         return fit(build, lambda model, index: model.nll(data[index], labels[index]), len(data), rule, seed)
 
-    def error(model, label, k):
-        return tv(np.exp(model.log_density(points, label, TV_PANELS[D])), densities[k])
+    def density(model, label):
+        return np.exp(model.log_density(points, label, TV_PANELS[D]))
 
-    multi = train(x, sources, K)
-    multi_tv = [error(multi.model, k, k) for k in range(K)]
-    errors, steps, histogram = [], [], []
-    for k in range(K):
-        own = x[sources == k]
-        if not len(own):
-            errors.append(1.0)
-            histogram.append(1.0)
-            continue
-        single = multi if K == 1 else train(own, np.zeros(len(own), dtype=np.int64), 1)
-        errors.append(error(single.model, 0, k))
-        steps.append(single.steps)
-        histogram.append(tv(_histogram(own, points), densities[k]))
-    average = densities.mean(axis=0)
-    return EbmOutcome(
-        single=float(np.mean(errors)),
-        multi=float(np.mean(multi_tv)),
-        empty=K - len(steps),
-        histogram=float(np.mean(histogram)),
-        pooled=float(np.mean([tv(d, average) for d in densities])),
-        uniform=float(np.mean([tv(d, np.ones_like(d)) for d in densities])),
-        params=multi.model.mlp.num_params,
-        single_steps=float(np.mean(steps)),
-        multi_steps=multi.steps,
-    )
+    def histogram(source):
+        return _histogram(x[sources == source], points)
+
+    return compare(densities, np.ones(len(points)), tv, train, density, histogram)
 
 
 def _histogram(x: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Histogram density of x [n, D] at points [G, D]."""
+    """Density of x [n, D] at points [G, D] from about 2 n^(1/(D + 2)) bins per axis."""
     n, D = x.shape
     bins = max(1, round(2 * n ** (1 / (D + 2))))
     cell = lambda z: np.ravel_multi_index(np.minimum((z * bins).astype(int), bins - 1).T, [bins] * D)

@@ -14,38 +14,12 @@ import torch
 
 from metrics.table import mean_and_error
 from simulations.bounds import gaussian_bound
+from simulations.configs import GaussianConfig
 from simulations.gaussian_exact import expected_tv, tv_unit_gaussians
-from simulations.theory_io import shared_count
 
 PAPER_SEEDS = (3, 33, 520, 2025, 25731)
-PAPER_DEFAULTS = {"K": 5, "n": 500, "sim": 0.5}
 PAPER_SWEEPS = {"K": (1, 3, 5, 10, 15), "n": (100, 300, 500, 1000, 5000), "sim": (0.0, 0.3, 0.5, 0.7, 1.0)}
-PAPER_DIM = 10
-PAPER_TEST_SIZE = 500
 _BLOCK_ELEMENTS = 1 << 22  # random numbers held at once (16 MiB)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """One cell of a sweep."""
-
-    K: int = 5  # sources
-    n: int = 500  # training points of all sources together
-    D: int = PAPER_DIM  # data dimension
-    sim: float = 0.5  # share of the dimensions whose mean all sources share
-    test_size: int = PAPER_TEST_SIZE  # test pairs of the empirical estimate
-
-    def __post_init__(self) -> None:
-        for name in ("K", "n", "D", "test_size"):
-            value = getattr(self, name)
-            if value < 1 or value != int(value):
-                raise ValueError(f"{name}={value} must be a whole number >= 1")
-        shared_count(self.sim, 1)  # range check
-
-    @property
-    def d1(self) -> int:
-        """Dimensions in which sources differ: D - floor(sim * D), in exact decimals."""
-        return self.D - shared_count(self.sim, self.D)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +34,7 @@ class Outcome:
     empty_multi: int
 
 
-def simulate(config: Config, seed: int, block_elements: int = _BLOCK_ELEMENTS) -> Outcome:
+def simulate(config: GaussianConfig, seed: int, block_elements: int = _BLOCK_ELEMENTS) -> Outcome:
     """Draw one training set, fit both estimators, and measure their average TV error.
 
     The draws equal the published simulation's: training labels, standard normals source by source, test labels,
@@ -97,9 +71,9 @@ def simulate(config: Config, seed: int, block_elements: int = _BLOCK_ELEMENTS) -
     total = np.zeros(2)
     for x, _, _, label in _blocks(test_counts, D, d1, buffer, generator):
         z = x - mean[label]  # [r, D] float64
-        for arm in range(2):
-            log_ratio = np.einsum("rd,rd->r", z, errors[arm, label]) - 0.5 * square[arm, label]
-            total[arm] += np.where(known[arm, label], 0.5 * np.abs(np.expm1(log_ratio)), 1.0).sum()
+        for side in range(2):
+            log_ratio = np.einsum("rd,rd->r", z, errors[side, label]) - 0.5 * square[side, label]
+            total[side] += np.where(known[side, label], 0.5 * np.abs(np.expm1(log_ratio)), 1.0).sum()
     empirical = total / config.test_size
     return Outcome(
         *(float(v) for v in empirical), *(float(v) for v in tv), int(K - seen.sum()), int(K - known_multi.sum())
@@ -158,7 +132,7 @@ class Sweep:
     """Outcomes of a sweep: `outcomes[v][s]` for value v and seed s."""
 
     tag: str
-    configs: tuple[Config, ...]
+    configs: tuple[GaussianConfig, ...]
     seeds: tuple[int, ...]
     outcomes: tuple[tuple[Outcome, ...], ...]
 
@@ -167,15 +141,7 @@ class Sweep:
         return np.array([[getattr(o, name) for o in row] for row in self.outcomes])
 
 
-def sweep_configs(
-    tag: str,
-    values: Sequence[float] | None = None,
-    K: int = 5,
-    n: int = 500,
-    D: int = PAPER_DIM,
-    sim: float = 0.5,
-    test_size: int = PAPER_TEST_SIZE,
-) -> tuple[Config, ...]:
+def sweep_configs(tag: str, values: Sequence[float] | None = None, **fixed) -> tuple[GaussianConfig, ...]:
     """The cells of the sweep over `tag` ("K", "n" or "sim"); `values` default to the published ones.
 
     Raises:
@@ -186,20 +152,15 @@ def sweep_configs(
     values = PAPER_SWEEPS[tag] if values is None else values
     if not len(values):
         raise ValueError(f"the sweep over {tag} has no values")
-    base = Config(K=K, n=n, D=D, sim=sim, test_size=test_size)
-    return tuple(dataclasses.replace(base, **{tag: v}) for v in values)
+    return tuple(dataclasses.replace(GaussianConfig(**fixed), **{tag: v}) for v in values)
 
 
 def sweep(
     tag: str,
     values: Sequence[float] | None = None,
     seeds: Sequence[int] = PAPER_SEEDS,
-    K: int = 5,
-    n: int = 500,
-    D: int = PAPER_DIM,
-    sim: float = 0.5,
-    test_size: int = PAPER_TEST_SIZE,
     progress: Callable[[list], Iterable] = iter,
+    **fixed,
 ) -> Sweep:
     """Run a whole sweep: every value with every seed (each run re-seeds, so noise is common across `sim`).
 
@@ -207,13 +168,13 @@ def sweep(
         tag:       what varies: "K", "n" or "sim".
         values:    its values (default: the published five).
         seeds:     seeds, each one training and test set.
-        K, n, D, sim, test_size: what does not vary.
         progress:  wraps the list of runs, e.g. tqdm.
+        fixed:     K, n, D, sim, test_size: what does not vary.
 
     Raises:
         ValueError: unknown tag, no values or seeds, or a value out of range.
     """
-    configs = sweep_configs(tag, values, K, n, D, sim, test_size)
+    configs = sweep_configs(tag, values, **fixed)
     if not len(seeds):
         raise ValueError("seeds is empty; give at least one")
     runs = progress([(config, seed) for config in configs for seed in seeds])
@@ -222,7 +183,7 @@ def sweep(
     return Sweep(tag, configs, tuple(seeds), outcomes)
 
 
-def orders(config: Config) -> tuple[float, float]:
+def orders(config: GaussianConfig) -> tuple[float, float]:
     """(single, multi) sqrt(P/n): what the paper plots as theoretical bound; no constant, no logarithm."""
     return (config.K * config.D / config.n) ** 0.5, (((config.K - 1) * config.d1 + config.D) / config.n) ** 0.5
 
@@ -264,25 +225,20 @@ def summary_rows(result: Sweep, delta: float = 0.05, B: float | None = None) -> 
             )
         bound = gaussian_bound(config.K, config.n, config.D, config.d1, config.K if B is None else B, delta)
         expected = expected_tv(config.K, config.n, config.D, config.d1)
-        moments = {
-            name: mean_and_error(getattr(o, name) for o in outcomes)
-            for name in ("empirical_single", "empirical_multi", "tv_single", "tv_multi")
-        }
+        measured, exact = (_moments(outcomes, kind) for kind in ("empirical", "tv"))
         seed = sum(result.seeds) / len(result.seeds)
         row = _head(result.tag, config, seed, floats=True)
-        row |= _published(orders(config), (moments["empirical_single"][0], moments["empirical_multi"][0]))
-        gain = mean_and_error(o.empirical_single - o.empirical_multi for o in outcomes)
-        exact_gain = mean_and_error(o.tv_single - o.tv_multi for o in outcomes)
+        row |= _published(orders(config), (measured["single"][0], measured["multi"][0]))
         row |= {
-            "standard error of empirical single": moments["empirical_single"][1],
-            "standard error of empirical multi": moments["empirical_multi"][1],
-            "standard error of advantage": gain[1],
-            "exact TV of single": moments["tv_single"][0],
-            "exact TV of multi": moments["tv_multi"][0],
-            "standard error of exact single": moments["tv_single"][1],
-            "standard error of exact multi": moments["tv_multi"][1],
-            "exact advantage (abs)": exact_gain[0],
-            "standard error of exact advantage": exact_gain[1],
+            "standard error of empirical single": measured["single"][1],
+            "standard error of empirical multi": measured["multi"][1],
+            "standard error of advantage": measured["advantage"][1],
+            "exact TV of single": exact["single"][0],
+            "exact TV of multi": exact["multi"][0],
+            "standard error of exact single": exact["single"][1],
+            "standard error of exact multi": exact["multi"][1],
+            "exact advantage (abs)": exact["advantage"][0],
+            "standard error of exact advantage": exact["advantage"][1],
             "expected TV of single": expected[0],
             "expected TV of multi": expected[1],
             "sharp bound of single": bound.single.sharp,
@@ -305,7 +261,15 @@ def summary_rows(result: Sweep, delta: float = 0.05, B: float | None = None) -> 
     return rows
 
 
-def _head(tag: str, config: Config, seed: float, floats: bool = False) -> dict[str, object]:
+def _moments(outcomes: Sequence[Outcome], kind: str) -> dict[str, tuple[float, float]]:
+    """Mean and standard error of both estimators' errors and of their difference."""
+    pairs = [(getattr(o, f"{kind}_single"), getattr(o, f"{kind}_multi")) for o in outcomes]
+    single, multi = zip(*pairs, strict=True)
+    found = {"single": single, "multi": multi, "advantage": [s - m for s, m in pairs]}
+    return {name: mean_and_error(values) for name, values in found.items()}
+
+
+def _head(tag: str, config: GaussianConfig, seed: float, floats: bool = False) -> dict[str, object]:
     """The swept variable first, then seed and the rest of K, D, sim, n."""
     rest = {name: getattr(config, name) for name in ("K", "D", "sim", "n") if name != tag}
     return {tag: getattr(config, tag), "seed": seed} | {k: float(v) if floats else v for k, v in rest.items()}

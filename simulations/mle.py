@@ -1,7 +1,7 @@
 """Maximum likelihood for the small networks of the theory experiments: one rule for every network.
 
-`fit` trains one network per (learning rate, batch size, length) and keeps the best. A multi-source run calls it once on all
-data, a single-source run once per source on that source's data; nothing else differs between the two.
+`fit` trains one network per (learning rate, batch size, length) and keeps the best; `compare` calls it once on all data, and
+once per source on that source's data. Nothing else differs between the two.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import itertools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
+
+from simulations.configs import Rule
 
 
 class MLP(torch.nn.Module):
@@ -41,31 +44,6 @@ class MLP(torch.nn.Module):
     def num_params(self) -> int:
         """Dense S: all weights and biases."""
         return sum(p.numel() for p in self.parameters())
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How every network is trained and chosen."""
-
-    lrs: tuple[float, ...] = (1e-2,)  # Adam's learning rates to try, each with a cosine decay to zero
-    batches: tuple[int, ...] = (500,)  # batch sizes to try
-    steps: tuple[int, ...] = (800,)  # lengths of training to try, in optimizer steps
-    early: bool = True  # take a try's best weights on the way, and end it when none better come; else its last weights
-    eval_every: int = 25  # steps between looks at the selection likelihood on the way
-    patience: int = 12  # a try ends after so many looks without improvement
-    holdout: float = 0.1  # share of the network's own data kept for selection
-    select: str = "holdout"  # or "train": likelihood of the training data: nothing held out, no early end
-    bound: float = 1.0  # B: every parameter is clipped to [-B, B] after each step
-
-    def __post_init__(self) -> None:
-        if self.select not in ("holdout", "train"):
-            raise ValueError(f"select={self.select!r} is unknown; use holdout or train")
-        if not self.lrs or not self.batches or not self.steps:
-            raise ValueError("lrs, batches and steps need at least one value each")
-        if min(*self.lrs, *self.batches, *self.steps, self.eval_every) <= 0:
-            raise ValueError("learning rates, batch sizes, steps and eval_every must be positive")
-        if not 0 < self.holdout < 1 or not self.bound > 0 or self.patience < 1:
-            raise ValueError("holdout must lie within (0, 1), bound be positive and patience >= 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,3 +121,49 @@ def _train(model, loss, train, selection, lr, batch, steps, rule, seed) -> Fit:
             break
     model.load_state_dict(state)
     return best
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Average TV errors over the sources of one data set, and what helps to read them."""
+
+    single: float
+    multi: float
+    empty: int  # sources without data; each counts as TV = 1 in `single`
+    histogram: float  # error of observed frequencies per source: no model, no sharing
+    pooled: float  # mean TV of a source to the average of all sources: what ignoring the label costs
+    uniform: float  # mean TV of a source to the uniform distribution
+    params: int  # S of one MLP
+    single_steps: float
+    multi_steps: int
+
+
+def compare(
+    truth: np.ndarray,  # densities or probabilities of the K sources [K, G]
+    uniform: np.ndarray,  # of the uniform distribution [G]
+    tv: Callable,  # total variation of two of these
+    train: Callable,  # (source, or None for all together) -> Fit, or None for a source without data
+    density: Callable,  # (model, label) -> [G]; a network of one source has the label 0
+    histogram: Callable,  # source -> observed frequencies [G]
+) -> Outcome:
+    """One network for all sources against one for each."""
+    multi = train(None)
+    errors, steps, frequencies = [], [], []
+    for k, p in enumerate(truth):
+        single = multi if len(truth) == 1 else train(k)  # one source: the same data, network, rule and seed
+        errors.append(1.0 if single is None else tv(density(single.model, 0), p))
+        frequencies.append(1.0 if single is None else tv(histogram(k), p))
+        if single is not None:
+            steps.append(single.steps)
+    average = truth.mean(axis=0)
+    return Outcome(
+        single=float(np.mean(errors)),
+        multi=float(np.mean([tv(density(multi.model, k), p) for k, p in enumerate(truth)])),
+        empty=len(truth) - len(steps),
+        histogram=float(np.mean(frequencies)),
+        pooled=float(np.mean([tv(p, average) for p in truth])),
+        uniform=float(np.mean([tv(p, uniform) for p in truth])),
+        params=multi.model.mlp.num_params,
+        single_steps=float(np.mean(steps)),
+        multi_steps=multi.steps,
+    )

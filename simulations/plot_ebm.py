@@ -1,12 +1,9 @@
 """Figure of the energy-based experiment from the files of run_ebm.py."""
 
-import sys
-from pathlib import Path
+if not __package__:
+    import _here
 
-if not __package__:  # run as a file: the packages are one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from simulations.sweep_command import figure_command  # noqa: E402
+from simulations.sweeps import figure_command
 
 main = figure_command("ebm", ["K", "n", "sim"])
 

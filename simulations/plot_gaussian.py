@@ -1,24 +1,18 @@
 """Figures of the Gaussian experiment from the files of run_gaussian.py."""
 
-import json
-import sys
+if not __package__:
+    import _here
+
 from pathlib import Path
 
 import click
 
-if not __package__:  # run as a file: the packages are one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dnnlib import cli
+from simulations.configs import exact_fraction, shared_count
+from simulations.sweeps import SIDES, figure_options, print_files, read_results
 
-from metrics.table import read_csv  # noqa: E402
-from simulations.theory_io import FIGURES_DIR, RESULTS_DIR, OneLineCommand, exact_fraction, shared_count  # noqa: E402
-
-_ARMS = ("single", "multi")
+OPTIONS = figure_options("gaussian", "run_gaussian.py")
 _PAPER_LABELS = {"K": "(a) Number of Sources", "n": "(b) Sample Size", "sim": "(c) Distribution Similarity"}
-
-
-def read_results(results_dir: Path, tag: str) -> list[dict]:
-    """Rows of results_<tag>.csv, by ascending swept value."""
-    return sorted(read_csv(Path(results_dir) / tag / f"results_{tag}.csv"), key=lambda row: row[tag])
 
 
 def plot_paper_panel(tag: str, results_dir: Path, figures_dir: Path, dpi: int = 200) -> list[Path]:
@@ -37,10 +31,10 @@ def plot_paper_panel(tag: str, results_dir: Path, figures_dir: Path, dpi: int = 
         (right, "theoretical TV bound", figures.THEORETICAL, figures.THEORETICAL_LINE),
     ):
         seen = []
-        for arm in _ARMS:
-            y = [row[f"{column} of {arm}"] for row in rows]
+        for side in SIDES:
+            y = [row[f"{column} of {side}"] for row in rows]
             kind = "empirical" if axis is left else "theoretical"
-            handles += axis.plot(x, y, color=colors[arm], label=f"{kind}, {arm}", **line)
+            handles += axis.plot(x, y, color=colors[side], label=f"{kind}, {side}", **line)
             seen += y
         figures.pad(axis, seen)  # each axis by its own range, as in the paper: compare shapes, not heights
         axis.yaxis.set_major_locator(MaxNLocator(5))
@@ -63,16 +57,16 @@ def plot_overview(results_dir: Path, figures_dir: Path, name: str = "gaussian", 
         rows = read_results(results_dir, tag)
         x = [row[tag] for row in rows]
         fine, curve = _exact(tag, x, rows[0])
-        for index, arm in enumerate(_ARMS):
-            color = figures.LINE[arm]
-            y = [row[f"empirical TV of {arm}"] for row in rows]
-            error = [row[f"standard error of empirical {arm}"] for row in rows]
+        for index, side in enumerate(SIDES):
+            color = figures.LINE[side]
+            y = [row[f"empirical TV of {side}"] for row in rows]
+            error = [row[f"standard error of empirical {side}"] for row in rows]
             lower, upper = ([a + s * b for a, b in zip(y, error, strict=True)] for s in (-1, 1))
             axis.fill_between(x, lower, upper, color=color, alpha=0.18, linewidth=0)
-            axis.plot(x, y, linestyle="none", marker=figures.MARKER[arm], markersize=4.5, color=color,
-                      label=f"{figures.LABEL[arm]}, mean of {rows[0]['runs']} runs ± standard error")  # fmt: skip
+            axis.plot(x, y, linestyle="none", marker=figures.MARKER[side], markersize=4.5, color=color,
+                      label=f"{figures.LABEL[side]}, mean of {rows[0]['runs']} runs ± standard error")  # fmt: skip
             axis.plot(fine, [c[index] for c in curve], color=color, linewidth=1.3,
-                      label=f"{figures.LABEL[arm]}, exact expectation")  # fmt: skip
+                      label=f"{figures.LABEL[side]}, exact expectation")  # fmt: skip
         figures.x_ticks(axis, x, log=tag == "n", share=0.2 if tag == "n" else 0.12)
         if tag == "n":
             _plain_log_y(axis)
@@ -111,36 +105,20 @@ def _plain_log_y(axis) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def figure_options(function):
-    """Options that every Gaussian plot command shares."""
-    options = [
-        click.option("--results-dir", "--results_dir", type=click.Path(file_okay=False, path_type=Path),
-                     default=RESULTS_DIR / "gaussian", show_default="simulations/results/gaussian",
-                     help="Where run_gaussian.py wrote."),
-        click.option("--figures-dir", type=click.Path(file_okay=False, path_type=Path),
-                     default=FIGURES_DIR, show_default="simulations/figures", help="Where the figures go."),
-        click.option("--dpi", type=click.IntRange(50, 1200), default=200, show_default=True, help="Resolution of the PNG."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
 def paper_panel_command(tag: str) -> click.Command:
     """The command behind plot_gaussian_K.py, _n.py and _sim.py."""
 
-    @click.command(cls=OneLineCommand, help=f"Draw gaussian_{tag}.png and .svg: Figure 1 {_PAPER_LABELS[tag]}.")
-    @figure_options
+    @cli.command(help=f"Draw gaussian_{tag}.png and .svg: Figure 1 {_PAPER_LABELS[tag]}.")
+    @OPTIONS
     def command(results_dir, figures_dir, dpi):
-        files = plot_paper_panel(tag, results_dir, figures_dir, dpi)
-        print(json.dumps({"files": [str(f) for f in files]}))
+        print_files(plot_paper_panel(tag, results_dir, figures_dir, dpi))
 
     return command
 
 
-@click.command(cls=OneLineCommand)
-@figure_options
-@click.option("--name", default="gaussian", show_default=True, help="File name without suffix.")
+@cli.command()
+@OPTIONS
+@click.option("--name", default="gaussian", help="File name without suffix")
 def main(results_dir, figures_dir, dpi, name):
     """Draw the three sweeps side by side, with error bands and exact expected errors.
 
@@ -149,8 +127,7 @@ def main(results_dir, figures_dir, dpi, name):
       python simulations/run_gaussian.py --tag=all
       python simulations/plot_gaussian.py
     """
-    files = plot_overview(results_dir, figures_dir, name, dpi)
-    print(json.dumps({"files": [str(f) for f in files]}))
+    print_files(plot_overview(results_dir, figures_dir, name, dpi))
 
 
 if __name__ == "__main__":

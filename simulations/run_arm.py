@@ -1,15 +1,11 @@
 """Autoregressive models on K sources: one network for all against one each, with exact errors."""
 
-import sys
-from pathlib import Path
+if not __package__:
+    import _here
 
-import click
-
-if not __package__:  # run as a file: the packages are one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from simulations.sweep_command import run_sweeps, training_options  # noqa: E402
-from simulations.theory_io import ListOption, OneLineCommand  # noqa: E402
+from dnnlib import cli
+from simulations import sweeps
+from simulations.configs import ArmConfig
 
 # Theory paper, App. E.2: TV of single and multi. Which n and D belong to the K table and so on is inferred from the
 # entries that the tables share.
@@ -23,13 +19,13 @@ PUBLISHED = {
 
 _PAPER = {
     "config": {},
-    "fixed": {"K": {"n": 30_000}, "n": {}, "D": {}, "sim": {}},
+    "fixed": {"K": {"n": 30_000}},
     "values": {tag: list(table) for tag, table in PUBLISHED.items()} | {"sim": [0.0, 0.5, 0.8, 0.9, 1.0]},
 }
 BUDGETS = {
     "smoke": {  # seconds
         "config": {"K": 2, "n": 200, "D": 4, "de": 4, "W": 8, "L": 3},
-        "fixed": {"K": {}, "n": {}, "D": {}, "sim": {}},
+        "fixed": {},
         "values": {"K": [1, 2], "n": [50, 200], "D": [3, 4], "sim": [0.0, 1.0]},
         "rule": {"steps": (50,), "batches": (50,)},
         "seeds": [0, 1, 2],
@@ -38,37 +34,21 @@ BUDGETS = {
         "rule": {"steps": (800,), "lrs": (3e-3, 1e-2)},
         "seeds": [0, 1, 2],
     },
-    "paper": _PAPER | {  # the published grid of batch sizes and learning rates
+    "paper": _PAPER | {  # days: the published grid of batch sizes and learning rates
         "rule": {"steps": (50_000,), "batches": (100, 300, 500), "lrs": (1e-5, 1e-4, 1e-3), "eval_every": 200},
         "seeds": [0, 1, 2, 3, 4],
     },
 }  # fmt: skip
 
 
-# fmt: off  (one option a line)
-@click.command(cls=OneLineCommand, context_settings={"show_default": True})
-@click.option("--tag", type=click.Choice(["K", "n", "D", "sim", "all"]), default="all", help="What varies.")
-@click.option(
-    "--budget",
-    type=click.Choice(list(BUDGETS)),
-    default="small",
-    help="Defaults of what follows: seconds, twenty minutes, days.",
-)
-@click.option("--K-values", "K_values", type=ListOption(int, 1), help="Numbers of sources.")
-@click.option("--n-values", "n_values", type=ListOption(int, 1), help="Sample sizes.")
-@click.option("--D-values", "D_values", type=ListOption(int, 1), help="Sequence lengths.")
-@click.option("--sim-values", "sim_values", type=ListOption(float, 0, 1), help="True similarities.")
-@click.option("--K", "K", type=click.IntRange(min=1), help="Sources, unless they vary.")
-@click.option("--n", "n", type=click.IntRange(min=1), help="Samples of all sources, unless they vary.")
-@click.option("--D", "D", type=click.IntRange(min=1), help="Sequence length, unless it varies.")
-@click.option("--M", "M", type=click.IntRange(min=2), help="Vocabulary.")
-@click.option("--order", type=click.IntRange(min=0), help="Tokens that interact at most; 0: an unstructured table.")
-@training_options
-def main(tag, budget, **options):
+@cli.command()
+@sweeps.sweep_options(ArmConfig, BUDGETS)
+def main(**options):
     """Train autoregressive models on K sources, together and apart, and measure the exact TV error.
 
     Writes <tag>/results_<tag>.csv (means, standard errors, published and predicted values) and
     <tag>/results_<tag>_seeds.csv. Finished cells are kept: the same command resumes. stdout: the files, as JSON.
+    Budgets: smoke takes seconds, small twenty minutes, paper days.
 
     \b
     Examples:
@@ -76,18 +56,13 @@ def main(tag, budget, **options):
       python simulations/run_arm.py --tag=K
       python simulations/run_arm.py --tag=sim --family=independent --results-dir=results/independent
     """
-    from simulations.arm import ArmConfig, ArmOutcome, run_cell
-    from simulations.bounds import arm_bound
+    from simulations import arm, bounds
 
     def bound(c, outcome, largest, delta):
         width = max(c.W, c.D, c.M)
-        return arm_bound(c.K, c.n, c.D, c.M, c.de, c.L, width, outcome.params, largest, delta)
+        return bounds.arm_bound(c.K, c.n, c.D, c.M, c.de, c.L, width, outcome.params, largest, delta)
 
-    tags = ["K", "n", "D", "sim"] if tag == "all" else [tag]
-    run_sweeps("arm", budget, BUDGETS[budget], tags, options, ArmConfig, ArmOutcome, run_cell, bound, PUBLISHED)
-
-
-# fmt: on
+    sweeps.run("arm", BUDGETS, options, ArmConfig, arm.run_cell, bound, PUBLISHED)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """Bounds on the average TV error of multi- and single-source training, and the sample size that a target needs."""
 
+if not __package__:
+    import _here
+
 import json
-import sys
 from pathlib import Path
 
 import click
 
-if not __package__:  # run as a file: the packages are one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dnnlib import cli  # noqa: E402
-from dnnlib.util import write_json  # noqa: E402
-from simulations import bounds  # noqa: E402
-from simulations.theory_io import OneLineCommand, shared_count  # noqa: E402
+from dnnlib import cli
+from dnnlib.util import write_json
+from simulations import bounds
+from simulations.configs import shared_count
+from simulations.sweeps import DELTA
 
 _COUNT = click.IntRange(min=1)
 _USES = {
@@ -29,38 +29,29 @@ _DEFAULTS = {  # the paper's simulations; it has no EBM one
 }
 
 
-# fmt: off  (one option a line)
-@click.command(cls=OneLineCommand)
-@click.option("--model", type=click.Choice(list(_USES)), default="gaussian", show_default=True, help="Model family.")
-@click.option("--K", "K", type=_COUNT, help="Sources.  [gaussian 5, arm 3, ebm 3]")
-@click.option("--n", "n", type=_COUNT, help="Samples of all sources together.  [500; arm, ebm 10000]")
-@click.option(
-    "--delta",
-    type=cli.Float(0, 0.5, min_open=True),
-    default=0.05,
-    show_default=True,
-    help="The bound may fail with this probability.",
-)
-@click.option("--eps", type=cli.Float(0, 1, min_open=True), help="Bracket size of the sharp bound.  [1/n]")
-@click.option("--log-n", "log_n", type=cli.Float(min=0), help="general: log bracketing number of the multi class.")
-@click.option("--log-n-single", "log_n_single", type=cli.Float(min=0), help="general: of the single class.  [--log-n]")
-@click.option("--d", "d", type=_COUNT, help="gaussian: dimension.  [10]")
-@click.option("--d1", "d1", type=click.IntRange(min=0), help="gaussian: source-specific dimensions.  [from --beta]")
-@click.option("--beta", "--sim", "beta", type=cli.Float(0, 1), help="gaussian: share of shared dimensions.  [0.5]")
-@click.option("--B", "B", type=cli.Float(0, min_open=True), help="Largest absolute parameter.  [gaussian 5, else 1]")
-@click.option("--D", "D", type=_COUNT, help="arm: sequence length [10]; ebm: dimension, checks W >= D + de  [2]")
-@click.option("--M", "M", type=_COUNT, help="arm: vocabulary.  [2]")
-@click.option("--de", "de", type=_COUNT, help="arm, ebm: embedding width.  [arm 64, ebm 4]")
-@click.option("--L", "L", type=_COUNT, help="arm, ebm: affine layers.  [arm 5, ebm 3]")
-@click.option("--W", "W", type=_COUNT, help="arm, ebm: largest width, input and output included.  [arm 64, ebm 32]")
-@click.option("--S", "S", type=_COUNT, help="arm, ebm: non-zero MLP parameters.  [all of a dense MLP]")
-@click.option(
-    "--positions", type=_COUNT, help="arm, ebm: places for the S non-zero parameters; counts sparsity patterns."
-)
-@click.option("--as-published", is_flag=True, help="Sharp bound with the logarithm as printed, errors included.")
-@click.option("--target-tv", type=cli.Float(0, min_open=True), help="Error to reach; needs --solve-for.")
-@click.option("--solve-for", type=click.Choice(["n"]), help="Smallest n whose bound is at most --target-tv.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON here as well.")
+@cli.command()
+@click.option("--model", type=click.Choice(list(_USES)), default="gaussian", help="Model family")
+@click.option("--K", "K", type=_COUNT, help="Sources  [gaussian 5, arm 3, ebm 3]")
+@click.option("--n", "n", type=_COUNT, help="Samples of all sources together  [500; arm, ebm 10000]")
+@DELTA
+@click.option("--eps", type=cli.Float(0, 1, min_open=True), help="Bracket size of the sharp bound  [1/n]")
+@click.option("--log-n", "log_n", type=cli.Float(min=0), help="general: log bracketing number of the multi class")
+@click.option("--log-n-single", "log_n_single", type=cli.Float(min=0), help="general: of the single class  [--log-n]")
+@click.option("--d", "d", type=_COUNT, help="gaussian: dimension  [10]")
+@click.option("--d1", "d1", type=click.IntRange(min=0), help="gaussian: source-specific dimensions  [from --beta]")
+@click.option("--beta", "--sim", "beta", type=cli.Float(0, 1), help="gaussian: share of shared dimensions  [0.5]")
+@click.option("--B", "B", type=cli.Float(0, min_open=True), help="Largest absolute parameter  [gaussian 5, else 1]")
+@click.option("--D", "D", type=_COUNT, help="arm: sequence length  [10]; ebm: dimension, checks W >= D + de  [2]")
+@click.option("--M", "M", type=_COUNT, help="arm: vocabulary  [2]")
+@click.option("--de", "de", type=_COUNT, help="arm, ebm: embedding width  [arm 64, ebm 4]")
+@click.option("--L", "L", type=_COUNT, help="arm, ebm: affine layers  [arm 5, ebm 3]")
+@click.option("--W", "W", type=_COUNT, help="arm, ebm: largest width, input and output included  [arm 64, ebm 32]")
+@click.option("--S", "S", type=_COUNT, help="arm, ebm: non-zero MLP parameters  [all of a dense MLP]")
+@click.option("--positions", type=_COUNT, help="arm, ebm: places for these; counts sparsity patterns")
+@click.option("--as-published", is_flag=True, help="Sharp bound with the logarithm as printed, errors included")
+@click.option("--target-tv", type=cli.Float(0, min_open=True), help="Error to reach; needs --solve-for")
+@click.option("--solve-for", type=click.Choice(["n"]), help="Smallest n whose bound is at most --target-tv")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON here as well")
 def main(model, n, delta, eps, as_published, target_tv, solve_for, out, **options):
     """Print the bounds of the theory paper as JSON, with constants, beta_sim, ratio and vacuity.
 
@@ -79,11 +70,9 @@ def main(model, n, delta, eps, as_published, target_tv, solve_for, out, **option
     for name, value in options.items():
         if value is not None and name not in _USES[model]:
             click.echo(f"Warning: --{name.replace('_', '-')} has no effect on --model={model}", err=True)
-    defaults = dict(_DEFAULTS[model])
-    n = n or defaults.pop("n")
-    used = defaults | {k: v for k, v in options.items() if v is not None and k in _USES[model]}
-    used.pop("n", None)
-    used = _complete(model, used)
+    used = _DEFAULTS[model] | {k: v for k, v in options.items() if v is not None and k in _USES[model]}
+    n = n or used["n"]
+    _complete(model, used)
 
     def evaluate(size):
         extra = {} if model == "general" else {"corrected": not as_published}
@@ -106,12 +95,9 @@ def main(model, n, delta, eps, as_published, target_tv, solve_for, out, **option
     print(json.dumps(report, indent=2))
 
 
-# fmt: on
-
-
 def _complete(model, used):
     """Fill in what follows from other options: d1 from beta, S from a dense MLP."""
-    used = dict(used)
+    del used["n"]
     if model == "general" and "log_n" not in used:
         raise click.UsageError("--model=general needs --log-n, the log bracketing number at 1/n")
     if model == "gaussian":
@@ -123,20 +109,19 @@ def _complete(model, used):
         first, last = (used["D"], used["M"]) if model == "arm" else (used["D"] + used["de"], 1)
         widths = [first] + [used["W"]] * (used["L"] - 1) + [last]
         used["S"] = sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
-    return used
 
 
 def _required(model, target, evaluate, used):
     """{"multi": {"sharp": n, ...}, "single": ...}; the Gaussian also by its exact expected error."""
     report = {
-        arm: {f: bounds.solve_n(target, lambda m, a=arm, f=f: evaluate(m)[a][f]) for f in ("sharp", "published")}
-        for arm in ("multi", "single")
+        side: {f: bounds.solve_n(target, lambda m, a=side, f=f: evaluate(m)[a][f]) for f in ("sharp", "published")}
+        for side in ("multi", "single")
     }
     if model == "gaussian":
         from simulations.gaussian_exact import expected_tv
 
-        for index, arm in ((1, "multi"), (0, "single")):
-            report[arm]["expected_tv"] = bounds.solve_n(
+        for index, side in ((1, "multi"), (0, "single")):
+            report[side]["expected_tv"] = bounds.solve_n(
                 target, lambda m, i=index: expected_tv(used["K"], m, used["d"], used["d1"])[i], largest=10**9
             )
     return report

@@ -52,7 +52,6 @@ PENDING_ARGUMENTS = {
     "metrics.classifier.train_classifier",
     "metrics.evaluate.evaluate",
     "metrics.likelihood_report.likelihood_report",
-    "simulations.run_gaussian.main",
     "simulations.run_robustness.main",
     "simulations.run_tree.train",
     "training.dataset.convert.convert",

@@ -199,3 +199,13 @@ def test_command_refuses(options, tmp_path):
     assert done.exit_code == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_options_win_over_the_budget(monkeypatch):
+    given = {}
+    monkeypatch.setattr("simulations.sweeps.run", lambda name, budgets, options, *rest: given.update(options))
+    CliRunner().invoke(run_arm.main, [])
+    asked = {"budget": "small", "tag": "all", "threads": 1, "fresh": False, "delta": 0.05}
+    assert {name: value for name, value in given.items() if value is not None} == asked
+    CliRunner().invoke(run_arm.main, ["--last", "--B=0.5", "--n-values=10,20-22"])
+    assert (given["early"], given["bound"], given["n_values"]) == (False, 0.5, [10, 20, 21, 22])

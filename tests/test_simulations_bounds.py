@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from simulations import bounds, gaussian
 from simulations.bounds import arm_bound, ebm_bound, gaussian_bound, general_bound
+from simulations.configs import GaussianConfig
 from simulations.run_bounds import main
 
 
@@ -126,7 +127,7 @@ def test_repaired_gaussian_bracket_is_a_bracket(d):
 
 def test_bounds_hold_in_simulation():
     """delta = 0.5 and a large n: no bound is vacuous, and failures are rarer than allowed."""
-    config = gaussian.Config(K=3, n=2000, D=2, sim=0.5, test_size=1)
+    config = GaussianConfig(K=3, n=2000, D=2, sim=0.5, test_size=1)
     bound = gaussian_bound(3, 2000, 2, config.d1, 3, 0.5)
     assert not bound.single.vacuous
     fits = [gaussian.simulate(config, seed) for seed in range(100)]

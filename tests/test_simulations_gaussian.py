@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from metrics import table
 from simulations import gaussian
+from simulations.configs import GaussianConfig
 from simulations.gaussian_exact import expected_tv, expected_tv_given_counts, expected_tv_student, tv_unit_gaussians
 from simulations.run_gaussian import main
 
@@ -102,14 +103,14 @@ def test_published_tables(tag):
     ],
 )
 def test_equals_plain_distributions_loop(K, n, D, sim, d_sim, seed):
-    outcome = gaussian.simulate(gaussian.Config(K, n, D, sim, test_size=41), seed)
+    outcome = gaussian.simulate(GaussianConfig(K, n, D, sim, test_size=41), seed)
     want = plain(K, n, D, d_sim, seed, 41)
     np.testing.assert_allclose([outcome.empirical_single, outcome.empirical_multi], want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("D", [1, 3, 16, 50])
 def test_streaming_in_small_blocks_changes_nothing(D):
-    config = gaussian.Config(K=3, n=1201, D=D, sim=0.5, test_size=333)
+    config = GaussianConfig(K=3, n=1201, D=D, sim=0.5, test_size=333)
     whole = gaussian.simulate(config, 5)
     for block in (1, 16 * D, 100 * D, 700 * D):
         pieces = gaussian.simulate(config, 5, block_elements=block)
@@ -117,7 +118,7 @@ def test_streaming_in_small_blocks_changes_nothing(D):
 
 
 def test_high_dimension_is_finite():
-    outcome = gaussian.simulate(gaussian.Config(K=4, n=40, D=1000, sim=0.5, test_size=50), 0)
+    outcome = gaussian.simulate(GaussianConfig(K=4, n=40, D=1000, sim=0.5, test_size=50), 0)
     assert all(0 <= v <= 1.5 for v in vars(outcome).values())
     assert outcome.tv_single > 0.99  # |delta| is about 10
 
@@ -126,7 +127,7 @@ def test_seed_leaves_global_generator_alone():
     torch.manual_seed(0)
     want = torch.rand(3)
     torch.manual_seed(0)
-    gaussian.simulate(gaussian.Config(), 3)
+    gaussian.simulate(GaussianConfig(), 3)
     assert torch.equal(torch.rand(3), want)
 
 
@@ -176,7 +177,7 @@ def test_expected_tv_wide_window(K, n):
 def test_expected_tv_against_simulated_fits(cell):
     """2000 fits, including K > n with sources that have no data."""
     K, D, n, sim = cell
-    config = gaussian.Config(K, n, D, sim, test_size=1)
+    config = GaussianConfig(K, n, D, sim, test_size=1)
     fits = [gaussian.simulate(config, seed) for seed in range(2000)]
     for index, name in enumerate(("tv_single", "tv_multi")):
         mean, error = table.mean_and_error(getattr(f, name) for f in fits)
@@ -188,7 +189,7 @@ def test_exact_tv_against_monte_carlo(cell):
     """The exact error of a fit is the mean of the 0.5 |ratio - 1| that the published estimate averages."""
     K, D, n, sim = cell
     size = 20_000
-    outcome = gaussian.simulate(gaussian.Config(K, n, D, sim, test_size=size), 4)
+    outcome = gaussian.simulate(GaussianConfig(K, n, D, sim, test_size=size), 4)
     for arm in ("single", "multi"):
         exact, estimate = getattr(outcome, f"tv_{arm}"), getattr(outcome, f"empirical_{arm}")
         square = 8 * scipy.special.erfinv(exact) ** 2  # |delta|^2 of one source with this TV
@@ -201,15 +202,15 @@ def test_invariants():
     single = result.array("tv_single")
     np.testing.assert_allclose(single, np.broadcast_to(single[:1], single.shape), atol=1e-6)  # noise is common
     np.testing.assert_array_equal(result.array("tv_multi")[0], single[0])  # sim = 0
-    one = gaussian.simulate(gaussian.Config(K=1, sim=0.3), 9)
+    one = gaussian.simulate(GaussianConfig(K=1, sim=0.3), 9)
     assert one.tv_single == pytest.approx(one.tv_multi, abs=1e-12)
 
 
 def test_sources_without_data_are_counted():
-    empty = gaussian.simulate(gaussian.Config(K=10, n=2, D=3, sim=0.4), 0)
+    empty = gaussian.simulate(GaussianConfig(K=10, n=2, D=3, sim=0.4), 0)
     assert empty.empty_single == empty.empty_multi == 8 + (empty.empty_single == 9)
     assert empty.tv_single >= 0.8  # each of them counts as TV = 1
-    shared = gaussian.simulate(gaussian.Config(K=10, n=2, D=3, sim=1.0), 0)
+    shared = gaussian.simulate(GaussianConfig(K=10, n=2, D=3, sim=1.0), 0)
     assert shared.empty_multi == 0  # the pooled mean serves every source
     assert shared.tv_multi < 1
 
@@ -218,13 +219,13 @@ def test_sources_without_data_are_counted():
     ("sim", "D", "want"), [(0.29, 100, 29), (0.57, 100, 57), (0.58, 50, 29), (0.55, 10, 5), (1, 1, 1)]
 )
 def test_shared_dimensions_are_exact_decimals(sim, D, want):
-    assert gaussian.Config(D=D, sim=sim).d1 == D - want
+    assert GaussianConfig(D=D, sim=sim).d1 == D - want
 
 
 @pytest.mark.parametrize("bad", [{"K": 0}, {"n": 0}, {"D": 0}, {"sim": 1.1}, {"sim": -0.1}, {"test_size": 0}])
 def test_bad_configuration(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        gaussian.Config(**bad)
+    with pytest.raises(ValueError, match="--" + next(iter(bad)).replace("_", "-")):
+        GaussianConfig(**bad)
 
 
 def read(path):

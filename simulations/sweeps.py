@@ -1,0 +1,277 @@
+"""Sweeps of one quantity, several seeds each: options, running, tables and figures of the theory commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import click
+
+from dnnlib import cells, cli
+from dnnlib.options import options
+from metrics.table import mean_and_error, read_csv, write_csv
+from simulations.bounds import Bound
+from simulations.configs import Rule
+
+HERE = Path(__file__).resolve().parent
+RESULTS_DIR = HERE / "results"  # beside the scripts, so that commands work from any folder
+FIGURES_DIR = HERE / "figures"
+FOLDER = click.Path(file_okay=False, path_type=Path)
+DELTA = click.option(
+    "--delta", type=cli.Float(0, 0.5, min_open=True), default=0.05, help="The bounds may fail with this probability"
+)
+SIDES = ("single", "multi")
+
+
+def decorate(function: Callable, decorators: Iterable[Callable]) -> Callable:
+    """The function under decorators, the first of them outermost."""
+    for decorator in reversed(list(decorators)):
+        function = decorator(function)
+    return function
+
+
+def results_dir(folder: str | None, help: str) -> Callable:
+    """--results-dir, by default `folder` of simulations/results."""
+    default = None if folder is None else RESULTS_DIR / folder
+    shown = folder and f"simulations/results/{folder}"
+    return click.option("--results-dir", "--results_dir", type=FOLDER, default=default, show_default=shown, help=help)
+
+
+def values_options(tags: Sequence[str]) -> Callable:
+    """--K-values and so on."""
+    chosen = [
+        click.option(
+            f"--{t}-values",
+            f"{t}_values",
+            type=cli.FLOATS if t == "sim" else cli.INTS,
+            help=f"Values of {t} if it varies",
+        )
+        for t in tags
+    ]
+    return lambda function: decorate(function, chosen)
+
+
+def figure_options(folder: str, script: str) -> Callable:
+    """Where a plot command reads and writes, and the resolution."""
+    chosen = [
+        results_dir(folder, f"Where {script} wrote"),
+        click.option(
+            "--figures-dir",
+            type=FOLDER,
+            default=FIGURES_DIR,
+            show_default="simulations/figures",
+            help="For the figures",
+        ),
+        click.option("--dpi", type=click.IntRange(50, 1200), default=200, help="Resolution of the PNG"),
+    ]
+    return lambda function: decorate(function, chosen)
+
+
+def sweep_options(config: type, budgets: Mapping) -> Callable:
+    """Options of a command that trains: the sweeps, the fields of `config` and `Rule`, seeds and what else `run` takes."""
+    tags = list(budgets["smoke"]["values"])
+    chosen = [
+        click.option("--tag", type=click.Choice([*tags, "all"]), default="all", help="What varies"),
+        click.option("--budget", type=click.Choice(list(budgets)), default="small", help="Defaults of what follows"),
+        values_options(tags),
+        options(config),
+        results_dir(None, "Where results go; default: simulations/results/<experiment>/<budget>"),
+        click.option("--seeds", type=cli.SEEDS, help="Seeds of truth, data and networks, e.g. 0-4"),
+        click.option("--fresh", is_flag=True, help="Run finished cells again"),
+        click.option("--threads", type=click.IntRange(min=1), default=1, help="CPU threads; the networks are small"),
+        options(Rule),
+        DELTA,
+    ]
+    return lambda function: decorate(function, chosen)
+
+
+def print_files(files: Iterable[Path]) -> None:
+    """What was written, as JSON."""
+    print(json.dumps({"files": [str(file) for file in files]}))
+
+
+def run(
+    experiment: str,
+    budgets: Mapping,
+    given: Mapping,
+    config_type: type,
+    run_cell: Callable,
+    bound: Callable,
+    published: Mapping | None = None,
+) -> None:
+    """Run sweeps, write results_<tag>.csv and results_<tag>_seeds.csv, and print the files as JSON.
+
+    Args:
+        experiment:  "arm" or "ebm", the name of the results folder.
+        budgets:     name -> config, fixed (per tag), values (per tag), rule and seeds.
+        given:       command-line values of `sweep_options`; None leaves the budget's.
+        run_cell:    (config, rule, seed) -> Outcome.
+        bound:       (config, outcome, largest parameter, delta) -> Bound.
+        published:   per tag: swept value -> (single, multi).
+
+    Raises:
+        ValueError: a value that the configuration or the rule refuses, before anything runs.
+    """
+    import torch  # late: takes seconds to import, --help should not
+    from tqdm import tqdm
+
+    from simulations.mle import Outcome
+
+    torch.set_num_threads(given["threads"])
+    plan, given = budgets[given["budget"]], {k: v for k, v in given.items() if v is not None}
+    folder = given.get("results_dir") or RESULTS_DIR / experiment / given["budget"]
+    seeds = given.get("seeds", plan["seeds"])
+    own, rule = ({k: given[k] for k in kind.__dataclass_fields__ if k in given} for kind in (config_type, Rule))
+    rule = Rule(**plan["rule"] | rule)
+    sweeps = {}
+    for tag in plan["values"] if given["tag"] == "all" else [given["tag"]]:
+        base = config_type(**plan["config"] | plan["fixed"].get(tag, {}) | own)
+        values = given.get(f"{tag}_values", plan["values"][tag])
+        sweeps[tag] = [dataclasses.replace(base, **{tag: v}) for v in values]  # all are checked before any runs
+
+    files = []
+    for tag, configs in sweeps.items():
+        outcomes = cells.run(
+            [(config, rule, seed) for config in configs for seed in seeds], run_cell, folder / "cells",
+            read=lambda found: Outcome(**found), fresh=given["fresh"],
+            progress=lambda todo: tqdm(todo, desc=f"{experiment} {tag}", unit="cell", file=sys.stderr),  # noqa: B023
+        )  # fmt: skip
+        rows, per_seed = [], []
+        for i, config in enumerate(configs):
+            found = outcomes[i * len(seeds) : (i + 1) * len(seeds)]
+            bounds = bound(config, found[0], rule.bound, given["delta"])
+            rows.append(_head(tag, config) | _summary(found, bounds))
+            if published is not None:
+                rows[-1] |= _published(published[tag].get(getattr(config, tag)))
+            per_seed += [_head(tag, config, seed) | dataclasses.asdict(o) for seed, o in zip(seeds, found, strict=True)]
+        files.append(write_csv(folder / tag / f"results_{tag}.csv", rows))
+        files.append(write_csv(folder / tag / f"results_{tag}_seeds.csv", per_seed))
+    print_files(files)
+
+
+def _head(tag: str, config, seed: int | None = None) -> dict[str, object]:
+    """The swept value, the seed if it is a row of one, and the rest of the configuration."""
+    row = {tag: getattr(config, tag)} | ({} if seed is None else {"seed": seed})
+    return row | {k: v for k, v in dataclasses.asdict(config).items() if k != tag}
+
+
+def _summary(outcomes: Sequence, bound: Bound) -> dict[str, object]:
+    """Means and standard errors over seeds of one cell, beside the prediction."""
+    single, multi = (mean_and_error(getattr(o, side) for o in outcomes) for side in SIDES)
+    gain = mean_and_error(o.single - o.multi for o in outcomes)
+    row = {
+        "seeds": len(outcomes),
+        "TV of single": single[0],
+        "TV of multi": multi[0],
+        "advantage (abs)": gain[0],
+        "standard error of single": single[1],
+        "standard error of multi": multi[1],
+        "standard error of advantage": gain[1],
+        "measured ratio": multi[0] / single[0] if single[0] else 1.0,
+        "predicted ratio": bound.ratio,
+        "beta_sim": bound.beta_sim,
+        "sharp bound of single": bound.single.sharp,
+        "sharp bound of multi": bound.multi.sharp,
+        "sharp bound of multi vacuous": int(bound.multi.vacuous),
+        "sources without data": sum(o.empty for o in outcomes),
+    }
+    for name in ("histogram", "pooled", "uniform"):
+        row[f"TV of {name}"] = mean_and_error(getattr(o, name) for o in outcomes)[0]
+    return row
+
+
+def _published(pair: tuple[float, float] | None) -> dict[str, object]:
+    keys = ("published TV of single", "published TV of multi", "published ratio")
+    return dict(zip(keys, ("", "", "") if pair is None else (*pair, pair[1] / pair[0]), strict=True))
+
+
+def figure_command(experiment: str, all_tags: list[str]) -> click.Command:
+    """The command behind plot_arm.py and plot_ebm.py."""
+    text = (
+        f"Draw {experiment}.png and .svg: TV errors and the ratio multi/single, measured and predicted.\n\n\b\n"
+        f"Examples:\n  python simulations/run_{experiment}.py\n  python simulations/plot_{experiment}.py"
+    )
+
+    @cli.command(help=text)
+    @figure_options(f"{experiment}/small", f"run_{experiment}.py")
+    @click.option("--tag", "tags", type=click.Choice(all_tags), multiple=True, help="Sweeps to draw; default: all")
+    @click.option("--name", default=experiment, help="File name without suffix")
+    def command(results_dir, figures_dir, dpi, tags, name):
+        print_files(plot(list(tags) or all_tags, results_dir, Path(figures_dir) / name, dpi))
+
+    return command
+
+
+def read_results(results_dir: str | Path, tag: str) -> list[dict]:
+    """Rows of results_<tag>.csv, by ascending swept value. Raises ValueError if it is missing or empty."""
+    return sorted(read_csv(Path(results_dir) / tag / f"results_{tag}.csv"), key=lambda row: row[tag])
+
+
+def plot(tags: list[str], results_dir: str | Path, stem: Path, dpi: int = 200) -> list[Path]:
+    """Errors above, ratio multi / single below, a column per sweep; published values as open markers where there are any."""
+    from metrics import figures
+
+    tables = [read_results(results_dir, tag) for tag in tags]
+    width = max(2.05, 5.6 / len(tags))  # room for the legend
+    fig, axes = figures.figure(columns=len(tags), rows=2, width=width, height=1.9, sharex="col", squeeze=False)
+    for column, (tag, rows) in enumerate(zip(tags, tables, strict=True)):
+        errors, ratio = axes[0][column], axes[1][column]
+        x, top = [row[tag] for row in rows], 0.0
+        for side in SIDES:
+            style = {"color": figures.LINE[side], "marker": figures.MARKER[side], "markersize": 4.5}
+            y, error = [row[f"TV of {side}"] for row in rows], [row[f"standard error of {side}"] for row in rows]
+            highest = _curve(errors, rows, tag, y, error, f"published TV of {side}", figures.LABEL[side], style)
+            top = max(top, highest)
+        errors.set_ylim(0, 1.07 * top)
+        ratio.axhline(1, color=figures.NEUTRAL, linewidth=0.7)
+        y, error = [row["measured ratio"] for row in rows], [_ratio_error(row) for row in rows]
+        style = {"color": "black", "marker": "o", "markersize": 4}
+        _curve(ratio, rows, tag, y, error, "published ratio", "ratio", style)
+        predicted = [row["predicted ratio"] for row in rows]
+        ratio.plot(x, predicted, color=figures.NEUTRAL, linestyle="--", linewidth=1.2, label="ratio, predicted")
+        ratio.set_ylim(bottom=0)
+        figures.x_ticks(ratio, x, log=tag == "n", share=0.28 if tag == "n" else 0.13)
+        ratio.set_xlabel(f"({'abcd'[column]}) {figures.PANEL_LABELS[tag]}", fontsize=9)
+    axes[0][0].set_ylabel("Average TV error")
+    axes[1][0].set_ylabel("Ratio multi / single")
+    _legend(fig, axes, [*figures.LABEL.values(), "ratio"], columns=4 if len(tags) == 4 else 2)
+    fig.align_ylabels(axes[:, 0])
+    return figures.save(fig, stem, dpi)
+
+
+def _curve(axis, rows, tag, y, error, published, label, style) -> float:
+    """Draw measured values with error bars and published ones; returns the highest point."""
+    x = [row[tag] for row in rows]
+    axis.errorbar(x, y, error, capsize=2, elinewidth=1, label=f"{label} (± standard error)", **style)
+    known = [(row[tag], row[published]) for row in rows if row.get(published) not in (None, "")]
+    if known:
+        open_marker = {"linestyle": ":", "linewidth": 1, "markerfacecolor": "white", "label": f"{label}, published"}
+        axis.plot(*zip(*known, strict=True), **open_marker, **style)
+    return max(*(a + b for a, b in zip(y, error, strict=True)), *(value for _, value in known), 0.0)
+
+
+def _legend(fig, axes, names, columns) -> None:
+    handles = {}
+    for axis in axes.ravel():
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    order = [f"{name}{kind}" for name in names for kind in (" (± standard error)", ", published", ", predicted")]
+    labels = [label for label in order if label in handles]
+    fig.legend(
+        [handles[label] for label in labels], labels, loc="outside upper center", ncols=columns, fontsize=8.5,
+        columnspacing=1.3, handlelength=1.9,
+    )  # fmt: skip
+
+
+def _ratio_error(row: Mapping) -> float:
+    """Standard error of multi / single by the delta method; the variance of their difference gives the covariance."""
+    s, m = row["TV of single"], row["TV of multi"]
+    vs, vm, vd = (row[f"standard error of {k}"] ** 2 for k in ("single", "multi", "advantage"))
+    if not s or not m:
+        return 0.0
+    covariance = 0.5 * (vs + vm - vd)
+    return m / s * math.sqrt(max(0.0, vs / s**2 + vm / m**2 - 2 * covariance / (s * m)))
