@@ -32,6 +32,18 @@ if TYPE_CHECKING:
 MAX_BAD_STEPS = 100  # consecutive steps without one finite gradient, after which training stops
 
 
+STATUS = (  # of the status line: word, statistic, format
+    ("kimg", "Progress/kimg", "9.1f"),
+    ("sec/tick", "Timing/sec_per_tick", "8.2f"),
+    ("sec/kimg", "Timing/sec_per_kimg", "7.3f"),
+    ("maintenance", "Timing/maintenance_sec", "7.2f"),
+    ("cpumem", "Resources/cpu_mem_gb", "6.2f"),
+    ("gpumem", "Resources/peak_gpu_mem_gb", "6.2f"),
+    ("reserved", "Resources/peak_gpu_mem_reserved_gb", "6.2f"),
+    ("loss", "Loss/loss", "9.4f"),
+)
+
+
 class TrainingFailed(RuntimeError):
     """Training cannot go on; the message says why and what to do."""
 
@@ -69,12 +81,9 @@ class TrainingLoop:
         stop_requested: Callable | None = None,  # () -> bool; True on any process ends training after the step
     ) -> None:
         periods, batch = run.periods, run.batch_size
-        for name in ("snapshot_nimg", "checkpoint_nimg"):
-            if getattr(periods, name) % 1024:
-                raise ValueError(f"{name}={getattr(periods, name)} must be a multiple of 1024 images (1Ki)")
-        for name in ("total_nimg", "slice_nimg", "status_nimg", "snapshot_nimg", "checkpoint_nimg"):
-            if getattr(periods, name) % batch:
-                raise ValueError(f"{name}={getattr(periods, name)} must be a multiple of the batch size {batch}")
+        assert periods.snapshot_nimg % 1024 == periods.checkpoint_nimg % 1024 == 0, periods
+        lengths = dataclasses.asdict(periods)
+        assert all(value % batch == 0 for name, value in lengths.items() if name != "keep"), (periods, batch)
         self.parts, self.run_dir = run, Path(run_dir)
         self.objective, self.feed, self.encoder, self.selector = run.objective, run.feed, run.encoder, run.selector
         self.optimizer, self.ema, self.batch_size, self.periods = run.optimizer, run.ema, batch, periods
@@ -276,15 +285,9 @@ class TrainingLoop:
         if self.on_status is not None:
             fields.update(self.on_status(self) or {})
         if dist.get_rank() == 0:
-            line = (
-                f"Status: kimg {fields['Progress/kimg']:<9.1f} time {format_time(fields['Timing/total_sec']):<12s} "
-                f"sec/tick {fields['Timing/sec_per_tick']:<8.2f} sec/kimg {fields['Timing/sec_per_kimg']:<7.3f} "
-                f"maintenance {fields['Timing/maintenance_sec']:<7.2f} cpumem {fields['Resources/cpu_mem_gb']:<6.2f} "
-                f"gpumem {fields['Resources/peak_gpu_mem_gb']:<6.2f} "
-                f"reserved {fields['Resources/peak_gpu_mem_reserved_gb']:<6.2f}"
-            )
-            loss = fields.get("Loss/loss")
-            print(line + (f" loss {loss:<9.4f}" if loss is not None else ""), flush=True)
+            shown = [f"{word} {fields[name]:<{form}}" for word, name, form in STATUS if fields.get(name) is not None]
+            shown.insert(1, f"time {format_time(fields['Timing/total_sec']):<12s}")
+            print("Status: " + " ".join(shown), flush=True)
             with open(self.run_dir / "stats.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({**fields, "timestamp": now}) + "\n")
 
@@ -310,14 +313,8 @@ class TrainingLoop:
         self._trim_stats()
         dist.print0(f"Training from {start / 1e3:g} kimg to {stop / 1e3:g} kimg:")
         clock = _Clock()
-        bar = tqdm(
-            total=periods.total_nimg,
-            initial=start,
-            unit="img",
-            unit_scale=True,
-            disable=dist.get_rank() != 0,
-            mininterval=1.0,
-        )
+        shown = dict(unit="img", unit_scale=True, disable=dist.get_rank() != 0, mininterval=1.0)
+        bar = tqdm(total=periods.total_nimg, initial=start, **shown)
         try:
             while True:
                 done = state.cur_nimg >= stop or self.interrupted
@@ -363,15 +360,9 @@ class _Clock:
         seconds, self.start = now - self.start, now
         return seconds
 
+    @contextlib.contextmanager
     def step(self, nimg):
-        clock, begin = self, time.time()
-
-        class Timer:
-            def __enter__(self):
-                pass
-
-            def __exit__(self, *exc):
-                clock.training += time.time() - begin
-                clock.nimg += nimg
-
-        return Timer()
+        begin = time.time()
+        yield
+        self.training += time.time() - begin
+        self.nimg += nimg
