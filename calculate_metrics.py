@@ -3,9 +3,6 @@
 JSON goes to stdout, progress to stderr. Runs plain or under torchrun.
 """
 
-import os
-import sys
-
 import click
 
 from dnnlib import cli
@@ -36,12 +33,17 @@ def _options(*decorators):
     return apply
 
 
+DEVICE = _text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR")
+DEST = _options(
+    _text("--dest", "Also write the JSON to this file", "FILE"),
+    click.option("--tag", "tags", metavar="NAME=VALUE", multiple=True, help="Note in the JSON, for report; repeatable"),
+)
 EXTRACT = _options(
     _text("--metrics", "Detectors: pixel, classifier:FILE", "LIST", "pixel"),
     click.option("--per-source/--no-per-source", help="Also per source", default=True),
     _int("--batch", "Images per batch and process", 64, at_least=1),
     click.option("--workers", help="Processes that decode images", metavar="INT", type=cli.WORKERS, default=0),
-    _text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR"),
+    DEVICE,
 )
 
 COMPARE = _options(
@@ -52,8 +54,7 @@ COMPARE = _options(
     _text("--train", "Training images: adds nearest-neighbour distances", "DIR|ZIP"),
     _text("--distances", "Some of fd, kid, prdc", "LIST", "fd,kid,prdc"),
     _int("--splits", "Half-against-half splits of the floor", 4),
-    _text("--dest", "Also write the JSON to this file", "FILE"),
-    click.option("--tag", "tags", metavar="NAME=VALUE", multiple=True, help="Note in the JSON, for report; repeatable"),
+    DEST,
 )
 
 
@@ -85,49 +86,18 @@ def cmdline():
 @_text("--dest", "Where to write the statistics (.npz)", "FILE", required=True)
 @EXTRACT
 @click.option("--features/--no-features", help="Keep features, for floors, KID, precision", default=True)
-def ref(data, dest, metrics, per_source, batch, workers, device, features):
+def ref(**options):
     """Write reference statistics, overall and per source, with their provenance."""
-    from metrics.features import collect_dataset, dataset_hash, progress_bar
-    from metrics.references import save_references
-    from torch_utils import distributed
-
-    device = commands.start(device)
-    root, suffix = os.path.splitext(dest)
-    if suffix != ".npz":
-        dest = (root if suffix == ".pkl" else dest) + ".npz"
-        click.echo(f"Statistics are stored as npz: writing {dest}", err=True)
-    commands.check_writable(dest)
-    detectors, dataset = commands.open_detectors(metrics, device), commands.open_images(data, "--data")
-    with progress_bar(len(dataset), "ref") as progress:
-        sets = collect_dataset(
-            dataset, detectors, per_source=per_source, batch_size=batch, workers=workers, progress=progress
-        )
-    content = dataset_hash(dataset)
-    for feature_set in sets.values():
-        feature_set.provenance["content_hash"] = content
-    if distributed.get_rank() == 0:
-        save_references(dest, sets, **({} if features else {"feature_limit": 0}))
-    counts = next(iter(sets.values())).statistics.n.tolist()
-    result = {"dest": dest, "data": data, "content_hash": content, "detectors": list(sets)}
-    commands.print_json(result | {"num_images": counts[0], "source_counts": counts[1:]})
+    commands.ref(**options)
 
 
 @cmdline.command()
 @_text("--images", "Images to score, labels in dataset.json", "DIR|ZIP", required=True)
 @_int(NUM, "Seeded subset of so many; default: all", at_least=2)
 @COMPARE
-def calc(images, num, **options):
+def calc(**options):
     """Score a folder or zip of images."""
-    from metrics.features import collect_dataset, progress_bar
-
-    dataset = commands.open_images(images, "--images")
-    if num is not None and num > len(dataset):
-        raise ValueError(f"--num={num}: {images} holds {len(dataset)} images; generate more or lower --num")
-    prepared = commands.prepare(**options)
-    extract = {"batch_size": options["batch"], "workers": options["workers"], "seed": options["seed"]}
-    with progress_bar(num or len(dataset), "images") as progress:
-        samples = collect_dataset(dataset, prepared[0], num=num, progress=progress, **extract)
-    commands.score(images, samples, prepared, **options)
+    commands.calc(**options)
 
 
 def _parse_class(ctx, param, value):
@@ -147,31 +117,9 @@ def _parse_class(ctx, param, value):
 @_text("--gnet", "Guiding network", "FILE")
 @_text("--guidance", "Guidance strength; 1: none", "FLOAT", 1.0, type=cli.Float())
 @COMPARE
-def gen(net, num, sources, steps, gnet, guidance, **options):
+def gen(**options):
     """Generate images from a snapshot and score them; nothing is written."""
-    from generate_images import generate_images
-    from metrics.features import collect, generated_batches, progress_bar
-
-    for option, path in (("--net", net), ("--gnet", gnet)):
-        if path is not None and "://" not in path and not os.path.exists(path):
-            raise ValueError(f"{option}={path}: no such file; give a snapshot")
-    if (guidance == 1) != (gnet is None):
-        raise ValueError(f"--guidance={guidance:g} and --gnet go together: give both or none")
-    sampler = {"num_steps": steps} | ({} if gnet is None else {"gnet": gnet, "guidance": guidance})
-    class_idx = options.pop("class")
-    if sources and class_idx != "balanced":
-        raise ValueError(f"--sources={','.join(map(str, sources))} needs --class=balanced")
-    prepared = commands.prepare(**options)
-    detectors, references, _, device = prepared
-    seeds = range(options["seed"], options["seed"] + num)
-    images = generate_images(
-        net, seeds, class_idx=class_idx, sources=sources, max_batch_size=options["batch"], device=device, **sampler
-    )
-    num_sources = max(reference.num_sources for reference in references.values())
-    with progress_bar(num, "gen") as progress:
-        batches = generated_batches(images)
-        samples = collect(batches, detectors, num_sources=num_sources, num_images=num, progress=progress)
-    commands.score(net, samples, prepared, **options)
+    commands.gen(**options)
 
 
 @cmdline.command()
@@ -180,27 +128,10 @@ def gen(net, num, sources, steps, gnet, guidance, **options):
 @_text("--dest", "Where to write the detector (.safetensors)", "FILE", required=True)
 @_int("--epochs", "Passes over the data", 20, at_least=1)
 @_int("--seed", "Of initialisation, order and split", 0)
-@_text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR")
-def detector(data, holdout, dest, epochs, seed, device):
+@DEVICE
+def detector(**options):
     """Train a small classifier: the detector `classifier:FILE`."""
-    import tqdm
-
-    from metrics.classifier import train_classifier
-    from metrics.features import load_labelled
-    from torch_utils import distributed
-
-    device = commands.start(device)
-    if distributed.get_world_size() > 1:
-        raise ValueError("the detector is trained by one process: run it without torchrun")
-    commands.check_writable(dest)
-    images, labels, num_classes = load_labelled(commands.open_images(data, "--data"))
-    held = load_labelled(commands.open_images(holdout, "--holdout"))[:2] if holdout else (None, None)
-    options = {"num_classes": num_classes, "epochs": epochs, "seed": seed, "device": device}
-    options["progress"] = lambda epochs: tqdm.tqdm(epochs, desc="detector", unit="epoch", file=sys.stderr)
-    judge = train_classifier(images, labels, holdout_images=held[0], holdout_labels=held[1], **options)
-    judge.save(dest)
-    report = {name: judge.header[name] for name in ("accuracy", "source_accuracy", "num_train", "num_holdout")}
-    commands.print_json({"dest": dest, "data": data, "detector": judge.identity} | report)
+    commands.detector(**options)
 
 
 @cmdline.command()
@@ -209,30 +140,11 @@ def detector(data, holdout, dest, epochs, seed, device):
 @_text("--sources", "Only images of these source ids", "LIST", type=cli.INTS)
 @_int(NUM, "Use at most so many images", 1024, at_least=1)
 @_int("--seed", "Of the noise", 0)
-@_text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR")
-@_text("--dest", "Also write the JSON to this file", "FILE")
-@click.option("--tag", "tags", metavar="NAME=VALUE", multiple=True, help="Note in the JSON, for report; repeatable")
-def loss(net, data, sources, num, seed, device, dest, tags):
+@DEVICE
+@DEST
+def loss(**options):
     """Denoising loss on held-out images at fixed noise levels, per source: a yardstick less noisy than samples."""
-    from torch_utils import distributed
-    from torch_utils.persistence import load_snapshot
-    from training.validation import HeldOut
-
-    if dest is not None:
-        commands.check_writable(dest)
-    tags = commands.parse_tags(tags)
-    device = commands.start(device)
-    if distributed.get_world_size() > 1:
-        raise ValueError("the denoising loss is computed by one process: run it without torchrun")
-    snapshot = load_snapshot(net, device)
-    dataset = commands.open_images(data, "--data")
-    if sources is not None:
-        dataset = dataset.subset([i for source in sources for i in dataset.indices_of(source)])
-    result = HeldOut(dataset, seed, num).denoising_loss(snapshot.net, snapshot.encoder)
-    sources = {str(k): {"denoising_loss": v} for k, v in result.pop("sources", {}).items()}
-    commands.finish(
-        {"net": net, "seed": seed, "tags": tags, "metrics": {"denoising": {**result, "sources": sources}}}, dest
-    )
+    commands.loss(**options)
 
 
 @cmdline.command()
@@ -258,68 +170,41 @@ def loss(net, data, sources, num, seed, device, dest, tags):
 @_int("--seed", "Of the subset and all draws", 0)
 @_int("--batch", "Images per batch", 256, at_least=1)
 @click.option("--per-source/--no-per-source", help="Also per source", default=True)
-@_text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR")
-@_text("--dest", "Also write the JSON to this file", "FILE")
-@click.option("--tag", "tags", metavar="NAME=VALUE", multiple=True, help="Note in the JSON, for report; repeatable")
-def likelihood(
-    net, data, process, process_options, encoder, samples, method, num, seed, device, dest, tags, t_min, sigma_min,
-    sigma_max, **options,
-):  # fmt: skip
+@DEVICE
+@DEST
+def likelihood(**options):
     """Bits per dimension under any process: mean and standard error, overall and per source."""
-    from metrics.features import progress_bar
-    from metrics.likelihood_report import choose_encoder, likelihood_report
-    from torch_utils import distributed
-    from torch_utils.persistence import load_snapshot
-    from training.processes.options import make_process, require_gaussian
-
-    if dest is not None:
-        commands.check_writable(dest)
-    tags = commands.parse_tags(tags)
-    device = commands.start(device)
-    if distributed.get_world_size() > 1:
-        raise ValueError("likelihoods are computed by one process: run it without torchrun")
-    snapshot = load_snapshot(net, device)
-    chosen = make_process(process or "edm", process_options, trained=snapshot.process)
-    require_gaussian(snapshot.process, chosen)
-    transform = choose_encoder(encoder, snapshot.encoder)
-    ends = {"t_min": t_min, "sigma_min": sigma_min, "sigma_max": sigma_max}
-    options.update({name: value for name, value in ends.items() if value is not None})
-    dataset = commands.open_images(data, "--data")
-    with progress_bar(min(num or len(dataset), len(dataset)), "likelihood") as progress:
-        result = likelihood_report(
-            snapshot.net,
-            dataset,
-            chosen,
-            transform,
-            method,
-            num,
-            seed,
-            num_samples=samples,
-            progress=progress,
-            **options,
-        )
-    about = {"net": net, "data": data, "seed": seed, "tags": tags, "method": method}
-    about |= {"process": chosen.spec(), "encoder": repr(transform)}
-    commands.finish(about | {"metrics": {"likelihood": result}}, dest)
+    commands.likelihood(**options)
 
 
 @cmdline.command()
 @_text("--scores", "Score files of calc --dest, with the tags arm, source, seed, sampling", "GLOB", required=True)
-@_text("--dest", "Folder for table.csv, table.md and comparison.png", "DIR", required=True)
-@_text("--arms", "The arm that should win, and the one it is held against", "A,B", "multi,single", type=cli.STRINGS)
+@_text(
+    "--dest",
+    "Folder of table.csv, table.md, comparison.png; --against: what .md, .csv, .png follow",
+    "DIR",
+    required=True,
+)
+@_text(
+    "--arms", "Which should win, and against which; default: multi,single (--against: all)", "LIST", type=cli.STRINGS
+)
+@_text("--metric", "Of which detector, where score files hold several: its identity, or pixel, classifier, ...", "NAME")
+@_text("--against", "Compare any number of arms with this one, by training seed", "ARM")
+@_text(
+    "--section", "--against: all samples, or mean of sources", "NAME", "overall", type=click.Choice(["overall", "mean"])
+)
 @_text("--train-multi", "Training data of the shared model: proves that both arms saw the same images", "ZIP")
 @_text("--train-single", "Training data of the separate models, %s standing for the source id", "ZIP")
 @_text("--real", "Real images to show in the figure", "DIR|ZIP")
 @_text("--net", "Snapshot of the shared model: adds the theory's prediction", "FILE|DIR")
 @_text("--detector", "Detector file: its own held-out accuracy goes under the table", "FILE")
 @click.option("--note", "notes", metavar="TEXT", multiple=True, help="Line under the table; repeatable")
-def report(scores, dest, arms, train_multi, train_single, real, net, detector, notes):
-    """Put score files together: one table, a verdict with its uncertainty, one figure."""
-    from metrics.report import write_report
+def report(**options):
+    """Put score files together: one table, a verdict with its uncertainty, one figure.
 
-    if len(arms) != 2:
-        raise ValueError(f"--arms={','.join(arms)}: give two names, such as multi,single")
-    print(write_report(scores, dest, arms, train_multi, train_single, real, net, detector, notes))
+    With --against, any number of arms: means over training seeds, and differences to that arm of the same seed.
+    """
+    commands.report(**options)
 
 
 @cmdline.command()
@@ -327,11 +212,9 @@ def report(scores, dest, arms, train_multi, train_single, real, net, detector, n
 @_text("--distance", "Which number: fd or kid", "NAME", "fd")
 @_text("--detector", "Of which detector; default: the only one", "NAME")
 @_int("--top", "How many of the best to average", 3, at_least=1)
-def best(scores, distance, detector, top):
+def best(**options):
     """Minimum and top-3 mean over checkpoints, each with its lowest score over blocks of images."""
-    from metrics.checkpoints import best_of, read_checkpoint_scores
-
-    commands.print_json(best_of(read_checkpoint_scores(scores, distance, detector), top))
+    commands.best(**options)
 
 
 if __name__ == "__main__":

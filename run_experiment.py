@@ -23,14 +23,13 @@ def load_scripts():
     import dataset_tool
     import generate_images
     import train_edm2
-    from simulations import compare_arms, run_robustness, run_solvers, run_stable_targets
+    from simulations import run_robustness, run_solvers, run_stable_targets
 
     return {
         "train_edm2.py": train_edm2.main,
         "generate_images.py": generate_images.main,
         "calculate_metrics.py": calculate_metrics.cmdline,
         "dataset_tool.py": dataset_tool.main,
-        "simulations/compare_arms.py": compare_arms.main,
         "simulations/run_robustness.py": run_robustness.main,
         "simulations/run_solvers.py": run_solvers.main,
         "simulations/run_stable_targets.py": run_stable_targets.main,

@@ -9,19 +9,26 @@ Add your own in one line, a function of what follows the colon of the spec (None
     DETECTORS["brightness"] = lambda argument: lambda images: images.float().mean(dim=(2, 3))
 """
 
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+
 from metrics.classifier import load_classifier
 
 
 class FunctionDetector:
     """A plain callable images -> features, with a name."""
 
-    def __init__(self, function, name, identity=None):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], name: str):
         self.features = function
         self.name = name
-        self.identity = identity or name
 
 
-def pixel_features(images):
+def pixel_features(images: torch.Tensor) -> torch.Tensor:
     """[N, C, H, W] uint8 -> [N, C H W] float32 in [-1, 1], the units in which networks are trained."""
     return images.flatten(1).float() / 127.5 - 1
 
@@ -53,14 +60,31 @@ DETECTORS = {
 }
 
 
-def get_detector(spec, device="cpu"):
+def split_specs(text: str) -> list[str]:
+    """The specs of a comma-separated list. A comma ends one only where the name of a known detector follows.
+
+    Where a path looks like that too, the longest argument that is a file is meant: no path breaks a list.
+    """
+    names = "|".join(map(re.escape, DETECTORS))
+    parts, specs = re.split(rf",\s*(?=(?:{names})\s*(?:[:,]|$))", text), []
+    while parts:
+        name, colon, _ = parts[0].partition(":")
+        longest = range(len(parts) if colon else 1, 1, -1)
+        count = next((n for n in longest if os.path.isfile(",".join(parts[:n])[len(name) + 1 :])), 1)
+        specs.append(",".join(parts[:count]))
+        parts = parts[count:]
+    return specs
+
+
+def get_detector(spec: str | object, device: str | torch.device = "cpu") -> object:
     """A detector from a spec string `NAME` or `NAME:ARGUMENT`, a callable, or a detector.
 
     A detector with a network has `.to(device)`; images reach every detector on the CPU. Raises ValueError for an unknown
     name (listing the known ones) and for what is no detector.
     """
     if isinstance(spec, str):
-        name, _, argument = spec.strip().partition(":")
+        name, _, argument = spec.partition(":")
+        name = name.strip()
         if name not in DETECTORS:
             raise ValueError(f"unknown detector '{name}'; known: {', '.join(sorted(DETECTORS))}")
         detector = _wrap(DETECTORS[name](argument or None), name)
@@ -69,12 +93,11 @@ def get_detector(spec, device="cpu"):
     return detector.to(device) if hasattr(detector, "to") else detector
 
 
-def get_detectors(specs, device="cpu"):
+def get_detectors(specs: str | Sequence, device: str | torch.device = "cpu") -> dict[str, object]:
     """{identity: detector} of a comma-separated string or a list of specs; the same detector twice is an error."""
-    if not isinstance(specs, (list, tuple)):
-        specs = specs.split(",") if isinstance(specs, str) else [specs]
     result = {}
-    for detector in (get_detector(spec, device) for spec in specs):
+    for spec in split_specs(specs) if isinstance(specs, str) else specs:
+        detector = get_detector(spec, device)
         key = identity_of(detector)
         if key in result:
             raise ValueError(f"detector '{key}' is named twice")
@@ -82,7 +105,8 @@ def get_detectors(specs, device="cpu"):
     return result
 
 
-def identity_of(detector):
+def identity_of(detector: object) -> str:
+    """The name of exactly this detector."""
     return getattr(detector, "identity", None) or detector.name
 
 

@@ -3,8 +3,11 @@
 Everything here is a function of numbers: it knows no detector, no file and no process group.
 """
 
+from __future__ import annotations
+
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 
 def _matrix(x, name, ndim):
@@ -41,7 +44,7 @@ def _factor(sigma):
     return vectors[:, keep] * values[keep].sqrt()  # [F, rank]
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
+def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
     """Squared 2-Wasserstein distance of two Gaussians (Heusel et al. 2017, eq. 6; "FID" with Inception features).
 
     ``|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2)``. The trace of the root is the sum of the singular
@@ -71,17 +74,17 @@ def _mmd2_unbiased(x, y, degree, gamma, coef0):
 
 
 def kid(
-    generated,                  # [N, F] features of generated images
-    reference,                  # [M, F] features of reference images
+    generated: ArrayLike,  # [N, F] features of generated images
+    reference: ArrayLike,  # [M, F] features of reference images
     *,
-    subset_size=1000,           # images per subset; None: always all images at once
-    num_subsets=100,            # subsets averaged, when either side is larger than subset_size
-    seed=0,                     # of the subsets
-    degree=3,
-    gamma=None,                 # None: 1 / F
-    coef0=1.0,
-    return_std=False,           # also the standard deviation over subsets (0 when all images fit in one)
-):  # fmt: skip
+    subset_size: int | None = 1000,  # images per subset; None: always all images at once
+    num_subsets: int = 100,  # subsets averaged, when either side is larger than subset_size
+    seed: int = 0,  # of the subsets
+    degree: int = 3,
+    gamma: float | None = None,  # None: 1 / F
+    coef0: float = 1.0,
+    return_std: bool = False,  # also the standard deviation over subsets (0 when all images fit in one)
+) -> float | tuple[float, float]:
     """Kernel Inception Distance (Binkowski et al. 2018): unbiased squared MMD, kernel (gamma x'y + coef0)^degree.
 
     When both sides hold at most `subset_size` images the U-statistic of all of them is returned and nothing is random.
@@ -116,7 +119,7 @@ def _radii2(x, k, chunk):
     return torch.cat(rows)
 
 
-def prdc(*, generated, reference, k=5, chunk=2048) -> dict:
+def prdc(*, generated: ArrayLike, reference: ArrayLike, k: int = 5, chunk: int = 2048) -> dict[str, float]:
     """Precision, recall (Kynkaanniemi et al. 2019, eqs. 1-2), density, coverage (Naeem et al. 2020) by k-NN balls.
 
     generated: [N, F], reference: [M, F] features, N and M > k; both by keyword, because swapping them swaps precision
@@ -146,7 +149,7 @@ def prdc(*, generated, reference, k=5, chunk=2048) -> dict:
     }
 
 
-def nearest_distance(samples, reference, chunk=2048) -> np.ndarray:
+def nearest_distance(samples: ArrayLike, reference: ArrayLike, chunk: int = 2048) -> np.ndarray:
     """Euclidean distance of every sample to its nearest reference row: [N, F], [M, F] -> [N] float64.
 
     Small distances of samples to training images, beside those of held-out images, show memorisation. The neighbour is

@@ -1,91 +1,41 @@
-"""Samples against a reference: distances overall and per source, each beside what real images would score.
+"""How good a network is: its samples against a reference, and bits per dimension of images; overall and per source.
 
-Every number stands beside the same number for reference images, because none of them means anything alone: the
+Every number of samples stands beside the same number for reference images, because none of them means anything alone: the
 half-against-half floor of a distance, the detector's own accuracy for agreement, held-out images for memorisation.
 """
 
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
 import numpy as np
+import torch
 
 from metrics.classifier import source_agreement
-from metrics.detectors import get_detector, identity_of
 from metrics.distances import frechet_distance, kid, nearest_distance, prdc
-from metrics.features import FeatureSet, collect_dataset, dataset_hash, require_same_detector
+from metrics.features import FeatureSet, require_same_detector
+from torch_utils.random import StackedRandomGenerator, hash_seed
+from training import encoders, likelihood
+from training.dataset import Dataset, load_arrays
 
 MEASURES = ("fd", "kid", "prdc")
-
-
-def reference_statistics(dataset, detector, **options) -> FeatureSet:
-    """Statistics and features of a data set as seen by one detector (spec, object or callable), with provenance.
-
-    options: those of `metrics.features.collect_dataset` (num, seed, batch_size, per_source, device, ...).
-    """
-    detector = get_detector(detector, options.get("device", "cpu"))
-    result = collect_dataset(dataset, {identity_of(detector): detector}, **options)[identity_of(detector)]
-    result.provenance["content_hash"] = dataset_hash(dataset)
-    return result
-
-
-def evaluate(
-    samples,                    # data set (image uint8 [C, H, W], label), or a FeatureSet of it
-    reference,                  # data set, or a FeatureSet (reference_statistics, load_references)
-    detector,                   # spec string, detector, or callable images -> features
-    *,
-    train=None,                 # training images (data set or FeatureSet): adds nearest-neighbour distances
-    num=None,                   # seeded subset of the samples; None: all
-    seed=0,                     # of that subset and of the floor's splits
-    per_source=True,
-    splits=4,                   # half-against-half splits of the reference
-    k=5,                        # neighbours of precision and recall
-    measures=MEASURES,
-    batch_size=64,
-    device="cpu",
-    progress=None,
-):  # fmt: skip
-    """Compare samples with a reference through one detector; works in one or several processes.
-
-    Returns the nested dict of `compare`, on every rank. Raises ValueError for different detectors or feature widths,
-    for fewer images than `num`, and for data sets that hold no uint8 pixels.
-    """
-    detector = get_detector(detector, device)
-    detectors = {identity_of(detector): detector}
-
-    def collected(data, num=None):
-        if data is None or isinstance(data, FeatureSet):
-            return data
-        options = {"num": num, "seed": seed, "batch_size": batch_size, "device": device, "progress": progress}
-        return collect_dataset(data, detectors, **options)[identity_of(detector)]
-
-    reference = collected(reference)
-    if reference.detector not in detectors:
-        raise ValueError(
-            f"the reference was made with detector '{reference.detector}', asked for is '{identity_of(detector)}': "
-            f"different detectors cannot be compared"
-        )
-    return compare(
-        collected(samples, num),
-        reference,
-        detector=detector,
-        train=collected(train),
-        seed=seed,
-        per_source=per_source,
-        splits=splits,
-        k=k,
-        measures=measures,
-    )
+ENCODERS = {"center": encoders.CenterEncoder, "logit": encoders.LogitEncoder, "discrete": encoders.StandardRGBEncoder}
+OFFSET_BITS = 8  # densities are of y in [0, 1], levels are 1/256 apart
 
 
 def compare(
-    samples,                    # FeatureSet
-    reference,                  # FeatureSet
+    samples: FeatureSet,
+    reference: FeatureSet,
     *,
-    detector=None,              # with .classify(features): adds agreement
-    train=None,                 # FeatureSet of training images
-    seed=0,
-    per_source=True,
-    splits=4,
-    k=5,
-    measures=MEASURES,
-):  # fmt: skip
+    detector: object = None,  # with .classify(features): adds agreement
+    train: FeatureSet | None = None,  # training images: adds nearest-neighbour distances
+    seed: int = 0,  # of the floor's splits
+    per_source: bool = True,
+    splits: int = 4,  # half-against-half splits of the reference
+    k: int = 5,  # neighbours of precision and recall
+    measures: Sequence[str] = MEASURES,
+) -> dict:
     """Nested dict of plain numbers (None where there are too few images or the features were not kept):
 
         {"detector", "num_images", "num_reference", "feature_width", "overall": {...}, "sources": {"0": {...}, ...},
@@ -105,8 +55,9 @@ def compare(
                                         mean distance to the nearest training image (of the same source), of samples
                                         and of reference images: samples much nearer than held-out images are copies
 
-    With a judge, `predicted` beside "overall" counts the samples by predicted source.
-    """  # fmt: skip
+    With a judge, `predicted` beside "overall" counts the samples by predicted source. Raises ValueError for different
+    detectors or feature widths, and for an unknown measure.
+    """
     check_measures(measures)
     require_same_detector(samples, reference)
     if train is not None:
@@ -136,12 +87,11 @@ def compare(
     return result
 
 
-def check_measures(measures):
-    """Raises ValueError for a name that is none of MEASURES; returns the names as a tuple."""
+def check_measures(measures: Sequence[str]) -> None:
+    """Raises ValueError for a name that is none of MEASURES."""
     for name in measures:
         if name not in MEASURES:
             raise ValueError(f"unknown distance '{name}'; known: {', '.join(MEASURES)}")
-    return tuple(measures)
 
 
 def _count(features, source):
@@ -228,3 +178,90 @@ def _mean(sections):
     ]
     values = {name: [section.get(name) for section in sections] for name in names}
     return {name: float(np.mean(v)) for name, v in values.items() if None not in v}
+
+
+def choose_encoder(name: str | None, trained: encoders.Encoder | None) -> encoders.Encoder:
+    """The transform that likelihoods are computed in. trained: the snapshot's encoder.
+
+    None: the snapshot's own if it dequantises, else "discrete", the probability of the 256 levels. Raises ValueError for
+    VAE latents, and for a transform that is not the one that the network knows (center and discrete share a scale).
+    """
+    if isinstance(trained, encoders.StabilityVAEEncoder):
+        raise ValueError("VAE latents have no bits/dim: decoding is not invertible; train on pixels for likelihoods")
+    if name is None:
+        if isinstance(trained, (encoders.UniformDequantizer, encoders.IdentityEncoder)):
+            return trained
+        return encoders.StandardRGBEncoder()
+    if name not in ENCODERS:
+        raise ValueError(f"--encoder={name} is unknown: choose {', '.join(ENCODERS)}")
+    made = ENCODERS[name]()
+    trained = trained or encoders.StandardRGBEncoder()
+    scale = (encoders.StandardRGBEncoder, encoders.CenterEncoder)
+    if made != trained and not (isinstance(made, scale) and isinstance(trained, scale)):
+        raise ValueError(f"--encoder={name}: the network was trained behind {trained!r}, which has another scale")
+    return trained if made == trained else made
+
+
+def bits_per_dim(
+    net: torch.nn.Module,  # denoiser
+    dataset: Dataset,  # uint8 images, or float arrays (IdentityEncoder)
+    process: object,  # EDM or a linear process
+    encoder: encoders.Encoder,  # see choose_encoder
+    method: str = "elbo",  # or "ode", the probability flow
+    *,
+    num: int | None = None,  # at most so many images, a seeded subset; None: all
+    seed: int = 0,  # draws of image i depend on (seed, i) alone
+    per_source: bool = True,
+    batch: int = 256,
+    progress: Callable[[int], object] = lambda num_images: None,  # called after every batch
+    **options: object,  # of likelihood.elbo or ode_log_likelihood: prior, t_min, t_max, sigma_min, sigma_max, ...
+) -> dict:
+    """Bits per dimension of uint8 images (float arrays: of their density), as plain data.
+
+    elbo with dequantising encoders: the bound of the density, -(elbo + log_abs_det) / (d ln 2) + 8; discrete: of the
+    probability of the levels. ode: as published, x stands for the state at t_min; discrete: a bound, with a decoder.
+    Returns {"bits_per_dim", "standard_error", "num", "nats", "endpoint_kl" (bits per dimension), "sigma_min",
+    "sigma_max", "sources": {label: {...}}}.
+    """
+    index = torch.arange(len(dataset))
+    if num is not None and num < len(dataset):
+        index = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num].sort().values
+    images, labels = load_arrays(dataset.subset(index.numpy()))
+    device = next((p.device for p in getattr(net, "parameters", tuple)()), torch.device("cpu"))
+    dequantised = isinstance(encoder, encoders.UniformDequantizer)
+    discrete = isinstance(encoder, encoders.StandardRGBEncoder)
+    columns, info = [], {}
+    for start in range(0, len(images), batch):
+        rows = slice(start, start + batch)
+        generator = StackedRandomGenerator(device, [hash_seed(seed, int(i)) for i in index[rows]])
+        x = encoder.encode_latents(images[rows].to(device), generator)
+        onehot = labels[rows].to(device) if labels.shape[1] and net.label_dim else None
+        common = {"generator": generator, "terms": True, **options}
+        if method == "elbo":
+            decoder = "discretised" if discrete else "gaussian"
+            with torch.no_grad():
+                nats, parts = likelihood.elbo(net, process, x, onehot, decoder=decoder, **common)
+            kl, info = parts["kl"], {name: parts[name] for name in ("sigma_min", "sigma_max")}
+        else:
+            decoder = "discretised" if discrete else None
+            nats, info = likelihood.ode_log_likelihood(net, process, x, onehot, decoder=decoder, **common)
+            t_max = process.time(min(info["sigma_max"], float(process.sigma(process.T))))
+            kl = likelihood.endpoint_kl(process, x, t_max, options.get("prior", "stationary"), float(net.sigma_data))
+        if dequantised:
+            nats = nats + encoder.log_abs_det(x).to(nats)
+        columns.append(torch.stack([nats.detach().cpu(), kl.detach().double().cpu()]))
+        progress(len(x))
+    nats, kl = torch.cat(columns, dim=1)
+    dims = x[0].numel()
+    bits = -nats / (dims * math.log(2)) + (OFFSET_BITS if dequantised else 0)
+    kl_bits = float(kl.mean()) / (dims * math.log(2))
+    result = {**_bits(bits), "nats": float(nats.mean()), "endpoint_kl": kl_bits, **info}
+    if per_source and labels.shape[1]:
+        ids = labels.argmax(dim=1)
+        result["sources"] = {str(int(k)): _bits(bits[ids == k]) for k in ids.unique()}
+    return result
+
+
+def _bits(bits):
+    error = float(bits.std() / math.sqrt(len(bits))) if len(bits) > 1 else None
+    return {"bits_per_dim": float(bits.mean()), "standard_error": error, "num": len(bits)}

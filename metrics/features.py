@@ -1,14 +1,16 @@
 """Images -> features: one pass over the images for any number of detectors, in one or several processes."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 import tqdm
 
-from metrics.detectors import get_detectors
 from metrics.statistics import FeatureStatistics, gather_rows
 from torch_utils.distributed import broadcast_object, get_rank, get_world_size, split_batches
 
@@ -30,20 +32,22 @@ class FeatureSet:
     provenance: dict = dataclasses.field(default_factory=dict)
 
     @property
-    def num_sources(self):
+    def num_sources(self) -> int:
+        """Sources that are kept apart; 0: overall statistics only."""
         return self.statistics.num_sources
 
-    def count(self, source=None):
+    def count(self, source: int | None = None) -> int | None:
+        """Images of one source or of all; None where a foreign file does not say."""
         return self.statistics.count(source)
 
-    def rows(self, source=None):
+    def rows(self, source: int | None = None) -> np.ndarray | None:
         """Features of one source or of all images, [n, F]; None where they were not kept."""
         if self.features is None or source is None:
             return self.features
         return self.features[self.labels == source]
 
 
-def label_of(label):
+def label_of(label: object) -> int:
     """Source id of one item: an integer, the maximum of a one-hot or soft vector, -1 for a vector of length 0."""
     label = np.asarray(label)
     if label.ndim == 0:
@@ -51,7 +55,7 @@ def label_of(label):
     return int(label.argmax()) if label.size else -1
 
 
-def count_sources(dataset):
+def count_sources(dataset: Sequence) -> int:
     """Number of sources of a data set; 0 without labels. Global ids: sources without images here count too."""
     for name in ("num_classes", "label_dim"):
         if getattr(dataset, name, None):
@@ -60,7 +64,7 @@ def count_sources(dataset):
     return label.size if label.ndim else max(label_of(dataset[i][1]) for i in range(len(dataset))) + 1
 
 
-def choose(dataset, num=None, seed=0):
+def choose(dataset: Sequence, num: int | None = None, seed: int = 0) -> list[int]:
     """Indices of a seeded random subset of exactly `num` images, sorted; all images where num is None.
 
     Raises ValueError when there are fewer: a distance depends on the number of images.
@@ -72,15 +76,17 @@ def choose(dataset, num=None, seed=0):
     return sorted(np.random.RandomState(seed % 2**31).permutation(len(dataset))[:num].tolist())
 
 
-def dataset_batches(dataset, indices=None, batch_size=64, workers=0):
-    """This process's batches (images uint8 [n, C, H, W], labels [n], positions [n]), some possibly empty."""
-    if batch_size < 1:
-        raise ValueError(f"batch={batch_size}: must be at least 1")
-    indices = list(range(len(dataset))) if indices is None else list(indices)
+def dataset_batches(
+    dataset: Sequence, indices: Sequence[int], batch_size: int = 64, workers: int = 0
+) -> Iterator[Batch]:
+    """This process's batches of the chosen images, some possibly empty."""
     batches = split_batches(range(len(indices)), batch_size)
     view = _View(dataset, indices)
     loader = torch.utils.data.DataLoader(view, batch_sampler=batches, num_workers=workers, collate_fn=_collate)
     yield from loader
+
+
+Batch = tuple[torch.Tensor | None, np.ndarray, np.ndarray]  # images uint8 [n, C, H, W], labels [n], positions [n]
 
 
 class _View(torch.utils.data.Dataset):
@@ -101,7 +107,7 @@ def _collate(items):
     return torch.from_numpy(np.stack(images)), np.array(labels), np.array(positions)
 
 
-def generated_batches(generator):
+def generated_batches(generator: Iterable) -> Iterator[Batch]:
     """Batches from `generate_images`: items with .images (uint8 tensor or None), .labels (one-hot or None), .seeds."""
     for item in generator:
         if item.images is None or len(item.images) == 0:
@@ -110,8 +116,16 @@ def generated_batches(generator):
         yield item.images.cpu(), np.array(labels), np.array([int(s) for s in item.seeds])
 
 
-def collect(batches, detectors, *, num_sources=0, num_images=None, feature_limit=FEATURE_LIMIT, progress=None):
-    """Run all detectors over batches (images, labels, positions): {identity: FeatureSet}, the same on every rank.
+def collect(
+    batches: Iterable[Batch],
+    detectors: dict[str, object],
+    *,
+    num_sources: int = 0,
+    num_images: int | None = None,
+    feature_limit: int = FEATURE_LIMIT,
+    progress: Callable[[int], object] = lambda num_images: None,
+) -> dict[str, FeatureSet]:
+    """Run all detectors over batches: {identity: FeatureSet}, the same on every rank.
 
     detectors: {identity: detector} (get_detectors). positions give the order of the rows, whatever the batch size and
     the number of processes. progress: called with the number of images after every batch.
@@ -133,8 +147,7 @@ def collect(batches, detectors, *, num_sources=0, num_images=None, feature_limit
                 features[key].append(f.numpy())
         all_labels.append(labels)
         all_positions.append(positions)
-        if progress is not None:
-            progress(len(images))
+        progress(len(images))
     order = np.concatenate(all_positions) if all_positions else np.zeros(0, np.int64)
     result = {}
     for key in detectors:
@@ -147,29 +160,24 @@ def collect(batches, detectors, *, num_sources=0, num_images=None, feature_limit
 
 
 def collect_dataset(
-    dataset,                    # sequence of (image uint8 [C, H, W], label)
-    detectors,                  # {identity: detector}, or what get_detectors takes
+    dataset: Sequence,  # of (image uint8 [C, H, W], label)
+    detectors: dict[str, object],
     *,
-    num=None,                   # seeded subset of this many images; None: all
-    seed=0,
-    batch_size=64,
-    workers=0,                  # processes that decode images
-    per_source=True,
-    feature_limit=FEATURE_LIMIT,
-    device="cpu",
-    progress=None,
-):  # fmt: skip
+    num: int | None = None,  # seeded subset of this many images; None: all
+    seed: int = 0,
+    batch_size: int = 64,
+    workers: int = 0,  # processes that decode images
+    per_source: bool = True,
+    **options: object,  # feature_limit and progress, see `collect`
+) -> dict[str, FeatureSet]:
     """`collect` over a data set, with its provenance (name, content hash where it has one, number of images, shape)."""
-    if not isinstance(detectors, dict):
-        detectors = get_detectors(detectors, device)
     indices = choose(dataset, num, seed)
     sets = collect(
         dataset_batches(dataset, indices, batch_size, workers),
         detectors,
         num_sources=count_sources(dataset) if per_source else 0,
         num_images=len(indices),
-        feature_limit=feature_limit,
-        progress=progress,
+        **options,
     )
     provenance = {
         "dataset": getattr(dataset, "name", type(dataset).__name__),
@@ -183,13 +191,14 @@ def collect_dataset(
     return sets
 
 
-def dataset_hash(dataset):
+def dataset_hash(dataset: Sequence) -> str | None:
     """content_hash() of a data set that has one, read by rank 0 only; else None."""
     value = dataset.content_hash() if get_rank() == 0 and hasattr(dataset, "content_hash") else None
     return broadcast_object(value)
 
 
-def require_same_detector(samples, reference, where="the reference"):
+def require_same_detector(samples: FeatureSet, reference: FeatureSet, where: str = "the reference") -> None:
+    """Raises ValueError for statistics of two detectors."""
     if samples.detector != reference.detector:
         raise ValueError(
             f"statistics made with different detectors cannot be compared: samples with '{samples.detector}', "
@@ -197,7 +206,7 @@ def require_same_detector(samples, reference, where="the reference"):
         )
 
 
-def load_labelled(dataset):
+def load_labelled(dataset: Sequence) -> tuple[torch.Tensor, np.ndarray, int]:
     """(images uint8 [N, C, H, W], labels int64 [N], number of sources) of a labelled data set that fits in memory."""
     items = [dataset[i] for i in range(len(dataset))]
     images, labels, _ = _collate([(np.asarray(image), label_of(label), i) for i, (image, label) in enumerate(items)])
@@ -207,7 +216,7 @@ def load_labelled(dataset):
 
 
 @contextlib.contextmanager
-def progress_bar(num_images, what):
+def progress_bar(num_images: int, what: str) -> Iterator[Callable[[int], object]]:
     """Progress of this process's share on stderr, on rank 0 only; gives the function to call with finished images."""
     hidden, share = get_rank() != 0, -(-num_images // get_world_size())
     with tqdm.tqdm(total=share, desc=what, unit="img", file=sys.stderr, disable=hidden) as bar:

@@ -1,17 +1,21 @@
-"""The look of every theory figure: colours, markers, sizes, and how a figure is saved. Headless."""
+"""The look of every figure: colours, markers, sizes, and how a figure is saved. Headless."""
 
 from __future__ import annotations
 
 import math
-import os
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from dnnlib.util import atomic_write
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import NullLocator  # noqa: E402
 
 # Figure 1 of the multi-source theory paper.
 EMPIRICAL = {"single": "#FF9900", "multi": "#8CD282"}
@@ -55,20 +59,28 @@ _RC = {
 }
 
 
-def figure(columns: int = 1, width: float = 4.0, height: float = 3.0, rows: int = 1, **kwargs):
+def figure(
+    columns: int = 1, width: float = 4.0, height: float = 3.0, rows: int = 1, **kwargs: object
+) -> tuple[Figure, Axes | np.ndarray]:
     """(figure, axes) of `columns` x `rows` panels, each width x height inches, in the shared style."""
     plt.rcParams.update(_RC)
     return plt.subplots(rows, columns, figsize=(columns * width, rows * height), **kwargs)
 
 
-def pad(axis, values, share: float = 0.1) -> None:
+def colours(names: Sequence[object]) -> list:
+    """A colour for each of several lines: the arms multi and single have theirs, others take shades from dark to light."""
+    shades = [plt.get_cmap("viridis")(0.85 * i / max(len(names) - 1, 1)) for i in range(len(names))]
+    return [LINE.get(name, shade) for name, shade in zip(names, shades, strict=True)]
+
+
+def pad(axis: Axes, values: Sequence[float], share: float = 0.1) -> None:
     """Limits of a y axis: its values plus 10 % of their range, as in the paper."""
     low, high = min(values), max(values)
     margin = (high - low or abs(high) or 1.0) * share
     axis.set_ylim(low - margin, high + margin)
 
 
-def x_ticks(axis, values, log: bool = False, share: float = 0.12) -> None:
+def x_ticks(axis: Axes, values: Sequence[float], log: bool = False, share: float = 0.12) -> None:
     """Ticks at the last of the ascending `values` and at all whose labels then do not touch; no others.
 
     Args:
@@ -90,22 +102,12 @@ def x_ticks(axis, values, log: bool = False, share: float = 0.12) -> None:
     axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
 
 
-def save(fig, stem: str | Path, dpi: int = 200) -> list[Path]:
-    """Write stem.png and stem.svg atomically and close the figure."""
-    stem = Path(stem)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for kind in ("png", "svg"):
-        handle, temporary = tempfile.mkstemp(dir=stem.parent, suffix=f".{kind}")
-        os.close(handle)
-        try:
-            metadata = {"Date": None} if kind == "svg" else None
-            fig.savefig(temporary, format=kind, dpi=dpi, bbox_inches="tight", pad_inches=0.03, metadata=metadata)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, stem.with_name(f"{stem.name}.{kind}"))
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        paths.append(stem.with_name(f"{stem.name}.{kind}"))
+def save(fig: Figure, stem: str | Path, dpi: int = 200) -> list[Path]:
+    """Write stem.png and stem.svg atomically and close the figure; returns their paths."""
+    paths = [Path(f"{stem}.{kind}") for kind in ("png", "svg")]
+    for path, metadata in zip(paths, (None, {"Date": None}), strict=True):
+        with atomic_write(path) as file:
+            kind = path.suffix[1:]
+            fig.savefig(file, format=kind, dpi=dpi, bbox_inches="tight", pad_inches=0.03, metadata=metadata)
     plt.close(fig)
     return paths

@@ -1,5 +1,7 @@
 """Streamed float64 feature statistics, overall and per source, merged over processes."""
 
+from __future__ import annotations
+
 import numpy as np
 import torch
 
@@ -20,7 +22,7 @@ class FeatureStatistics:
     ids make room for themselves.
     """
 
-    def __init__(self, num_sources=0):
+    def __init__(self, num_sources: int = 0):
         self.num_sources = int(num_sources)
         self.width = None
 
@@ -39,7 +41,7 @@ class FeatureStatistics:
                 setattr(self, name, torch.cat([rows, rows.new_zeros(more, *rows.shape[1:])]))
         self.num_sources = max(self.num_sources, num_sources)
 
-    def update(self, features, labels=None):
+    def update(self, features: torch.Tensor, labels: torch.Tensor | None = None) -> FeatureStatistics:
         """features: [N, F]; labels: [N] integers (-1: no source; counted overall only) or None."""
         f = torch.as_tensor(features).detach().to("cpu", torch.float64)
         if f.ndim != 2:
@@ -62,22 +64,7 @@ class FeatureStatistics:
         self.sum[row] += f.sum(0)
         self.outer[row] += f.T @ f
 
-    def merge(self, other):
-        """Add the sums of another object (of the same width, or empty)."""
-        if other.width is None:
-            return self
-        if self.width is None:
-            self._allocate(other.width)
-        if self.width != other.width:
-            raise ValueError(f"statistics of widths {self.width} and {other.width} cannot be merged")
-        self._grow(other.num_sources)
-        rows = len(other.n)
-        self.n[:rows] += other.n
-        self.sum[:rows] += other.sum
-        self.outer[:rows] += other.outer
-        return self
-
-    def all_reduce(self):
+    def all_reduce(self) -> FeatureStatistics:
         """Sum over all processes, also those that saw no image and so do not know the width yet."""
         if get_world_size() == 1:
             return self
@@ -94,10 +81,11 @@ class FeatureStatistics:
                 setattr(self, name, all_reduce_(getattr(self, name).to(device)).cpu())
         return self
 
-    def count(self, source=None) -> int:
+    def count(self, source: int | None = None) -> int:
+        """Images of one source or of all."""
         return 0 if self.width is None else int(self.n[0 if source is None else 1 + source])
 
-    def moments(self, source=None):
+    def moments(self, source: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(mu [F], sigma [F, F]) float64 arrays, sigma with the n - 1 normalisation; of one source or overall.
 
         Raises ValueError with fewer than two images.
@@ -112,7 +100,7 @@ class FeatureStatistics:
         return mu.numpy(), sigma.numpy()
 
 
-def gather_rows(arrays, order):
+def gather_rows(arrays: dict[str, np.ndarray] | None, order: np.ndarray) -> dict[str, np.ndarray]:
     """Concatenate [n_r, ...] arrays of all ranks and sort the rows by the integers `order` [n_r].
 
     arrays: dict of numpy arrays (None on a rank without images). Returns a dict of the whole arrays on every rank.
@@ -128,5 +116,6 @@ def gather_rows(arrays, order):
     return {name: np.concatenate([part[0][name] for part in parts])[rows] for name in parts[0][0]}
 
 
-def communication_device():
+def communication_device() -> torch.device:
+    """Where tensors must be that processes exchange."""
     return torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")

@@ -1,12 +1,17 @@
-"""Tables of results: means with errors, paired differences, and the one reader and writer of CSV and Markdown."""
+"""Tables of results: means with errors, differences with intervals, and the one reader and writer of CSV and Markdown."""
+
+from __future__ import annotations
 
 import csv
 import io
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dnnlib.util import write_text
+from metrics.results import Row
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, object]]) -> Path:
@@ -90,3 +95,123 @@ def paired_difference(a: Iterable[float], b: Iterable[float]) -> tuple[float, fl
     error = math.sqrt(variance / n)
     half = float(scipy.stats.t.ppf(0.975, n - 1)) * error
     return mean, error, mean - half, mean + half
+
+
+@dataclass
+class Cell:
+    """One number of one arm in one section: its values by (training seed, sampling seed)."""
+
+    values: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    def by_seed(self) -> dict[str, float]:
+        """Means over sampling seeds, one per training seed, in order of the seeds."""
+        seeds = defaultdict(list)
+        for (seed, _), value in self.values.items():
+            seeds[seed].append(value)
+        return {seed: mean_and_error(v)[0] for seed, v in sorted(seeds.items())}
+
+    @property
+    def mean(self) -> float:
+        """Over training seeds."""
+        return mean_and_error(self.by_seed().values())[0]
+
+    @property
+    def sd_training(self) -> float | None:
+        """Spread over training seeds; None for one seed."""
+        means = self.by_seed().values()
+        return mean_and_deviation(means)[1] if len(means) > 1 else None
+
+    @property
+    def sd_sampling(self) -> float | None:
+        """Spread over sampling seeds within training seeds (pooled); None for one sampling seed."""
+        groups = defaultdict(list)
+        for (seed, _), value in self.values.items():
+            groups[seed].append(value)
+        variances = [mean_and_deviation(v)[1] ** 2 for v in groups.values() if len(v) > 1]
+        return math.sqrt(math.fsum(variances) / len(variances)) if variances else None
+
+
+def collect(rows: Iterable[Row]) -> dict[tuple[str, str, str], Cell]:
+    """{(arm, section, name of the number): Cell} of rows of one detector (`results.of_detector`).
+
+    Raises ValueError where two score files bring the same number: one would hide the other.
+    """
+    cells = defaultdict(Cell)
+    for row in rows:
+        arm, seed, sampling = row.tags["arm"], row.tags["seed"], row.tags["sampling"]
+        for name, value in row.numbers.items():
+            values = cells[arm, row.section, name].values
+            if (seed, sampling) in values:
+                where = f"arm {arm}, {row.section}, seed {seed}, sampling {sampling}"
+                raise ValueError(f"{row.file}: another score file has {name} of {where}: tell them apart with --tag")
+            values[seed, sampling] = value
+    return cells
+
+
+@dataclass
+class Verdict:
+    """Relative advantage of arm `better` over arm `other` in one number that should be small."""
+
+    better: str
+    other: str
+    wins: int  # sources in which `better` has the smaller mean
+    advantage: float  # mean over sources of (other - better) / other
+    standard_error: float | None  # from the spread over training seeds; None with a single one
+    interval: tuple[float, float] | None  # 95 %, Welch-Satterthwaite
+    per_source: dict[str, float]
+
+    @property
+    def sources(self) -> int:
+        """Their number."""
+        return len(self.per_source)
+
+    def __str__(self) -> str:
+        line = f"{self.better} better than {self.other} in {self.wins} of {self.sources} sources, mean advantage "
+        if self.interval is None:
+            return line + f"{self.advantage:.1%} (one training seed per arm: no uncertainty known)"
+        low, high = self.interval
+        clear = "clear of zero" if low > 0 or high < 0 else "zero is inside"
+        return (
+            line + f"{self.advantage:.1%} +- {self.standard_error:.1%} (95 % interval {low:.1%} to {high:.1%}: {clear})"
+        )
+
+
+def verdict(
+    cells: Mapping[tuple[str, str, str], Cell],
+    sources: Sequence[str],
+    better: str = "multi",
+    other: str = "single",
+    column: str = "fd",
+) -> Verdict:
+    """Compare two arms over the sources, with the uncertainty that the training seeds show.
+
+    One model of the shared arm serves all sources, so its seeds are averaged over sources first; the models of the other
+    arm are treated likewise, seed by seed, which is right for shared and for separate models: separate ones only vary
+    independently within a seed. Raises ValueError where an arm has no scores.
+    """
+    import scipy.stats
+
+    for arm in (better, other):
+        if any((arm, s, column) not in cells for s in sources):
+            raise ValueError(f"arm {arm!r} has no {column!r} for every one of the sources {', '.join(sources)}")
+    base = {s: cells[other, s, column].mean for s in sources}
+    per_source = {s: (base[s] - cells[better, s, column].mean) / base[s] for s in sources}
+    wins, advantage = sum(v > 0 for v in per_source.values()), mean_and_error(per_source.values())[0]
+    errors, counts = [], []  # of each arm's relative mean over sources, from its training seeds
+    for arm in (better, other):
+        relative = seeds_mean([cells[arm, s, column] for s in sources], [base[s] for s in sources])
+        errors.append(mean_and_error(relative)[1] ** 2)
+        counts.append(len(relative))
+    if min(counts) < 2:
+        return Verdict(better, other, wins, advantage, None, None, per_source)
+    freedom = sum(errors) ** 2 / max(sum(e**2 / (n - 1) for e, n in zip(errors, counts, strict=True)), 1e-300)
+    error = math.sqrt(sum(errors))
+    half = float(scipy.stats.t.ppf(0.975, max(freedom, 1))) * error
+    return Verdict(better, other, wins, advantage, error, (advantage - half, advantage + half), per_source)
+
+
+def seeds_mean(cells: Sequence[Cell], units: Sequence[float]) -> list[float]:
+    """Means over cells, each in its own unit, one for every training seed that all cells have."""
+    tables = [cell.by_seed() for cell in cells]
+    common = sorted(set.intersection(*map(set, tables)))
+    return [mean_and_error(t[seed] / unit for t, unit in zip(tables, units, strict=True))[0] for seed in common]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_runs import python
 
-from metrics.likelihood_report import choose_encoder, likelihood_report
+from metrics.evaluate import bits_per_dim, choose_encoder
 from torch_utils.persistence import save_snapshot
 from training import encoders, processes
 from training.dataset import ArrayDataset
@@ -42,10 +42,10 @@ def test_gaussian_bits_in_closed_form(encoder, name):
     identity, s = isinstance(encoder, IdentityEncoder), 0.8
     data = pixels(64, identity)
     options = dict(per_source=True, seed=3, prior="matched", sigma_min=1e-3)
-    flow = likelihood_report(
+    flow = bits_per_dim(
         Exact(s), data, processes.get(name), encoder, "ode", probe="exact", rtol=1e-5, atol=1e-6, **options
     )
-    bound = likelihood_report(Exact(s), data, processes.get(name), encoder, "elbo", num_samples=16, **options)
+    bound = bits_per_dim(Exact(s), data, processes.get(name), encoder, "elbo", num_samples=16, **options)
     assert bound["sigma_min"] == pytest.approx(1e-3) and flow["num"] == 64 and set(flow["sources"]) == {"0", "1"}
     assert flow["bits_per_dim"] == pytest.approx(np.mean([v["bits_per_dim"] for v in flow["sources"].values()]))
     gap, spread = bound["bits_per_dim"] - flow["bits_per_dim"], bound["standard_error"]
@@ -70,12 +70,14 @@ def test_discrete_bits_of_a_known_law():
             return torch.full_like(x, 2 * 100 / 255 - 1)
 
     data = ArrayDataset(np.full((8, 1, 2, 2), 100, "uint8"))
-    result = likelihood_report(Knows(0.5), data, processes.EDM(), StandardRGBEncoder(), prior="matched", sigma_max=20.0)
+    result = bits_per_dim(
+        Knows(0.5), data, processes.EDM(), StandardRGBEncoder(), prior="matched", sigma_max=20.0, num_samples=8
+    )
     assert result["bits_per_dim"] == pytest.approx(result["endpoint_kl"], abs=0.1) and "sources" not in result
 
 
 def test_draws_of_an_image_do_not_depend_on_the_batch():
-    one, other = (likelihood_report(Exact(1), pixels(), processes.EDM(), CenterEncoder(), batch=b) for b in (64, 7))
+    one, other = (bits_per_dim(Exact(1), pixels(), processes.EDM(), CenterEncoder(), batch=b) for b in (64, 7))
     assert one["bits_per_dim"] == pytest.approx(other["bits_per_dim"], rel=1e-6)
 
 

@@ -10,7 +10,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from metrics.classifier import load_classifier, source_agreement, stratified_split, train_classifier
-from metrics.detectors import DETECTORS, get_detector, get_detectors, identity_of
+from metrics.detectors import DETECTORS, get_detector, get_detectors, identity_of, split_specs
 
 
 def digits():
@@ -57,6 +57,31 @@ def test_own_detectors(monkeypatch):
 def test_bad_specs(spec, message):
     with pytest.raises(ValueError, match=message):
         get_detectors(spec)
+
+
+PATHS = [
+    "a,b.safetensors",
+    "x=0,1-n=25/d",
+    "sources: 0, 1/d e",
+    " d ",
+    "a,pixel/d",
+    "a,pixel,b/d",
+    "a,pixel:1,classifier:d",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_path_breaks_a_list(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).touch()
+    for specs in ([f"classifier:{path}"], ["pixel", f"classifier:{path}"], [f"classifier:{path}", "pixel", "fid"]):
+        assert split_specs(",".join(specs)) == specs
+
+
+def test_lists_of_detectors():
+    assert split_specs("pixel, classifier:d,fid") == ["pixel", "classifier:d", "fid"]
+    assert split_specs("classifier:no,such,file,pixel") == ["classifier:no,such,file", "pixel"]
 
 
 def test_classifier_learns_all_ten_digits(judge):

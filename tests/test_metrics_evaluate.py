@@ -10,8 +10,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from metrics.classifier import train_classifier
-from metrics.evaluate import evaluate, reference_statistics
-from metrics.features import collect, generated_batches
+from metrics.detectors import get_detector, identity_of
+from metrics.evaluate import compare
+from metrics.features import collect, collect_dataset, generated_batches
 from metrics.references import load_references, require_detectors, save_references
 from training.dataset import ArrayDataset
 
@@ -23,6 +24,19 @@ TRAIN, REFERENCE, HELD = slice(0, 500), slice(500, 1300), slice(1300, None)
 
 def dataset(where, labels=LABELS, images=IMAGES):
     return ArrayDataset(images[where], labels[where], num_classes=10)
+
+
+def seen(data, detector, **options):
+    """What a detector (spec, detector or callable) sees in a data set."""
+    detector = get_detector(detector)
+    return collect_dataset(data, {identity_of(detector): detector}, **options)[identity_of(detector)]
+
+
+def evaluate(samples, reference, detector, train=None, num=None, seed=0, batch_size=64, **options):
+    """`compare` of data sets."""
+    samples, train = seen(samples, detector, num=num, seed=seed, batch_size=batch_size), train and seen(train, detector)
+    reference = reference if hasattr(reference, "statistics") else seen(reference, detector)
+    return compare(samples, reference, detector=get_detector(detector), train=train, seed=seed, **options)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +146,7 @@ def test_subset_is_seeded_and_exact():
 
 
 def test_refusals(judge):
-    reference = reference_statistics(dataset(REFERENCE), "pixel")
+    reference = seen(dataset(REFERENCE), "pixel")
     with pytest.raises(ValueError, match="different detectors"):
         evaluate(dataset(HELD), reference, judge)
     small = ArrayDataset(IMAGES[:, :, :4, :4], LABELS)
@@ -171,12 +185,12 @@ def test_generated_batches_skip_ranks_without_images():
 
 def test_reference_file_round_trip(tmp_path, judge):
     path = tmp_path / "ref.npz"
-    references = {d: reference_statistics(dataset(REFERENCE), d) for d in ("pixel", judge)}
+    references = {d: seen(dataset(REFERENCE), d) for d in ("pixel", judge)}
     references = {reference.detector: reference for reference in references.values()}
     save_references(path, references)
     found = load_references(path)
     assert list(found) == ["pixel", judge.identity]
-    assert found["pixel"].provenance["content_hash"] == dataset(REFERENCE).content_hash()
+    assert found["pixel"].provenance == references["pixel"].provenance
     for detector in ("pixel", judge):
         name = detector if detector == "pixel" else judge.identity
         direct = evaluate(dataset(HELD), references[name], detector, splits=1)
@@ -188,7 +202,7 @@ def test_reference_file_round_trip(tmp_path, judge):
 
 def test_reference_file_without_features_has_distances_only(tmp_path):
     path = tmp_path / "ref.npz"
-    reference = reference_statistics(dataset(REFERENCE), "pixel")
+    reference = seen(dataset(REFERENCE), "pixel")
     save_references(path, {"pixel": reference}, feature_limit=0)
     found = evaluate(dataset(HELD), load_references(path)["pixel"], "pixel")
     full = evaluate(dataset(HELD), reference, "pixel")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from metrics import report, report_grid, results
+import calculate_metrics
+from metrics import report, report_grid, results, table
 
 
 def write_scores(folder, values, **extra):
@@ -35,18 +36,16 @@ def noisy():
 
 
 def test_verdict_against_plain_formulas(tmp_path, noisy):
-    import glob
-
-    rows = results.read_scores(sorted(glob.glob(write_scores(tmp_path, noisy))))
-    got = results.verdict(results.collect(rows), ["0", "1"])
-    table = np.array(
+    rows = results.of_sources(results.read_scores(write_scores(tmp_path, noisy)))
+    got = table.verdict(table.collect(rows), ["0", "1"])
+    means = np.array(
         [
             [[np.mean([noisy[a, s, t, q] for q in (0, 1)]) for t in (0, 1, 2)] for s in (0, 1)]
             for a in ("multi", "single")
         ]
     )  # [arm, source, training seed]
-    base = table[1].mean(axis=1)
-    relative = (table / base[None, :, None]).mean(axis=1)  # [arm, training seed]
+    base = means[1].mean(axis=1)
+    relative = (means / base[None, :, None]).mean(axis=1)  # [arm, training seed]
     advantage = 1 - relative[0].mean()
     variances = relative.var(axis=1, ddof=1) / 3
     freedom = variances.sum() ** 2 / (variances**2 / 2).sum()
@@ -63,12 +62,12 @@ def test_interval_covers_zero_for_equal_arms_at_its_rate():
     rng = np.random.default_rng(1)
     misses = 0
     for _ in range(200):
-        cells = defaultdict(results.Cell)
+        cells = defaultdict(table.Cell)
         for arm in ("multi", "single"):
             for source in ("0", "1", "2"):
                 for seed in range(4):
                     cells[arm, source, "fd"].values[str(seed), "0"] = 10 + rng.normal()
-        low, high = results.verdict(cells, ["0", "1", "2"]).interval
+        low, high = table.verdict(cells, ["0", "1", "2"]).interval
         misses += low > 0 or high < 0
     assert misses <= scipy.stats.binom.ppf(0.9999, 200, 0.05)
     assert misses >= scipy.stats.binom.ppf(0.0001, 200, 0.05)
@@ -122,17 +121,78 @@ def test_theory_ratio():
 def test_grid_pairs_cells_with_their_own_single_arm(tmp_path):
     """Cells share the separate models of their n; a group with data of its own is held against that data."""
     single = {("single", s, seed, 0): 10.0 + seed for s in (0, 1, 2) for seed in (0, 1)}
-    write_scores(tmp_path, single, single={"n": "25", "images_trained": "1Ki"})
+    write_scores(tmp_path / "plain", single, single={"n": "25", "images_trained": "1Ki"})
     write_scores(
-        tmp_path / "..", {("single", 0, seed, 0): 20.0 + seed for seed in (0, 1)},
+        tmp_path / "shuffled", {("single", 0, seed, 0): 20.0 + seed for seed in (0, 1)},
         single={"n": "25", "group": "shuffled", "images_trained": "1Ki"},
     )  # fmt: skip
     for cell, group, sources, level in (("K2", "all", (0, 1), 8.0), ("S", "shuffled", (0,), 10.0)):
         tags = {"cell": cell, "group": group, "n": "25", "k": str(len(sources)), "images_trained": "1Ki"}
         write_scores(tmp_path / cell, {("multi", s, seed, 0): level for s in sources for seed in (0, 1)}, multi=tags)
-    paths = [*tmp_path.glob("*.json"), *tmp_path.parent.glob("*.json"), *tmp_path.glob("*/*.json")]
-    found = {r.cell: r for r in report_grid.results(results.read_scores(paths))}
+    rows = results.of_sources(results.read_scores(tmp_path / "*" / "*.json"))
+    found = {r.cell: r for r in report_grid.results(rows)}
     assert found["K2"].verdicts["fd"].advantage == pytest.approx(1 - 8 / 10.5)
     assert found["S"].verdicts["fd"].advantage == pytest.approx(1 - 10 / 20.5)
     assert found["K2"].images == {"multi": 1024, "single": 2048}
     assert "| all | 2 | 25 | 8.00 | 10.50 |" in report_grid.to_markdown(list(found.values()), ("multi", "single"))
+
+
+def add_detector(folder, name, factor):
+    """Every score file of a folder also holds the numbers of another detector."""
+    for path in folder.glob("*.json"):
+        content = json.loads(path.read_text())
+        sections = content["metrics"]["pixel"]["sources"]
+        other = {source: {**values, "fd": values["fd"] * factor} for source, values in sections.items()}
+        path.write_text(json.dumps({**content, "metrics": {"pixel": {"sources": sections}, name: {"sources": other}}}))
+
+
+def test_two_detectors_need_a_choice(tmp_path, noisy, capsys):
+    """What stood last in the files used to be shown as if it were all."""
+    scores = write_scores(tmp_path / "scores", noisy)
+    first = report.write_report(scores, tmp_path / "one")
+    add_detector(tmp_path / "scores", "classifier:abc", 100)
+    with pytest.raises(SystemExit) as stopped:
+        calculate_metrics.cmdline(["report", f"--scores={scores}", f"--dest={tmp_path}/out"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert "pixel, classifier:abc" in error and "--metric=NAME" in error and not (tmp_path / "out").exists()
+    assert report.write_report(scores, tmp_path / "pixel", metric="pixel") == first
+    for name in ("classifier", "classifier:abc"):
+        other = report.write_report(scores, tmp_path / "other", metric=name)
+        fd = float(first.splitlines()[2].split("|")[2].split()[0])
+        assert float(other.splitlines()[2].split("|")[2].split()[0]) == pytest.approx(100 * fd, abs=1)
+    with pytest.raises(ValueError, match="--metric=kid: the score files hold pixel, classifier:abc"):
+        report.write_report(scores, tmp_path / "out", metric="kid")
+
+
+def test_files_of_different_detectors_need_a_choice(tmp_path, noisy):
+    """A retrained classifier is another detector, also where every file holds one alone."""
+    scores = write_scores(tmp_path / "scores", noisy)
+    path = next((tmp_path / "scores").glob("single-*.json"))
+    path.write_text(path.read_text().replace('"pixel"', '"classifier:abc"'))
+    with pytest.raises(ValueError, match="classifier:abc.*choose one"):
+        report.write_report(scores, tmp_path / "out")
+
+
+def test_loss_and_likelihood_join_the_table(tmp_path, noisy):
+    """They need no detector, so they stand beside the numbers of whichever is shown."""
+    scores = write_scores(tmp_path / "scores", noisy)
+    for arm in ("multi", "single"):
+        for seed in ("0", "1", "2"):
+            sections = {s: {"denoising_loss": 0.25, "standard_error": 0.1} for s in ("0", "1")}
+            bits = {s: {"bits_per_dim": 3.5, "standard_error": 0.1, "num": 7} for s in ("0", "1")}
+            for name, found in (("denoising", sections), ("likelihood", bits)):
+                content = {"tags": {"arm": arm, "seed": seed}, "metrics": {name: {"sources": found}}}
+                (tmp_path / "scores" / f"{name}-{arm}-{seed}.json").write_text(json.dumps(content))
+    report.write_report(scores, tmp_path / "out")
+    row = table.read_csv(tmp_path / "out" / "table.csv")[0]
+    assert (row["denoising_loss"], row["bits_per_dim"], row["bits_per_dim_sd_training"]) == (0.25, 3.5, 0)
+    assert "standard_error" not in row and "num" not in row
+
+
+def test_one_number_twice_is_refused(tmp_path, noisy):
+    scores = write_scores(tmp_path / "scores", noisy)
+    path = next((tmp_path / "scores").glob("multi-*.json"))
+    path.with_name("copy.json").write_text(path.read_text())
+    with pytest.raises(ValueError, match="another score file has fd of arm multi"):
+        report.write_report(scores, tmp_path / "out")

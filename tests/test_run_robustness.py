@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 
 import calculate_metrics
-from metrics import checkpoints
+from metrics import results
 from simulations import run_robustness
 from simulations.studies import robustness, stable_targets
 from torch_utils import persistence
@@ -181,20 +181,34 @@ def test_minimum_and_top_three(tmp_path, capsys):
     assert found["checkpoints"]["0000200"] == {"min": 2.1, "mean": pytest.approx(2.2), "blocks": 2}
 
 
+def best(pattern, **options):
+    return results.best_of(results.read_scores(pattern, ["checkpoint"]), **options)
+
+
 def test_best_refuses_what_it_cannot_compare(tmp_path):
-    with pytest.raises(ValueError, match="no such files"):
-        checkpoints.read_checkpoint_scores(tmp_path / "*.json")
+    with pytest.raises(ValueError, match="no score files"):
+        best(tmp_path / "*.json")
     write_score(tmp_path, "1", "0", 2.0)
     (tmp_path / "2.json").write_text('{"tags": {}, "metrics": {}}')
     with pytest.raises(ValueError, match="--tag checkpoint"):
-        checkpoints.read_checkpoint_scores(tmp_path / "*.json")
+        best(tmp_path / "*.json")
     with pytest.raises(ValueError, match="no kid"):
-        checkpoints.read_checkpoint_scores(tmp_path / "1-*.json", "kid")
+        best(tmp_path / "1-*.json", measure="kid")
     two = {"tags": {"checkpoint": "3"}, "metrics": {"a": {"overall": {"fd": 1.0}}, "b": {"overall": {"fd": 5.0}}}}
     (tmp_path / "3.json").write_text(json.dumps(two))
     with pytest.raises(ValueError, match="--detector"):
-        checkpoints.read_checkpoint_scores(tmp_path / "3.json")
-    assert checkpoints.read_checkpoint_scores(tmp_path / "3.json", detector="b") == {"3": [5.0]}
+        best(tmp_path / "3.json")
+    assert best(tmp_path / "3.json", detector="b")["checkpoints"]["3"] == {"min": 5.0, "mean": 5.0, "blocks": 1}
+    with pytest.raises(ValueError, match="no fd of detector b"):
+        best(tmp_path / "[13]*.json", detector="b")  # the first file has another detector
+
+
+def test_best_does_not_mix_detectors(tmp_path):
+    """Also where every file holds one alone."""
+    write_score(tmp_path, "1", "0", 2.0, "pixel")
+    write_score(tmp_path, "2", "0", 1.0, "classifier")
+    with pytest.raises(ValueError, match="pixel, classifier: choose one with --detector"):
+        best(tmp_path / "*.json")
 
 
 # --- stable targets ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import click.testing
 import numpy as np
 import pytest
 
-from simulations import compare_arms
+import calculate_metrics
 
 VALUES = {
     "cfg-1": [0.8, 0.84, 0.79],
@@ -28,7 +28,7 @@ def scores(tmp_path):
 
 def run(scores, *more):
     options = [f"--scores={scores}/*.json", f"--dest={scores}/out/arms", *more]
-    return click.testing.CliRunner().invoke(compare_arms.main, options)
+    return click.testing.CliRunner().invoke(calculate_metrics.cmdline, ["report", *options])
 
 
 def test_means_and_paired_differences(scores):
@@ -58,3 +58,24 @@ def test_user_errors(scores):
     assert "zz.json" in run(scores, "--against=cfg-1").output
     assert "no score files" in run(scores / "nowhere", "--against=cfg-1").output
     assert not (scores / "out").exists()
+
+
+def test_a_column_that_one_seed_lacks_is_not_compared(scores):
+    path = scores / "cfg-10-1.json"
+    content = json.loads(path.read_text())
+    content["metrics"]["pixels"]["overall"]["recall"] = None
+    path.write_text(json.dumps(content))
+    assert run(scores, "--against=cfg-1").exit_code == 0
+    text = (scores / "out" / "arms.md").read_text()
+    assert "agreement" in text and "recall" not in text
+
+
+def test_two_detectors_need_a_choice(scores):
+    for path in scores.glob("*.json"):
+        content = json.loads(path.read_text())
+        content["metrics"]["classifier:abc"] = {"overall": {"fd": 7}}
+        path.write_text(json.dumps(content))
+    done = run(scores, "--against=cfg-1")
+    assert done.exit_code == 2 and "pixels, classifier:abc" in done.output and done.output.count("Error") == 1
+    assert run(scores, "--against=cfg-1", "--metric=classifier").exit_code == 0
+    assert "| cfg-1.5 | 7.0000 ± 0.0000 |" in (scores / "out" / "arms.md").read_text()
