@@ -3,18 +3,21 @@
 Stands in for Inception where the data is not photographs, or where no downloaded weights are wanted.
 """
 
+from __future__ import annotations
+
 import hashlib
-import json
 import os
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
-from dnnlib.util import atomic_write
+from torch_utils.persistence import load_snapshot, persistent, save_snapshot
 
-FORMAT = "classifier-detector-1"
+FORMAT = "classifier-detector-2"
+MEASURED = ("epochs", "seed", "num_train", "num_holdout", "accuracy", "source_accuracy")  # what a file says of itself
+LEARNING_RATE = 4e-3
+SHIFT = 1  # augmentation: pixels by which an image may move
 
 
 def _block(c_in, c_out, stride):
@@ -22,11 +25,13 @@ def _block(c_in, c_out, stride):
     return [conv, torch.nn.BatchNorm2d(c_out), torch.nn.SiLU()]
 
 
+@persistent
 class ConvNet(torch.nn.Module):
     """Two convolutions per resolution, halving down to 4x4, then a linear layer of `features` units and the logits."""
 
-    def __init__(self, image_shape, num_classes, width=32, features=64):
+    def __init__(self, image_shape: Sequence[int], num_classes: int, width: int = 32, features: int = 64):
         super().__init__()
+        self.image_shape = tuple(image_shape)  # C, H, W
         c, h, w = image_shape
         layers = _block(c, width, 1)
         while min(h, w) > 4:
@@ -38,59 +43,58 @@ class ConvNet(torch.nn.Module):
         self.penultimate = torch.nn.Linear(width * min(h, 4) * min(w, 4), features)
         self.head = torch.nn.Linear(features, num_classes)
 
-    def features(self, x):
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [N, C, H, W] in [-1, 1] -> activations [N, features]."""
         return torch.nn.functional.silu(self.penultimate(self.trunk(x)))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [N, num_classes]."""
         return self.head(self.features(x))
 
 
 class Classifier:
     """A detector that also names the source: `.features`, `.classify(features)`, `.predict(images)`.
 
-    `accuracy` is the held-out accuracy measured when it was trained, `identity` names its exact weights, so statistics
-    made with another training run are told apart.
+    header: what was MEASURED when it was trained; `accuracy` is on held-out images. `identity` names the exact weights, so
+    statistics made with another training run are told apart.
     """
 
     name = "classifier"
 
-    def __init__(self, net, header, device="cpu"):
+    def __init__(self, net: ConvNet, header: dict, device: str | torch.device = "cpu"):
         self.net = net.to(device).eval().requires_grad_(False)
-        self.header = dict(header)
+        self.header = {name: header[name] for name in MEASURED if name in header}
         self.device = torch.device(device)
         self.identity = f"{self.name}:{self._hash()}"
 
-    def to(self, device):
+    @property
+    def accuracy(self) -> float:
+        return self.header["accuracy"]
+
+    def to(self, device: str | torch.device) -> Classifier:
+        """Move the network; returns itself."""
         self.net.to(device)
         self.device = torch.device(device)
         return self
 
-    image_shape = property(lambda self: tuple(self.header["image_shape"]))
-    num_classes = property(lambda self: self.header["num_classes"])
-    accuracy = property(lambda self: self.header["accuracy"])
-
     @torch.no_grad()
-    def features(self, images):
+    def features(self, images: torch.Tensor) -> torch.Tensor:
         """images uint8 [N, C, H, W] of the trained shape -> penultimate activations [N, F] float32."""
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.net.image_shape:
             raise ValueError(
-                f"classifier was trained on uint8 images {list(self.image_shape)} [C, H, W], "
+                f"classifier was trained on uint8 images {list(self.net.image_shape)} [C, H, W], "
                 f"got {str(images.dtype).removeprefix('torch.')} {list(images.shape[1:])}"
             )
         return self.net.features(_normalize(images.to(self.device)))
 
     @torch.no_grad()
-    def classify(self, features):
+    def classify(self, features: torch.Tensor | np.ndarray) -> torch.Tensor:
         """Features [N, F] -> predicted sources [N] int64, on the CPU."""
         return self.net.head(torch.as_tensor(features).to(self.device, torch.float32)).argmax(1).cpu()
 
-    def predict(self, images):
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
         """images uint8 [N, C, H, W] -> predicted sources [N] int64."""
         return self.classify(self.features(images))
-
-    def agreement(self, images, labels):
-        """Share of images whose predicted source is their label: {"overall": float, source: float, ...}."""
-        return source_agreement(self.predict(images), labels)
 
     def _hash(self):
         digest = hashlib.sha256()
@@ -99,16 +103,13 @@ class Classifier:
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def save(self, path):
-        """Write a safetensors file whose metadata holds one JSON header; atomic."""
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.net.state_dict().items()}
-        header = json.dumps(self.header, sort_keys=True)
-        with atomic_write(path) as f:
-            f.write(safetensors.torch.save(state, metadata={"header": header}))
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file that `load_classifier` reads; atomic."""
+        save_snapshot(path, self.net, kind=FORMAT, **self.header)
 
 
-def source_agreement(predicted, labels):
-    """Share of predictions equal to the label, overall and for each label that occurs; labels -1 do not count."""
+def source_agreement(predicted: Sequence[int] | np.ndarray, labels: Sequence[int] | np.ndarray) -> dict:
+    """Share of predictions equal to the label, {"overall": float, source: float}; labels -1 do not count."""
     predicted, labels = np.asarray(predicted), np.asarray(labels)
     right = (predicted == labels)[labels >= 0]
     known = labels[labels >= 0]
@@ -116,35 +117,25 @@ def source_agreement(predicted, labels):
     return result | {int(s): float(right[known == s].mean()) for s in np.unique(known)}
 
 
-def load_classifier(path, device="cpu"):
-    """Read a file written by `Classifier.save`; nothing in it is executed. ValueError names the file and the remedy."""
+def load_classifier(path: str | os.PathLike, device: str | torch.device = "cpu") -> Classifier:
+    """Read a file of `Classifier.save`; nothing in it is executed. ValueError names the file and the remedy."""
     remedy = "make one with: calculate_metrics.py detector --data=ZIP --dest=FILE.safetensors"
     if not os.path.isfile(path):
         raise ValueError(f"classifier file '{path}' does not exist; {remedy}")
     try:
-        with safetensors.safe_open(path, "pt") as f:
-            header = json.loads((f.metadata() or {}).get("header", "{}"))
-            state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (safe_open is no dict)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"'{path}' is not a classifier file ({error}); {remedy}") from None
-    if header.get("format") != FORMAT:
-        raise ValueError(f"'{path}' is a safetensors file but not a classifier; {remedy}")
-    net = ConvNet(header["image_shape"], header["num_classes"], header["width"], header["features"])
-    try:
-        net.load_state_dict(state)
-    except RuntimeError:
-        raise ValueError(f"'{path}': weights do not fit the header, the file is damaged; {remedy}") from None
-    return Classifier(net, header, device)
+        snapshot = load_snapshot(path, kind=FORMAT)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"'{path}' is not a classifier file ({reason}); {remedy}") from None
+    return Classifier(snapshot.net, snapshot.header, device)
 
 
 def _normalize(images):
     return images.float() / 127.5 - 1
 
 
-def _shift(x, generator, limit):
+def _shift(x, generator, limit=SHIFT):
     """Move every image by its own whole number of pixels, up to `limit`, edges repeated."""
-    if limit == 0:
-        return x
     n, _, h, w = x.shape
     x = torch.nn.functional.pad(x, [limit] * 4, mode="replicate")
     dy, dx = torch.randint(0, 2 * limit + 1, (2, n), generator=generator).to(x.device)
@@ -165,7 +156,7 @@ def _check(images, labels, what):
     return images, labels.long()
 
 
-def stratified_split(labels, fraction, seed):
+def stratified_split(labels: Sequence[int] | np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(kept, held-out) index arrays: `fraction` of every source is held out, at least one of two images."""
     rng, held = np.random.default_rng(seed), []
     labels = np.asarray(labels)
@@ -177,62 +168,50 @@ def stratified_split(labels, fraction, seed):
 
 
 def train_classifier(
-    images,                     # uint8 [N, C, H, W], array or tensor
-    labels,                     # [N] integers from 0, or [N, K] one-hot
+    images: np.ndarray | torch.Tensor,  # uint8 [N, C, H, W]
+    labels: np.ndarray | torch.Tensor,  # [N] integers from 0, or [N, K] one-hot
     *,
-    holdout_images=None,        # measure accuracy on these; None: on a seeded share of `images`, not trained on
-    holdout_labels=None,
-    holdout_fraction=0.2,
-    num_classes=None,           # None: largest label + 1
-    epochs=20,
-    batch_size=64,
-    lr=4e-3,
-    width=32,                   # channels at full resolution
-    features=64,                # units of the penultimate layer
-    shift=1,                    # augmentation: move by up to this many pixels (0: off)
-    seed=0,
-    device="cpu",
-    progress=lambda batches: batches,   # wraps the epoch iterator, e.g. tqdm
-):  # fmt: skip
+    holdout: tuple | None = None,  # (images, labels) to measure accuracy on; None: a seeded share, not trained on
+    holdout_fraction: float = 0.2,
+    num_classes: int | None = None,  # None: largest label + 1
+    epochs: int = 20,
+    batch_size: int = 64,
+    width: int = 32,  # channels at full resolution
+    features: int = 64,  # units of the penultimate layer
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: Callable = iter,  # wraps the range of epochs, e.g. tqdm
+) -> Classifier:
     """Train the detector; AdamW, one-cycle learning rate, seconds on a CPU for small images.
 
-    Returns a `Classifier` whose `accuracy` (and header "source_accuracy") was measured on images it never saw.
+    Its `accuracy` and header["source_accuracy"] are measured on images that it never saw.
     Raises ValueError on other dtypes, missing labels or fewer than two classes.
     """
     images, labels = _check(images, labels, "training data")
-    if holdout_images is None:
+    if holdout is None:
         kept, held = stratified_split(labels, holdout_fraction, seed)
         if len(held) == 0 or len(kept) == 0:
             raise ValueError("too few images to hold some out; give separate held-out images")
-        holdout_images, holdout_labels, images, labels = images[held], labels[held], images[kept], labels[kept]
-    holdout_images, holdout_labels = _check(holdout_images, holdout_labels, "held-out data")
+        holdout, images, labels = (images[held], labels[held]), images[kept], labels[kept]
+    holdout_images, holdout_labels = _check(*holdout, "held-out data")
     num_classes = num_classes or int(max(labels.max(), holdout_labels.max())) + 1
     if num_classes < 2:
         raise ValueError("a classifier needs images of at least two sources")
-    header = {
-        "format": FORMAT,
-        "image_shape": list(images.shape[1:]),
-        "num_classes": num_classes,
-        "width": width,
-        "features": features,
-        "epochs": epochs,
-        "seed": seed,
-        "num_train": len(images),
-    }
+    header = {"epochs": epochs, "seed": seed, "num_train": len(images), "num_holdout": len(holdout_images)}
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):  # initialisation and dropout draw from the global generator
         torch.manual_seed(seed)
-        net = ConvNet(header["image_shape"], num_classes, width, features).to(device).train()
+        net = ConvNet(images.shape[1:], num_classes, width, features).to(device).train()
         generator = torch.Generator().manual_seed(seed)
         batch_size = min(batch_size, len(images))
         steps = max(len(images) // batch_size, 1)  # the incomplete last batch waits for the next shuffle
-        optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps * epochs)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=steps * epochs)
         images, labels = images.to(device), labels.to(device)
         for _ in progress(range(epochs)):
             for index in torch.randperm(len(images), generator=generator)[: steps * batch_size].split(batch_size):
                 index = index.to(device)
-                logits = net(_shift(_normalize(images[index]), generator, shift))
+                logits = net(_shift(_normalize(images[index]), generator))
                 loss = torch.nn.functional.cross_entropy(logits, labels[index], label_smoothing=0.05)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -241,7 +220,6 @@ def train_classifier(
     judge = Classifier(net, header, device)
     predicted = torch.cat([judge.predict(part) for part in holdout_images.split(512)])
     scores = source_agreement(predicted, holdout_labels)
-    header["num_holdout"] = len(holdout_images)
-    header["accuracy"] = scores.pop("overall")
-    header["source_accuracy"] = {str(source): score for source, score in scores.items()}
-    return Classifier(net, header, device)
+    judge.header["accuracy"] = scores.pop("overall")
+    judge.header["source_accuracy"] = {str(source): score for source, score in scores.items()}
+    return judge

@@ -263,10 +263,10 @@ def detector(data: str, holdout: str | None, dest: str, epochs: int, seed: int, 
     device = start(device, alone="the detector is trained")
     check_writable(dest)
     images, labels, num_classes = load_labelled(open_images(data, "--data"))
-    held = load_labelled(open_images(holdout, "--holdout"))[:2] if holdout else (None, None)
+    held = load_labelled(open_images(holdout, "--holdout"))[:2] if holdout else None
     options = {"num_classes": num_classes, "epochs": epochs, "seed": seed, "device": device}
     options["progress"] = lambda epochs: tqdm.tqdm(epochs, desc="detector", unit="epoch", file=sys.stderr)
-    judge = train_classifier(images, labels, holdout_images=held[0], holdout_labels=held[1], **options)
+    judge = train_classifier(images, labels, holdout=held, **options)
     judge.save(dest)
     report = {name: judge.header[name] for name in ("accuracy", "source_accuracy", "num_train", "num_holdout")}
     print_json({"dest": dest, "data": data, "detector": judge.identity} | report)
@@ -315,7 +315,7 @@ def likelihood(
     from metrics.evaluate import bits_per_dim, choose_encoder
     from metrics.features import progress_bar
     from torch_utils.persistence import load_snapshot
-    from training.processes.options import make_process, require_gaussian
+    from training.processes.options import make_process, named, require_gaussian
 
     check_writable(dest)
     tags = parse_tags(tags)
@@ -332,7 +332,7 @@ def likelihood(
         options |= {"num": num, "seed": seed, "progress": progress}
         result = bits_per_dim(snapshot.net, dataset, chosen, transform, method, **options)
     about = {"net": net, "data": data, "seed": seed, "tags": tags, "method": method}
-    about |= {"process": chosen.spec(), "encoder": repr(transform)}
+    about |= {"process": named(chosen), "encoder": repr(transform)}
     finish(about | {"metrics": {"likelihood": result}}, dest)
 
 

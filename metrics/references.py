@@ -1,11 +1,12 @@
 """Reference files: our npz (several detectors, per source, provenance) and those of EDM (.npz) and EDM2 (.pkl)."""
 
-import collections
+from __future__ import annotations
+
 import io
 import json
 import os
-import pickle
 import zipfile
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -13,12 +14,15 @@ import torch
 from dnnlib.util import atomic_write
 from metrics.features import FeatureSet
 from metrics.statistics import FeatureStatistics
+from torch_utils import pickles
 
 FORMAT = "feature-reference-1"
 FILE_FEATURE_LIMIT = 2**28  # bytes of float32 features stored per detector
 
 
-def save_references(path, references, feature_limit=FILE_FEATURE_LIMIT):
+def save_references(
+    path: str | os.PathLike, references: dict[str, FeatureSet], feature_limit: int = FILE_FEATURE_LIMIT
+) -> None:
     """Write {identity: FeatureSet} to one npz file; atomic, no pickle inside.
 
     Features are stored up to `feature_limit` bytes per detector; without them a reader has Frechet distances only.
@@ -38,7 +42,7 @@ def save_references(path, references, feature_limit=FILE_FEATURE_LIMIT):
         np.savez(f, header=np.array(json.dumps(header)), **arrays)
 
 
-def load_references(path):
+def load_references(path: str | os.PathLike) -> dict[str, FeatureSet]:
     """Read {identity: FeatureSet} from our npz, EDM's npz (mu, sigma: Inception) or EDM2's pkl; executes nothing.
 
     Raises ValueError with one line that names the file.
@@ -50,14 +54,24 @@ def load_references(path):
     try:
         if data[:2] == b"PK":
             return _from_npz(data)
-        return _from_dict(_Unpickler(io.BytesIO(data)).load())
-    except (pickle.UnpicklingError, zipfile.BadZipFile, KeyError, EOFError, IndexError, TypeError, AttributeError,
-            ValueError, OverflowError, MemoryError) as error:  # fmt: skip
+        return _from_dict(pickles.load(data))
+    except (
+        zipfile.BadZipFile,
+        KeyError,
+        EOFError,
+        IndexError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"'{path}' is no readable reference file ({reason})") from None
 
 
-def require_detectors(references, identities, path):
+def require_detectors(
+    references: dict[str, FeatureSet], identities: Iterable[str], path: str | os.PathLike
+) -> dict[str, FeatureSet]:
     """`references` itself, if it holds statistics of every one of the detectors; ValueError names the first that lacks."""
     for identity in identities:
         if identity not in references:
@@ -118,31 +132,3 @@ def _from_dict(data):
     if not result:
         raise ValueError("holds no mu and sigma")
     return result
-
-
-def _latin1(text, encoding):
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"encoding {encoding!r}")
-    return text.encode("latin1")  # how protocol 2 writes bytes
-
-
-_ALLOWED = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("dnnlib.util", "EasyDict"): dict,
-    ("_codecs", "encode"): _latin1,
-}
-for _module in ("numpy.core", "numpy._core"):
-    for _name in ("_reconstruct", "scalar"):
-        _ALLOWED[f"{_module}.multiarray", _name] = getattr(np._core.multiarray, _name)
-    _ALLOWED[f"{_module}.numeric", "_frombuffer"] = np._core.numeric._frombuffer
-
-
-class _Unpickler(pickle.Unpickler):
-    """Numbers, strings, dicts, lists and numpy arrays; any other name in the file is an error, nothing is imported."""
-
-    def find_class(self, module, name):
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"refuses to load '{module}.{name}'")
-        return _ALLOWED[module, name]

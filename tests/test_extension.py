@@ -15,7 +15,7 @@ from torch_utils import random
 from torch_utils.persistence import load_snapshot, persistent, save_snapshot
 from training import phema, presets, processes, samplers, selection, setup
 from training.dataset import ArrayDataset
-from training.encoders import IdentityEncoder
+from training.encoders import IdentityEncoder, StandardRGBEncoder
 from training.feed import Feed
 from training.losses import Draws, EDM2Loss, Loss, Objective
 from training.processes import LinearProcess
@@ -50,13 +50,15 @@ class Exact:
 # --- a noise kernel ---------------------------------------------------------------------------------------------------
 
 
-class Laplace:
+class Undescribed:
     def unit_noise(self, shape, generator=None):
         u = random.rand(shape, generator) - 0.5
         return -u.sign() * torch.log1p(-2 * u.abs()) / 2**0.5
 
-    def spec(self):
-        return {"name": "laplace"}  # what snapshots note
+
+@persistent
+class Laplace(Undescribed):
+    pass
 
 
 def test_noise_kernel(digits, tmp_path, monkeypatch):
@@ -81,9 +83,39 @@ def test_noise_kernel(digits, tmp_path, monkeypatch):
     assert float(unit.var()) == pytest.approx(1, abs=0.1) and float(unit.pow(4).mean()) == pytest.approx(6, abs=1.5)
 
 
+def test_what_cannot_describe_itself_is_refused_at_the_start(digits, tmp_path, monkeypatch):
+    """A kernel, process, encoder or network that a snapshot could not give back; nothing is written."""
+
+    class OwnEncoder(StandardRGBEncoder):
+        pass
+
+    class OwnProcess(processes.EDM):
+        pass
+
+    class OwnNet(Augmented):
+        pass
+
+    monkeypatch.setitem(processes.REGISTRY, "laplace", Undescribed)
+    monkeypatch.setitem(processes.REGISTRY, "own", OwnProcess)
+    monkeypatch.setitem(setup.ENCODERS, "own", OwnEncoder)
+    monkeypatch.setitem(setup.ARCHS, "own", lambda config, interface: OwnNet(**interface))
+    for options, name in [
+        (dict(process="laplace"), "Undescribed"),
+        (dict(process="own"), "OwnProcess"),
+        (dict(encoder="own"), "OwnEncoder"),
+        (dict(arch="own"), "OwnNet"),
+    ]:
+        with pytest.raises(
+            ValueError, match=f"{name} cannot be stored: decorate .*@torch_utils.persistence.persistent"
+        ):
+            setup.train(small_config(digits, **options, **SHORT), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # --- a process --------------------------------------------------------------------------------------------------------
 
 
+@persistent
 class Ring(LinearProcess):
     def __init__(self, **options):
         Q = [[0, -1, 0], [1, 0, -1], [0, 1, 0]]

@@ -77,7 +77,7 @@ def test_balanced_cycles_through_the_sources(tiny_net):
 def test_prior_of_the_training_noise(tmp_path, tiny_net):
     path = tmp_path / "pfgmpp.safetensors"
     kernel = processes.get("pfgmpp", D=16)
-    save_snapshot(path, tiny_net(0), process=kernel.spec())
+    save_snapshot(path, tiny_net(0), process=kernel)
     (batch,) = generate_images.generate_images(path, seeds=[3], num_steps=1)
     assert torch.equal(batch.noise, kernel.unit_noise([1, 1, 8, 8], StackedRandomGenerator("cpu", [3])))
     assert batch.labels is None and batch.class_ids is None

@@ -113,8 +113,20 @@ def test_classifier_file_holds_tensors_and_json_only(judge, tmp_path):
     images = torch.from_numpy(digits()[0][:40])
     assert torch.equal(again.features(images), judge.features(images))
     with safetensors.safe_open(path, "pt") as f:
-        assert json.loads(f.metadata()["header"])["num_classes"] == 10
+        assert json.loads(f.metadata()["header"])["net"]["kwargs"]["num_classes"] == 10
     assert [p.name for p in tmp_path.iterdir()] == ["d.safetensors"]
+
+
+def test_files_of_version_1(judge, tmp_path):
+    """A header of its own, tensors without prefix: the same detector under the same name."""
+    path = tmp_path / "old.safetensors"
+    sizes = {"image_shape": [1, 8, 8], "num_classes": 10, "width": 32, "features": 64}
+    header = {"format": "classifier-detector-1", **sizes, **judge.header}
+    safetensors.torch.save_file(judge.net.state_dict(), path, metadata={"header": json.dumps(header, sort_keys=True)})
+    again = load_classifier(path)
+    assert again.identity == judge.identity and again.header == judge.header
+    again.save(path)
+    assert load_classifier(path).identity == judge.identity and load_classifier(path).header == judge.header
 
 
 def test_bad_classifier_files(judge, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 from sklearn.datasets import load_digits
+from test_pickles import crafted
 
 from metrics.classifier import train_classifier
 from metrics.detectors import get_detector, identity_of
@@ -254,6 +255,11 @@ def test_reference_files_execute_nothing(tmp_path):
     path = tmp_path / "bad.pkl"
     path.write_bytes(pickle.dumps({"fid": Malicious(str(target))}))
     with pytest.raises(ValueError, match="bad.pkl.*refuses to load 'io.open'"):
+        load_references(path)
+    with pytest.raises(ValueError, match="no readable reference"):  # a type that claims to hold pointers
+        path.write_bytes(
+            b"(S'fid'\n(S'mu'\n" + crafted(flags=63)[:-1] + b"S'sigma'\n" + crafted(flags=63)[:-1] + b"dd."
+        )
         load_references(path)
     np.savez(tmp_path / "bad.npz", mu=np.array([Malicious(str(target))], dtype=object), sigma=np.eye(1))
     with pytest.raises(ValueError, match="bad.npz"):

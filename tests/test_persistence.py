@@ -1,9 +1,13 @@
 """Snapshots: what is written comes back; nothing but listed classes is built, and nothing in a file is executed."""
 
+import importlib
 import io
 import json
+import math
 import os
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -37,7 +41,7 @@ def test_round_trip(snapshot):
     assert torch.equal(loaded.net(x, sigma, labels), net(x, sigma, labels))
     assert not loaded.net.training and not any(p.requires_grad for p in loaded.net.parameters())
     assert loaded.net.sigma_data == 0.6 and isinstance(loaded.encoder, StandardRGBEncoder)
-    assert loaded.options == {"lr": 0.5} and loaded.header["nimg"] == 1024 and loaded.header["version"] == 1
+    assert loaded.options == {"lr": 0.5} and loaded.header["nimg"] == 1024 and loaded.header["version"] == 2
     assert list(loaded.net.state_dict()) == list(net.state_dict())
 
 
@@ -56,16 +60,97 @@ def test_half_precision_storage(snapshot, tmp_path):
 def test_the_process_travels_with_its_parameters(snapshot, tmp_path):
     net = snapshot[1]
     path = tmp_path / "kernel.safetensors"
-    save_snapshot(path, net, process=processes.get("pfgmpp", D=77).spec())
+    save_snapshot(path, net, process=processes.get("pfgmpp", D=77))
     assert load_snapshot(path).process.D == 77
     learned = processes.get("learned", V=2)
     with torch.no_grad():
         for p in learned.parameters():
             p.add_(0.1)
-    tensors = {f"process.{name}": value for name, value in learned.state_dict().items()}
-    save_snapshot(path, net, process=learned.spec(), tensors=tensors)
+    save_snapshot(path, net, process=learned)
     loaded = load_snapshot(path).process
     assert torch.equal(loaded.Q, learned.Q) and not loaded.Q.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("old", "cls", "kwargs"),
+    [
+        ({"name": "edm", "sigma_max": 60.0}, "EDM", {"sigma_max": 60.0}),
+        ({"name": "pfgmpp", "D": "inf"}, "PFGMpp", {"D": "inf"}),
+        ({"name": "cld", "M": 0.25, "beta": [4.0, 4.0], "init_aux_var": 0.01}, "CLD", None),
+        (
+            {"name": "learned", "V": 2, "full": False, "M": 1.0, "beta": [0.1, 10.0], "init_aux_var": 0.01},
+            "Learned",
+            None,
+        ),
+        (
+            {"name": "linear", "Q": [[0.0]], "D": [[0.5]], "S": [1.0], "beta": [0.1, 10.0], "init_aux_var": 0.01},
+            None,
+            None,
+        ),
+        (None, None, None),
+    ],
+)
+def test_headers_of_version_1(snapshot, tmp_path, old, cls, kwargs):
+    path, net = snapshot
+    cls = cls or (old and "LinearProcess")
+    kwargs = kwargs or {name: value for name, value in (old or {}).items() if name != "name"}
+    header = {
+        **read_header(path),
+        "version": 1,
+        "process": old,
+        "encoder": {"class": "LogitEncoder", "kwargs": {"alpha": 0.1}},
+    }
+    tensors = {f"net.{name}": value.contiguous() for name, value in net.state_dict().items()}
+    if cls == "Learned":
+        tensors.update({"process.q": torch.eye(2), "process.d": torch.ones(2)})
+    loaded = load_snapshot(write(tmp_path / "old.safetensors", header, tensors))
+    assert loaded.encoder.alpha == 0.1
+    assert loaded.header["process"] == (old and {"class": cls, "kwargs": kwargs})
+    assert persistence.describe(loaded.process) == (old and {"class": cls, "kwargs": kwargs})
+    if cls == "Learned":
+        assert torch.equal(loaded.process.q, torch.eye(2))
+
+
+def test_a_learned_process_without_its_tensors_is_damaged(snapshot, tmp_path):
+    path, net = snapshot
+    save_snapshot(path, net, process=processes.get("learned"))
+    tensors = {f"net.{name}": value.contiguous() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match="x.safetensors: does not fit class Learned"):
+        load_snapshot(write(tmp_path / "x.safetensors", read_header(path), tensors))
+
+
+def test_the_address_book_is_right_and_complete():
+    for name, module in persistence.CLASSES.items():
+        cls = getattr(importlib.import_module(module), name)
+        assert cls.__name__ == name and persistence._REGISTRY[name] is cls
+    root = Path(__file__).parents[1]
+    for room in ("training", "metrics", "torch_utils", "simulations"):
+        for path in (root / room).rglob("*.py"):
+            for name in re.findall(r"^@persistent\nclass (\w+)", path.read_text(encoding="utf-8"), re.M):
+                assert name in persistence.CLASSES, f"{path}: {name}"
+
+
+def test_classes_of_the_caller(snapshot, tmp_path, monkeypatch):
+    """A process and an encoder of one's own, in a program that defines them and in one that does not."""
+
+    @persistent
+    class OwnProcess(processes.EDM):
+        def __init__(self, start=3.0):
+            super().__init__(sigma_max=start)
+
+    @persistent
+    class OwnEncoder(StandardRGBEncoder):
+        pass
+
+    save_snapshot(tmp_path / "own.safetensors", snapshot[1], process=OwnProcess(start=5), encoder=OwnEncoder())
+    own = {"OwnProcess": OwnProcess, "OwnEncoder": OwnEncoder}
+    for classes in (None, own):
+        loaded = load_snapshot(tmp_path / "own.safetensors", classes=classes)
+        assert type(loaded.process) is OwnProcess and loaded.process.T == 5 and type(loaded.encoder) is OwnEncoder
+        for name in own:
+            monkeypatch.delitem(persistence._REGISTRY, name, raising=False)
+    with pytest.raises(ValueError, match="own.safetensors: class 'OwnEncoder' is not on the allow-list"):
+        load_snapshot(tmp_path / "own.safetensors")
 
 
 def test_run_folder_means_its_newest_snapshot(snapshot, tmp_path):
@@ -83,12 +168,18 @@ def test_run_folder_means_its_newest_snapshot(snapshot, tmp_path):
 class Mine(torch.nn.Module):
     def __init__(self, width, *, depth=2, **more):
         super().__init__()
-        self.w = torch.nn.Parameter(torch.full([width], float(depth)))
+        self.w, self.more = torch.nn.Parameter(torch.full([int(width)], float(depth))), more
 
 
 def test_constructor_arguments_are_recorded():
-    assert Mine(3, depth=5, extra=1).init_kwargs == {"width": 3, "depth": 5, "extra": 1}
-    assert persistence.to_spec(Mine(width=2)) == {"class": "Mine", "kwargs": {"width": 2}}
+    assert Mine(3, depth=5, extra=1).init_kwargs == {"width": 3, "depth": 5, "extra": 1}  # defaults may change one day
+    mine = Mine(width=torch.tensor(2), scale=math.inf, shape=(1, 2))
+    spec = {"class": "Mine", "kwargs": {"width": 2, "depth": 2, "scale": "inf", "shape": [1, 2]}}
+    assert persistence.describe(mine) == spec and json.dumps(spec, allow_nan=False)
+    again = persistence.build(spec)
+    assert type(again) is Mine and again.more == {"scale": math.inf, "shape": [1, 2]}
+    with pytest.raises(TypeError, match="a function is no plain data"):
+        Mine(2, function=lambda x: x)
 
 
 def test_subclasses_record_their_own_arguments():

@@ -95,7 +95,10 @@ def test_every_combination_trains(arch, precond, loss, D, digits, tmp_path):
     assert any(not torch.equal(start[name], value) for name, value in end.items())
     stats = [json.loads(line) for line in (tmp_path / "run/stats.jsonl").read_text().splitlines()]
     assert all(math.isfinite(s["Loss/loss"]) for s in stats if "Loss/loss" in s) and "Loss/loss" in stats[-1]
-    assert loop.objective.loss.process_spec() == {"name": "pfgmpp", "D": "inf" if math.isinf(D) else D}
+    assert loop.objective.description()["process"] == {
+        "class": "PFGMpp",
+        "kwargs": {"D": "inf" if math.isinf(D) else D},
+    }
     if arch != "edm2":
         assert end["model.map_augment.weight"].shape[1] == setup.augment_pipe(config).label_dim == 9
 

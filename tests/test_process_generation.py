@@ -1,7 +1,5 @@
 """Images through any process and solver: seeds, guidance, priors, and what cannot be combined."""
 
-import json
-
 import pytest
 import torch
 
@@ -90,4 +88,3 @@ def test_own_solver_and_what_cannot_be(tiny_net):
             choose(**options)
     with pytest.warns(UserWarning, match="--half-step"):
         choose("cld", solver="em", half_step="published")
-    json.dumps(processes.get("cld").spec())

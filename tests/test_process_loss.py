@@ -12,7 +12,7 @@ from torch_utils.persistence import load_snapshot
 from training import likelihood, processes, setup
 from training.config import make_config
 from training.losses.process import ProcessLoss
-from training.processes.options import make_process, parse_options
+from training.processes.options import make_process, named, parse_options
 
 S = 0.6  # standard deviation of the data
 
@@ -131,7 +131,7 @@ def test_options_are_read_and_refused(digits):
         M=0.25, beta=[4, 4], full=True, Q=[[0, -1], [1, 0]]
     )
     cld = make_process("cld", "m_inv=4,gamma=0.04,beta0=4,beta1=0")
-    assert cld.spec() == dict(name="cld", M=0.25, beta=[4.0, 4.0], init_aux_var=0.01)
+    assert named(cld) == dict(name="cld", M=0.25, beta=[4.0, 4.0], init_aux_var=0.01)
     linear = make_process("linear", "Q=0:-1;1:0,D=0:0;0:2")
     assert torch.equal(linear.kernel(0.3)[1], processes.get("cld").kernel(0.3)[1])
     for name, text in [

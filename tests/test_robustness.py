@@ -186,7 +186,7 @@ def test_random_state_is_untouched_by_alpha_zero():
 @pytest.fixture
 def snapshot(tiny_net, tmp_path):
     path = tmp_path / "net.safetensors"
-    persistence.save_snapshot(path, tiny_net(label_dim=3), process=processes.PFGMpp(64).spec())
+    persistence.save_snapshot(path, tiny_net(label_dim=3), process=processes.PFGMpp(64))
     return path
 
 

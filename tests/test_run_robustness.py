@@ -30,7 +30,7 @@ def nets(tiny_net, tmp_path):
     for D in (16.0, math.inf):
         for seed in (0, 1):
             path = tmp_path / f"D{D:g}-{seed}.safetensors"
-            persistence.save_snapshot(path, tiny_net(label_dim=10, seed=seed), process=processes.PFGMpp(D).spec())
+            persistence.save_snapshot(path, tiny_net(label_dim=10, seed=seed), process=processes.PFGMpp(D))
             paths.append(path)
     return paths
 
@@ -71,7 +71,7 @@ def test_grid_files_and_resumption(nets, tiny_net, digits, tmp_path, capsys, mon
     capsys.readouterr()
 
     # Another file under the same name is another network.
-    persistence.save_snapshot(nets[0], tiny_net(label_dim=10, seed=5), process=processes.PFGMpp(16).spec())
+    persistence.save_snapshot(nets[0], tiny_net(label_dim=10, seed=5), process=processes.PFGMpp(16))
     run(*command, "--experiments=alpha")
     assert len(measured) == 2 * 2
     fresh = {(r["net"], r["sampling"]): r["fd"] for r in read(dest / "robustness-alpha.csv") if float(r["value"]) == 0}

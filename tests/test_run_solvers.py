@@ -71,8 +71,7 @@ def test_images(tmp_path, tiny_net, digits):
     net, learned = tmp_path / "net.safetensors", tmp_path / "learned.safetensors"
     save_snapshot(net, tiny_net(), encoder=StandardRGBEncoder(), process=None)
     process = processes.get("learned", V=2)
-    tensors = {f"process.{name}": value.detach() for name, value in process.named_parameters()}
-    save_snapshot(learned, tiny_net(), process=process.spec(), tensors=tensors)
+    save_snapshot(learned, tiny_net(), process=process)
     common = [f"--net={net}", f"--data={digits}", f"--dest={tmp_path}", f"--learned={learned}"]
     command = [
         "digits",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from simulations import run_toy, toy_data
+from torch_utils.persistence import describe
 from training import processes
 from training.processes import LinearProcess
 
@@ -73,4 +74,4 @@ def test_the_guides_process_runs():
     )
     cld = processes.get("cld", M=1.0)
     assert torch.allclose(made(friction=2.0).kernel(0.4)[1], cld.kernel(0.4)[1], rtol=1e-12)
-    json.dumps(made().spec())
+    json.dumps(describe(made()))

@@ -94,7 +94,7 @@ def test_files_and_periods(finished, digits):
     assert lines[-1]["Loss/learning_rate"] == pytest.approx(sum(0.01 * 128 * i / 1e4 for i in range(8, 16)) / 8)
     header = read_header(finished / "network-snapshot-0000002-0.100.safetensors")
     assert header["nimg"] == 2048 and header["ema"] == "0.100" and header["options"]["data"] == str(digits)
-    assert header["process"] == {"name": "edm", "sigma_max": 80.0} and header["dataset"]["label_dim"] == 10
+    assert header["process"] == {"class": "EDM", "kwargs": {"sigma_max": 80.0}} and header["dataset"]["label_dim"] == 10
     assert json.loads((finished / "training_options.json").read_text()) == header["options"]
 
 

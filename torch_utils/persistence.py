@@ -1,8 +1,11 @@
-"""Snapshots: safetensors files whose header says how to rebuild the network. Loading executes nothing from the file.
+"""Descriptions of objects as plain data, and snapshots: safetensors files whose header says how to rebuild a network.
 
-A class is named in the header and looked up in an allow-list: classes decorated with `@persistent` in the rooms listed in
-ROOMS, and the caller's own through `classes=`.
+One protocol for networks, encoders, noise kernels, processes and detectors: `@persistent` records the constructor's
+arguments, `describe` gives {"class": name, "kwargs": arguments}, `build` makes the object again. Nothing in a file is
+executed: its classes are looked up by name in the caller's `classes`, among decorated classes, and in CLASSES.
 """
+
+from __future__ import annotations
 
 import functools
 import importlib
@@ -20,64 +23,97 @@ from dnnlib import download
 from dnnlib.util import atomic_write
 
 FORMAT = "multi-source-diffusion snapshot"
-VERSION = 1
+VERSION = 2
 
-# Where the classes of snapshots live; imported only when a snapshot asks for one of them.
-ROOMS = ("training.networks_edm2", "training.networks_edm", "training.networks_toy")
-_REGISTRY = {}
+# Where the project's classes live; a module is imported when a file asks for one of its classes.
+_MODULES = {
+    "training.networks_edm2": "Precond",
+    "training.networks_edm": "EDMPrecond VPPrecond VEPrecond iDDPMPrecond",
+    "training.networks_toy": "ToyModel MLPDenoiser",
+    "training.encoders": "IdentityEncoder StandardRGBEncoder UniformDequantizer CenterEncoder LogitEncoder "
+    "StabilityVAEEncoder",
+    "training.processes": "GaussianKernel PFGMpp EDM LinearProcess VP CLD ALDA MALDA Learned",
+    "metrics.classifier": "ConvNet",
+}
+CLASSES = {name: module for module, names in _MODULES.items() for name in names.split()}
+_REGISTRY = {}  # decorated classes
 
 
-def persistent(cls):
-    """Class decorator: remember the constructor arguments as `init_kwargs` (plain data) and allow the class in snapshots.
+def persistent(cls: type) -> type:
+    """Class decorator: remember the constructor's arguments as `init_kwargs` (plain data) and allow the class in files.
 
-    The constructor must be callable by keywords alone.
+    The constructor must be callable by keywords alone. Arrays become lists, infinite numbers strings. Raises TypeError
+    where an argument is something else than numbers, strings, lists and dicts. A subclass needs a decorator of its own.
     """
     original = cls.__init__
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
         if type(self) is cls:
             bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
             arguments = dict(list(bound.arguments.items())[1:])
             for name, parameter in signature.parameters.items():
                 if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                    arguments.update(arguments.pop(name, {}))
-            object.__setattr__(self, "init_kwargs", json.loads(json.dumps(arguments)))
-        original(self, *args, **kwargs)
+                    arguments.update(arguments.pop(name))
+                elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                    arguments.pop(name)
+            text = json.dumps(arguments, default=_array_as_list)
+            object.__setattr__(self, "init_kwargs", json.loads(text, parse_constant=lambda name: str(float(name))))
 
     cls.__init__ = init
     _REGISTRY[cls.__name__] = cls
     return cls
 
 
-def to_spec(obj):
-    """{"class": name, "kwargs": constructor arguments} of an object: its own `to_spec()`, or what @persistent recorded."""
+def _array_as_list(value):
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"a {type(value).__name__} is no plain data")
+    return value.tolist()
+
+
+def describe(obj: object) -> dict | None:
+    """{"class": name, "kwargs": constructor arguments} of an object; None for None.
+
+    Raises ValueError, with the remedy, where its class is not decorated by `@persistent`.
+    """
     if obj is None:
         return None
-    if hasattr(obj, "to_spec"):
-        return obj.to_spec()
+    name = type(obj).__name__
     if not hasattr(obj, "init_kwargs"):
-        name = type(obj).__name__
         raise ValueError(f"{name} cannot be stored: decorate the class with @torch_utils.persistence.persistent")
-    return {"class": type(obj).__name__, "kwargs": obj.init_kwargs}
+    return {"class": name, "kwargs": obj.init_kwargs}
+
+
+def build(spec: dict | None, classes: dict[str, type] | None = None, state: dict | None = None) -> object:
+    """The object that `describe` described, None for None. state: tensors of a module.
+
+    Raises ValueError for a class that is neither in `classes` {name: class}, decorated nor in CLASSES, and for arguments
+    or tensors that do not fit it.
+    """
+    if spec is None:
+        return None
+    cls = _find_class(spec["class"], classes or {})
+    try:
+        made = cls(**{k: float(v) if v in ("inf", "-inf", "nan") else v for k, v in spec["kwargs"].items()})
+        if state is not None and isinstance(made, torch.nn.Module):
+            made.load_state_dict(state)
+    except Exception as err:  # every constructor fails in its own way
+        why = (str(err) or type(err).__name__).splitlines()[0]
+        raise ValueError(f"does not fit class {spec['class']} ({why})") from err
+    return made
 
 
 def _find_class(name, classes):
-    if classes and name in classes:
-        return classes[name]
-    for room in ROOMS:
-        if name in _REGISTRY:
-            break
-        try:
-            importlib.import_module(room)
-        except ModuleNotFoundError as err:
-            if err.name != room:
-                raise
-    if name not in _REGISTRY:
-        known = ", ".join(sorted({*_REGISTRY, *(classes or {})}))
-        raise ValueError(f"class {name!r} is not on the allow-list ({known}): pass classes={{{name!r}: ...}}")
-    return _REGISTRY[name]
+    if name not in classes and name not in _REGISTRY and name in CLASSES:
+        importlib.import_module(CLASSES[name])
+    known = {**_REGISTRY, **classes}
+    if name not in known:
+        names = ", ".join(sorted({*CLASSES, *known}))
+        raise ValueError(f"class {name!r} is not on the allow-list ({names}): pass classes={{{name!r}: ...}}")
+    return known[name]
 
 
 @dataclass
@@ -86,42 +122,51 @@ class Snapshot:
 
     net: torch.nn.Module  # in eval mode, without gradients
     encoder: object = None  # training.encoders.Encoder, or None
-    process: object = None  # what `header["process"]` describes, or None for EDM's own noise
+    process: object = None  # kernel or process that the network was trained for, or None
     options: dict = field(default_factory=dict)  # training options, plain data
     header: dict = field(default_factory=dict)  # everything the file says about itself
 
 
-def save_snapshot(path, net, *, encoder=None, process=None, tensors=None, dtype=None, **header):
-    """Write `net` (a @persistent module) with its description to `path` (.safetensors), atomically.
+def save_snapshot(
+    path: str | Path,
+    net: torch.nn.Module,
+    *,
+    encoder: object = None,
+    process: object = None,
+    dtype: torch.dtype | None = None,
+    kind: str = FORMAT,
+    **header: object,
+) -> None:
+    """Write `net` with the descriptions of itself, its encoder and its noise to `path` (.safetensors), atomically.
 
-    process: the plain description of the noise (`process.spec()`); `tensors` {"process.<name>": tensor} are its learned
-    parameters. dtype: storage type of the network's floating-point parameters (None: as they are). Other keywords go
+    process: kernel or process; if it is a module, its tensors are stored as "process.<name>". dtype: storage type of the
+    network's floating-point parameters (None: as they are). kind: what sort of file, for `read_header`. Other keywords go
     into the header: nimg, options, dataset, git_commit... Raises ValueError for a class that cannot be stored.
     """
     header = {
-        "format": FORMAT,
+        "format": kind,
         "version": VERSION,
-        "net": to_spec(net),
-        "encoder": to_spec(encoder),
-        "process": process,
+        "net": describe(net),
+        "encoder": describe(encoder),
+        "process": describe(process),
         "torch": torch.__version__,
         **header,
     }
     parameters = {name for name, _ in net.named_parameters()}
     state = {}
     for name, value in net.state_dict().items():
-        value = value.detach().to("cpu")
-        if dtype is not None and name in parameters and value.is_floating_point():
-            value = value.to(dtype)
-        state[f"net.{name}"] = value.contiguous().clone()  # safetensors refuses shared memory
-    for name, value in (tensors or {}).items():
-        state[name] = value.detach().to("cpu").contiguous().clone()
+        shorter = dtype is not None and name in parameters and value.is_floating_point()
+        state[f"net.{name}"] = value.to(dtype) if shorter else value
+    if isinstance(process, torch.nn.Module):
+        state.update({f"process.{name}": value for name, value in process.state_dict().items()})
+    # safetensors refuses shared memory
+    state = {name: value.detach().to("cpu").contiguous().clone() for name, value in state.items()}
     data = safetensors.torch.save(state, metadata={"header": json.dumps(header)})
     with atomic_write(path) as file:
         file.write(data)
 
 
-def resolve(path):
+def resolve(path: str | Path) -> Path:
     """The snapshot file that `path` means: itself, of a URL its cached download, of a run folder the newest one.
 
     Raises ValueError if that is unclear, or, before anything is downloaded, for a format that is not read.
@@ -146,22 +191,40 @@ def resolve(path):
     return newest[0]
 
 
-def read_header(path):
-    """The header of a snapshot as a dict. Raises ValueError, in one line, for anything that is not one of ours."""
+_NAMES_1 = {name.lower(): name for name in _MODULES["training.processes"].split()} | {"linear": "LinearProcess"}
+
+
+def _from_version_1(header):
+    """The header in today's form: processes were {"name": ..., options}, detectors had no description."""
+    if header["format"] == "classifier-detector-1":
+        kwargs = {name: header[name] for name in ("image_shape", "num_classes", "width", "features")}
+        net = {"class": "ConvNet", "kwargs": kwargs}
+        return {**header, "format": "classifier-detector-2", "version": 1, "net": net}
+    if "name" in (header.get("process") or {}):
+        kwargs = dict(header["process"])
+        name = kwargs.pop("name")
+        return {**header, "process": {"class": _NAMES_1.get(name, name), "kwargs": kwargs}}
+    return header
+
+
+def read_header(path: str | Path, kind: str = FORMAT) -> dict:
+    """The header of a file of `save_snapshot`. Raises ValueError, in one line, for anything that is not one of ours."""
     path = resolve(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such snapshot")
-    if path.suffix != ".safetensors":
+    if kind == FORMAT and path.suffix != ".safetensors":
         raise ValueError(f"{path}: not a .safetensors snapshot; other formats are not read")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["header"])
-            if header["format"] != FORMAT:
-                raise KeyError("format")
-            if not isinstance(header["version"], int):
-                raise KeyError("version")
-            if not isinstance(header["net"]["class"], str) or not isinstance(header["net"]["kwargs"], dict):
-                raise KeyError("net")
+            header = _from_version_1(json.loads((file.metadata() or {})["header"]))
+        if header["format"] != kind:
+            raise KeyError("format")
+        if not isinstance(header["version"], int):
+            raise KeyError("version")
+        for part in ("net", "encoder", "process"):
+            spec = header[part] if part == "net" else header.get(part) or {"class": "", "kwargs": {}}
+            if not isinstance(spec["class"], str) or not isinstance(spec["kwargs"], dict):
+                raise KeyError(part)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OSError) as err:
         raise ValueError(f"{path}: not a snapshot of this project, or damaged ({err})") from err
     if header["version"] > VERSION:
@@ -169,36 +232,32 @@ def read_header(path):
     return header
 
 
-def load_snapshot(path, device="cpu", classes=None):
+def load_snapshot(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    classes: dict[str, type] | None = None,
+    kind: str = FORMAT,
+) -> Snapshot:
     """Read a snapshot -> Snapshot with the network in eval mode on `device`, float32, gradients off.
 
-    path: a file, or a run folder (its newest snapshot).
-    classes: {name: class} extends the allow-list by the caller's own classes. Raises ValueError for a missing, damaged
-    or foreign file, a class that is not on the list, or tensors that do not fit.
+    path: a file, or a run folder (its newest snapshot). classes: {name: class} extends the allow-list by the caller's own
+    networks, encoders, kernels and processes. Raises ValueError for a missing, damaged or foreign file, a class that is
+    not on the list, or tensors that do not fit.
     """
     path = resolve(path)
-    header = read_header(path)
+    header = read_header(path, kind)
     try:
         state = safetensors.torch.load_file(path, device="cpu")
     except (safetensors.SafetensorError, OSError) as err:
         raise ValueError(f"{path}: damaged snapshot ({err})") from err
-    spec = header["net"]
-    build = _find_class(spec["class"], classes)
+    own = {name[8:]: state.pop(name) for name in list(state) if name.startswith("process.")}
     try:
-        net = build(**spec["kwargs"])
-        net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("net.")})
-    except Exception as err:  # every constructor fails in its own way
-        why = (str(err) or type(err).__name__).splitlines()[0]
-        raise ValueError(f"{path}: does not fit class {spec['class']} ({why})") from err
+        net = build(header["net"], classes, {name.removeprefix("net."): value for name, value in state.items()})
+        encoder = build(header.get("encoder"), classes)
+        process = build(header.get("process"), classes, own)
+    except ValueError as err:
+        raise ValueError(f"{path}: {err}") from err
+    if isinstance(process, torch.nn.Module):
+        process.requires_grad_(False)
     net = net.to(device).eval().requires_grad_(False)
-    encoder = header.get("encoder")
-    if encoder is not None:
-        encoder = importlib.import_module("training.encoders").from_spec(encoder, classes)
-    process = header.get("process")
-    if process is not None:
-        process = importlib.import_module("training.processes").from_spec(process)
-        own = {k[8:]: v for k, v in state.items() if k.startswith("process.")}
-        if own:
-            process.load_state_dict(own)
-            process.requires_grad_(False)
     return Snapshot(net=net, encoder=encoder, process=process, options=header.get("options", {}), header=header)

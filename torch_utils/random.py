@@ -68,6 +68,9 @@ class StackedRandomGenerator:
         return self._stack(draw, size, dtype, device)
 
 
+Generator = torch.Generator | StackedRandomGenerator | None  # what every function that draws takes
+
+
 def default_generator(device="cpu") -> torch.Generator:
     """PyTorch's global generator of `device`."""
     device = torch.device(device)

@@ -87,9 +87,10 @@ def augment_pipe(config: Any) -> Any:
 
 def _process(config, common, references):
     from training.losses.process import ProcessLoss
+    from training.processes import is_linear
 
     process = common["kernel"]
-    if not hasattr(process, "project"):
+    if not is_linear(process):
         raise ValueError(f"--loss=process needs a linear process, not --process={config.process}: take --loss=edm2")
     laws = given(time_sampling=config.time_sampling, weighting=config.weighting, t_min=config.t_min)
     return ProcessLoss(process, **common, **laws, lr_scale=config.process_lr_scale)

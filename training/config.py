@@ -178,8 +178,7 @@ def has_own_levels(process: str) -> bool:
         return False
     from training import processes
 
-    known = processes.REGISTRY.get(process)
-    return getattr(known, "linear", hasattr(known, "project"))
+    return processes.is_linear(processes.REGISTRY.get(process))
 
 
 def make_config(preset: str | None = None, **given: Any) -> TrainingConfig:

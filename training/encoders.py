@@ -1,7 +1,7 @@
 """Between pixels and what the network sees: RGB scaling, VAE latents (EDM2), dequantising transforms for likelihoods.
 
 Four spaces: uint8 pixels -> raw latents (what the data set stores) -> final latents (what the network sees), and back.
-Every encoder is plain data in snapshot headers: `to_spec()` and `from_spec(spec)`, by an allow-list of class names.
+Snapshot headers describe encoders by class and arguments (`torch_utils.persistence`).
 
 `log_abs_det(z)` is `log |det dz/dy|` in nats `[N]`, for final latents z and y = grey level / 256 in [0, 1), so that
 `bits/dim = -(log p(z) + log_abs_det(z)) / (d ln 2) + 8` with d values per image.
@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 import torch
+
+from torch_utils.persistence import persistent
+from torch_utils.random import Generator
 
 # ----------------------------------------------------------------------------
 # Random draws: `generator` is None, a torch.Generator, or an object with randn_like (one generator per sample).
@@ -39,41 +43,39 @@ def _rand_like(x, generator):
 
 
 class Encoder:
-    """Interface. Subclasses list their constructor arguments in `_args`; these are what `to_spec` stores."""
+    """Interface; subclasses are `@persistent`."""
 
-    _args = ()
-
-    def init(self, device):
+    def init(self, device: str | torch.device) -> None:
         """Load what decoding needs onto `device`; called by the methods themselves where they need it."""
 
-    def encode_pixels(self, x):  # uint8 pixels [N,C,H,W] -> raw latents
+    def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
+        """uint8 pixels [N, C, H, W] -> raw latents."""
         raise NotImplementedError
 
-    def encode_latents(self, x, generator=None):  # raw latents -> final latents, float32
+    def encode_latents(self, x: torch.Tensor, generator: Generator = None) -> torch.Tensor:
+        """Raw latents -> final latents, float32."""
         raise NotImplementedError
 
-    def encode(self, x, generator=None):
+    def encode(self, x: torch.Tensor, generator: Generator = None) -> torch.Tensor:
         """uint8 pixels -> final latents."""
         return self.encode_latents(self.encode_pixels(x), generator)
 
-    def decode(self, z):  # final latents -> uint8 pixels [N,C,H,W]
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Final latents -> uint8 pixels [N, C, H, W]."""
         raise NotImplementedError
 
-    def log_abs_det(self, x):
+    def log_abs_det(self, x: torch.Tensor) -> torch.Tensor:
         """log |det dz/dy| at final latents x: float64 [N], nats (see the module's convention)."""
         raise ValueError(f"{type(self).__name__} has no bits/dim: its map from pixels to latents is not invertible")
 
-    def to_spec(self):
-        """Plain data: {"class": name, "kwargs": {...}}."""
-        return {"class": type(self).__name__, "kwargs": {name: getattr(self, name) for name in self._args}}
+    def __repr__(self):
+        arguments = getattr(self, "init_kwargs", {})  # recorded by @persistent
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
 
     def __eq__(self, other):
-        return isinstance(other, Encoder) and self.to_spec() == other.to_spec()
+        return type(self) is type(other) and vars(self).get("init_kwargs") == vars(other).get("init_kwargs")
 
     __hash__ = None
-
-    def __repr__(self):
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.to_spec()['kwargs'].items())})"
 
 
 def _check_pixels(x, channels=range(1, 5)):
@@ -89,32 +91,34 @@ def _constant_log_det(x, per_value):
     return torch.full([x.shape[0]], math.prod(x.shape[1:]) * per_value, dtype=torch.float64, device=x.device)
 
 
+@persistent
 class IdentityEncoder(Encoder):
     """float32 data as it is (2-D points, foreign latents); `decode` returns float32."""
 
-    def encode_pixels(self, x):
+    def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def encode_latents(self, x, generator=None):
+    def encode_latents(self, x: torch.Tensor, generator: Generator = None) -> torch.Tensor:
         return x.to(torch.float32)
 
-    def decode(self, z):
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
         return z.to(torch.float32)
 
 
+@persistent
 class StandardRGBEncoder(Encoder):
     """Grey or colour pixels scaled into [-1, 1]: z = x / 127.5 - 1 (EDM2). 1 to 4 channels."""
 
-    def encode_pixels(self, x):
+    def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
         return _check_pixels(x)
 
-    def encode_latents(self, x, generator=None):
+    def encode_latents(self, x: torch.Tensor, generator: Generator = None) -> torch.Tensor:
         return x.to(torch.float32) / 127.5 - 1
 
-    def decode(self, z):
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
         return (z.to(torch.float32) * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
-    def log_abs_det(self, x):
+    def log_abs_det(self, x: torch.Tensor) -> torch.Tensor:
         return _constant_log_det(x, math.log(256 / 127.5))
 
 
@@ -122,23 +126,24 @@ class StandardRGBEncoder(Encoder):
 # Likelihoods: uniform dequantisation y = (x + U) / 256, then an invertible map z = f(y) (MDM, appendix on data).
 
 
+@persistent
 class UniformDequantizer(Encoder):
     """z = y = (x + U) / 256 with U uniform in [0, 1); U keeps 2^-12 from the ends so that float32 decodes exactly."""
 
-    def encode_pixels(self, x):
+    def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
         return _check_pixels(x)
 
-    def encode_latents(self, x, generator=None):
+    def encode_latents(self, x: torch.Tensor, generator: Generator = None) -> torch.Tensor:
         if x.dtype != torch.uint8:
             raise ValueError(f"dequantisation needs uint8 images, got {x.dtype}")
         x = x.to(torch.float32)
         noise = _rand_like(x, generator).clamp(2**-12, 1 - 2**-12)
         return self._forward((x + noise) / 256)
 
-    def decode(self, z):
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
         return (self._inverse(z.to(torch.float32)) * 256).floor().clip(0, 255).to(torch.uint8)
 
-    def log_abs_det(self, x):
+    def log_abs_det(self, x: torch.Tensor) -> torch.Tensor:
         return _constant_log_det(x, 0.0)
 
     def _forward(self, y):  # y -> z
@@ -148,6 +153,7 @@ class UniformDequantizer(Encoder):
         return z
 
 
+@persistent
 class CenterEncoder(UniformDequantizer):
     """Dequantise, then z = 2 y - 1; log_abs_det = d log 2."""
 
@@ -157,19 +163,18 @@ class CenterEncoder(UniformDequantizer):
     def _inverse(self, z):
         return (z + 1) / 2
 
-    def log_abs_det(self, x):
+    def log_abs_det(self, x: torch.Tensor) -> torch.Tensor:
         return _constant_log_det(x, math.log(2))
 
 
+@persistent
 class LogitEncoder(UniformDequantizer):
     """Dequantise, then z = logit(s), s = alpha + (1 - 2 alpha) y; log_abs_det = sum log(1 - 2 alpha) - log(s - s^2).
 
     Latents lie within +-logit(1 - alpha): +-2.944 at alpha = 0.05. Samples decode by the inverse, clipped.
     """
 
-    _args = ("alpha",)
-
-    def __init__(self, alpha=0.05):
+    def __init__(self, alpha: float = 0.05):
         self.alpha = float(alpha)
         if not 0 < self.alpha < 0.5:
             raise ValueError(f"alpha={alpha} must lie strictly between 0 and 0.5")
@@ -180,7 +185,7 @@ class LogitEncoder(UniformDequantizer):
     def _inverse(self, z):
         return (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha)
 
-    def log_abs_det(self, x):
+    def log_abs_det(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_floating_point():
             raise ValueError("log_abs_det takes the final latents (float), not pixels: it depends on the noise U")
         x = x.double().flatten(1)
@@ -192,34 +197,31 @@ class LogitEncoder(UniformDequantizer):
 # VAE latents.
 
 
+@persistent
 class StabilityVAEEncoder(Encoder):
     """Stable Diffusion's VAE (EDM2): the data set stores posterior mean and standard deviation, 8 channels, side H/8.
 
     Pixels enter the VAE as [0, 1] and without the factor 0.18215: raw_mean and raw_std belong to this convention.
     """
 
-    _args = ("vae_name", "raw_mean", "raw_std", "final_mean", "final_std", "batch_size")
-
     def __init__(
         self,
-        vae_name="stabilityai/sd-vae-ft-mse",  # Local folder, or name on the Hugging Face hub.
-        raw_mean=(5.81, 3.25, 0.12, -2.15),    # Mean of the raw latents, per channel.
-        raw_std=(4.17, 4.62, 3.71, 3.28),      # Standard deviation of the raw latents, per channel.
-        final_mean=0,                          # Mean of the final latents: a number or one per channel.
-        final_std=0.5,                         # Standard deviation of the final latents.
-        batch_size=8,                          # Images per VAE call.
-    ):  # fmt: skip
-        plain = lambda v: [float(e) for e in v] if hasattr(v, "__len__") else float(v)
-        self.vae_name = str(vae_name)
-        self.raw_mean, self.raw_std = plain(raw_mean), plain(raw_std)
-        self.final_mean, self.final_std = plain(final_mean), plain(final_std)
-        self.batch_size = int(batch_size)
-        as_tensor = lambda v: torch.as_tensor(v, dtype=torch.float32)
-        self.scale = as_tensor(self.final_std) / as_tensor(self.raw_std)  # [C]
-        self.bias = as_tensor(self.final_mean) - as_tensor(self.raw_mean) * self.scale  # [C]
+        vae_name: str = "stabilityai/sd-vae-ft-mse",  # local folder, or name on the Hugging Face hub
+        raw_mean: Sequence[float] = (5.81, 3.25, 0.12, -2.15),  # of the raw latents, per channel
+        raw_std: Sequence[float] = (4.17, 4.62, 3.71, 3.28),
+        final_mean: float | Sequence[float] = 0.0,  # of the final latents: a number or one per channel
+        final_std: float | Sequence[float] = 0.5,
+        batch_size: int = 8,  # images per VAE call
+    ):
+        self.vae_name, self.batch_size = vae_name, batch_size
+        raw_mean, raw_std, final_mean, final_std = (
+            torch.as_tensor(v, dtype=torch.float32) for v in (raw_mean, raw_std, final_mean, final_std)
+        )
+        self.scale = final_std / raw_std  # [C]
+        self.bias = final_mean - raw_mean * self.scale  # [C]
         self._vae = None
 
-    def init(self, device):
+    def init(self, device: str | torch.device) -> None:
         if self._vae is None:
             self._vae = load_stability_vae(self.vae_name)
         self._vae.to(torch.device(device))
@@ -228,7 +230,7 @@ class StabilityVAEEncoder(Encoder):
         return self.scale.to(x.device).reshape(1, -1, 1, 1), self.bias.to(x.device).reshape(1, -1, 1, 1)
 
     @torch.no_grad()
-    def encode_pixels(self, x):  # uint8 [N,3,H,W] -> float32 [N,8,H/8,W/8]
+    def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:  # uint8 [N,3,H,W] -> float32 [N,8,H/8,W/8]
         self.init(x.device)
         x = _check_pixels(x, channels=range(3, 4)).to(torch.float32) / 255
         factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
@@ -237,7 +239,9 @@ class StabilityVAEEncoder(Encoder):
         posteriors = [self._vae.encode(part)["latent_dist"] for part in x.split(self.batch_size)]
         return torch.cat([torch.cat([p.mean, p.std], dim=1) for p in posteriors])
 
-    def encode_latents(self, x, generator=None):  # float32 [N,8,h,w] -> float32 [N,4,h,w]
+    def encode_latents(
+        self, x: torch.Tensor, generator: Generator = None
+    ) -> torch.Tensor:  # float32 [N,8,h,w] -> float32 [N,4,h,w]
         if x.ndim != 4 or x.shape[1] != 2 * self.scale.numel():
             raise ValueError(
                 f"raw latents must have {2 * self.scale.numel()} channels (posterior mean and standard deviation), "
@@ -248,21 +252,21 @@ class StabilityVAEEncoder(Encoder):
         return (mean + _randn_like(mean, generator) * std) * scale + bias
 
     @torch.no_grad()
-    def decode(self, z):  # float [N,4,h,w] -> uint8 [N,3,8h,8w]
+    def decode(self, z: torch.Tensor) -> torch.Tensor:  # float [N,4,h,w] -> uint8 [N,3,8h,8w]
         self.init(z.device)
         scale, bias = self._per_channel(z)
         z = (z.to(torch.float32) - bias) / scale
         images = torch.cat([self._vae.decode(part)["sample"] for part in z.split(self.batch_size)])
         return images.clamp(0, 1).mul(255).to(torch.uint8)
 
-    def log_abs_det(self, x):
+    def log_abs_det(self, x: torch.Tensor) -> torch.Tensor:
         raise ValueError("VAE latents have no bits/dim: decoding is not invertible; train on pixels for likelihoods")
 
     def __getstate__(self):  # The VAE is no part of the encoder's state.
         return dict(self.__dict__, _vae=None)
 
 
-def load_stability_vae(vae_name="stabilityai/sd-vae-ft-mse"):
+def load_stability_vae(vae_name: str = "stabilityai/sd-vae-ft-mse") -> torch.nn.Module:
     """diffusers AutoencoderKL in eval mode without gradients: a local folder, else the local cache, else the hub.
 
     Only safetensors weights are read. ValueError where diffusers is missing or the weights cannot be found.
@@ -285,38 +289,10 @@ def load_stability_vae(vae_name="stabilityai/sd-vae-ft-mse"):
     ) from errors[-1]
 
 
-# ----------------------------------------------------------------------------
-# Choice by channel count; plain data for snapshots.
-
-ENCODERS = {
-    cls.__name__: cls
-    for cls in (
-        IdentityEncoder,
-        StandardRGBEncoder,
-        UniformDequantizer,
-        CenterEncoder,
-        LogitEncoder,
-        StabilityVAEEncoder,
-    )
-}
-
-
-def for_channels(num_channels):
+def for_channels(num_channels: int) -> Encoder:
     """The encoder of a data set with so many channels: 1 to 4 pixels (RGB scaling), 8 VAE latents (EDM2)."""
     if num_channels in range(1, 5):
         return StandardRGBEncoder()
     if num_channels == 8:
         return StabilityVAEEncoder()
     raise ValueError(f"no default encoder for {num_channels} channels: use 1..4 (pixels) or 8 (VAE mean and std)")
-
-
-def from_spec(spec, classes=None):
-    """Encoder from `to_spec()`; an unknown class is a ValueError; `classes` {name: class} extends the allow-list."""
-    known = {**ENCODERS, **(classes or {})}
-    if not isinstance(spec, dict) or spec.get("class") not in known:
-        name = spec.get("class") if isinstance(spec, dict) else spec
-        raise ValueError(f"unknown encoder {name!r}; known: {', '.join(sorted(known))}")
-    try:
-        return known[spec["class"]](**spec.get("kwargs", {}))
-    except TypeError as err:
-        raise ValueError(f"encoder {spec['class']}: wrong arguments ({err})") from err

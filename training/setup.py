@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import math
 import subprocess
 import sys
 import warnings
@@ -63,7 +62,10 @@ class Run:
     held_out: Dataset | None = None  # for the validation loss
 
     def check(self, outdir: str | Path, resume: str | None = None) -> None:
-        """Raises ValueError for what would fail later: another run in `outdir`, an unreadable checkpoint `resume`."""
+        """Raises ValueError for what would fail later: parts that snapshots cannot describe, another run in `outdir`, an
+        unreadable checkpoint `resume`.
+        """
+        self.objective.description(), persistence.describe(self.encoder)
         if self.config is not None:
             check_same_run(outdir, self.config)
         if resume is not None:
@@ -176,11 +178,11 @@ def build_loss(config: TrainingConfig, references: Any) -> losses.Loss:
         )
     augment = augment_pipe(config) if config.augment else None
     uncertainty = config.uncertainty
-    if uncertainty is None and not getattr(kernel, "logvar_default", True):
+    if uncertainty is None and processes.aug_dim(kernel) <= 2:
         uncertainty = False  # the head would chase a mean that does not exist
     stable = None
     if config.stf:
-        stable = losses.StableTargets(_augmented(references, augment), config.stf_refs, getattr(kernel, "D", math.inf))
+        stable = losses.StableTargets(_augmented(references, augment), config.stf_refs, processes.aug_dim(kernel))
     common = given(
         sigma_data=config.sigma_data,
         kernel=kernel,

@@ -84,6 +84,8 @@ class TrainingLoop:
         assert periods.snapshot_nimg % 1024 == periods.checkpoint_nimg % 1024 == 0, periods
         lengths = dataclasses.asdict(periods)
         assert all(value % batch == 0 for name, value in lengths.items() if name != "keep"), (periods, batch)
+        if periods.snapshot_nimg:  # fail now, and not at the first snapshot
+            run.objective.description(), persistence.describe(run.encoder)
         self.parts, self.run_dir = run, Path(run_dir)
         self.objective, self.feed, self.encoder, self.selector = run.objective, run.feed, run.encoder, run.selector
         self.optimizer, self.ema, self.batch_size, self.periods = run.optimizer, run.ema, batch, periods
@@ -157,14 +159,11 @@ class TrainingLoop:
     def save_snapshots(self) -> None:
         if dist.get_rank() == 0:
             for objective, name in self.averages():
-                process = getattr(objective.loss, "process", None)
-                tensors = process.state_dict() if isinstance(process, torch.nn.Module) else {}
                 persistence.save_snapshot(
                     self.run_dir / f"network-snapshot-{self.kimg:07d}-{name}.safetensors",
                     objective.net,
                     encoder=self.encoder,
-                    process=objective.loss.process_spec() if hasattr(objective.loss, "process_spec") else None,
-                    tensors={f"process.{k}": v for k, v in tensors.items()},
+                    process=objective.noise,
                     dtype=self.parts.snapshot_dtype,
                     nimg=self.state.cur_nimg,
                     ema=name,

@@ -261,7 +261,7 @@ def train(config, outdir, on_status=None, memory=None):
         outdir / f"learner-{loop.kimg:07d}.safetensors",
         net,
         encoder=IdentityEncoder(),
-        process=loss.process_spec(),
+        process=objective.noise,
         nimg=loop.state.cur_nimg,
         ema="raw",
         **header,

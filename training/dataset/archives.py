@@ -1,15 +1,13 @@
 """Readers of published archives: CIFAR, MNIST idx, ImageNet32 npz shards, TFRecords, LMDB, Tiny ImageNet.
 
-Nothing inside a file is ever executed: CIFAR's pickles go through a reader that knows three harmless names, protocol
-buffers are taken apart here. Needs no torch.
+Nothing inside a file is ever executed: CIFAR's pickles are read as data (torch_utils/pickles.py), protocol buffers
+are taken apart here. Needs no torch.
 """
 
 from __future__ import annotations
 
 import gzip
-import io
 import os
-import pickle
 import re
 import struct
 import tarfile
@@ -18,6 +16,7 @@ import zlib
 import numpy as np
 
 from dnnlib.util import natural_key
+from torch_utils import pickles
 from training.dataset.format import ZIP_ERRORS, ImageSource, base_name, open_image
 
 
@@ -39,56 +38,14 @@ def _shards(path, matches):
 # CIFAR-10 and CIFAR-100, python version.
 
 
-class _Array:
-    """Stands for a NumPy array while a pickle is read: keeps shape and bytes, accepts nothing but uint8."""
-
-    def __init__(self, *_args):
-        self.value = None
-
-    def __setstate__(self, state):
-        _version, shape, dtype, fortran, data = state
-        if not isinstance(dtype, _DType) or dtype.name not in ("u1", "|u1", b"u1", b"|u1"):
-            raise pickle.UnpicklingError("only uint8 arrays are expected")
-        data = data.encode("latin1") if isinstance(data, str) else data
-        self.value = np.frombuffer(data, dtype=np.uint8).reshape(shape, order="F" if fortran else "C")
-
-
-class _DType:
-    def __init__(self, name, *_args):
-        self.name = name
-
-    def __setstate__(self, state):
-        pass
-
-
-def _latin1(text, encoding):
-    if encoding not in ("latin1", b"latin1"):
-        raise pickle.UnpicklingError("unexpected text encoding")
-    return text.encode("latin1")
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads dictionaries, lists, numbers, text and uint8 arrays; every other name is refused, nothing is imported."""
-
-    _NAMES = {"_reconstruct": lambda *_args: _Array(), "ndarray": _Array, "dtype": _DType}
-
-    def find_class(self, module, name):
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1
-        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in self._NAMES:
-            return self._NAMES[name]
-        raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which no CIFAR archive needs")
-
-
 def _load_plain_pickle(data, name):
     try:
-        content = _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
-    except Exception as err:  # A broken pickle can fail in any way at all.
+        content = pickles.load(data)
+    except ValueError as err:
         raise ValueError(f"{name}: not read ({err})") from err
     if not isinstance(content, dict):
         raise ValueError(f"{name}: not read (no dictionary inside)")
-    content = {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
-    return {key: value.value if isinstance(value, _Array) else value for key, value in content.items()}
+    return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
 
 
 def _cifar(path):
@@ -119,7 +76,8 @@ def _cifar(path):
         batch = _load_plain_pickle(files[part], f"{path}: {part}")
         data = batch.get("data")
         values = batch.get("labels", batch.get("fine_labels"))
-        if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != 3072 or not isinstance(values, list):
+        fits = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3072
+        if not fits or not isinstance(values, list):
             raise ValueError(f"{path}: {part} has no uint8 data [N,3072] with labels")
         images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels += values

@@ -9,6 +9,7 @@ import numbers
 
 import torch
 
+from torch_utils import persistence
 from torch_utils.random import default_generator
 from training.processes import GaussianKernel
 
@@ -55,18 +56,11 @@ class Draws(dict):
 class Loss(torch.nn.Module):
     """Base of all losses. A subclass gives `draw` and `evaluate`; parameters it registers are trained with the network.
 
-    lr_scale: learning rate of the loss's own parameters as a multiple of the network's.
+    lr_scale: learning rate of the loss's own parameters as a multiple of the network's. The noise that a loss trains for
+    is its `process` (a learned one is saved with the network), else its `kernel`.
     """
 
     lr_scale = 1.0
-
-    def process_spec(self):
-        """What noise this loss trains for, as plain data for the snapshot's header; None says nothing.
-
-        A learned process is kept as `self.process`: its parameters are stored as `process.*`.
-        """
-        process = getattr(self, "process", None) or getattr(self, "kernel", None)
-        return process.spec() if hasattr(process, "spec") else None
 
     def draw(self, images, labels=None, generator=None):
         """All random choices for images [N, ...] and labels [N, K] or None -> Draws of length N."""
@@ -217,6 +211,15 @@ class Objective(torch.nn.Module):
 
     def forward(self, draws):
         return self.loss.evaluate(self.net, draws)
+
+    @property
+    def noise(self) -> object:
+        """The process or kernel that the loss trains for, or None."""
+        return getattr(self.loss, "process", None) or getattr(self.loss, "kernel", None)
+
+    def description(self) -> dict:
+        """{"net": ..., "process": ...} as snapshots store them. Raises ValueError for what cannot be described."""
+        return {"net": persistence.describe(self.net), "process": persistence.describe(self.noise)}
 
     def param_groups(self):
         """Optimizer groups with an `lr_scale` each; the loss's own group only where it has parameters."""

@@ -1,14 +1,15 @@
 """What noise: the kernels (Gaussian, PFGM++) and the processes (EDM, linear diffusions) behind one contract.
 
-A new linear process is a class with its Q and D:
+A new linear process is a class with its Q and D; decorated, snapshots can hold it:
 
+    @persistent
     class Underdamped(LinearProcess):
         def __init__(self, friction=1.0, **options):
             super().__init__(Q=[[0, -1], [1, 0]], D=[[0, 0], [0, friction]], **options)
 """
 
+from training.processes.base import GaussianKernel, Process, aug_dim, is_linear
 from training.processes.edm import EDM
-from training.processes.kernels import GaussianKernel
 from training.processes.linear import LinearProcess
 from training.processes.named import ALDA, CLD, MALDA, VP, Learned
 from training.processes.pfgmpp import PFGMpp
@@ -25,7 +26,7 @@ REGISTRY = {
 }
 
 
-def get(name, **options):
+def get(name: str, **options: object) -> GaussianKernel:
     """Make a process by name, e.g. `get("pfgmpp", D=128)`. Raises ValueError for unknown names or options."""
     if name not in REGISTRY:
         raise ValueError(f"process {name!r} is unknown: choose one of {', '.join(sorted(REGISTRY))}")
@@ -33,15 +34,6 @@ def get(name, **options):
         return REGISTRY[name](**options)
     except TypeError as error:
         raise ValueError(f"process {name!r}: {error}") from None
-
-
-def from_spec(spec: dict):
-    """Rebuild a process from the plain dictionary that `process.spec()` returned (a snapshot header holds it).
-
-    Learned matrices are parameters: their values travel with the tensors of the snapshot, not with the description.
-    """
-    options = dict(spec)
-    return get(options.pop("name"), **options)
 
 
 __all__ = [
@@ -55,6 +47,8 @@ __all__ = [
     "Learned",
     "LinearProcess",
     "PFGMpp",
-    "from_spec",
+    "Process",
+    "aug_dim",
     "get",
+    "is_linear",
 ]

@@ -9,15 +9,18 @@ N(0, init_aux_var), independent of x0, and are integrated out: p(u_t | x0) = N(m
 y = m' C^-1 u / snr ~ N(x0, sigma^2) with snr = m' C^-1 m = sigma^-2, so one EDM denoiser D(y; sigma) serves every process.
 """
 
+from __future__ import annotations
+
 import collections
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from torch_utils import random
+from torch_utils.persistence import persistent
 from training.processes import numerics
-from training.processes.kernels import GaussianKernel, number
+from training.processes.base import Process, Times, as_time, number
 from training.processes.states import apply_matrix, expand, flatten
 
 
@@ -36,11 +39,12 @@ class Kernel(NamedTuple):
     a: torch.Tensor  # [..., V]
     snr: torch.Tensor  # [...]
 
-    def to(self, device):
+    def to(self, device: str | torch.device) -> Kernel:
         return Kernel(*(part.to(device) for part in self))
 
 
-def as_matrix(name, value):
+def as_matrix(name: str, value: object) -> torch.Tensor:
+    """An option as a square float64 matrix. Raises ValueError that names it for anything else."""
     shown = " ".join(repr(value).split())  # a tensor's takes several lines
     try:
         matrix = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
@@ -51,7 +55,8 @@ def as_matrix(name, value):
     return matrix
 
 
-class LinearProcess(GaussianKernel):
+@persistent
+class LinearProcess(Process):
     """Linear diffusion given by its matrices; time t in [0, 1], all V x V work in float64 on the CPU.
 
     Q: [V, V] skew-symmetric. D: [V, V] positive semi-definite. S: diagonal, [V] or [V, V], default ones.
@@ -61,9 +66,14 @@ class LinearProcess(GaussianKernel):
     not define a process, or if no noise ever reaches some variable.
     """
 
-    T = 1.0
-
-    def __init__(self, Q, D, S=None, beta=(0.1, 10.0), init_aux_var=0.01):
+    def __init__(
+        self,
+        Q: torch.Tensor | Sequence,
+        D: torch.Tensor | Sequence,
+        S: torch.Tensor | Sequence | None = None,
+        beta: Sequence[float] = (0.1, 10.0),
+        init_aux_var: float = 0.01,
+    ):
         self._Q, self._D = as_matrix("Q", Q), as_matrix("D", D)
         self._setup(len(self._Q), S, beta, init_aux_var)
 
@@ -115,17 +125,6 @@ class LinearProcess(GaussianKernel):
     def __repr__(self):
         return f"{type(self).__name__}(V={self.V}, beta={self.beta_range}, init_aux_var={self.init_aux_var:g})"
 
-    def spec(self) -> dict:
-        """Plain description, see `training.processes.from_spec`."""
-        return {
-            "name": "linear",
-            "Q": self.Q.tolist(),
-            "D": self.D.tolist(),
-            "S": torch.diagonal(self.S).tolist(),
-            "beta": list(self.beta_range),
-            "init_aux_var": self.init_aux_var,
-        }
-
     # The matrices: float64, on the CPU.
 
     @property
@@ -134,23 +133,22 @@ class LinearProcess(GaussianKernel):
         return len(self.S)
 
     @property
-    def Q(self):
+    def Q(self) -> torch.Tensor:
         return self._Q
 
     @property
-    def D(self):
+    def D(self) -> torch.Tensor:
         return self._D
 
     @property
-    def A(self):
+    def A(self) -> torch.Tensor:
         """Drift matrix -(Q + D) S^-1, [V, V]."""
         return -(self.Q + self.D) / torch.diagonal(self.S)
 
-    def precision(self):
-        """S^-1, [V, V]."""
+    def precision(self) -> torch.Tensor:
         return torch.diag(1 / torch.diagonal(self.S))
 
-    def initial_root(self):
+    def initial_root(self) -> torch.Tensor:
         """Root of the covariance at t = 0: diag(0, sqrt(init_aux_var), ...)."""
         root = torch.full((self.V,), math.sqrt(self.init_aux_var), dtype=torch.float64)
         root[0] = 0
@@ -165,23 +163,19 @@ class LinearProcess(GaussianKernel):
 
     # Time.
 
-    @staticmethod
-    def _time(t):
-        return torch.as_tensor(t, dtype=torch.float64)
-
-    def beta(self, t):
+    def beta(self, t: Times) -> torch.Tensor:
         """beta(t), linear in t."""
         low, high = self.beta_range
-        return low + (high - low) * self._time(t)
+        return low + (high - low) * as_time(t)
 
-    def beta_integral(self, t, start=0.0):
+    def beta_integral(self, t: Times, start: Times = 0.0) -> torch.Tensor:
         """int_start^t beta."""
-        t, start, (low, high) = self._time(t), self._time(start), self.beta_range
+        t, start, (low, high) = as_time(t), as_time(start), self.beta_range
         return (t - start) * (low + (high - low) * (t + start) / 2)
 
-    def beta_integral_inverse(self, B):
+    def beta_integral_inverse(self, B: Times) -> torch.Tensor:
         """Time t with int_0^t beta = B."""
-        B, (low, high) = self._time(B), self.beta_range
+        B, (low, high) = as_time(B), self.beta_range
         return torch.where(B > 0, 2 * B / (low + (low**2 + 2 * (high - low) * B).clamp_min(0).sqrt()), 0.0)
 
     # Kernels.
@@ -209,9 +203,9 @@ class LinearProcess(GaussianKernel):
         inner = torch.where(small[..., None], F[..., 1:, 1:], torch.eye(self.V - 1, dtype=F.dtype))
         return torch.linalg.solve(inner.mT, F[..., 0, 1:, None])[..., 0]
 
-    def kernel_parts(self, t) -> Kernel:
+    def kernel_parts(self, t: Times) -> Kernel:
         """`Kernel` at t (any batch shape, t > 0), on the CPU; cached per time while no gradient is wanted."""
-        t = self._time(t).detach().cpu()
+        t = as_time(t).detach().cpu()
         version = self._version()
         key = (version, float(t)) if t.ndim == 0 and version is not None else None
         if key is not None and key in self._cache:
@@ -232,24 +226,18 @@ class LinearProcess(GaussianKernel):
             self._cache.popitem(last=False)
 
     @torch.no_grad()
-    def prepare(self, times):
-        """Compute the kernels of a solver's times [K] at once and keep them."""
-        times, version = self._time(times).cpu(), self._version()
+    def prepare(self, times: Sequence[float] | torch.Tensor) -> None:
+        times, version = as_time(times).cpu(), self._version()
         parts = self.kernel_parts(times)
         for index, t in enumerate(times.tolist()):
             self._remember_at((version, t), Kernel(*(part[index] for part in parts)))
 
-    def transition(self, t):
-        """F(t) [..., V, V]: E[u_t | u_0] = F u_0."""
-        t = self._time(t)
+    def transition(self, t: Times) -> torch.Tensor:
+        t = as_time(t)
         return numerics.transition(self.A, self.beta_integral(t.cpu())).to(t.device)
 
-    def kernel(self, t, hybrid=True):
-        """(mean [..., V], cov [..., V, V]) of p(u_t | x0 = 1), the auxiliaries integrated out.
-
-        hybrid=False: (F [..., V, V], cov) of p(u_t | u_0), where the mean is F u_0 and nothing is integrated out.
-        """
-        t = self._time(t)
+    def kernel(self, t: Times, hybrid: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        t = as_time(t)
         B = self.beta_integral(t.cpu())
         F, C = numerics.noise_covariance(self.A, self.D, B)
         X = F @ self.initial_root()
@@ -257,27 +245,21 @@ class LinearProcess(GaussianKernel):
             return F[..., 0].to(t.device), (C + X @ X.mT).to(t.device)
         return F.to(t.device), C.to(t.device)
 
-    def cholesky(self, t):
-        """L [..., V, V], lower triangular, with L L' = cov of `kernel(t)`. Not differentiable."""
+    def cholesky(self, t: Times) -> torch.Tensor:
         parts = self.kernel_parts(t)
         X = torch.linalg.solve_triangular(parts.T, parts.L.detach(), upper=True, unitriangular=True)
-        return numerics.lower_root(X).to(self._time(t).device)
+        return numerics.lower_root(X).to(as_time(t).device)
 
-    def snr(self, t):
-        """m' C^-1 m, the signal-to-noise ratio per unit signal; inf at t = 0."""
-        t = self._time(t)
+    def snr(self, t: Times) -> torch.Tensor:
+        t = as_time(t)
         if not bool((t >= 0).all()):
             raise ValueError(f"t = {t.tolist()}: time runs from 0 to 1")
         safe = torch.where(t > 0, t, self.T)
         return torch.where(t > 0, self.kernel_parts(safe).snr.to(t.device), math.inf)
 
-    def sigma(self, t):
-        """EDM noise level snr^-1/2."""
-        return self.snr(t).rsqrt()
-
-    def snr_rate(self, t):
-        """-d snr / dt = m' C^-1 (2 D beta) C^-1 m >= 0: twice the ELBO's weight on |D - x0|^2."""
-        t = self._time(t)
+    def snr_rate(self, t: Times) -> torch.Tensor:
+        """m' C^-1 (2 D beta) C^-1 m."""
+        t = as_time(t)
         return (self._rate(self.kernel_parts(t)) * self.beta(t.cpu())).to(t.device)
 
     def _rate(self, parts):
@@ -285,7 +267,7 @@ class LinearProcess(GaussianKernel):
         return (gain.mT @ (2 * self.D) @ gain)[..., 0, 0]
 
     @torch.no_grad()
-    def time(self, sigma):
+    def time(self, sigma: Times) -> torch.Tensor:
         """Time in (0, 1] with sigma(t) = sigma > 0, to about 1e-12 relative.
 
         Raises ValueError above sigma(1), the noisiest state the process reaches.
@@ -333,67 +315,38 @@ class LinearProcess(GaussianKernel):
         parts = self.kernel_parts(t).to(u.device)
         return parts, parts.W @ flatten(u, self.V)
 
-    def project(self, u, t):
-        """(y [N, *data_shape], sigma): y | x0 ~ N(x0, sigma^2) is all that u [N, V, *data_shape] says about x0.
-
-        t: scalar or [N]; sigma has its shape.
-        """
+    def project(self, u: torch.Tensor, t: Times) -> tuple[torch.Tensor, torch.Tensor]:
         parts, white = self._whiten(u, t)
         y = (parts.a[..., None, :] @ white)[:, 0] / parts.snr[..., None]
         return y.reshape(u.shape[0], *u.shape[2:]).to(u.dtype), parts.snr.rsqrt()
 
-    def score(self, u, t, denoised):
-        """grad log p_t(u) [N, V, *data_shape] = -C^-1 (u - m D), from the denoiser's output [N, *data_shape]."""
+    def score(self, u: torch.Tensor, t: Times, denoised: torch.Tensor) -> torch.Tensor:
         parts, white = self._whiten(u, t)
         signal = denoised.reshape(len(u), 1, -1).to(torch.float64)  # [N, 1, d]
         white = white - parts.a[..., None] * signal
         score = -parts.W.mT @ white
         return score.reshape(u.shape).to(u.dtype)
 
-    def drift(self, u, t):
-        """Forward drift A u beta(t)."""
+    def drift(self, u: torch.Tensor, t: Times) -> torch.Tensor:
         return apply_matrix(self.A, u) * expand(self.beta(t), u).to(u.dtype)
 
-    def diffusion(self, t):
-        """G [..., V, V] with G G' = 2 D beta(t): the symmetric root (MDM)."""
-        t = self._time(t)
+    def diffusion(self, t: Times) -> torch.Tensor:
+        """The symmetric root of 2 D beta(t) (MDM)."""
+        t = as_time(t)
         return (self.beta(t.cpu()).sqrt()[..., None, None] * numerics.psd_root(2 * self.D.detach())).to(t.device)
 
-    def splitting(self, t, t_next):
-        """(F, L) of SSCS's exact Ornstein-Uhlenbeck part, time-reversed from t down to t_next < t.
-
-        Generator -(D - Q) S^-1, stationary law N(0, S): u <- F u + L noise, [..., V, V] each.
-        """
+    def splitting(self, t: Times, t_next: Times) -> tuple[torch.Tensor, torch.Tensor]:
+        """Generator -(D - Q) S^-1, stationary law N(0, S)."""
         A = -(self.D - self.Q) / torch.diagonal(self.S)
         return numerics.noise_root(A.detach(), self.D.detach(), self.beta_integral(t, t_next).cpu())
 
-    def noise_power(self, t, t_next):
-        """2 D int beta from t_next to t: the noise that the forward process adds meanwhile, [..., V, V]."""
+    def noise_power(self, t: Times, t_next: Times) -> torch.Tensor:
+        """2 D int beta."""
         return self.beta_integral(t, t_next).cpu()[..., None, None] * (2 * self.D.detach())
 
-    def rotation(self, t, t_next):
-        """expm(Q S^-1 int beta) [..., V, V]: the part of the flow from t down to t_next that leaves N(0, S) alone."""
+    def rotation(self, t: Times, t_next: Times) -> torch.Tensor:
+        """expm(Q S^-1 int beta)."""
         return numerics.transition((self.Q / torch.diagonal(self.S)).detach(), self.beta_integral(t, t_next).cpu())
 
-    def prior_covariance(self, prior="stationary", t=None, sigma_data=0.5):
-        """[V, V] covariance of the sampler's start at time t: S, or C + sigma_data^2 m m' ("matched")."""
-        if prior == "stationary":
-            return self.S
-        if prior != "matched":
-            raise ValueError(f"prior {prior!r}: choose matched or stationary")
-        mean, cov = self.kernel(self.T if t is None else t)
-        return cov + sigma_data**2 * mean[..., :, None] * mean[..., None, :]
-
-    def prior_sample(
-        self, shape, generator=None, *, prior="stationary", t=None, sigma_data=0.5, device=None, dtype=torch.float64
-    ):
-        """Draw a start state of shape [N, V, *data_shape].
-
-        prior: "stationary" draws from N(0, S); "matched" from N(0, C + sigma_data^2 m m') at time t (default 1), which
-        is where data of standard deviation sigma_data really is at t. generator: as in `unit_noise`.
-        """
-        if len(shape) < 2 or shape[1] != self.V:
-            raise ValueError(f"shape {tuple(shape)}: this process has {self.V} variables, [N, {self.V}, ...]")
-        noise = random.randn(shape, generator, device, dtype)
-        root = torch.linalg.cholesky(self.prior_covariance(prior, t, sigma_data).detach())
-        return apply_matrix(root, noise)
+    def stationary(self, t: Times) -> torch.Tensor:
+        return self.S

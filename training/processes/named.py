@@ -1,53 +1,40 @@
 """The published linear diffusions: each is its numbers. M is the stationary variance of the auxiliaries (the mass)."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 
 import torch
 
-from training.processes.kernels import number
+from torch_utils.persistence import persistent
+from training.processes.base import number
 from training.processes.linear import LinearProcess
 
 
-class Named(LinearProcess):
-    """A linear process that describes itself by its name and options."""
-
-    name = None
-    options = {}
-
-    def _remember(self, **options):
-        self.options = options
-
-    def spec(self) -> dict:
-        return {"name": self.name, **self.options}
-
-
-class VP(Named):
+@persistent
+class VP(LinearProcess):
     """Variance preserving: dx = -x beta/2 dt + sqrt(beta) dW (DDPM; Song et al. 2021). One variable."""
 
-    name = "vp"
-
-    def __init__(self, beta=(0.1, 10.0)):
+    def __init__(self, beta: Sequence[float] = (0.1, 10.0)):
         super().__init__(Q=[[0.0]], D=[[0.5]], beta=beta)
-        self._remember(beta=list(self.beta_range))
 
 
-class CLD(Named):
+@persistent
+class CLD(LinearProcess):
     """Critically damped Langevin diffusion (Dockhorn et al. 2022, eq. 5), friction 2 sqrt(M).
 
     The defaults are MDM's; `CLD.published()` takes the CLD paper's own parameters.
     """
 
-    name = "cld"
-
-    def __init__(self, M=1.0, beta=(0.1, 10.0), init_aux_var=0.01):
+    def __init__(self, M: float = 1.0, beta: Sequence[float] = (0.1, 10.0), init_aux_var: float = 0.01):
         M = positive("M", M)
         super().__init__(
             Q=[[0, -1], [1, 0]], D=[[0, 0], [0, 2 * math.sqrt(M)]], S=[1, M], beta=beta, init_aux_var=init_aux_var
         )
-        self._remember(M=M, beta=list(self.beta_range), init_aux_var=self.init_aux_var)
 
     @classmethod
-    def published(cls, m_inv=4.0, gamma=0.04, beta0=4.0, beta1=0.0):
+    def published(cls, m_inv: float = 4.0, gamma: float = 0.04, beta0: float = 4.0, beta1: float = 0.0) -> CLD:
         """The CLD paper's parameters: inverse mass, initial variance gamma M, and beta(t) = beta0 + beta1 t.
 
         Its beta1 is a slope. The defaults are its CIFAR-10 process: M = 0.25, beta = (4, 4), init_aux_var = 0.01.
@@ -57,33 +44,37 @@ class CLD(Named):
         return cls(M=M, beta=(beta0, beta0 + beta1), init_aux_var=gamma * M)
 
 
-class ALDA(Named):
+@persistent
+class ALDA(LinearProcess):
     """Accelerated Langevin diffusion (third-order Langevin; MDM, appendix), three variables."""
 
-    name = "alda"
-
-    def __init__(self, M=1.0, gamma=1.0, psi=1.0, beta=(0.1, 10.0), init_aux_var=0.01):
+    def __init__(
+        self,
+        M: float = 1.0,
+        gamma: float = 1.0,
+        psi: float = 1.0,
+        beta: Sequence[float] = (0.1, 10.0),
+        init_aux_var: float = 0.01,
+    ):
         M, gamma, psi = positive("M", M), number("gamma", gamma), positive("psi", psi)
         Q = [[0, -M, 0], [M, 0, -gamma], [0, gamma, 0]]
         super().__init__(Q, [[0, 0, 0], [0, 0, 0], [0, 0, psi * M]], [1, M, M], beta, init_aux_var)
-        self._remember(M=M, gamma=gamma, psi=psi, beta=list(self.beta_range), init_aux_var=self.init_aux_var)
 
 
-class MALDA(Named):
+@persistent
+class MALDA(LinearProcess):
     """Modified ALDA (MDM): every pair of variables coupled, noise on every auxiliary. V = 2 is CLD."""
 
-    name = "malda"
-
-    def __init__(self, V=3, M=1.0, beta=(0.1, 10.0), init_aux_var=0.01):
+    def __init__(self, V: int = 3, M: float = 1.0, beta: Sequence[float] = (0.1, 10.0), init_aux_var: float = 0.01):
         V, M = count("V", V, 2), positive("M", M)
         upper = torch.ones(V, V, dtype=torch.float64).triu(1)
         D = torch.full((V,), 2 * math.sqrt(M), dtype=torch.float64)
         D[0] = 0
         super().__init__(upper.mT - upper, torch.diag(D), [1] + [M] * (V - 1), beta, init_aux_var)
-        self._remember(V=V, M=M, beta=list(self.beta_range), init_aux_var=self.init_aux_var)
 
 
-class Learned(Named, torch.nn.Module):
+@persistent
+class Learned(LinearProcess, torch.nn.Module):
     """Learned Q and D (MDM): Q = q - q' is skew-symmetric and D positive definite by construction.
 
     full=False: D = diag(softplus(d) + 0.001), as published. full=True: D = B B' + 0.001 I (the published code applies
@@ -93,17 +84,22 @@ class Learned(Named, torch.nn.Module):
     The raw parameters `q` and `d` start uniform on (-1/sqrt V, 1/sqrt V).
     """
 
-    name = "learned"
     floor = 1e-3  # noise that every variable keeps
 
-    def __init__(self, V=2, full=False, M=1.0, beta=(0.1, 10.0), init_aux_var=0.01):
+    def __init__(
+        self,
+        V: int = 2,
+        full: bool = False,
+        M: float = 1.0,
+        beta: Sequence[float] = (0.1, 10.0),
+        init_aux_var: float = 0.01,
+    ):
         torch.nn.Module.__init__(self)
         V, M, self.full = count("V", V, 1), positive("M", M), bool(full)
         bound = 1 / math.sqrt(V)
         self.q = torch.nn.Parameter(torch.empty(V, V).uniform_(-bound, bound))
         self.d = torch.nn.Parameter(torch.empty((V, V) if full else (V,)).uniform_(-bound, bound))
         self._setup(V, [1.0] + [M] * (V - 1), beta, init_aux_var)
-        self._remember(V=V, full=self.full, M=M, beta=list(self.beta_range), init_aux_var=self.init_aux_var)
 
     def _matrices(self):
         q, d = self.q.cpu().to(torch.float64), self.d.cpu().to(torch.float64)
@@ -115,21 +111,23 @@ class Learned(Named, torch.nn.Module):
         return (q - q.mT) / speed, D / speed
 
     @property
-    def Q(self):
+    def Q(self) -> torch.Tensor:
         return self._matrices()[0]
 
     @property
-    def D(self):
+    def D(self) -> torch.Tensor:
         return self._matrices()[1]
 
 
-def positive(name, value) -> float:
+def positive(name: str, value: object) -> float:
+    """An option as a finite float > 0; else ValueError."""
     if not 0 < number(name, value) < math.inf:
         raise ValueError(f"{name} = {value}: give a finite number > 0")
     return float(value)
 
 
-def count(name, value, least) -> int:
+def count(name: str, value: object, least: int) -> int:
+    """An option as an integer >= least; else ValueError."""
     if not (number(name, value).is_integer() and value >= least):  # neither inf nor NaN is
         raise ValueError(f"{name} = {value}: give an integer >= {least}")
     return int(value)

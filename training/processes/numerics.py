@@ -6,6 +6,10 @@ what is left. Here only sums of positive semi-definite terms occur: Gauss-Legend
 |A| b <= 1/2, doubled as often as needed (C(2b) = C(b) + F C(b) F'), and triangularised by QR.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -13,7 +17,7 @@ NODES, WEIGHTS = np.polynomial.legendre.leggauss(10)
 NODES, WEIGHTS = torch.from_numpy(NODES / 2 + 0.5), torch.from_numpy(WEIGHTS / 2)
 
 
-def expm_small(X):
+def expm_small(X: torch.Tensor) -> torch.Tensor:
     """Matrix exponential of X [..., V, V] with norm of at most about 1/2, by Horner's rule.
 
     Entry by entry accurate also where low orders vanish, e.g. along a chain of variables.
@@ -26,7 +30,7 @@ def expm_small(X):
     return result
 
 
-def psd_root(D):
+def psd_root(D: torch.Tensor) -> torch.Tensor:
     """Symmetric square root of a positive semi-definite matrix; exact and elementwise for diagonal ones."""
     if torch.equal(D, torch.diag(torch.diagonal(D))):
         return torch.diag(torch.diagonal(D).clamp_min(0).sqrt())
@@ -34,20 +38,20 @@ def psd_root(D):
     return vectors * values.clamp_min(0).sqrt() @ vectors.mT
 
 
-def lower_root(X):
+def lower_root(X: torch.Tensor) -> torch.Tensor:
     """L [..., V, V], lower triangular with diagonal >= 0 and L L' = X X', for X [..., V, K], K >= V, by QR."""
     R = torch.linalg.qr(X.mT, mode="r").R  # [..., V, V]
     sign = torch.where(torch.diagonal(R, dim1=-2, dim2=-1) < 0, -1.0, 1.0)
     return (sign.to(R.dtype)[..., None] * R).mT
 
 
-def halvings(A, B):
+def halvings(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """Number of halvings [...] after which |A| B <= 1/2."""
     size = torch.linalg.matrix_norm(A.detach(), ord=1) * B
     return torch.ceil(torch.log2((2 * size).clamp_min(1e-300))).clamp_min(0).to(torch.int64)
 
 
-def doubled(A, B, start, double):
+def doubled(A: torch.Tensor, B: torch.Tensor, start: Callable, double: Callable) -> tuple[torch.Tensor, torch.Tensor]:
     """Values at B of a quantity with `start(F_nodes, step) -> value` on a small step and `double(F, value) -> value`.
 
     Returns (F [..., V, V], value). Each entry of B is halved as often as it needs.
@@ -63,12 +67,12 @@ def doubled(A, B, start, double):
     return F, value
 
 
-def transition(A, B):
+def transition(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """F = expm(A B) [..., V, V] for B [...], differentiable."""
     return doubled(A, B, lambda nodes, step: step[..., None, None], lambda F, value: value)[0]
 
 
-def noise_root(A, D, B):
+def noise_root(A: torch.Tensor, D: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(F [..., V, V], L [..., V, V]): transition matrix and lower root of the accumulated noise. Not differentiable."""
     with torch.no_grad():
         root = psd_root(2 * D)
@@ -80,7 +84,7 @@ def noise_root(A, D, B):
         return doubled(A, B, start, lambda F, L: lower_root(torch.cat([F @ L, L], dim=-1)))
 
 
-def noise_covariance(A, D, B):
+def noise_covariance(A: torch.Tensor, D: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(F [..., V, V], C [..., V, V]): transition matrix and accumulated noise, differentiable in A and D."""
 
     def start(nodes, step):
@@ -90,7 +94,7 @@ def noise_covariance(A, D, B):
     return doubled(A, B, start, lambda F, C: C + F @ C @ F.mT)
 
 
-def attach_gradient(L, C):
+def attach_gradient(L: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
     """L, with the gradient that the Cholesky factor of C has; C is differentiable and equals L L' up to rounding."""
     solve = torch.linalg.solve_triangular
     inner = solve(L, solve(L, C - C.detach(), upper=False).mT, upper=False)

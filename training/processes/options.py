@@ -1,5 +1,7 @@
 """Processes named on a command line: `--process=NAME --process-options=M=0.25,beta=4:4`."""
 
+from __future__ import annotations
+
 import inspect
 import math
 import warnings
@@ -10,10 +12,8 @@ import torch
 from torch_utils import persistence
 from training import processes
 
-NAMES = ("edm", "vp", "cld", "alda", "malda", "learned", "linear")
 
-
-def parse_value(text):
+def parse_value(text: str) -> float | bool | list:
     """A number, true/false, numbers with ':' between them, or rows of them with ';' between (matrices)."""
     if ";" in text:
         return [parse_value(row) if ":" in row else [parse_value(row)] for row in text.split(";")]
@@ -27,7 +27,7 @@ def parse_value(text):
         return float(text)
 
 
-def parse_options(text):
+def parse_options(text: str | dict | None) -> dict:
     """{"M": 0.25, "beta": [4, 4]} from "M=0.25,beta=4:4"; a dict stays as it is. Raises ValueError."""
     if not text or isinstance(text, dict):
         return dict(text or {})
@@ -45,22 +45,29 @@ def parse_options(text):
     return options
 
 
-def make_process(name, options=None, trained=None, seed=0, learn=False):
-    """The process that `name` means: one of NAMES, or a snapshot (file or run folder) whose process is taken.
+def make_process(
+    name: str,
+    options: str | dict | None = None,
+    trained: object = None,
+    seed: int = 0,
+    learn: bool = False,
+) -> processes.Process:
+    """The process that `name` means: one of the registry, or a snapshot (file or run folder) whose process is taken.
 
     options: dict, or text as on the command line; those of CLD may also be the CLD paper's own (m_inv, gamma, beta0,
     beta1). trained: process of the network's snapshot; `learned` without options takes it if it is learned. Other learned
     processes start random, as a function of `seed`; learn=True: to be trained. Raises ValueError for what is unknown.
     """
     options = parse_options(options)
-    if name not in NAMES and (Path(name).exists() or str(name).endswith(".safetensors")):
+    names = [known for known, cls in processes.REGISTRY.items() if processes.is_linear(cls)]
+    if name not in names and (Path(name).exists() or str(name).endswith(".safetensors")):
         process = persistence.load_snapshot(name).process
-        if options or not hasattr(process, "project"):
-            why = "takes no --process-options" if options else "holds no process: give one of " + ", ".join(NAMES)
+        if options or not processes.is_linear(process):
+            why = "takes no --process-options" if options else "holds no process: give one of " + ", ".join(names)
             raise ValueError(f"--process={name}: a snapshot {why}")
         return process
-    if name not in NAMES:
-        raise ValueError(f"--process={name} is unknown: choose {', '.join(NAMES)}, or a snapshot that holds a process")
+    if name not in names:
+        raise ValueError(f"--process={name} is unknown: choose {', '.join(names)}, or a snapshot that holds a process")
     if name == "learned":
         if not options and isinstance(trained, processes.Learned):
             return trained
@@ -72,17 +79,24 @@ def make_process(name, options=None, trained=None, seed=0, learn=False):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             process = processes.get(name, **options)
-        return process.requires_grad_(learn) if name == "learned" else process
+        return process.requires_grad_(learn) if isinstance(process, torch.nn.Module) else process
     except (ValueError, TypeError) as error:
         maker = processes.CLD.published if {"m_inv", "beta0"} & set(options) else processes.REGISTRY[name]
         known = ", ".join(inspect.signature(maker).parameters) or "none"
         raise ValueError(f"--process={name} --process-options: {error} (options: {known})") from None
 
 
-def require_gaussian(kernel, process):
+def named(process: processes.Process) -> dict:
+    """{"name": as on the command line, and its options}."""
+    name = next((name for name, cls in processes.REGISTRY.items() if cls is type(process)), type(process).__name__)
+    return {"name": name, **getattr(process, "init_kwargs", {})}
+
+
+def require_gaussian(kernel: object, process: processes.Process) -> None:
     """Raises ValueError where a network trained with PFGM++ noise is asked for a linear process."""
-    if isinstance(kernel, processes.PFGMpp) and math.isfinite(kernel.D):
+    D = processes.aug_dim(kernel)
+    if math.isfinite(D):
         raise ValueError(
-            f"--process={getattr(process, 'spec', dict)().get('name', process)} needs a network trained with Gaussian noise; "
-            f"this one knows PFGM++ noise (D={kernel.D:g}), which no linear process makes: leave --process and --solver out"
+            f"--process={named(process)['name']} needs a network trained with Gaussian noise; this one knows PFGM++ "
+            f"noise (D={D:g}), which no linear process makes: leave --process and --solver out"
         )

@@ -4,29 +4,35 @@ The published objectives are integrals over t of weight(t) |D(y; sigma(t)) - x0|
 numbers into times of a chosen density and returns weight / density, so the objective never depends on the density.
 """
 
+from __future__ import annotations
+
 import torch
+
+from training.processes.base import Process, Times, as_time, is_linear
 
 SAMPLINGS = ("uniform", "importance", "snr")
 WEIGHTINGS = ("likelihood", "reweightedv1", "reweightedv2")
 
 
-def importance_time(uniform, process, t_min, t_max=1.0):
+def importance_time(uniform: Times, process: Process, t_min: float, t_max: float = 1.0) -> torch.Tensor:
     """Quantiles of MDM's importance density, beta(t) / (1 - e^-B(t)) on [t_min, t_max]; float64, exact inverse.
 
     The same law for every process: it is that of VP. B(t) is the integral of beta. uniform: values in [0, 1].
     """
-    uniform = torch.as_tensor(uniform, dtype=torch.float64)
+    uniform = as_time(uniform)
     low, high = (process.beta_integral(t).expm1().log() for t in (t_min, t_max))
     return process.beta_integral_inverse(torch.nn.functional.softplus(low + uniform * (high - low)))
 
 
-def importance_density(t, process, t_min, t_max=1.0):
+def importance_density(t: Times, process: Process, t_min: float, t_max: float = 1.0) -> torch.Tensor:
     """Density of `importance_time` at t."""
     low, high = (process.beta_integral(value).expm1().log() for value in (t_min, t_max))
     return process.beta(t) / -torch.expm1(-process.beta_integral(t)) / (high - low)
 
 
-def snr_law(uniform, snr_min, snr_max, sigma_data=0.5):
+def snr_law(
+    uniform: torch.Tensor, snr_min: torch.Tensor, snr_max: torch.Tensor, sigma_data: float = 0.5
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(sigma, weight) with log(1 + sigma_data^2 snr) uniform between the ends; needs no process.
 
     weight: that of the likelihood, 1/2 d snr, divided by the density. It equals EDM's
@@ -40,7 +46,7 @@ def snr_law(uniform, snr_min, snr_max, sigma_data=0.5):
 
 
 @torch.no_grad()
-def weight(process, t, weighting="likelihood"):
+def weight(process: Process, t: Times, weighting: str = "likelihood") -> torch.Tensor:
     """Weight on |D - x0|^2 at time t (float64, t's shape) of the objective that is uniform in t.
 
     likelihood: 1/2 m' C^-1 (2 D beta) C^-1 m = -1/2 d snr/dt, maximum likelihood. reweightedv2: the error of the
@@ -51,9 +57,9 @@ def weight(process, t, weighting="likelihood"):
         return process.snr_rate(t) / 2
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
-    if not hasattr(process, "beta"):
+    if process.beta is None:
         raise ValueError(f"weighting {weighting!r} is defined for linear diffusions, not for {process!r}")
-    t = torch.as_tensor(t, dtype=torch.float64)
+    t = as_time(t)
     L, mean = process.cholesky(t).cpu(), process.kernel(t)[0].cpu()
     a = torch.linalg.solve_triangular(L, mean[..., None], upper=False)[..., 0]  # noise prediction error per D - x0
     noise = torch.diagonal(process.D)
@@ -69,25 +75,32 @@ class NoiseLevels:
     for EDM sigma = 0.002.
     """
 
-    def __init__(self, process, sampling="snr", weighting="likelihood", t_min=None, sigma_data=0.5):
+    def __init__(
+        self,
+        process: Process,
+        sampling: str = "snr",
+        weighting: str = "likelihood",
+        t_min: float | None = None,
+        sigma_data: float = 0.5,
+    ):
         for name, value, known in (("sampling", sampling, SAMPLINGS), ("weighting", weighting, WEIGHTINGS)):
             if value not in known:
                 raise ValueError(f"{name} {value!r}: choose one of {', '.join(known)}")
-        linear = hasattr(process, "beta")
-        if not hasattr(process, "snr") or not (linear or (sampling, weighting) == ("snr", "likelihood")):
+        given = is_linear(process) and process.beta is not None  # by matrices Q and D
+        if not is_linear(process) or not (given or (sampling, weighting) == ("snr", "likelihood")):
             raise ValueError(f"{sampling} sampling with {weighting} weighting is not defined for {process!r}")
         self.process, self.sampling, self.weighting, self.sigma_data = process, sampling, weighting, float(sigma_data)
-        self.t_min = float(t_min if t_min is not None else 1e-5 if linear else 0.002)
+        self.t_min = float(t_min if t_min is not None else 1e-5 if given else 0.002)
         if not 0 < self.t_min < process.T:
             raise ValueError(f"t_min = {t_min}: give a time in (0, {process.T:g})")
 
     @torch.no_grad()
-    def draw(self, uniform):
+    def draw(self, uniform: Times) -> tuple[torch.Tensor, torch.Tensor]:
         """(sigma, weight), float64 on uniform's device, from uniform numbers in [0, 1) of any shape.
 
         The mean of weight * |D(x0 + sigma n; sigma) - x0|^2 is the objective's integral over [t_min, T].
         """
-        uniform = torch.as_tensor(uniform, dtype=torch.float64)
+        uniform = as_time(uniform)
         process, t_min = self.process, self.t_min
         if self.sampling == "snr":
             ends = process.snr(process.T).to(uniform.device), process.snr(t_min).to(uniform.device)

@@ -1,0 +1,180 @@
+"""What a noise kernel and a process are. Training noise and the prior of `heun` are `sigma * unit_noise`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from torch_utils import random
+from torch_utils.persistence import persistent
+from torch_utils.random import Generator
+from training.processes.states import apply_matrix
+
+Times = float | torch.Tensor  # forward times, of any batch shape [...]
+
+
+def number(name: str, value: object) -> float:
+    """An option as a float. Raises ValueError that names it for what is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} = {value!r}: give a number") from None
+
+
+def as_time(t: Times) -> torch.Tensor:
+    """Times as float64."""
+    return torch.as_tensor(t, dtype=torch.float64)
+
+
+def is_linear(process: object) -> bool:
+    """Whether it is a process with the methods of `Process`, and no mere noise kernel; base classes do not matter."""
+    return getattr(process, "linear", hasattr(process, "project"))
+
+
+def aug_dim(kernel: object) -> float:
+    """Augmented dimensions D of a kernel (PFGM++); inf for Gaussian noise and for kernels that do not say."""
+    return getattr(kernel, "aug_dim", math.inf)
+
+
+@persistent
+class GaussianKernel:
+    """Standard normal noise. A kernel of your own needs `unit_noise(shape, generator=None)` only."""
+
+    linear = False  # True: a Process
+
+    def unit_noise(
+        self,
+        shape: Sequence[int],
+        generator: Generator = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Noise of unit scale and shape `shape` = [N, *data_shape]. device: default the generator's."""
+        return random.randn(shape, generator, device, dtype)
+
+
+class Process(GaussianKernel):
+    """Diffusion whose state is Gaussian given the data: p(u_t | x0) = N(m x0, C) in every data dimension.
+
+    The state u [N, V, *data_shape] holds V variables per data dimension, variable 0 is the data; t in [0, T] is forward
+    time. What it says about x0 is y ~ N(x0, sigma^2) with sigma^-2 = snr = m' C^-1 m, so one denoiser D(y; sigma) serves
+    every process. Matrices and times are float64; results have the batch shape [...] of t and live on its device.
+    """
+
+    linear = True
+    T = 1.0
+    beta = None  # rate beta(t) of a diffusion given by matrices Q and D (LinearProcess)
+    V: int
+
+    # The law of the state.
+
+    def transition(self, t: Times) -> torch.Tensor:
+        """F [..., V, V]: E[u_t | u_0] = F u_0."""
+        raise NotImplementedError
+
+    def kernel(self, t: Times, hybrid: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean [..., V], cov [..., V, V]) of p(u_t | x0 = 1), the auxiliaries integrated out.
+
+        hybrid=False: (F [..., V, V], cov) of p(u_t | u_0), where the mean is F u_0 and nothing is integrated out.
+        """
+        raise NotImplementedError
+
+    def cholesky(self, t: Times) -> torch.Tensor:
+        """L [..., V, V], lower triangular, with L L' = cov of `kernel(t)`. Not differentiable."""
+        raise NotImplementedError
+
+    def snr(self, t: Times) -> torch.Tensor:
+        """Signal-to-noise ratio m' C^-1 m per unit signal; inf at t = 0."""
+        raise NotImplementedError
+
+    def sigma(self, t: Times) -> torch.Tensor:
+        """EDM noise level snr^-1/2."""
+        return self.snr(t).rsqrt()
+
+    def time(self, sigma: Times) -> torch.Tensor:
+        """Time of a noise level > 0, the inverse of `sigma`."""
+        raise NotImplementedError
+
+    def snr_rate(self, t: Times) -> torch.Tensor:
+        """-d snr / dt >= 0: twice the ELBO's weight on |D - x0|^2."""
+        raise NotImplementedError
+
+    # States.
+
+    def project(self, u: torch.Tensor, t: Times) -> tuple[torch.Tensor, torch.Tensor]:
+        """(y [N, *data_shape], sigma): y = m' C^-1 u / snr is all that u says about x0. t: scalar or [N], as sigma."""
+        raise NotImplementedError
+
+    def score(self, u: torch.Tensor, t: Times, denoised: torch.Tensor) -> torch.Tensor:
+        """grad log p_t(u) [N, V, *data_shape] = -C^-1 (u - m D) from the denoiser's output D [N, *data_shape]."""
+        raise NotImplementedError
+
+    def drift(self, u: torch.Tensor, t: Times) -> torch.Tensor:
+        """Forward drift."""
+        raise NotImplementedError
+
+    def diffusion(self, t: Times) -> torch.Tensor:
+        """G [..., V, V]: the forward noise is G dW."""
+        raise NotImplementedError
+
+    # What SSCS and the flow need, from t down to t_next < t.
+
+    def splitting(self, t: Times, t_next: Times) -> tuple[torch.Tensor, torch.Tensor]:
+        """(F, L) of the exact time-reversed Ornstein-Uhlenbeck part: u <- F u + L noise, [..., V, V] each."""
+        raise NotImplementedError
+
+    def noise_power(self, t: Times, t_next: Times) -> torch.Tensor:
+        """Covariance [..., V, V] of the noise that the forward process adds meanwhile."""
+        raise NotImplementedError
+
+    def rotation(self, t: Times, t_next: Times) -> torch.Tensor:
+        """[..., V, V]: the part of the flow that leaves the stationary law alone."""
+        raise NotImplementedError
+
+    def precision(self) -> torch.Tensor:
+        """Inverse stationary covariance [V, V]."""
+        raise NotImplementedError
+
+    def prepare(self, times: Sequence[float] | torch.Tensor) -> None:
+        """Compute ahead what a solver needs at these times."""
+
+    # The start of sampling.
+
+    def stationary(self, t: Times) -> torch.Tensor:
+        """Covariance [V, V] of the published prior."""
+        raise NotImplementedError
+
+    def prior_covariance(
+        self, prior: str = "stationary", t: Times | None = None, sigma_data: float = 0.5
+    ) -> torch.Tensor:
+        """[V, V] covariance of the start at time t (default T): "stationary", or "matched", C + sigma_data^2 m m'."""
+        t = self.T if t is None else t
+        if prior == "stationary":
+            return self.stationary(t)
+        if prior != "matched":
+            raise ValueError(f"prior {prior!r}: choose matched or stationary")
+        mean, cov = self.kernel(t)
+        return cov + sigma_data**2 * mean[..., :, None] * mean[..., None, :]
+
+    def prior_sample(
+        self,
+        shape: Sequence[int],
+        generator: Generator = None,
+        *,
+        prior: str = "stationary",
+        t: Times | None = None,
+        sigma_data: float = 0.5,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> torch.Tensor:
+        """Draw a start state of shape [N, V, *data_shape] with the covariance `prior_covariance(prior, t, sigma_data)`.
+
+        "matched" is where data of standard deviation sigma_data really is at t. Raises ValueError for another V.
+        """
+        if len(shape) < 2 or shape[1] != self.V:
+            raise ValueError(f"shape {tuple(shape)}: this process has {self.V} variables, [N, {self.V}, ...]")
+        noise = random.randn(shape, generator, device, dtype)
+        root = torch.linalg.cholesky(self.prior_covariance(prior, t, sigma_data).detach())
+        return apply_matrix(root, noise)
