@@ -1,15 +1,18 @@
 """Frechet distance of trained models under injected noise, fewer steps and rounded weights: one CSV and figure for each."""
 
+if not __package__:
+    import _here
+
 import json
 import sys
 from pathlib import Path
 
 import click
 
-if not __package__:  # run as a file: the packages are one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dnnlib import cli  # noqa: E402
+from dnnlib import cli
+from dnnlib.util import write_text
+from metrics.table import write_csv
+from simulations.sweeps import print_files
 
 EXAMPLES = """
 \b
@@ -22,17 +25,11 @@ Examples:
   torchrun --standalone --nproc_per_node=2 simulations/run_robustness.py --net=128=runs/D128 --net=inf=runs/edm \\
       --ref=refs/cifar10.npz --num-images=50000 --dest=out/robustness
 """
+NETS = "Snapshot, run folder or pattern; repeatable, the same label for training seeds. Default label: its D"
 
 
 @cli.command(epilog=EXAMPLES)
-@click.option(
-    "--net",
-    "nets",
-    metavar="[LABEL=]SNAPSHOT",
-    multiple=True,
-    required=True,
-    help="Snapshot, run folder or pattern; repeatable, the same label for training seeds. Default label: its D",
-)
+@click.option("--net", "nets", metavar="[LABEL=]SNAPSHOT", multiple=True, required=True, help=NETS)
 @click.option("--data", metavar="DIR|ZIP", help="Reference images")
 @click.option("--ref", metavar="FILE", help="Reference statistics (calculate_metrics.py ref), instead of --data")
 @click.option("--detector", metavar="SPEC", default="pixel", help="pixel, classifier:FILE, ...")
@@ -51,19 +48,18 @@ Examples:
 @click.option("--dest", metavar="DIR", required=True, help="Where robustness-<experiment>.csv, .png and .svg go")
 @click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the size of the grid and stop")
-def main(nets, data, ref, detector, experiments, alphas, steps, bits, num_steps, policy, num, samplings, class_idx, batch,
-         dest, device, dry_run):  # fmt: skip
+def main(nets, data, ref, detector, experiments, samplings, num, dest, device, dry_run, **options):
     """Measure how much trained models forgive. Run the same command again to resume; stdout: the files, as JSON."""
     from torch_utils import distributed as dist
 
-    check(alphas, steps, bits, samplings, num)
-    if class_idx != "balanced":
-        if not class_idx.isdigit():
-            raise ValueError(f"--class={class_idx}: give a source id (0, 1, ...) or balanced")
-        class_idx = int(class_idx)
+    values = {name: options.pop(name) for name in ("alphas", "steps", "bits", "num_steps")}
+    check(samplings, num, **values)
+    if options["class_idx"] != "balanced":
+        if not options["class_idx"].isdigit():
+            raise ValueError(f"--class={options['class_idx']}: give a source id (0, 1, ...) or balanced")
+        options["class_idx"] = int(options["class_idx"])
     from simulations.studies import robustness  # late: torch takes seconds to import, --help should not
 
-    values = {"alphas": alphas, "steps": steps, "bits": bits, "num_steps": num_steps}
     chosen = {name: robustness.settings_of(name, **values) for name in experiments}
     cells = len({s for settings in chosen.values() for _, s in settings}) * len(nets) * len(samplings)
     if dry_run:
@@ -73,13 +69,20 @@ def main(nets, data, ref, detector, experiments, alphas, steps, bits, num_steps,
     click.get_current_context().call_on_close(dist.shutdown)
     judge = robustness.Judge(detector, data, ref, device)
     models = robustness.open_models(nets, device)
-    files = run(
-        models, chosen, judge, samplings, num, dest, policy=policy, class_idx=class_idx, batch=batch, device=device
+    dest = Path(dest)
+    rows = robustness.run_grid(
+        models, chosen, judge, samplings, num, dest / "cells", progress=_progress, device=device, **options
     )
-    dist.print0(json.dumps({"files": [str(file) for file in files]}))
+    if robustness.is_writer():
+        files = []
+        for name, part in rows.items():
+            files.append(write_csv(dest / f"robustness-{name}.csv", [_plain(row) for row in part]))
+            files += robustness.plot(part, name, dest / f"robustness-{name}")
+        text = "\n\n".join(robustness.markdown(part, name) for name, part in rows.items())
+        print_files([*files, write_text(dest / "summary.md", text + "\n")])
 
 
-def check(alphas, steps, bits, samplings, num):
+def check(samplings, num, alphas, steps, bits, **_):
     """Raises ValueError for values that would fail later."""
     if any(a < 0 for a in alphas):
         raise ValueError(f"--alpha={alphas}: must not be negative")
@@ -92,42 +95,17 @@ def check(alphas, steps, bits, samplings, num):
         raise ValueError(f"--samplings={samplings} overlap: seeds of one sampling are first to first + {num - 1}")
 
 
-def run(models, experiments, judge, samplings, num, dest, **options):
-    """Measure the grid into the folder `dest`: CSV files after every new cell, figures and summary.md at the end."""
+def _progress(cells):
     from tqdm import tqdm
 
-    from dnnlib.util import write_text
-    from metrics.table import read_csv, write_csv
     from simulations.studies import robustness
 
-    dest, writer = Path(dest), robustness.is_writer()
-    paths = {name: dest / f"robustness-{name}.csv" for name in experiments}
-    known = [row for path in paths.values() if path.is_file() for row in read_csv(path)]
-    known = [row for row in known if set(robustness.KEY) <= set(row)]
-    total = sum(map(len, experiments.values())) * len(models) * len(samplings)
-    with tqdm(total=total, unit="cell", disable=not writer, file=sys.stderr) as bar:
-
-        def on_row(rows, fresh):
-            bar.update()
-            if fresh and writer:
-                for name in experiments:
-                    if rows[name]:
-                        write_csv(paths[name], _plain(rows[name]))
-
-        rows = robustness.run_grid(models, experiments, judge, samplings, num, known, on_row, **options)
-    files = []
-    if writer:
-        for name in experiments:
-            files.append(write_csv(paths[name], _plain(rows[name])))
-            files += robustness.plot(rows[name], name, dest / f"robustness-{name}")
-        text = "\n\n".join(robustness.markdown(rows[name], name) for name in experiments)
-        files.append(write_text(dest / "summary.md", text + "\n"))
-    return files
+    return tqdm(cells, unit="cell", disable=not robustness.is_writer(), file=sys.stderr)
 
 
-def _plain(rows):
-    """Rows as a CSV file can hold them: an infinite D as the word, no empty scores."""
-    return [{k: "none" if v is None else str(v) if v == float("inf") else v for k, v in row.items()} for row in rows]
+def _plain(row):
+    """A row as a CSV file can hold it: an infinite D as the word, no empty scores."""
+    return {k: "none" if v is None else str(v) if v == float("inf") else v for k, v in row.items()}
 
 
 if __name__ == "__main__":

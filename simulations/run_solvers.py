@@ -1,13 +1,16 @@
 """Error against network evaluations for every process and solver: a Gaussian (exact), a mixture, and trained digits."""
 
+if not __package__:
+    import _here
+
 import json
+import sys
 from pathlib import Path
 
 import click
-import torch
-from tqdm import tqdm
 
-from dnnlib import atomic_write, cli
+from dnnlib import cells, cli
+from dnnlib.util import write_text
 
 EXAMPLES = """
 \b
@@ -34,12 +37,13 @@ DATA = click.option("--data", metavar="ZIP", required=True, help="Held-out image
 
 
 def progress(items):
-    return tqdm(items, unit="cell")
+    from tqdm import tqdm
+
+    return tqdm(items, unit="cell", file=sys.stderr)
 
 
 def write(dest, name, rows):
-    with atomic_write(Path(dest) / f"{name}.json", "w") as file:
-        json.dump(rows, file, indent=1)
+    write_text(Path(dest) / f"{name}.json", json.dumps(rows, indent=1))
 
 
 def read_learned(path):
@@ -68,10 +72,10 @@ def main():
 @DEST
 def gaussian(nfes, arms, grids, learned, dest):
     """N(0.3, 0.25): the exact Wasserstein error of every fixed-step solver, without Monte Carlo."""
-    from simulations.studies.solvers import cells, choose_arms, exact_rows
+    from simulations.studies import solvers
 
-    chosen = cells(nfes, grids, choose_arms(arms))
-    write(dest, "gaussian", exact_rows(chosen, learned=read_learned(learned), progress=progress))
+    chosen = solvers.cells(nfes, grids, arms)
+    write(dest, "gaussian", solvers.exact_rows(chosen, read_learned(learned), progress))
 
 
 @main.command()
@@ -84,10 +88,10 @@ def gaussian(nfes, arms, grids, learned, dest):
 @DEST
 def mixture(nfes, seeds, num, arms, grids, learned, dest):
     """Nine Gaussians with their exact denoiser: sliced Wasserstein error."""
-    from simulations.studies.solvers import cells, choose_arms, mixture_rows
+    from simulations.studies import solvers
 
-    chosen = cells(nfes, grids, choose_arms(arms))
-    write(dest, "mixture", mixture_rows(chosen, seeds, num, learned=read_learned(learned), progress=progress))
+    chosen = solvers.cells(nfes, grids, arms)
+    write(dest, "mixture", solvers.mixture_rows(chosen, seeds, num, read_learned(learned), progress))
 
 
 @main.command()
@@ -102,29 +106,36 @@ def mixture(nfes, seeds, num, arms, grids, learned, dest):
 @LEARNED
 @DEST
 def digits(net, data, detector, nfes, seeds, per_source, arms, grids, learned, dest):
-    """A trained denoiser: Frechet distance per source. Cells and seeds that are in the file already are kept."""
+    """A trained denoiser: Frechet distance per source. Finished cells are kept, and so are other rows in the file."""
     from metrics.detectors import get_detectors
-    from simulations.studies.solvers import cell_of, cells, choose_arms, digit_rows
-    from torch_utils.persistence import load_snapshot
+    from simulations.studies import solvers
+    from torch_utils import persistence
     from training.dataset import ImageFolderDataset, load_arrays
 
-    images, labels = load_arrays(ImageFolderDataset(data))
-    ids = labels.argmax(dim=1)
-    heldout = {int(k): images[ids == k] for k in ids.unique()}
-    judge = next(iter(get_detectors(f"classifier:{detector}").values()))
+    chosen = solvers.cells(nfes, grids, arms)
     path = Path(dest) / "digits.json"
-    rows = json.loads(path.read_text()) if path.is_file() else []
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     if any(row.get("per_source") != per_source for row in rows):
         raise ValueError(
             f"--per-source={per_source}: {path} has rows of another number of samples; take another --dest"
         )
-    done = {(cell_of(row), row["seed"]) for row in rows}
-    snapshot, learned = load_snapshot(net), read_learned(learned)
-    chosen = cells(nfes, grids, choose_arms(arms))
-    for seed, cell in progress([(s, c) for s in seeds for c in chosen if (c, s) not in done]):
-        with torch.no_grad():
-            rows.extend(digit_rows(snapshot, judge.features, heldout, cell, seed, per_source, learned))
-        write(dest, "digits", rows)
+    dataset = ImageFolderDataset(data)
+    images, labels = load_arrays(dataset)
+    ids = labels.argmax(dim=1)
+    heldout = {int(k): images[ids == k] for k in ids.unique()}
+    ((name, judge),) = get_detectors(f"classifier:{detector}").items()
+    snapshot, process = persistence.load_snapshot(net), read_learned(learned)
+    inputs = [per_source, name, dataset.content_hash()]
+    inputs += [cells.digest(persistence.resolve(file)) for file in (net, learned) if file]
+    found = cells.run(
+        [(seed, cell) for seed in seeds for cell in chosen],
+        lambda seed, cell: solvers.digit_rows(snapshot, judge.features, heldout, cell, seed, per_source, process),
+        Path(dest) / "digits",
+        identity=lambda seed, cell: [seed, cell, inputs],
+        progress=progress,
+    )
+    rows = {(solvers.cell_of(row), row["seed"], row["source"]): row for row in [*rows, *sum(found, [])]}
+    write(dest, "digits", list(rows.values()))
 
 
 @main.command()
@@ -163,9 +174,8 @@ def plot(figure, tables, dest):
     text = plot_solvers(dest, figure)
     if tables is None:
         print(text)
-        return
-    with atomic_write(tables, "w") as file:
-        file.write(text)
+    else:
+        write_text(tables, text)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Loss variance with and without stable targets, for trained networks."""
 
-import json
-import sys
-from pathlib import Path
+if not __package__:
+    import _here
 
 import click
 
-if not __package__:  # run as a file: the packages are one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dnnlib import cli  # noqa: E402
+from dnnlib import cli
+from metrics.table import write_csv
+from simulations.run_robustness import NETS
+from simulations.sweeps import print_files
 
 EXAMPLES = """
 \b
@@ -20,9 +19,7 @@ Example:
 
 
 @cli.command(epilog=EXAMPLES)
-@click.option(
-    "--net", "nets", metavar="[LABEL=]SNAPSHOT", multiple=True, required=True, help="Snapshot, run folder or pattern"
-)
+@click.option("--net", "nets", metavar="[LABEL=]SNAPSHOT", multiple=True, required=True, help=NETS)
 @click.option("--data", metavar="DIR|ZIP", required=True, help="Training images")
 @click.option("--stf-refs", type=click.IntRange(min=1), default=512, help="Reference images per 64 evaluated ones")
 @click.option("--num", "--num-images", type=click.IntRange(min=2), default=4096, help="Images with noise to evaluate")
@@ -31,7 +28,6 @@ Example:
 @click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
 def main(nets, data, stf_refs, num, seed, dest, device):
     """Evaluate the training loss of each network against one-image and against stable targets, on the same draws."""
-    from metrics.table import write_csv
     from simulations.studies import robustness, stable_targets
     from torch_utils import distributed as dist
     from torch_utils import persistence
@@ -51,7 +47,7 @@ def main(nets, data, stf_refs, num, seed, dest, device):
             num=num, num_references=stf_refs, seed=seed,
         )  # fmt: skip
         rows += [{"label": model.label, "net": model.path, **row} for row in found]
-    print(json.dumps({"files": [str(write_csv(dest, rows))]}))
+    print_files([write_csv(dest, rows)])
     dist.shutdown()
 
 

@@ -46,7 +46,6 @@ PENDING_IMPORTS = {
     ("simulations.run_toy", "generate_images"),
 }
 PENDING_ARGUMENTS = {
-    "simulations.run_robustness.main",
     "simulations.run_tree.train",
     "training.generation.generate_images",
     "training.generation.run",
@@ -58,7 +57,7 @@ PENDING_ARGUMENTS = {
     "training.samplers.probability_flow",
     "training.samplers.probability_flow_states",
 }
-PENDING_HELP = {"simulations/run_solvers.py", "simulations/run_toy.py"}
+PENDING_HELP = {"simulations/run_toy.py"}
 PENDING_TYPES = {
     "dnnlib.cli",
     "dnnlib.download",

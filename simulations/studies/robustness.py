@@ -4,10 +4,12 @@ PFGM++ (arXiv 2302.04265, sec. 5.3) claims that models with fewer augmented dime
 one snapshot, one sampling seed and one `Setting`; all cells share noise and labels of the same seeds.
 """
 
+from __future__ import annotations
+
 import glob
-import hashlib
 import math
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,31 +17,30 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from dnnlib import cells
 from metrics.detectors import get_detector, identity_of
 from metrics.evaluate import compare
 from metrics.features import collect, collect_dataset, generated_batches
 from metrics.references import load_references, require_detectors
+from metrics.table import markdown as markdown_table
+from metrics.table import mean_and_deviation, paired_difference
 from torch_utils import distributed as dist
 from torch_utils import persistence
 from training import quantize, samplers
 from training.generation import generate_images
-
-# The values of the paper; 0 and None are the undisturbed sampler.
-ALPHAS = (0, 0.1, 0.2)
-STEPS = (10, 12, 14, 16, 18, 20, 22, 24)
-BITS = (9, 8, 7, 6, 5)
-NUM_STEPS = 18
 
 
 class Setting(NamedTuple):
     """How one cell samples: noise per step, steps of the Heun sampler, bits of the weights (None: as trained)."""
 
     alpha: float = 0.0
-    steps: int = NUM_STEPS
+    steps: int = 18
     bits: int | None = None
 
 
-def settings_of(experiment, alphas=ALPHAS, steps=STEPS, bits=BITS, num_steps=NUM_STEPS):
+def settings_of(
+    experiment: str, alphas: Sequence[float], steps: Sequence[int], bits: Sequence[int], num_steps: int
+) -> list[tuple[float | None, Setting]]:
     """[(value on the x axis, Setting)] of an experiment: "alpha", "steps" or "bits" (the last with None, unrounded)."""
     made = {
         "alpha": [(float(value), Setting(float(value), num_steps)) for value in alphas],
@@ -63,32 +64,26 @@ class Model:
     digest: str  # of the file: results of another file of this name are not reused
 
     @property
-    def D(self):
+    def D(self) -> float:
         return getattr(self.kernel, "D", math.inf)
 
 
-def open_model(text, device="cpu"):
-    """A Model from "LABEL=SNAPSHOT" or "SNAPSHOT" (label D=<D of the snapshot>); a run folder means its newest one."""
-    label, equals, path = text.partition("=")
-    if not equals or Path(text).exists():
-        label, path = None, text
+def open_model(path: str, label: str = "", device: str = "cpu") -> Model:
+    """A Model of a snapshot file or run folder, which means its newest one. Default label: D=<D of the snapshot>."""
     snapshot = persistence.load_snapshot(path, device)
     kernel = snapshot.process if hasattr(snapshot.process, "unit_noise") else None
-    digest = "sha256:" + hashlib.sha256(Path(persistence.resolve(path)).read_bytes()).hexdigest()[:12]
-    model = Model(label, str(path), snapshot.net, snapshot.encoder, kernel, digest)
-    model.label = label or f"D={model.D:g}"
-    return model
+    digest = cells.digest(persistence.resolve(path))
+    return Model(label or f"D={getattr(kernel, 'D', math.inf):g}", path, snapshot.net, snapshot.encoder, kernel, digest)
 
 
-def open_models(texts, device="cpu"):
-    """Models of several texts as `open_model` takes them, whose path may be a pattern; those of one pattern by D."""
+def open_models(texts: Sequence[str], device: str = "cpu") -> list[Model]:
+    """Models of "LABEL=PATTERN" or "PATTERN" (of snapshots or run folders); those of one pattern by D."""
     models = []
     for text in texts:
-        label, equals, path = text.partition("=")
+        label, equals, pattern = text.partition("=")
         if not equals or Path(text).exists() or glob.glob(text):
-            label, path = "", text
-        paths = sorted(glob.glob(path)) or [path]
-        found = [open_model(f"{label}={p}" if label else p, device) for p in paths]
+            label, pattern = "", text
+        found = [open_model(path, label, device) for path in sorted(glob.glob(pattern)) or [pattern]]
         models += sorted(found, key=lambda model: model.D)
     return models
 
@@ -96,7 +91,7 @@ def open_models(texts, device="cpu"):
 class Judge:
     """A detector and the reference features that all cells are compared with. Give either data or ref."""
 
-    def __init__(self, detector, data=None, ref=None, device="cpu"):
+    def __init__(self, detector: str, data: str | None = None, ref: str | None = None, device: str = "cpu"):
         self.detector = get_detector(detector, device)
         self.identity = identity_of(self.detector)
         if (data is None) == (ref is None):
@@ -109,7 +104,7 @@ class Judge:
             self.reference = collect_dataset(ImageFolderDataset(data), {self.identity: self.detector})[self.identity]
         self.name = f"{Path(data or ref).name}:{self.reference.count()}"
 
-    def score(self, batches, num_images):
+    def score(self, batches, num_images: int) -> dict:
         """{fd, fd_floor, fd_at_floor_size, agreement} of generated batches; agreement where the detector classifies."""
         found = collect(
             generated_batches(batches),
@@ -121,7 +116,10 @@ class Judge:
         return {name: result.get(name) for name in ("fd", "fd_floor", "fd_at_floor_size", "agreement")}
 
 
-def measure(model, setting, judge, seeds, policy="role", class_idx="balanced", batch=256, device="cpu"):
+def measure(
+    model: Model, setting: Setting, judge: Judge, seeds: Sequence[int], policy: str = "role", class_idx="balanced",
+    batch: int = 256, device: str = "cpu",
+) -> dict:  # fmt: skip
     """Scores of one cell (see `Judge.score`); the images exist in memory only."""
     batches = generate_images(
         quantize.quantize_weights(model.net, setting.bits, policy),
@@ -137,64 +135,72 @@ def measure(model, setting, judge, seeds, policy="role", class_idx="balanced", b
     return judge.score(batches, len(seeds))
 
 
-KEY = ("label", "snapshot", "sampling", "num", "alpha", "steps", "bits", "policy", "detector", "reference")
-
-
-def key_of(row):
-    """What a row measured, in a form that survives a CSV file."""
-    return tuple(str(row[name]) for name in KEY)
-
-
-def describe(model, setting, judge, first, num, policy):
+def describe(model: Model, setting: Setting, judge: Judge, first: int, num: int, policy: str) -> dict:
     """The columns of a row before its scores."""
+    rounded = setting.bits is not None
     return {
         "label": model.label, "D": f"{model.D:g}", "net": model.path, "snapshot": model.digest, "sampling": first, "num": num,
         "alpha": setting.alpha, "steps": setting.steps, "nfe": 2 * setting.steps - 1,
-        "bits": "none" if setting.bits is None else setting.bits,
-        "policy": "none" if setting.bits is None else policy, "detector": judge.identity, "reference": judge.name,
+        "bits": setting.bits if rounded else "none", "policy": policy if rounded else "none",
+        "detector": judge.identity, "reference": judge.name,
     }  # fmt: skip
 
 
-def run_grid(models, experiments, judge, samplings, num, known=(), on_row=None, policy="role", **options):
-    """{experiment: rows}: every model x sampling seed x value; a setting that two experiments share is measured once.
+def run_grid(
+    models: Sequence[Model],
+    experiments: dict[str, list],  # {name: [(value, Setting)]}; a setting that two share is measured once
+    judge: Judge,
+    samplings: Sequence[int],  # first seeds
+    num: int,  # images of each
+    folder: str | Path,  # finished cells are kept there
+    policy: str = "role",
+    progress: Callable = iter,
+    **options,  # of `measure`
+) -> dict[str, list[dict]]:
+    """{experiment: rows}: every model x sampling seed x value."""
+    grid = [(model, first) for model in models for first in samplings]
+    wanted = [(m, s, first) for m, first in grid for settings in experiments.values() for _, s in settings]
 
-    experiments: {name: [(value, Setting)]}; samplings: first seeds, `num` images each; known: rows of earlier runs, reused
-    where they measured the same; on_row: called with {experiment: rows so far} after every new cell. options: of `measure`.
-    """
-    done = {key_of(row): row for row in known}
+    def identity(model, setting, first):
+        columns = describe(model, setting, judge, first, num, policy)
+        return {k: v for k, v in columns.items() if k not in ("label", "net")} | {"class": options.get("class_idx")}
+
+    def work(model, setting, first):
+        return measure(model, setting, judge, range(first, first + num), policy, **options)
+
+    found = cells.run(wanted, work, folder, identity=identity, keep=is_writer(), progress=progress)
+    scores = iter(found)
     rows = {name: [] for name in experiments}
-    for model in models:
-        for first in samplings:
-            for name, settings in experiments.items():
-                for value, setting in settings:
-                    row = describe(model, setting, judge, first, num, policy)
-                    fresh = key_of(row) not in done
-                    if fresh:
-                        seeds = range(first, first + num)
-                        done[key_of(row)] = row | measure(model, setting, judge, seeds, policy, **options)
-                    value = "none" if value is None else value
-                    rows[name].append({**done[key_of(row)], **row, "experiment": name, "value": value})
-                    if on_row is not None:
-                        on_row(rows, fresh)
+    for model, first in grid:
+        for name, settings in experiments.items():
+            for value, setting in settings:
+                row = describe(model, setting, judge, first, num, policy) | next(scores)
+                rows[name].append(row | {"experiment": name, "value": "none" if value is None else value})
     return rows
 
 
-def summarize(rows, column="fd"):
+def summarize(rows: Sequence[dict], column: str = "fd") -> dict[str, dict]:
     """{label: {value: (mean, sd, number of training seeds)}}, labels and values in order of appearance.
 
     Sampling seeds are averaged first. sd: over training seeds, or over sampling seeds where there is one training.
     """
-    table = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for row in rows:
-        table[row["label"]][row["value"]][row["net"]].append(row[column])
-    result = {}
-    for label, values in table.items():
-        result[label] = {}
-        for value, nets in values.items():
-            found = [np.mean(v) for v in nets.values()] if len(nets) > 1 else next(iter(nets.values()))
-            sd = float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
-            result[label][value] = (float(np.mean(found)), sd, len(nets))
+    result = defaultdict(dict)
+    for label, nets in _by_training(rows, column).items():
+        for value in next(iter(nets.values())):
+            found = (
+                [np.mean(net[value]) for net in nets.values()] if len(nets) > 1 else next(iter(nets.values()))[value]
+            )
+            mean, sd = mean_and_deviation(found)
+            result[label][value] = (mean, 0.0 if math.isnan(sd) else sd, len(nets))
     return result
+
+
+def _by_training(rows: Sequence[dict], column: str) -> dict:
+    """{label: {net: {value: numbers of the sampling seeds}}}"""
+    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in rows:
+        found[row["label"]][row["net"]][row["value"]].append(row[column])
+    return found
 
 
 X_LABELS = {
@@ -204,7 +210,7 @@ X_LABELS = {
 }
 
 
-def plot(rows, experiment, stem):
+def plot(rows: Sequence[dict], experiment: str, stem: str | Path) -> list[Path]:
     """Frechet distance against the disturbance, one line per label with error bars; writes stem.png and stem.svg."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -235,57 +241,51 @@ def plot(rows, experiment, stem):
     return figures.save(fig, stem)
 
 
-def markdown(rows, experiment):
-    """A table: a line per label, a column per value, mean ± sd."""
+def markdown(rows: Sequence[dict], experiment: str) -> str:
+    """A table: a line per label, a column per value, mean ± sd; and the paired comparison where there is one."""
     table = summarize(rows)
     values = list(next(iter(table.values())))
-    lines = [f"| {experiment} | " + " | ".join(str(v) for v in values) + " |", "| --- " * (len(values) + 1) + "|"]
-    for label, line in table.items():
-        cells = [f"{mean:.2f} ± {sd:.2f}" if sd else f"{mean:.2f}" for mean, sd, _ in (line[v] for v in values)]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines = [
+        [label, *(f"{mean:.2f} ± {sd:.2f}" if sd else f"{mean:.2f}" for mean, sd, _ in (line[v] for v in values))]
+        for label, line in table.items()
+    ]
+    text = markdown_table([experiment, *values], lines)
     paired = forgiveness(rows, experiment)
     if paired and len(values) > 1:
-        title = (
-            f"Growth by the disturbance, minus that of {list(table)[-1]}: mean and 95 % interval over paired trainings"
-        )
-        lines += ["", title, "", f"| {experiment} | " + " | ".join(map(str, next(iter(paired.values())))) + " |"]
-        lines += ["| --- " * len(values) + "|"]
-        for label, line in paired.items():
-            lines.append(f"| {label} | " + " | ".join(f"{m:+.2f} ± {h:.2f}" for m, h in line.values()) + " |")
-    return "\n".join(lines)
+        lines = [[label, *(f"{m:+.2f} ± {h:.2f}" for m, h in line.values())] for label, line in paired.items()]
+        title = f"Growth by the disturbance, minus that of {list(table)[-1]}"
+        text += f"\n\n{title}: mean and 95 % interval over paired trainings\n\n"
+        text += markdown_table([experiment, *next(iter(paired.values()))], lines)
+    return text
 
 
-def forgiveness(rows, experiment, column="fd"):
+def forgiveness(rows: Sequence[dict], experiment: str, column: str = "fd") -> dict[str, dict]:
     """{label: {value: (mean, half-width)}}: how much more a label's distance grows by the disturbance than the last label's.
 
     Growth is against the undisturbed sampler (alpha 0, unrounded weights, the most steps). Paired by training seed, the i-th
     network of a label with the i-th of the last; half-width of the 95 % interval (Student's t). Empty unless all labels
     have equally many trainings, at least two.
     """
-    from scipy import stats
-
-    means = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for row in rows:
-        means[row["label"]][row["net"]][row["value"]].append(row[column])
+    trainings = _by_training(rows, column)
+    counts = {len(nets) for nets in trainings.values()}
+    if len(counts) > 1 or counts == {1}:
+        return {}
     values = list(dict.fromkeys(row["value"] for row in rows))
     base = "none" if experiment == "bits" else (min if experiment == "alpha" else max)(values)
     growth = {
-        label: np.array([[np.mean(net[v]) - np.mean(net[base]) for v in values] for net in nets.values()])
-        for label, nets in means.items()
-    }  # [trainings, values]
-    last = list(growth)[-1]
-    n = len(growth[last])
-    if n < 2 or any(len(found) != n for found in growth.values()):
-        return {}
+        label: {v: [np.mean(net[v]) - np.mean(net[base]) for net in nets.values()] for v in values if v != base}
+        for label, nets in trainings.items()
+    }
+    *others, last = growth
     table = {}
-    for label in list(growth)[:-1]:
-        difference = growth[label] - growth[last]
-        half = stats.t.ppf(0.975, n - 1) * difference.std(axis=0, ddof=1) / math.sqrt(n)
-        pairs = zip(values, difference.mean(axis=0), half, strict=True)
-        table[label] = {v: (float(m), float(h)) for v, m, h in pairs if v != base}
+    for label in others:
+        table[label] = {}
+        for value, found in growth[label].items():
+            mean, _, low, high = paired_difference(found, growth[last][value])
+            table[label][value] = (mean, (high - low) / 2)
     return table
 
 
-def is_writer():
+def is_writer() -> bool:
     """Whether this process writes files."""
     return dist.get_rank() == 0

@@ -1,11 +1,16 @@
 """One denoiser through many processes and solvers: error against the number of network evaluations (NFE)."""
 
+from __future__ import annotations
+
 import functools
 import math
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 
+from metrics.distances import frechet_distance
+from metrics.table import mean_and_error
 from simulations import toy_data
 from torch_utils.random import StackedRandomGenerator, hash_seed, seeded_generator
 from training import likelihood, samplers
@@ -36,38 +41,35 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 REFERENCE = "EDM Heun"  # which the other arms are compared with
 
 
-def steps_for(solver, nfe):
+def steps_for(solver: str, nfe: int) -> int:
     """Steps that spend at most `nfe` evaluations, the closing denoising included."""
     return (nfe + 1) // 2 if solver in IN_SIGMA else (nfe - 1) // 2 if solver == "flow" else nfe - 1
 
 
-def cells(nfes, grids=GRIDS, arms=ARMS, tolerances=TOLERANCES):
+def cells(
+    nfes: Sequence[int], grids: Sequence[str] = GRIDS, arms: Sequence[str] | None = None
+) -> list[tuple[str, str, float]]:
     """All (arm, grid, budget): Heun has one grid only; RK45 none, its budget is a tolerance < 1, not an NFE.
 
-    Raises ValueError for an unknown grid, or less than the 3 evaluations that a step of every solver and its end need.
+    Raises ValueError for an unknown arm or grid, or less than the 3 evaluations that a step of every solver and its end
+    need. arms: names, all by default.
     """
-    if unknown := set(grids) - set(GRIDS):
-        raise ValueError(f"--grids: {min(unknown)!r} is unknown; choose some of {', '.join(GRIDS)}")
+    for option, names, known in (("--arms", arms or (), ARMS), ("--grids", grids, GRIDS)):
+        if unknown := next((name for name in names if name not in known), None):
+            raise ValueError(f"{option}: {unknown!r} is unknown; choose some of {', '.join(known)}")
     if min(nfes) < 3:
         raise ValueError(f"--nfe={min(nfes)}: give at least 3 network evaluations")
     chosen = []
-    for arm, (_, _, solver) in arms.items():
+    for arm in arms or ARMS:
+        solver = ARMS[arm][2]
         if solver == "ode":
-            chosen += [(arm, "adaptive", tolerance) for tolerance in tolerances]
+            chosen += [(arm, "adaptive", tolerance) for tolerance in TOLERANCES]
         else:
             chosen += [(arm, g, n) for g in (("sigma",) if solver in IN_SIGMA else grids) for n in nfes]
     return chosen
 
 
-def choose_arms(names=None):
-    """The arms of these names, all by default. Raises ValueError that lists the known ones."""
-    for name in names or ():
-        if name not in ARMS:
-            raise ValueError(f"--arms: {name!r} is unknown; choose some of {', '.join(ARMS)}")
-    return {name: ARMS[name] for name in names or ARMS}
-
-
-def arm_process(arm, learned=None):
+def arm_process(arm: str, learned: Learned | None = None):
     """The process of an arm. learned: stands in for the one that `learned` arms have, whose matrices are random."""
     name, options, _ = ARMS[arm]
     if name == "learned" and learned is not None:
@@ -91,7 +93,7 @@ class Counted:
 
 
 @torch.no_grad()
-def sample(net, cell, shape, seed, labels=None, learned=None, dtype=torch.float32):
+def sample(net, cell: tuple, shape: tuple, seed: int, labels=None, learned=None) -> tuple[torch.Tensor, int]:
     """(samples [N, *data_shape], network evaluations) of a cell, with all draws from one seed."""
     arm, grid, budget = cell
     solver, process, net = ARMS[arm][2], arm_process(arm, learned), Counted(net)
@@ -107,22 +109,22 @@ def sample(net, cell, shape, seed, labels=None, learned=None, dtype=torch.float3
     else:
         options = dict(num_steps=max(1, steps_for(solver, budget)), randn_like=randn_like)
     images = RUN[solver](net, process, start, labels, **options, **ends)
-    return images.to(dtype), net.calls
+    return images.to(torch.float32), net.calls
 
 
-def row(cell, nfe, seed, error, **more):
+def row(cell: tuple, nfe: int, seed: int, error: float, **more) -> dict:
     """A result as plain data; RK45's budget is kept as its tolerance."""
     arm, grid, budget = cell
     more = {"tolerance": budget, **more} if grid == "adaptive" else more
     return dict(arm=arm, grid=grid, nfe=nfe if grid == "adaptive" else budget, seed=seed, error=error, **more)
 
 
-def cell_of(row):
+def cell_of(row: dict) -> tuple[str, str, float]:
     """The cell that a row belongs to."""
     return row["arm"], row["grid"], row.get("tolerance", row["nfe"])
 
 
-def sliced_wasserstein(x, y, num=64, seed=0):
+def sliced_wasserstein(x: torch.Tensor, y: torch.Tensor, num: int = 64) -> float:
     """Sliced 2-Wasserstein distance of two equally many points [N, 2], over `num` directions."""
     angle = torch.arange(num, dtype=torch.float64) * math.pi / num
     directions = torch.stack([angle.cos(), angle.sin()])  # [2, num]
@@ -143,7 +145,7 @@ class Affine:
         return self.mean + (y - self.mean) / (1 + sigma**2 / self.sigma_data**2)
 
 
-def exact_error(cell, mean=0.3, std=0.5, learned=None):
+def exact_error(cell: tuple, mean: float = 0.3, std: float = 0.5, learned: Learned | None = None) -> float:
     """2-Wasserstein distance between N(mean, std^2) and the exact law that an arm samples for it: no Monte Carlo.
 
     Every fixed-step solver is affine in its normal draws for a Gaussian: one run with unit vectors for draws gives the law.
@@ -164,13 +166,15 @@ def exact_error(cell, mean=0.3, std=0.5, learned=None):
     return math.hypot(float(out[0]) - mean, float((out[1:] - out[0]).norm()) - std)
 
 
-def exact_rows(chosen, learned=None, progress=iter):
+def exact_rows(chosen: list, learned: Learned | None = None, progress: Callable = iter) -> list[dict]:
     """Rows of `exact_error` for the chosen cells, see `row`; RK45, whose steps depend on the state, is left out."""
     chosen = [cell for cell in chosen if cell[1] != "adaptive"]
     return [row(cell, cell[2], 0, exact_error(cell, learned=learned)) for cell in progress(chosen)]
 
 
-def mixture_rows(chosen, seeds, num=4096, learned=None, progress=iter):
+def mixture_rows(
+    chosen: list, seeds: Sequence[int], num: int = 4096, learned: Learned | None = None, progress: Callable = iter
+) -> list[dict]:
     """Rows of the chosen cells: sliced W2 to fresh exact samples, and the seconds of sampling; arm "data" is the floor."""
     truth = toy_data.mixture()
     net = truth.denoiser(0.5)
@@ -185,12 +189,14 @@ def mixture_rows(chosen, seeds, num=4096, learned=None, progress=iter):
     return rows
 
 
-def digit_rows(snapshot, features, heldout, cell, seed, per_source=100, learned=None):
+@torch.no_grad()
+def digit_rows(
+    snapshot, features: Callable, heldout: dict, cell: tuple, seed: int, per_source: int, learned=None
+) -> list:
     """Rows of a cell and a sampling seed: Frechet distance per source in `features`.
 
     snapshot: torch_utils.persistence.Snapshot; features: callable uint8 images -> [N, F]; heldout: {source: uint8 images}.
     """
-    from metrics.distances import frechet_distance
 
     def moments(images):
         seen = torch.as_tensor(features(images)).double()
@@ -205,13 +211,7 @@ def digit_rows(snapshot, features, heldout, cell, seed, per_source=100, learned=
     return [row(cell, nfe, seed, float(e), source=k, per_source=per_source) for k, e in errors.items()]
 
 
-def mean_and_error(values):
-    """(mean, standard error of the mean; 0 for a single value)."""
-    values = torch.tensor(values, dtype=torch.float64)
-    return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def summarise(rows):
+def summarise(rows: Sequence[dict]) -> dict[tuple, tuple[float, float]]:
     """{(arm, grid, nfe, source or None): (mean, standard error over seeds)}; nfe of RK45: the mean, rounded."""
     groups = {}
     for entry in rows:
@@ -219,11 +219,11 @@ def summarise(rows):
     stats = {}
     for (arm, grid, _, source), entries in groups.items():
         nfe = round(sum(entry["nfe"] for entry in entries) / len(entries))
-        stats[arm, grid, nfe, source] = mean_and_error([entry["error"] for entry in entries])
+        stats[arm, grid, nfe, source] = mean_and_error(entry["error"] for entry in entries)
     return stats
 
 
-def differences(rows, reference=REFERENCE):
+def differences(rows: Sequence[dict], reference: str = REFERENCE) -> dict[tuple, tuple[float, float]]:
     """{(arm, grid, source or None): (mean, standard error)} of the errors less the reference's, at the largest budgets.
 
     The arms' draws are independent of each other in all but the start, so errors add in squares. Arms with one seed, which
@@ -241,10 +241,7 @@ def differences(rows, reference=REFERENCE):
     }
 
 
-# The bound does not depend on the path.
-
-
-def bound_processes(learned=None):
+def bound_processes(learned: Learned | None = None) -> dict[str, LinearProcess]:
     """{name: process} of `bound_rows`: the named ones, one with random matrices, and a learned one if there is."""
     generator = torch.Generator().manual_seed(0)
     q, b = (torch.randn(3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -258,7 +255,10 @@ def bound_processes(learned=None):
 
 
 @torch.no_grad()
-def bound_rows(net, x, labels, num_samples=64, common=False, seed=0, learned=None, progress=iter):
+def bound_rows(
+    net, x: torch.Tensor, labels, num_samples: int = 64, common: bool = False, seed: int = 0, learned=None,
+    progress: Callable = iter,
+) -> list[dict]:  # fmt: skip
     """Rows {process, image, bits, sigma_min, sigma_max} of the ELBO with a 256-level decoder, between the same ends.
 
     x: [N, *data_shape] on [-1, 1]. Matched prior; sigma from 0.002 to the least sigma(T) of the processes. common: the

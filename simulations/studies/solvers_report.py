@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 
 from metrics import figures
-from simulations.studies.solvers import ARMS, IN_SIGMA, REFERENCE, differences, mean_and_error, summarise
+from metrics.table import markdown, mean_and_error
+from simulations.studies.solvers import ARMS, IN_SIGMA, REFERENCE, differences, summarise
 
 TITLES = {
     "gaussian": ("Gaussian, exact", "Wasserstein error"),
@@ -16,7 +17,7 @@ HUES = "333333 999999 D9730D C0392B 3C8F3A 2A6FBB 7FB2E5 8E44AD C58FD9 8C6D1F D4
 COLORS = {arm: f"#{hue}" for arm, hue in zip(ARMS, HUES.split(), strict=True)}
 
 
-def read(dest):
+def read(dest: str | Path) -> dict[str, list[dict]]:
     """{experiment: rows} of what lies in the folder. Raises ValueError if nothing does."""
     found = {name: Path(dest) / f"{name}.json" for name in (*TITLES, "bound")}
     rows = {name: json.loads(path.read_text()) for name, path in found.items() if path.is_file()}
@@ -25,7 +26,7 @@ def read(dest):
     return rows
 
 
-def over_sources(stats):
+def over_sources(stats: dict[tuple, tuple[float, float]]) -> dict[tuple, tuple[float, float]]:
     """{(arm, grid, nfe): (mean, standard error)} averaged over sources, whose errors are independent."""
     groups = {}
     for (arm, grid, nfe, _), value in stats.items():
@@ -33,7 +34,7 @@ def over_sources(stats):
     return {key: (sum(m for m, _ in v) / len(v), sum(e**2 for _, e in v) ** 0.5 / len(v)) for key, v in groups.items()}
 
 
-def plot_solvers(dest, stem, grids=("uniform", "quadratic")):
+def plot_solvers(dest: str | Path, stem: str | Path, grids: tuple = ("uniform", "quadratic")) -> str:
     """Draw one panel per experiment and grid at `stem`, and the agreement of the arms on digits at `stem`-sources.
 
     Returns Markdown tables. Arms without a time grid (Heun, RK45) are in both rows.
@@ -100,22 +101,18 @@ def _agreement(rows, stem):
     figures.save(fig, stem, dpi=110)
 
 
-def fixed_nfes(rows):
+def fixed_nfes(rows: list[dict]) -> list[int]:
     """The numbers of evaluations that were asked for."""
     return sorted({row["nfe"] for row in rows if row["nfe"] and "tolerance" not in row})
 
 
-def markdown(header, lines):
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
-
-
-def number(value):
+def number(value: tuple[float, float]) -> str:
     """mean +- standard error, without the latter where there is none."""
     mean, error = value
     return f"{mean:.3g}" + (f" ± {error:.1g}" if error else "")
 
 
-def table(name, rows):
+def table(name: str, rows: list[dict]) -> str:
     """A line per arm and grid, a column per number of evaluations, mean +- standard error over seeds, per source."""
     sources = sorted({row["source"] for row in rows if "source" in row}) or [None]
     nfes, stats, lines, adaptive = fixed_nfes(rows), summarise(rows), [], []
@@ -131,7 +128,7 @@ def table(name, rows):
     return markdown([TITLES[name][0], "grid", *map(str, nfes)], lines) + "".join(f"\n\n{line}" for line in adaptive)
 
 
-def difference_table(rows):
+def difference_table(rows: list[dict]) -> str:
     """Error less the reference's at the largest budget, per source, with the largest deviation in standard errors."""
     found = differences(rows)
     sources = sorted({key[2] for key in found})
@@ -143,23 +140,18 @@ def difference_table(rows):
     return markdown([f"less {REFERENCE}", "grid", *(f"source {s}" for s in sources), "largest / s.e."], lines)
 
 
-def bound_table(rows):
+def bound_table(rows: list[dict]) -> str:
     """Bits/dim per process, its difference from the first one per image, and the same with common draws."""
     by = {}
     for row in rows:
         by.setdefault((row["draws"], row["process"]), []).append(row["bits"])
-    names, lines = list(dict.fromkeys(row["process"] for row in rows)), []
-    for name in names:
-        gaps = {
-            draws: [a - b for a, b in zip(by[draws, name], by[draws, names[0]], strict=True)]
-            for draws in ("own", "common")
-        }
-        cells = (
-            ["", ""]
-            if name == names[0]
-            else [number(mean_and_error(gaps["own"])), f"{max(map(abs, gaps['common'])):.1g}"]
-        )
-        lines.append([name, number(mean_and_error(by["own", name])), *cells])
+    first, *others = dict.fromkeys(row["process"] for row in rows)
+    lines = [[first, number(mean_and_error(by["own", first])), "", ""]]
+    for name in others:
+        own, common = ([a - b for a, b in zip(by[d, name], by[d, first], strict=True)] for d in ("own", "common"))
+        gaps = [number(mean_and_error(own)), f"{max(map(abs, common)):.1g}"]
+        lines.append([name, number(mean_and_error(by["own", name])), *gaps])
     ends = f"sigma {rows[0]['sigma_min']:.3g} to {rows[0]['sigma_max']:.3g}"
-    header = [f"bound, {ends}", "bits/dim", f"less {names[0]}, own draws", "largest gap of an image, common draws"]
-    return markdown(header, lines)
+    return markdown(
+        [f"bound, {ends}", "bits/dim", f"less {first}, own draws", "largest gap of an image, common draws"], lines
+    )

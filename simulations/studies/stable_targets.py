@@ -17,7 +17,10 @@ EDGES = (0.0, 0.2, 0.6, 2.0, math.inf)  # noise levels between which the loss is
 
 
 @torch.no_grad()
-def loss_statistics(net, kernel, dataset, encoder, P_mean, P_std, num=4096, num_references=512, batch=64, seed=0):
+def loss_statistics(
+    net: torch.nn.Module, kernel, dataset, encoder, P_mean: float, P_std: float, num: int = 4096,
+    num_references: int = 512, batch: int = 64, seed: int = 0,
+) -> list[dict]:  # fmt: skip
     """Rows of {levels, target, count, mean, variance, target_variance} per image, without uncertainty weighting.
 
     target: "image" or "stable"; levels: "all" or a range of noise levels. mean, variance: of the loss over images.
@@ -35,7 +38,7 @@ def loss_statistics(net, kernel, dataset, encoder, P_mean, P_std, num=4096, num_
         index = torch.randint(len(clean), [n], generator=generator, device=device)
         return clean[index], None if labels is None else labels[index]
 
-    loss = EDM2Loss(P_mean, P_std, getattr(net, "sigma_data", 0.5), kernel=kernel, uncertainty=False)
+    loss = EDM2Loss(P_mean, P_std, net.sigma_data, kernel=kernel, uncertainty=False)
     D = getattr(kernel, "D", math.inf)
     stable = StableTargets(references, num_references, D)
     exact = PosteriorMean(clean, D, labels)
