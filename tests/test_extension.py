@@ -79,7 +79,7 @@ def test_noise_kernel(digits, tmp_path, monkeypatch):
     assert torch.equal(batch.noise[3:4], Laplace().unit_noise([1, 1, 8, 8], torch.Generator().manual_seed(3)))
     loss = EDM2Loss(kernel=Laplace())
     draws = loss.draw(torch.zeros(4000, 1, 1, 1), generator=torch.Generator().manual_seed(0))
-    unit = (draws.noise / draws.sigma).flatten()
+    unit = (draws.noise / draws.sigma.reshape(-1, 1, 1, 1)).flatten()
     assert float(unit.var()) == pytest.approx(1, abs=0.1) and float(unit.pow(4).mean()) == pytest.approx(6, abs=1.5)
 
 

@@ -7,8 +7,10 @@ import pytest
 import scipy.stats
 import torch
 
+from torch_utils.random import StackedRandomGenerator
 from training import losses, processes
 from training.losses import Draws, EDM2Loss, EDMLoss, Objective, StableTargets, VELoss, VPLoss, stf_targets
+from training.losses.process import ProcessLoss
 
 
 class Linear(torch.nn.Module):
@@ -42,7 +44,7 @@ def test_edm2_value_for_recorded_draws(images):
     r = torch.randn([6, 1, 1, 1], generator=again).double().numpy()  # the noise level first ...
     n = torch.randn([6, 1, 4, 4], generator=again).double().numpy()  # ... then the noise
     sigma, y = np.exp(-0.8 + 1.6 * r), images.double().numpy()
-    np.testing.assert_allclose(draws.sigma.numpy(), sigma, rtol=1e-5)
+    np.testing.assert_allclose(draws.sigma.numpy(), sigma.flatten(), rtol=1e-5)
     np.testing.assert_allclose(draws.noise.numpy(), sigma * n, rtol=1e-5, atol=1e-7)
     u = 0.3 * np.log(sigma)
     weight = (sigma**2 + 0.49) / (sigma * 0.7) ** 2
@@ -59,9 +61,8 @@ def test_one_call_is_the_two_phases_with_the_global_generator(images):
     torch.manual_seed(4)
     r, n = torch.randn(6, 1, 1, 1), torch.randn(6, 1, 4, 4)
     sigma = (r * 1.0 - 0.4).exp()
-    parts = loss.evaluate(
-        net, Draws(images=images, sigma=sigma, noise=sigma * n, labels=None, augment_labels=None, targets=None)
-    )
+    draws = dict(images=images, sigma=sigma.flatten(), weight=loss.weight(sigma.flatten()), noise=sigma * n)
+    parts = loss.evaluate(net, Draws(draws, labels=None, augment_labels=None, targets=None))
     torch.testing.assert_close(whole, parts)
 
 
@@ -71,18 +72,19 @@ def test_draw_order_is_level_augmentation_noise(images):
 
     draws = EDMLoss(augment=augment).draw(images, generator=generator(2))
     again = generator(2)
-    r = torch.randn([6, 1, 1, 1], generator=again)
+    r = torch.randn([6], generator=again)
     shift = torch.rand([6, 1, 1, 1], generator=again)
     n = torch.randn([6, 1, 4, 4], generator=again)
     torch.testing.assert_close(draws.sigma, (r * 1.2 - 1.2).exp())
     torch.testing.assert_close(draws.images, images + shift)
-    torch.testing.assert_close(draws.noise, n * draws.sigma)
+    sigma = draws.sigma.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(draws.noise, n * sigma)
     net = Linear()
     loss = EDMLoss(augment=augment)
     result = loss.evaluate(net, draws)
     assert torch.equal(net.seen["augment_labels"], torch.ones(6, 9))
     residual = 0.6 * (draws.images + draws.noise) - draws.images
-    torch.testing.assert_close(result, (draws.sigma**2 + 0.25) / (draws.sigma * 0.5) ** 2 * residual**2)
+    torch.testing.assert_close(result, (sigma**2 + 0.25) / (sigma * 0.5) ** 2 * residual**2)
 
 
 def test_a_single_index_keeps_the_example_axis(images):
@@ -102,9 +104,8 @@ def test_indexing_selects_examples(images, index):
     assert torch.equal(part.labels, labels[index]) and torch.equal(part["noise"], draws.noise[index])
     torch.testing.assert_close(loss.evaluate(net, part), loss.evaluate(net, draws)[index])
     joined = Draws.cat([draws[:2], draws[2:]])
-    assert (
-        all(torch.equal(joined[k], draws[k]) for k in ("images", "sigma", "noise", "labels")) and joined.targets is None
-    )
+    assert all(torch.equal(joined[k], draws[k]) for k in ("images", "sigma", "weight", "noise", "labels"))
+    assert joined.targets is None
 
 
 def test_label_dropout_zeroes_whole_labels_at_its_rate():
@@ -120,7 +121,7 @@ def test_label_dropout_zeroes_whole_labels_at_its_rate():
 
 
 def sigmas(loss, n=4000):
-    return loss.draw(torch.zeros(n, 1, 1, 1), generator=generator(5)).sigma.double().flatten().numpy()
+    return loss.draw(torch.zeros(n, 1, 1, 1), generator=generator(5)).sigma.double().numpy()
 
 
 @pytest.mark.parametrize(
@@ -150,8 +151,9 @@ def test_expected_loss_of_a_linear_denoiser(D):
     images = torch.randn(n, 1, 2, 2, generator=generator(7)) * 0.5
     loss = EDMLoss(kernel=processes.get("pfgmpp", D=D))
     draws = loss.draw(images, generator=generator(8))
-    draws["noise"] = draws.noise / draws.sigma * 0.3
+    draws["noise"] = draws.noise / draws.sigma.reshape(-1, 1, 1, 1) * 0.3
     draws["sigma"] = torch.full_like(draws.sigma, 0.3)
+    draws["weight"] = loss.weight(draws.sigma)
     values = loss.evaluate(Linear(c), draws).detach().double().mean(dim=(1, 2, 3)).numpy()
     inflation = 1 if math.isinf(D) else D / (D - 2)
     power = images.double().square().mean().item()
@@ -214,8 +216,9 @@ def test_stable_targets_stay_within_the_source():
     assert len(mixed) and bool(((mixed > 0.2) & (mixed < 0.8)).all())  # a dropped label belongs to every source
     net = Linear()
     residual = 0.6 * (draws.images + draws.noise) - draws.targets
-    weight = (draws.sigma**2 + 0.25) / (draws.sigma * 0.5) ** 2
-    u = 0.3 * draws.sigma.log()
+    sigma = draws.sigma.reshape(-1, 1, 1, 1)
+    weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+    u = 0.3 * sigma.log()
     torch.testing.assert_close(loss.evaluate(net, draws), weight / u.exp() * residual**2 + u)
     with pytest.raises(ValueError, match="stf-refs"):
         stf_targets(images[:1], pool, torch.ones(1), mask=torch.zeros(1, 100, dtype=torch.bool))
@@ -243,6 +246,58 @@ def test_objective_trains_the_parameters_of_the_loss():
     draws = objective.loss.draw(torch.randn(3, 1, 2, 2))
     torch.testing.assert_close(objective(draws), objective.loss.evaluate(net, draws))
     assert set(objective.state_dict()) == {"net.c", "loss.scale"}
+
+
+class ByTheContract(torch.nn.Module):
+    """D(x) = c(sigma) x, with sigma used as the contract has it: a vector [N]."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones([]))
+
+    def forward(self, x, sigma, class_labels=None):
+        return self.scale * x * 0.25 / (0.25 + sigma[:, None, None, None] ** 2)
+
+
+@pytest.mark.parametrize("loss", [EDMLoss(), VPLoss(), VELoss(), ProcessLoss(processes.get("cld"))])
+def test_sigma_reaches_the_network_as_a_vector(loss, images):
+    draws = loss.draw(images, generator=generator(1))
+    assert draws.sigma.shape == draws.weight.shape == (6,)
+    net = ByTheContract()
+    losses = Objective(net, loss)(draws)
+    assert losses.shape == images.shape
+    sigma = draws.sigma.reshape(-1, 1, 1, 1)
+    residual = (images + draws.noise) * 0.25 / (0.25 + sigma**2) - images
+    torch.testing.assert_close(losses, draws.weight.reshape(-1, 1, 1, 1) * residual**2, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [[6, 1], [6, 4, 4], [6, 6, 1, 4, 4], [1], [], [6, 1, 4, 2]])
+def test_a_loss_of_another_shape_is_refused(images, shape):
+    class Odd(EDMLoss):
+        def evaluate(self, net, draws):
+            return torch.zeros(shape)
+
+    draws = EDMLoss().draw(images)
+    with pytest.raises(ValueError, match=r"it must be \[6\] or \[6, 1, 4, 4\]") as error:
+        Objective(Linear(), Odd())(draws)
+    assert "\n" not in str(error.value)
+
+
+def test_a_network_that_broadcasts_sigma_is_refused():
+    """Five and seven axes broadcast against images, and training would seem to work."""
+    draws = EDMLoss().draw(torch.randn(4, 1, 4, 4))
+    draws["sigma"] = draws.sigma[:, None]
+    with pytest.raises(ValueError, match="sigma as"):
+        Objective(ByTheContract(), EDMLoss())(draws)
+
+
+@pytest.mark.parametrize("n", [1, 6, 33])
+def test_a_vector_of_draws_is_a_column_of_draws(n):
+    """Why noise levels are the same numbers whatever their shape."""
+    for draw in (torch.randn, torch.rand):
+        assert torch.equal(draw([n], generator=generator(n)), draw([n, 1, 1, 1], generator=generator(n)).flatten())
+    one, other = (StackedRandomGenerator("cpu", range(n)) for _ in range(2))
+    assert torch.equal(one.randn([n]), other.randn([n, 1, 1, 1]).flatten())
 
 
 def test_learning_rate_schedule_is_offered_beside_the_losses():

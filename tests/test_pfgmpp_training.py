@@ -148,7 +148,7 @@ def test_expected_loss_of_a_linear_denoiser(D):
     images = 0.5 * torch.randn([1, 3, 4, 4], generator=seeded(1)).expand(count, -1, -1, -1)
     draws = loss.draw(images, None, seeded(2))
     measured = loss.evaluate(lambda x, sigma, labels: c * x, draws).double().flatten(1).mean(1)
-    sigma = draws.sigma.flatten().double()
+    sigma = draws.sigma.double()
     inflation = 1.0 if math.isinf(D) else D / (D - 2)
     weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
     expected = weight * (c**2 * sigma**2 * inflation + (1 - c) ** 2 * images[0].double().square().mean())
@@ -219,15 +219,15 @@ def test_targets_stay_within_the_label():
     stable = losses.StableTargets(lambda n, generator: (y[:n], onehot[:n]), 60, D=16.0)
     images, labels = torch.randn([4, 1, 2, 2], generator=seeded(11)), torch.eye(3)[[0, 1, 2, 0]]
     labels[3] = 0
-    sigma = torch.full([4, 1, 1, 1], 2.0)
-    noise = sigma * torch.randn(images.shape, generator=seeded(12))
+    sigma = torch.full([4], 2.0)
+    noise = 2.0 * torch.randn(images.shape, generator=seeded(12))
     draws = losses.Draws(images=images, sigma=sigma, noise=noise, labels=labels, augment_labels=None, targets=None)
     targets = stable(draws, None)
     for i in range(4):
         own = y if i == 3 else y[source == i]
         # Images of the batch with the same label are references too, first of all the example's own.
         batch = images if i == 3 else images[i : i + 1]
-        expected, _ = plain_targets((images + noise)[i : i + 1], torch.cat([batch, own]), sigma[i].flatten(), 16.0)
+        expected, _ = plain_targets((images + noise)[i : i + 1], torch.cat([batch, own]), sigma[i : i + 1], 16.0)
         np.testing.assert_allclose(targets[i : i + 1], expected, atol=1e-6)
 
 
@@ -274,6 +274,13 @@ def test_draws_with_stable_targets_do_not_depend_on_the_split(digits):
     assert not torch.equal(whole.targets, whole.images)
     for other in (draws(2, 3), draws(3, 5), draws(1, 1)):
         assert torch.equal(whole.targets, other.targets) and torch.equal(whole.noise, other.noise)
+
+
+@pytest.mark.parametrize("process", ["edm", "vp", "cld"])
+def test_stable_targets_of_gaussian_noise_are_gaussian(digits, process):
+    """A linear process has a matrix D, which is no number of augmented dimensions."""
+    config = make_config("digits8", data=str(digits), process=process, stf=True)
+    assert math.isinf(setup.build_loss(config, None).stable_targets.D)
 
 
 def test_references_are_augmented_as_the_images_are(digits):

@@ -23,7 +23,7 @@ class Exact(torch.nn.Module):
     sigma_data = S
 
     def forward(self, x, sigma, class_labels=None):
-        return x * S**2 / (S**2 + sigma**2)
+        return x * S**2 / (S**2 + sigma.reshape(-1, 1, 1, 1) ** 2)
 
 
 def data(n=4096):
@@ -93,13 +93,14 @@ def test_float32_keeps_the_noise_prediction_at_low_noise():
     loss = ProcessLoss(processes.get("cld"), S, "uniform", "reweightedv2", t_min=1e-5)
     draws = loss.draw(1 + data(256), None, torch.Generator().manual_seed(0))
     sigma = torch.full_like(draws.sigma, 1e-7)
-    draws.update(sigma=sigma, noise=draws.noise / draws.sigma * sigma, weight=sigma**-2)
+    noise = draws.noise / draws.sigma.reshape(-1, 1, 1, 1) * 1e-7
+    draws.update(sigma=sigma, noise=noise, weight=sigma**-2)
 
     class Given(torch.nn.Module):  # y itself: with the exact y the error is the noise
         def forward(self, x, sigma, class_labels=None):
             return x
 
-    ratio = loss.evaluate(Given(), draws).mean() / (draws.noise / sigma).square().mean()
+    ratio = loss.evaluate(Given(), draws).mean() / (draws.noise / 1e-7).square().mean()
     assert abs(ratio - 1) < 1e-3
 
 

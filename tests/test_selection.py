@@ -40,7 +40,7 @@ class ValueLoss(Loss):
     """The loss of an example is net(its image): known losses for learner and reference. sigma counts the examples."""
 
     def draw(self, images, labels=None, generator=None):
-        sigma = torch.arange(1.0, len(images) + 1).reshape(-1, 1, 1, 1)
+        sigma = torch.arange(1.0, len(images) + 1)
         return Draws(images=images, sigma=sigma, noise=torch.zeros_like(images), labels=labels)
 
     def evaluate(self, net, draws):
@@ -248,11 +248,9 @@ def test_cheap_scores():
             torch.testing.assert_close(sigma, drawn.sigma / 2)
             # D(y) = y: the loss is lambda(sigma / 2) times the mean square of the averaged noise.
             n = torch.nn.functional.avg_pool2d(drawn.noise, 2).square().mean(dim=(1, 2, 3))
-            s = drawn.sigma.flatten() / 2
+            s = drawn.sigma / 2
             losses = (s**2 + 0.25) / (0.5 * s) ** 2 * n
-            assert sorted(chosen.sigma.flatten().tolist()) == sorted(
-                drawn.sigma.flatten()[losses.topk(4).indices].tolist()
-            )
+            assert sorted(chosen.sigma.tolist()) == sorted(drawn.sigma[losses.topk(4).indices].tolist())
     with pytest.raises(ValueError, match="even side"):
         step(LossSelector(hard_loss, cheap="lowres"), Objective(Affine(), ValueLoss()), PointFeed(range(8), side=1))
 

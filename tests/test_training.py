@@ -330,7 +330,7 @@ def test_gradient_is_a_sum_over_values_and_a_mean_over_the_batch(tmp_path):
     candidates = Candidates(loop.feed, loop.encoder, loop.objective.loss, 0, 32, 32, 0)
     (draws,) = list(candidates)
     y, n, sigma = (draws[k].double().numpy() for k in ("images", "noise", "sigma"))
-    weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+    weight = ((sigma**2 + 0.25) / (sigma * 0.5) ** 2).reshape(-1, 1, 1, 1)
     expected = 3.0 * (weight * 2 * (0.5 * (y + n) - y) * (y + n)).sum() / 32
     loop.step()
     assert float(loop.objective.net.w.grad) == pytest.approx(expected, rel=1e-4)

@@ -44,7 +44,7 @@ def test_loss_is_the_published_score_matching_loss():
     loss = TreeLoss(mixture)
     (_, points, _), *_ = TreeFeed(mixture, block=512).blocks(0, 512)
     draws = loss.draw(points, generator=torch.Generator().manual_seed(0))
-    x, sigma = (draws.images + draws.noise).flatten(1), draws.sigma.flatten()
+    x, sigma = (draws.images + draws.noise).flatten(1), draws.sigma
     exact = tree.ground_truth("A", dtype=torch.float64).score(x.double(), sigma.double())
     expected = sigma.double() ** 2 * (exact - net.score(x, sigma).double()).square().mean(dim=1)
     torch.testing.assert_close(loss.evaluate(net, draws).double(), expected, rtol=1e-2, atol=1e-5)
@@ -146,7 +146,7 @@ def test_interpolation_trains_the_guided_network():
     assert torch.equal(plain.evaluate(guide, draws), guided.evaluate(guide, draws))
     noisy, sigma = draws.images + draws.noise, draws.sigma
     mixed = guide(noisy, sigma) + 3 * (learner(noisy, sigma) - guide(noisy, sigma))
-    expected = ((mixed - draws.targets) ** 2 / sigma**2).flatten(1).mean(1)
+    expected = (mixed - draws.targets).flatten(1).square().mean(1) / sigma**2
     torch.testing.assert_close(guided.evaluate(learner, draws), expected, rtol=2e-2, atol=1e-4)
 
 

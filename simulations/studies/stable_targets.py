@@ -12,6 +12,7 @@ from torch_utils.random import seeded_generator
 from training.dataset import load_arrays
 from training.losses import Draws, EDM2Loss, StableTargets
 from training.processes.pfgmpp import PosteriorMean
+from training.processes.states import expand
 
 EDGES = (0.0, 0.2, 0.6, 2.0, math.inf)  # noise levels between which the loss is also reported
 
@@ -51,10 +52,10 @@ def loss_statistics(
         center = exact(draws.images + draws.noise, draws.sigma, draws.labels)
         for name, target in (("image", draws.images), ("stable", stable(draws, generator))):
             losses = loss.evaluate(net, Draws({**draws, "targets": target}))
-            spread = loss.weight(draws.sigma) * (target - center).square()
+            spread = expand(draws.weight, center) * (target - center).square()
             for found, values in zip(parts[name], (losses, spread), strict=True):
                 found.append(values.double().flatten(1).mean(1).cpu())
-        sigmas.append(draws.sigma.flatten().cpu())
+        sigmas.append(draws.sigma.cpu())
     sigma = torch.cat(sigmas)
     rows = []
     for low, high in [(0.0, math.inf), *zip(EDGES[:-1], EDGES[1:], strict=True)]:

@@ -29,7 +29,7 @@ def _points(cls, min_depth, num, seed, P_mean, P_std, level, device):
     feed = TreeFeed(mixture, seed, block=num, device=device)
     loss = TreeLoss(mixture, P_mean, P_std)
     if level is not None:
-        loss.sample_sigma = lambda shape, generator, device: torch.full(shape, level, device=device)
+        loss.sample_sigma = lambda n, generator, device: torch.full([n], level, device=device)
     (_, points, _), *_ = feed.blocks(0, num)
     return loss, loss.draw(points, generator=seeded_generator(feed.device, seed, 3))
 

@@ -5,20 +5,26 @@ targets) and depends on no learned parameter; `evaluate` is a deterministic func
 set of draws can be scored by several networks, selected from, split into micro-batches or repeated.
 """
 
+from __future__ import annotations
+
 import numbers
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch import Generator, Tensor
 
 from torch_utils import persistence
 from torch_utils.random import default_generator
 from training.processes import GaussianKernel
+from training.processes.states import expand
 
 
 class Draws(dict):
     """Named tensors with a common first axis N (or None): what one loss evaluation needs besides the network.
 
     Entries are attributes too. `draws[idx]` with a tensor, slice, list or number selects examples; with a string it is
-    the dict entry. Denoising losses use images [N, ...] (clean, augmented), sigma [N, 1, ...], noise [N, ...]
+    the dict entry. Denoising losses use images [N, ...] (clean, augmented), sigma [N] and weight [N], noise [N, ...]
     (already times sigma), labels [N, K] or None, augment_labels [N, A] or None, targets [N, ...] or None; a loss of
     your own may add any others.
     """
@@ -43,14 +49,12 @@ class Draws(dict):
         return iter(self.keys())
 
     @staticmethod
-    def cat(parts):
-        """One Draws from a list of them, in order."""
+    def cat(parts: Iterable[Draws]) -> Draws:
+        """One Draws from several, in order."""
         parts = list(parts)
         if len(parts) == 1:
             return parts[0]
-        return Draws(
-            {k: None if v is None else torch.cat([dict.__getitem__(p, k) for p in parts]) for k, v in parts[0].items()}
-        )
+        return Draws({k: None if v is None else torch.cat([p[k] for p in parts]) for k, v in parts[0].items()})
 
 
 class Loss(torch.nn.Module):
@@ -62,15 +66,15 @@ class Loss(torch.nn.Module):
 
     lr_scale = 1.0
 
-    def draw(self, images, labels=None, generator=None):
+    def draw(self, images: Tensor, labels: Tensor | None = None, generator: Generator | None = None) -> Draws:
         """All random choices for images [N, ...] and labels [N, K] or None -> Draws of length N."""
         raise NotImplementedError
 
-    def evaluate(self, net, draws):
-        """The unreduced loss [N, ...] or [N] of `net` on `draws`."""
+    def evaluate(self, net: Callable, draws: Draws) -> Tensor:
+        """The unreduced loss of `net` on `draws`: [N], or of the images' shape."""
         raise NotImplementedError
 
-    def forward(self, net, images, labels=None):
+    def forward(self, net: Callable, images: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.evaluate(net, self.draw(images, labels))
 
 
@@ -78,17 +82,17 @@ class DenoisingLoss(Loss):
     """lambda(sigma) exp(-u) |D(y + n; sigma) - y|^2 + u, with n from a kernel of scale sigma and u the net's log-variance.
 
     EDM eq. 2-5 (u = 0), EDM2 eq. 14-21, PFGM++ (ICML 2023) sec. 3.2 for kernels other than the Gaussian. Subclasses give
-    the noise-level density (`sample_sigma`) and the weight lambda (`weight`).
+    the noise-level density (`sample_sigma`) and the weight lambda (`weight`), or both at once (`draw_levels`).
     """
 
     def __init__(
         self,
-        sigma_data=0.5,  # standard deviation of the data the weight is made for
-        kernel=None,  # unit noise; None: Gaussian
-        augment=None,  # callable images, generator -> (images, augment_labels); None: none
-        label_dropout=0.0,  # probability of replacing a label by zeros (for classifier-free guidance)
-        uncertainty=True,  # use the network's log-variance u(sigma), EDM2 eq. 21; False: u = 0
-        stable_targets=None,  # callable draws, generator -> targets (see StableTargets); None: the images themselves
+        sigma_data: float = 0.5,  # standard deviation of the data the weight is made for
+        kernel: object = None,  # unit noise; None: Gaussian
+        augment: Callable | None = None,  # images, generator -> (images, augment_labels)
+        label_dropout: float = 0.0,  # probability of replacing a label by zeros (for classifier-free guidance)
+        uncertainty: bool = True,  # use the network's log-variance u(sigma), EDM2 eq. 21; False: u = 0
+        stable_targets: Callable | None = None,  # draws, generator -> targets; None: the images themselves
     ):
         super().__init__()
         if not 0 <= label_dropout <= 1:
@@ -100,101 +104,123 @@ class DenoisingLoss(Loss):
         self.uncertainty = uncertainty
         self.stable_targets = stable_targets
 
-    def sample_sigma(self, shape, generator, device):
-        """Noise levels of the given shape, > 0."""
+    def sample_sigma(self, n: int, generator: Generator, device: torch.device) -> Tensor:
+        """Noise levels [N] > 0."""
         raise NotImplementedError
 
-    def weight(self, sigma):
+    def weight(self, sigma: Tensor) -> Tensor:
         """lambda(sigma); default EDM's (sigma^2 + sd^2) / (sigma sd)^2 (EDM table 1)."""
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
 
-    def draw(self, images, labels=None, generator=None):
+    def draw_levels(self, n: int, generator: Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Noise levels and their weights, [N] each."""
+        sigma = self.sample_sigma(n, generator, device)
+        return sigma, self.weight(sigma)
+
+    def draw(self, images: Tensor, labels: Tensor | None = None, generator: Generator | None = None) -> Draws:
         generator = default_generator(images.device) if generator is None else generator
-        n = images.shape[0]
-        sigma = self.sample_sigma([n] + [1] * (images.ndim - 1), generator, images.device)  # [N, 1, ...]
+        sigma, weight = self.draw_levels(len(images), generator, images.device)
         augment_labels = None
         if self.augment is not None:
             images, augment_labels = self.augment(images, generator)
-        noise = self.kernel.unit_noise(images.shape, generator=generator).to(images.device) * sigma
+        noise = self.kernel.unit_noise(images.shape, generator=generator).to(images.device) * expand(sigma, images)
         if self.label_dropout and labels is not None:
-            keep = torch.rand([n, 1], generator=generator, device=images.device) >= self.label_dropout
+            keep = torch.rand([len(images), 1], generator=generator, device=images.device) >= self.label_dropout
             labels = labels * keep
-        draws = Draws(
-            images=images, sigma=sigma, noise=noise, labels=labels, augment_labels=augment_labels, targets=None
-        )
+        draws = Draws(images=images, sigma=sigma, weight=weight, noise=noise, labels=labels)
+        draws.update(augment_labels=augment_labels, targets=None)
         if self.stable_targets is not None:
             draws["targets"] = self.stable_targets(draws, generator)
         return draws
 
-    def evaluate(self, net, draws):
-        extra = {} if draws.augment_labels is None else dict(augment_labels=draws.augment_labels)
-        noisy = draws.images + draws.noise
-        target = draws.images if draws.targets is None else draws.targets
-        if not self.uncertainty:
-            denoised = net(noisy, draws.sigma, draws.labels, **extra)
-            return self.weight(draws.sigma) * (denoised - target) ** 2
-        denoised, logvar = net(noisy, draws.sigma, draws.labels, return_logvar=True, **extra)
-        return self.weight(draws.sigma) / logvar.exp() * (denoised - target) ** 2 + logvar
+    def error(self, net: Callable, draws: Draws) -> tuple[Tensor, Tensor | None]:
+        """(D(y + n; sigma) - target [N, ...], log-variance [N, 1, ...] or None)."""
+        extra = network_options(draws) | ({"return_logvar": True} if self.uncertainty else {})
+        out = net(draws.images + draws.noise, draws.sigma, draws.labels, **extra)
+        denoised, logvar = out if self.uncertainty else (out, None)
+        return denoised - (draws.images if draws.targets is None else draws.targets), logvar
+
+    def evaluate(self, net: Callable, draws: Draws) -> Tensor:
+        error, logvar = self.error(net, draws)
+        weight = expand(draws.weight, error)
+        return weight * error**2 if logvar is None else weight / logvar.exp() * error**2 + logvar
+
+
+def network_options(draws: Draws) -> dict:
+    """Keywords of the network besides its three arguments."""
+    return {} if draws.augment_labels is None else {"augment_labels": draws.augment_labels}
 
 
 class LogNormalLoss(DenoisingLoss):
     """ln sigma ~ N(P_mean, P_std^2), EDM's weight."""
 
-    def __init__(self, P_mean, P_std, sigma_data=0.5, **kwargs):
+    def __init__(self, P_mean: float, P_std: float, sigma_data: float = 0.5, **kwargs: Any):
         super().__init__(sigma_data=sigma_data, **kwargs)
-        if not P_std > 0:
-            raise ValueError(f"P_std={P_std} must be positive")
         self.P_mean = P_mean
         self.P_std = P_std
 
-    def sample_sigma(self, shape, generator, device):
-        return (torch.randn(shape, generator=generator, device=device) * self.P_std + self.P_mean).exp()
+    def sample_sigma(self, n: int, generator: Generator, device: torch.device) -> Tensor:
+        return (torch.randn([n], generator=generator, device=device) * self.P_std + self.P_mean).exp()
 
 
 class EDM2Loss(LogNormalLoss):
     """EDM2's loss with learned uncertainty (EDM2 eq. 14-21)."""
 
-    def __init__(self, P_mean=-0.4, P_std=1.0, sigma_data=0.5, **kwargs):
+    def __init__(self, P_mean: float = -0.4, P_std: float = 1.0, sigma_data: float = 0.5, **kwargs: Any):
         super().__init__(P_mean, P_std, sigma_data, **kwargs)
 
 
 class EDMLoss(LogNormalLoss):
     """EDM's loss (EDM table 1, column "ours"): no uncertainty head."""
 
-    def __init__(self, P_mean=-1.2, P_std=1.2, sigma_data=0.5, uncertainty=False, **kwargs):
+    def __init__(
+        self,
+        P_mean: float = -1.2,
+        P_std: float = 1.2,
+        sigma_data: float = 0.5,
+        uncertainty: bool = False,
+        **kwargs: Any,
+    ):
         super().__init__(P_mean, P_std, sigma_data, uncertainty=uncertainty, **kwargs)
 
 
 class VPLoss(DenoisingLoss):
     """The variance-preserving loss as EDM restates it (EDM table 1, column VP): t uniform, weight 1 / sigma^2."""
 
-    def __init__(self, beta_d=19.9, beta_min=0.1, epsilon_t=1e-5, uncertainty=False, **kwargs):
+    def __init__(
+        self,
+        beta_d: float = 19.9,
+        beta_min: float = 0.1,
+        epsilon_t: float = 1e-5,
+        uncertainty: bool = False,
+        **kwargs: Any,
+    ):
         super().__init__(uncertainty=uncertainty, **kwargs)
         self.beta_d = beta_d
         self.beta_min = beta_min
         self.epsilon_t = epsilon_t
 
-    def sample_sigma(self, shape, generator, device):
-        t = 1 + torch.rand(shape, generator=generator, device=device) * (self.epsilon_t - 1)
+    def sample_sigma(self, n: int, generator: Generator, device: torch.device) -> Tensor:
+        t = 1 + torch.rand([n], generator=generator, device=device) * (self.epsilon_t - 1)
         return (0.5 * self.beta_d * t**2 + self.beta_min * t).expm1().sqrt()
 
-    def weight(self, sigma):
+    def weight(self, sigma: Tensor) -> Tensor:
         return 1 / sigma**2
 
 
 class VELoss(DenoisingLoss):
     """The variance-exploding loss as EDM restates it (EDM table 1, column VE): log-uniform sigma, weight 1 / sigma^2."""
 
-    def __init__(self, sigma_min=0.02, sigma_max=100, uncertainty=False, **kwargs):
+    def __init__(self, sigma_min: float = 0.02, sigma_max: float = 100, uncertainty: bool = False, **kwargs: Any):
         super().__init__(uncertainty=uncertainty, **kwargs)
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
 
-    def sample_sigma(self, shape, generator, device):
-        u = torch.rand(shape, generator=generator, device=device)
+    def sample_sigma(self, n: int, generator: Generator, device: torch.device) -> Tensor:
+        u = torch.rand([n], generator=generator, device=device)
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** u
 
-    def weight(self, sigma):
+    def weight(self, sigma: Tensor) -> Tensor:
         return 1 / sigma**2
 
 
@@ -204,13 +230,22 @@ class Objective(torch.nn.Module):
     net: the denoiser (or joint network). loss: a Loss; its own parameters train along, at lr times `loss.lr_scale`.
     """
 
-    def __init__(self, net, loss):
+    def __init__(self, net: torch.nn.Module, loss: Loss):
         super().__init__()
         self.net = net
         self.loss = loss
 
-    def forward(self, draws):
-        return self.loss.evaluate(self.net, draws)
+    def forward(self, draws: Draws) -> Tensor:
+        """The loss [N] or [N, *data_shape]. Raises ValueError for any other shape: broadcasting would train on garbage."""
+        losses = self.loss.evaluate(self.net, draws)
+        images, shape = draws.get("images"), list(losses.shape)
+        if shape[:1] != [len(draws)] or (len(shape) > 1 and images is not None and losses.shape != images.shape):
+            whole = "" if images is None else f" or {list(images.shape)}"
+            raise ValueError(
+                f"the loss of {len(draws)} examples has shape {shape}: it must be [{len(draws)}]{whole}. A network "
+                f"must return the shape of its images; it gets sigma as [N]"
+            )
+        return losses
 
     @property
     def noise(self) -> object:
@@ -221,10 +256,10 @@ class Objective(torch.nn.Module):
         """{"net": ..., "process": ...} as snapshots store them. Raises ValueError for what cannot be described."""
         return {"net": persistence.describe(self.net), "process": persistence.describe(self.noise)}
 
-    def param_groups(self):
+    def param_groups(self) -> list[dict]:
         """Optimizer groups with an `lr_scale` each; the loss's own group only where it has parameters."""
         groups = [dict(params=[p for p in self.net.parameters() if p.requires_grad], lr_scale=1.0)]
-        own = [p for p in self.loss.parameters() if p.requires_grad] if isinstance(self.loss, torch.nn.Module) else []
+        own = [p for p in self.loss.parameters() if p.requires_grad]
         if own:
-            groups.append(dict(params=own, lr_scale=getattr(self.loss, "lr_scale", 1.0)))
+            groups.append(dict(params=own, lr_scale=self.loss.lr_scale))
         return groups

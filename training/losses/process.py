@@ -5,10 +5,15 @@ Learned matrices get their gradient where the evidence lower bound depends on th
 and the noise level sigma(T) at which the integral of |D - x|^2 over d snr begins.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Generator, Tensor
 
 from training import likelihood
-from training.losses import DenoisingLoss
+from training.losses.denoising import DenoisingLoss, Draws, network_options
+from training.processes.states import expand
 from training.processes.time_density import NoiseLevels, snr_law
 
 SIGMA_MIN = 0.002  # where the integral ends by default: EDM's and the samplers' lowest noise level
@@ -25,10 +30,19 @@ class ProcessLoss(DenoisingLoss):
     times the learning rate, by the bound itself whatever the weighting. Raises ValueError for unknown laws.
     """
 
+    weight = None  # a function of t, drawn with it
+
     def __init__(
-        self, process, sigma_data=0.5, time_sampling="snr", weighting="likelihood", t_min=None, lr_scale=0.1,
-        uncertainty=False, **kwargs,
-    ):  # fmt: skip
+        self,
+        process: object,
+        sigma_data: float = 0.5,
+        time_sampling: str = "snr",
+        weighting: str = "likelihood",
+        t_min: float | None = None,
+        lr_scale: float = 0.1,
+        uncertainty: bool = False,
+        **kwargs: Any,
+    ):
         kwargs.pop("kernel", None)  # a process makes Gaussian noise
         super().__init__(sigma_data=sigma_data, uncertainty=uncertainty, **kwargs)
         self.process, self.lr_scale = process, lr_scale
@@ -42,43 +56,37 @@ class ProcessLoss(DenoisingLoss):
         return NoiseLevels(self.process, self.time_sampling, self.weighting, float(t_min), self.sigma_data)
 
     @torch.no_grad()
-    def draw_levels(self, uniform):
-        """(sigma, weight over density) float64 for float64 uniform numbers in [0, 1)."""
+    def draw_levels(self, n: int, generator: Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Noise levels and their weights over the density, computed in float64."""
+        uniform = torch.rand([n], generator=generator, device=device).double().cpu()
         if self.learned and (self.time_sampling, self.weighting, self.t_min) == ("snr", "likelihood", None):
             ends = torch.tensor([SIGMA_MAX, SIGMA_MIN], dtype=torch.float64) ** -2
-            return snr_law(uniform, *ends, self.sigma_data)
-        levels = self._make_levels() if self.learned else self._levels
-        return levels.draw(uniform)
+            levels = snr_law(uniform, *ends, self.sigma_data)
+        else:
+            levels = (self._make_levels() if self.learned else self._levels).draw(uniform)
+        return tuple(values.to(device, torch.float32) for values in levels)
 
-    def sample_sigma(self, shape, generator, device):
-        sigma, weight = self.draw_levels(torch.rand(shape, generator=generator, device=device).double().cpu())
-        self._weight = weight.to(device, torch.float32)  # for `draw`, which calls this
-        return sigma.to(device, torch.float32)
-
-    def draw(self, images, labels=None, generator=None):
+    def draw(self, images: Tensor, labels: Tensor | None = None, generator: Generator | None = None) -> Draws:
         draws = super().draw(images, labels, generator)
-        draws["weight"], self._weight = self._weight, None  # [N, 1, ...]
         if self.learned:  # unit noise at the end of the process, where the bound depends on its matrices
             draws["end_noise"] = self.kernel.unit_noise(images.shape, generator=generator).to(images.device)
         return draws
 
-    def evaluate(self, net, draws):
-        extra = {} if draws.augment_labels is None else dict(augment_labels=draws.augment_labels)
-        # First, since a training forward pass may overwrite weights that an earlier one needs for its gradient (EDM2).
-        ends = self.endpoints(net, draws, extra) if self.learned else 0
-        noisy = draws.images + draws.noise
+    def error(self, net: Callable, draws: Draws) -> tuple[Tensor, Tensor | None]:
+        error, logvar = super().error(net, draws)
         # What float32 lost in the sum, with the slope c_skip that every EDM denoiser nearly has at low noise.
-        lost = draws.noise - (noisy - draws.images)
+        lost = draws.noise - (draws.images + draws.noise - draws.images)
         skip = self.sigma_data**2 / (draws.sigma**2 + self.sigma_data**2)
-        target = draws.images if draws.targets is None else draws.targets
-        out = net(noisy, draws.sigma, draws.labels, **(extra | dict(return_logvar=True) if self.uncertainty else extra))
-        denoised, logvar = out if self.uncertainty else (out, None)
-        loss = draws.weight * (denoised - target + skip * lost) ** 2
-        if self.uncertainty:
-            loss = loss / logvar.exp() + logvar
-        return loss + ends
+        return error + expand(skip, lost) * lost, logvar
 
-    def endpoints(self, net, draws, extra):
+    def evaluate(self, net: torch.nn.Module, draws: Draws) -> Tensor:
+        # First, since a training forward pass may overwrite weights that an earlier one needs for its gradient (EDM2).
+        ends = self.endpoints(net, draws) if self.learned else 0
+        error, logvar = self.error(net, draws)
+        loss = expand(draws.weight, error) * error**2
+        return (loss if logvar is None else loss / logvar.exp() + logvar) + ends
+
+    def endpoints(self, net: torch.nn.Module, draws: Draws) -> Tensor:
         """What of the negative bound depends on the matrices, per element [N, ...]: KL, and the integral's upper end.
 
         The second term has value 0 and the gradient -1/2 E |D(y_T) - x|^2 d snr(T): the integral itself is estimated by
@@ -87,12 +95,13 @@ class ProcessLoss(DenoisingLoss):
         images = draws.images
         snr = self.process.snr(self.process.T)
         with torch.no_grad():
-            sigma = snr.rsqrt().to(images).expand([len(images)] + [1] * (images.ndim - 1))
+            sigma = snr.rsqrt().to(images)
             training = net.training
-            denoised = net.eval()(images + sigma * draws.end_noise, sigma, draws.labels, **extra)
+            noisy = images + sigma * draws.end_noise
+            denoised = net.eval()(noisy, sigma.expand(len(images)), draws.labels, **network_options(draws))
             net.train(training)
             error = likelihood.per_sample((denoised - images) ** 2)  # [N]
         kl = likelihood.endpoint_kl(self.process, images, self.process.T)  # [N]
         end = -0.5 * error * (snr - snr.detach()).to(error.device)
         per_element = (kl + end) / images[0].numel()
-        return per_element.to(images.dtype).reshape([-1] + [1] * (images.ndim - 1)).expand_as(images)
+        return expand(per_element.to(images.dtype), images).expand_as(images)

@@ -22,21 +22,25 @@ def log_kernel(squared_distance: torch.Tensor, sigma: torch.Tensor, N: int, D: f
 
     PFGM++ eq. 5 at r = sigma sqrt(D), in the form that keeps its digits for large D; D = inf: -|x - y|^2 / (2 sigma^2).
     """
-    ratio = squared_distance / sigma**2
-    return -ratio / 2 if math.isinf(D) else -(N + D) / 2 * torch.log1p(ratio / D)
+    if math.isinf(D):
+        return -squared_distance / (2 * sigma**2)
+    return -(N + D) / 2 * torch.log1p(squared_distance / (sigma**2 * D))
 
 
-def posterior_weights(x: torch.Tensor, data: torch.Tensor, sigma: float | torch.Tensor, D: float) -> torch.Tensor:
+def posterior_weights(
+    x: torch.Tensor, data: torch.Tensor, sigma: float | torch.Tensor, D: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Posterior [B, n] of the data points given noisy x: softmax of `log_kernel`, float64.
 
-    x: [B, *data_shape]; data: [n, *data_shape]; sigma: scalar or [B].
+    x: [B, *data_shape]; data: [n, *data_shape]; sigma: scalar or [B]; mask: [B, n] bool, points that may be meant.
     """
     x, data = x.to(torch.float64).flatten(1), data.to(torch.float64).flatten(1)
     center = data.mean(0)  # distances by one product; centring keeps its digits
     x, data = x - center, data - center
-    squared = (x.square().sum(1, keepdim=True) + data.square().sum(1) - 2 * x @ data.mT).clamp_min(0)
+    squared = (x.square().sum(1, keepdim=True) - 2 * x @ data.mT + data.square().sum(1)).clamp_min(0)
     sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1, 1)
-    return torch.softmax(log_kernel(squared, sigma, x.shape[1], float(D)), dim=1)
+    log_weights = log_kernel(squared, sigma, x.shape[1], float(D))
+    return torch.softmax(log_weights if mask is None else log_weights.masked_fill(~mask, -math.inf), dim=1)
 
 
 class PosteriorMean:
