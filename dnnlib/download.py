@@ -10,32 +10,31 @@ from pathlib import Path
 
 from dnnlib.util import atomic_write
 
-ATTEMPTS = 10
+ATTEMPTS, PAUSE = 10, 1  # number, seconds between two
 TIMEOUT = 60  # seconds without an answer
 
 
-def is_url(path):
+def is_url(path: str | Path) -> bool:
     """Whether `path` names a file by http(s) or file URL rather than by path."""
     return re.match(r"(https?|file)://", str(path)) is not None
 
 
-def cache_path(url, cache_dir=None):
+def cache_path(url: str) -> Path:
     """Where the file of `url` is kept: <cache>/downloads/<md5 of the URL>_<name>."""
-    cache = Path(cache_dir or os.environ.get("DNNLIB_CACHE_DIR") or Path.home() / ".cache" / "dnnlib")
+    cache = Path(os.environ.get("DNNLIB_CACHE_DIR") or Path.home() / ".cache" / "dnnlib")
     name = re.sub(r"[^\w.-]", "_", url.split("?")[0].rstrip("/").rsplit("/", 1)[-1], flags=re.ASCII)
     return cache / "downloads" / f"{hashlib.md5(url.encode(), usedforsecurity=False).hexdigest()}_{name}"
 
 
-def cached(url, cache_dir=None, attempts=ATTEMPTS, pause=1.0):
+def cached(url: str) -> Path:
     """Path of the file at `url`, downloaded if it is not in the cache; appears there under its name only when complete.
 
-    Tries `attempts` times, `pause` seconds apart; an answer that will not change (404, ...) ends at once. Raises OSError
-    with the URL and the reason.
+    Tries several times; an answer that will not change (404, ...) ends at once. Raises OSError with the URL and the reason.
     """
-    path = cache_path(url, cache_dir)
-    if path.is_file():
-        return path
-    for left in reversed(range(attempts)):
+    path = cache_path(url)
+    for left in reversed(range(ATTEMPTS)):
+        if path.is_file():
+            break
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, atomic_write(path) as file:
                 expected, received = answer.headers.get("Content-Length"), 0
@@ -44,13 +43,13 @@ def cached(url, cache_dir=None, attempts=ATTEMPTS, pause=1.0):
                     received += len(chunk)
                 if expected is not None and received != int(expected):
                     raise OSError(f"{received} of {expected} bytes arrived")
-            return path
         except urllib.error.HTTPError as err:
             if left == 0 or err.code < 500:
                 raise OSError(f"{url}: download failed (HTTP {err.code} {err.reason})") from err
+            time.sleep(PAUSE)
         except OSError as err:
             if left == 0:
                 reason = getattr(err, "reason", err)
                 raise OSError(f"{url}: download failed ({reason}); give a local file instead") from err
-        time.sleep(pause)
-    raise ValueError("attempts must be at least 1")
+            time.sleep(PAUSE)
+    return path

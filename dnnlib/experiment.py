@@ -31,13 +31,14 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from tqdm import tqdm
 
-from dnnlib.util import atomic_write
+from dnnlib.util import write_text
 
 ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
 LAUNCHER = "torchrun"
@@ -52,17 +53,17 @@ class Step:
     """
 
     name: str
-    argv: list
+    argv: list[str]
     stage: int
     summary: bool = False
 
     @property
-    def key(self):
+    def key(self) -> str:
         """Identity of the command line: a step with another one is not done."""
         return hashlib.sha256(json.dumps(self.argv).encode()).hexdigest()
 
     @property
-    def script(self):
+    def script(self) -> str:
         """The script of the command line."""
         if self.argv[0] != LAUNCHER:
             return self.argv[0]
@@ -116,8 +117,8 @@ def _folder_name(name, budget, overrides):
     return f"{plain[:100]}-{hashlib.sha256(repr(choices).encode()).hexdigest()[:6]}"
 
 
-def load(path, budget=None, overrides=None):
-    """(name, settings) and the list of Steps of an experiment file. Raises ValueError with the file and what is wrong.
+def load(path: str | Path, budget: str | None = None, overrides: dict | None = None) -> tuple[dict, list[Step]]:
+    """The settings and the steps of an experiment file. Raises ValueError with the file and what is wrong.
 
     budget: names (comma-separated) of entries under `budgets`, applied in order; overrides: {setting: value}, last.
     """
@@ -180,7 +181,7 @@ def _marker(out, step):
     return Path(out) / "steps" / f"{step.name}.json"
 
 
-def is_done(out, step):
+def is_done(out: str | Path, step: Step) -> bool:
     """Whether this very command line has been completed."""
     try:
         return json.loads(_marker(out, step).read_text(encoding="utf-8"))["key"] == step.key
@@ -188,7 +189,7 @@ def is_done(out, step):
         return False
 
 
-def execute(out, step, scripts, threads=None):
+def execute(out: str | Path, step: Step, scripts: dict, threads: int | None = None) -> str | None:
     """Run one step in this process, its output into <out>/logs/<name>.log; marks it done. Returns None or an error line.
 
     scripts: {file name: click command}.
@@ -216,8 +217,7 @@ def execute(out, step, scripts, threads=None):
     if code:
         return f"step {step.name} ended with code {code} (see {log})"
     record = {"key": step.key, "argv": step.argv, "seconds": round(time.time() - start, 3)}
-    with atomic_write(_marker(out, step), "w") as file:
-        json.dump(record, file)
+    write_text(_marker(out, step), json.dumps(record))
     return None
 
 
@@ -257,7 +257,9 @@ def _worker(out, step, load_scripts, threads):
     return execute(out, step, load_scripts(), threads)
 
 
-def run(steps, out, load_scripts, jobs=1, progress=True):
+def run(
+    steps: list[Step], out: str | Path, load_scripts: Callable[[], dict], jobs: int = 1, progress: bool = True
+) -> None:
     """Run the steps that are not done yet, stage by stage, `jobs` at a time. Raises ValueError at the first that fails.
 
     load_scripts: picklable function -> {file name: click command}.

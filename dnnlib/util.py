@@ -6,7 +6,9 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 
 class EasyDict(dict):
@@ -31,7 +33,7 @@ class Logger:
     Carriage-return progress bars stay on the terminal: only whole lines reach the file.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         self.path = path
 
     def __enter__(self):
@@ -64,7 +66,7 @@ class _Tee:
 
 
 @contextlib.contextmanager
-def atomic_write(path, mode="wb"):
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary neighbour of `path` for writing; it takes the name of `path` only when all went well.
 
     The data is on the disk before the rename, so a crash leaves either the old file or the new one.
@@ -107,7 +109,7 @@ _NIMG = re.compile(r"([0-9]{1,18})(Ki|Mi|Gi|)")
 _UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
-def parse_nimg(text):
+def parse_nimg(text: str | int) -> int:
     """A count of images: an integer, or an integer with Ki, Mi or Gi. Raises ValueError."""
     match = _NIMG.fullmatch(str(text))
     if match is None:
@@ -115,7 +117,7 @@ def parse_nimg(text):
     return int(match[1]) * _UNITS[match[2]]
 
 
-def format_nimg(nimg):
+def format_nimg(nimg: int) -> str:
     """The inverse of `parse_nimg`, in the largest unit that divides the count."""
     for unit in ("Gi", "Mi", "Ki"):
         if nimg and nimg % _UNITS[unit] == 0:
@@ -126,7 +128,7 @@ def format_nimg(nimg):
 MAX_SEEDS = 100_000_000
 
 
-def parse_seeds(text):
+def parse_seeds(text: str | int) -> list[int]:
     """A list of seeds such as '0,3,16-19' (ranges inclusive) or '1000+50' (50 from 1000 on). Raises ValueError."""
     seeds = []
     for part in str(text).split(","):
@@ -150,7 +152,7 @@ def natural_key(text: str) -> list:
     return [(float(part) if "." in part else int(part)) if i % 2 else part for i, part in enumerate(parts)]
 
 
-def format_time(seconds):
+def format_time(seconds: float) -> str:
     """'7s', '3m 07s', '2h 03m 07s' or '1d 02h 03m'."""
     s = int(round(float(seconds)))
     if s < 60:

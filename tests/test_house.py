@@ -60,13 +60,6 @@ PENDING_ARGUMENTS = {
 PENDING_HELP = {"simulations/run_toy.py"}
 PENDING_TYPES = {
     "dnnlib.cli",
-    "dnnlib.download",
-    "dnnlib.experiment",
-    "dnnlib.util",
-    "torch_utils.checkpoint",
-    "torch_utils.distributed",
-    "torch_utils.random",
-    "torch_utils.training_stats",
     "training.augment",
     "training.generation",
     "training.guidance",

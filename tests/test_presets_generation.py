@@ -79,8 +79,10 @@ def test_downloads_are_cached_whole_or_not_at_all(tmp_path, monkeypatch):
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(download.urllib.request, "urlopen", broken)
+    monkeypatch.setattr(download, "ATTEMPTS", 3)
+    monkeypatch.setattr(download, "PAUSE", 0)
     with pytest.raises(OSError, match="no route"):
-        download.cached("https://example.invalid/x.bin", attempts=3, pause=0)
+        download.cached("https://example.invalid/x.bin")
     assert len(tries) == 3 and [p.name for p in path.parent.iterdir()] == [path.name]
     assert not download.is_url("runs/https-net") and download.is_url("https://example.org/net.safetensors")
     monkeypatch.delenv("DNNLIB_CACHE_DIR")

@@ -1,5 +1,7 @@
 """Training states on disk: plain types, written atomically, with a checksum beside them, the newest sound one found again."""
 
+from __future__ import annotations
+
 import hashlib
 import re
 import sys
@@ -27,19 +29,11 @@ class _HashingWriter:
         self.file.flush()
 
 
-def _file_digest(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _sum_path(path):
     return path.with_name(path.name + ".sha256")
 
 
-def save(path, state):
+def save(path: str | Path, state: dict) -> None:
     """Write `state` (plain containers and tensors) to `path` and its sha256 (in sha256sum's format) beside it.
 
     The checksum appears first, so a file under its final name always has one. Where `path` exists already (two
@@ -67,16 +61,20 @@ def _wanted(path):
     return [line.split()[0] for line in lines if line.strip()]
 
 
-def damage(path):
+def damage(path: str | Path) -> str | None:
     """None for a sound checkpoint, else a phrase that says what is wrong with it."""
     path = Path(path)
     wanted = _wanted(path)
     if not wanted:
         return "its checksum file is missing"
-    return None if _file_digest(path) in wanted else "its checksum does not match"
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return None if digest.hexdigest() in wanted else "its checksum does not match"
 
 
-def load(path, mmap=False):
+def load(path: str | Path, mmap: bool = False) -> dict:
     """Read a checkpoint to the CPU, executing nothing. Raises ValueError for a missing, damaged or foreign file.
 
     A file without a checksum beside it (a copy) is taken as it is. mmap: leave the tensors on the disk until used.
@@ -84,23 +82,22 @@ def load(path, mmap=False):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint")
-    if _wanted(path) and damage(path):
-        raise ValueError(f"{path}: damaged ({damage(path)}); resume from an earlier one")
+    if _wanted(path) and (why := damage(path)):
+        raise ValueError(f"{path}: damaged ({why}); resume from an earlier one")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as err:  # zip, pickle and storage errors have no common base
-        raise ValueError(
-            f"{path}: not a readable checkpoint ({(str(err).splitlines() or [type(err).__name__])[0]})"
-        ) from err
+        why = (str(err).splitlines() or [type(err).__name__])[0]
+        raise ValueError(f"{path}: not a readable checkpoint ({why})") from err
 
 
-def list_checkpoints(run_dir):
+def list_checkpoints(run_dir: str | Path) -> list[Path]:
     """Paths of the checkpoints in a run folder, oldest first."""
     found = [(int(m[1]), p) for p in Path(run_dir).glob("training-state-*.pt") if (m := _NAME.fullmatch(p.name))]
     return [p for _, p in sorted(found)]
 
 
-def newest_sound(run_dir):
+def newest_sound(run_dir: str | Path) -> Path | None:
     """The newest checkpoint whose checksum matches, or None if there is none at all. Damaged ones are named on stderr.
 
     Raises ValueError if there are checkpoints and all are damaged: starting over is the user's decision.
@@ -116,13 +113,13 @@ def newest_sound(run_dir):
     return None
 
 
-def remove_leftovers(run_dir):
+def remove_leftovers(run_dir: str | Path) -> None:
     """Delete the temporary files of writes that were cut short."""
     for path in Path(run_dir).glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
-def remove_old(run_dir, keep):
+def remove_old(run_dir: str | Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints (0 keeps all), and only once the newest one reads back sound."""
     paths = list_checkpoints(run_dir)
     if keep < 1 or len(paths) <= keep:

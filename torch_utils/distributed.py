@@ -1,13 +1,18 @@
 """torchrun and plain runs through the same few calls. Works without a process group (one process)."""
 
+from __future__ import annotations
+
 import os
-import sys
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed
 
+T = TypeVar("T")
 
-def init(device=None):
+
+def init(device: str | None = None) -> torch.device:
     """Start the process group that torchrun announces (NCCL on GPUs, gloo on the CPU); a plain run needs none.
 
     Sets the CUDA device from LOCAL_RANK. Returns the device of this process. Raises ValueError for one that is not there.
@@ -30,11 +35,11 @@ def init(device=None):
     return device
 
 
-def is_initialized():
+def is_initialized() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def shutdown():
+def shutdown() -> None:
     """Leave the process group, if there is one."""
     if is_initialized():
         torch.distributed.destroy_process_group()
@@ -43,7 +48,7 @@ def shutdown():
 LOST_PEER = "another process of this training has ended, see its own message"
 
 
-def is_lost_peer(error):
+def is_lost_peer(error: Exception) -> bool:
     """Whether an exception only says that another process is gone: the first error is that process's own."""
     text = str(error)
     signs = ("onnection closed by peer", "onnection reset by peer", "remote process has terminated", "Broken pipe")
@@ -51,34 +56,33 @@ def is_lost_peer(error):
     return get_world_size() > 1 and any(s in text for s in signs) and any(n in text for n in network)
 
 
-def get_rank():
+def get_rank() -> int:
     return torch.distributed.get_rank() if is_initialized() else 0
 
 
-def get_world_size():
+def get_world_size() -> int:
     return torch.distributed.get_world_size() if is_initialized() else 1
 
 
-def barrier():
+def barrier() -> None:
     if is_initialized():
         torch.distributed.barrier()
 
 
-def print0(*args, **kwargs):
+def print0(*args: object) -> None:
     """print on rank 0 only."""
     if get_rank() == 0:
-        print(*args, **kwargs)
-        sys.stdout.flush()
+        print(*args, flush=True)
 
 
-def all_reduce_(tensor, op="sum"):
+def all_reduce_(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     """Reduce `tensor` in place over all processes ("sum", "min" or "max"); returns it."""
     if get_world_size() > 1:
         torch.distributed.all_reduce(tensor, op=getattr(torch.distributed.ReduceOp, op.upper()))
     return tensor
 
 
-def all_gather_varying(tensor):
+def all_gather_varying(tensor: torch.Tensor) -> torch.Tensor:
     """Concatenate tensors of different lengths (first axis) from all ranks, in rank order, on every rank.
 
     tensor [n_r, ...] with a common trailing shape -> [sum n_r, ...].
@@ -96,7 +100,7 @@ def all_gather_varying(tensor):
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
-def all_reduce_flat_(tensors, op="sum", bucket_bytes=2**25):
+def all_reduce_flat_(tensors: Iterable[torch.Tensor], bucket_bytes: int = 2**25) -> None:
     """Reduce a list of tensors in place, flattened into buckets: few calls, and the same order on every rank."""
     if get_world_size() == 1:
         return
@@ -105,7 +109,7 @@ def all_reduce_flat_(tensors, op="sum", bucket_bytes=2**25):
     def flush():
         if bucket:
             flat = torch.cat([t.reshape(-1) for t in bucket])
-            all_reduce_(flat, op)
+            all_reduce_(flat)
             for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 t.copy_(part.view_as(t))
             bucket.clear()
@@ -119,33 +123,33 @@ def all_reduce_flat_(tensors, op="sum", bucket_bytes=2**25):
     flush()
 
 
-def broadcast_(tensors, src=0):
+def broadcast_(tensors: Iterable[torch.Tensor], src: int = 0) -> None:
     """Overwrite `tensors` by those of rank `src`."""
     if get_world_size() > 1:
         for tensor in tensors:
             torch.distributed.broadcast(tensor.detach(), src=src)
 
 
-def broadcast_object(value, src=0):
-    """A small plain object of rank `src`, on every rank."""
-    if get_world_size() == 1:
-        return value
+def broadcast_object(value: T) -> T:
+    """A small plain object of rank 0, on every rank."""
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=src)
+    if get_world_size() > 1:
+        torch.distributed.broadcast_object_list(box)
     return box[0]
 
 
-def split_batches(items, max_batch_size, rank=None, world_size=None):
+def share(items: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
+    """The contiguous part of `items` that falls to `rank`; parts differ in length by one at most, some may be empty."""
+    small, extra = divmod(len(items), world_size)
+    start = rank * small + min(rank, extra)
+    return items[start : start + small + (rank < extra)]
+
+
+def split_batches(items: Iterable[T], max_batch_size: int) -> list[list[T]]:
     """This rank's share of `items` as a list of nearly equal contiguous batches (EDM2's rule).
 
     Every rank gets the same number of batches, some possibly empty, so that barriers match.
     """
-    rank = get_rank() if rank is None else rank
-    world_size = get_world_size() if world_size is None else world_size
-    items = list(items)
-    num = max(-(-len(items) // (max_batch_size * world_size)), 1) * world_size
-    small, extra = divmod(len(items), num)
-    bounds = [0]
-    for i in range(num):
-        bounds.append(bounds[-1] + small + (i < extra))
-    return [items[bounds[i] : bounds[i + 1]] for i in range(rank, num, world_size)]
+    items, world_size = list(items), get_world_size()
+    count = max(-(-len(items) // (max_batch_size * world_size)), 1) * world_size
+    return [share(items, i, count) for i in range(get_rank(), count, world_size)]

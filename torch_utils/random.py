@@ -4,10 +4,16 @@ Every function that draws takes `generator`, which may be None (PyTorch's global
 `StackedRandomGenerator` (one generator per sample).
 """
 
+from __future__ import annotations
+
+import functools
 import hashlib
 import operator
+from collections.abc import Iterable, Sequence
 
 import torch
+
+Device = torch.device | str | None
 
 
 def hash_seed(*values: int) -> int:
@@ -21,7 +27,7 @@ def hash_seed(*values: int) -> int:
         raise ValueError(f"hash_seed takes integers, not {values!r}") from None
 
 
-def seeded_generator(device, *values: int) -> torch.Generator:
+def seeded_generator(device: Device, *values: int) -> torch.Generator:
     """A generator on `device` seeded with `hash_seed(*values)`, e.g. `(seed, position in the data order)`."""
     return torch.Generator(device).manual_seed(hash_seed(*values))
 
@@ -29,49 +35,51 @@ def seeded_generator(device, *values: int) -> torch.Generator:
 class StackedRandomGenerator:
     """One `torch.Generator` per sample, so sample i depends on its own seed only, not on batch or process (EDM).
 
-    Seeds are taken modulo 2^32. Streams of CPU and CUDA generators differ.
+    Seeds are taken modulo 2^32. Streams of CPU and CUDA generators differ. `size[0]` of every draw is the number of
+    seeds, each of which draws `size[1:]`.
     """
 
-    def __init__(self, device, seeds):
+    def __init__(self, device: Device, seeds: Iterable[int]):
         self.device = torch.device(device)
         self.generators = [torch.Generator(self.device).manual_seed(int(seed) % (1 << 32)) for seed in seeds]
 
     def __len__(self):
         return len(self.generators)
 
-    def _stack(self, draw, size, dtype=None, device=None, layout=None):
-        if not len(size) or size[0] != len(self.generators):
+    def _draw(self, function, size, dtype, device=None, **options):
+        """Stack `function(size[1:], generator=...)` over the seeds."""
+        if not len(size) or size[0] != len(self):
             raise ValueError(f"size {tuple(size)}: the first dimension must be the number of seeds, {len(self)}")
-        if not self.generators:
-            return torch.empty(tuple(size), dtype=dtype, device=device or self.device)
-        draws = torch.stack([draw(tuple(size[1:]), generator) for generator in self.generators])
-        return draws.to(device=device or self.device)
+        options.update(dtype=dtype, device=self.device)
+        draws = [function(tuple(size[1:]), generator=generator, **options) for generator in self.generators]
+        return (torch.stack(draws) if draws else torch.empty(tuple(size), dtype=dtype)).to(device or self.device)
 
-    def randn(self, size, *, dtype=None, device=None, layout=torch.strided):
-        """Standard normal draws of shape `size`; `size[0]` is the number of seeds, each seed draws `size[1:]`."""
+    def randn(
+        self,
+        size: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: Device = None,
+        layout: torch.layout = torch.strided,
+    ) -> torch.Tensor:
+        """Standard normal draws of shape `size`."""
+        return self._draw(torch.randn, size, dtype, device, layout=layout)
 
-        def draw(shape, generator):
-            return torch.randn(shape, generator=generator, dtype=dtype, layout=layout, device=self.device)
-
-        return self._stack(draw, size, dtype, device)
-
-    def randn_like(self, input):
+    def randn_like(self, input: torch.Tensor) -> torch.Tensor:
         """Standard normal draws with the shape, type, layout and device of `input`."""
         return self.randn(input.shape, dtype=input.dtype, layout=input.layout, device=input.device)
 
-    def randint(self, *args, size, dtype=torch.int64, device=None):
-        """Integers below `args[0]`, or in `[args[0], args[1])`, of shape `size`; each seed draws `size[1:]`."""
-
-        def draw(shape, generator):
-            return torch.randint(*args, size=shape, generator=generator, dtype=dtype, device=self.device)
-
-        return self._stack(draw, size, dtype, device)
+    def randint(
+        self, *args: int, size: Sequence[int], dtype: torch.dtype = torch.int64, device: Device = None
+    ) -> torch.Tensor:
+        """Integers below `args[0]`, or in `[args[0], args[1])`, of shape `size`."""
+        return self._draw(functools.partial(torch.randint, *args), size, dtype, device)
 
 
 Generator = torch.Generator | StackedRandomGenerator | None  # what every function that draws takes
 
 
-def default_generator(device="cpu") -> torch.Generator:
+def default_generator(device: Device = "cpu") -> torch.Generator:
     """PyTorch's global generator of `device`."""
     device = torch.device(device)
     if device.type == "cuda":
@@ -80,56 +88,50 @@ def default_generator(device="cpu") -> torch.Generator:
     return torch.default_generator
 
 
-def child_generator(generator=None, *key: int, device="cpu"):
+def child_generator(generator: Generator = None, device: Device = "cpu") -> torch.Generator | StackedRandomGenerator:
     """A generator derived from the present state of `generator`, which is left untouched.
 
-    What is drawn from the child, however much, changes nothing of what the parent yields. The same parent state and
-    `key` give the same child, different keys independent children. None derives from the global generator of
-    `device`; a StackedRandomGenerator gives a StackedRandomGenerator of children.
+    What is drawn from the child, however much, changes nothing of what the parent yields. The same parent state gives
+    the same child. None derives from the global generator of `device`; a StackedRandomGenerator gives a
+    StackedRandomGenerator of children.
     """
     if isinstance(generator, StackedRandomGenerator):
         child = StackedRandomGenerator(generator.device, [])
-        child.generators = [child_generator(parent, *key) for parent in generator.generators]
+        child.generators = [child_generator(parent) for parent in generator.generators]
         return child
     parent = default_generator(device) if generator is None else generator
-    digest = hashlib.blake2b(parent.get_state().numpy().tobytes(), digest_size=8)
-    digest.update(repr(tuple(int(value) for value in key)).encode())
+    digest = hashlib.blake2b(parent.get_state().numpy().tobytes() + b"()", digest_size=8).digest()
     # The top bit stays clear: seeds are signed 64-bit integers.
-    return torch.Generator(parent.device).manual_seed(int.from_bytes(digest.digest(), "little") >> 1)
+    return torch.Generator(parent.device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def randn(shape, generator=None, device=None, dtype=torch.float32):
+def _draw(function, shape, generator, device, dtype):
+    if isinstance(generator, StackedRandomGenerator):
+        return generator._draw(function, shape, dtype, device)
+    source = device if generator is None else generator.device
+    return function(tuple(shape), generator=generator, dtype=dtype, device=source).to(device or source or "cpu")
+
+
+def randn(
+    shape: Sequence[int], generator: Generator = None, device: Device = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Standard normal draws from any kind of generator, moved to `device` (default: the generator's, else the CPU)."""
-    if isinstance(generator, StackedRandomGenerator):
-        return generator.randn(shape, dtype=dtype, device=device)
-    source = device if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=source).to(device or source or "cpu")
+    return _draw(torch.randn, shape, generator, device, dtype)
 
 
-def rand(shape, generator=None, device=None, dtype=torch.float32):
+def rand(
+    shape: Sequence[int], generator: Generator = None, device: Device = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Uniform draws on [0, 1) from any kind of generator, as `randn`."""
-    if isinstance(generator, StackedRandomGenerator):
-
-        def draw(size, one):
-            return torch.rand(size, generator=one, dtype=dtype, device=generator.device)
-
-        return generator._stack(draw, shape, dtype, device)
-    source = device if generator is None else generator.device
-    return torch.rand(tuple(shape), generator=generator, dtype=dtype, device=source).to(device or source or "cpu")
+    return _draw(torch.rand, shape, generator, device, dtype)
 
 
-def standard_gamma(concentration: float, count: int, generator=None, device=None):
+def standard_gamma(
+    concentration: float, count: int, generator: Generator = None, device: Device = None
+) -> torch.Tensor:
     """`count` draws of Gamma(concentration, rate 1) as float64, never zero, from any kind of generator."""
 
-    def draw(number, one, where):
-        shape = torch.full((number,), float(concentration), dtype=torch.float64, device=where)
-        return torch._standard_gamma(shape, generator=one)  # the only sampler that takes a generator
+    def draw(shape, generator, dtype, device):  # the only sampler that takes a generator
+        return torch._standard_gamma(torch.full(shape, float(concentration), dtype=dtype, device=device), generator)
 
-    if isinstance(generator, StackedRandomGenerator):
-        if len(generator) != count:
-            raise ValueError(f"{count} draws from {len(generator)} per-sample generators")
-        draws = [draw(1, one, generator.device) for one in generator.generators]
-        gamma = torch.cat(draws) if draws else torch.empty(0, dtype=torch.float64, device=generator.device)
-    else:
-        gamma = draw(count, generator, (device or "cpu") if generator is None else generator.device)
-    return gamma if device is None else gamma.to(device)
+    return _draw(draw, (count,), generator, device, torch.float64)

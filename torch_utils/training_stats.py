@@ -1,5 +1,7 @@
 """Means of quantities reported between two status lines, over all ranks, without device synchronisation per report."""
 
+from collections.abc import Sequence
+
 import torch
 
 from torch_utils import distributed as dist
@@ -12,23 +14,21 @@ class Collector:
     know the same names; a rank that has nothing to report calls `report(name, [])`.
     """
 
-    def __init__(self, device="cpu"):
+    def __init__(self, device: torch.device | str = "cpu"):
         # float64 sums; some accelerators have no float64, their sums live on the CPU.
-        self.device = torch.device(device) if torch.device(device).type in ("cpu", "cuda") else torch.device("cpu")
+        device = torch.device(device)
+        self.device = device if device.type in ("cpu", "cuda") else torch.device("cpu")
         self.sums = {}
         self.shares = {}
 
-    def report(self, name, value):
+    def report(self, name: str, value: float | Sequence[float] | torch.Tensor) -> None:
         """value: number or tensor of any shape; every element is one sample."""
         value = torch.as_tensor(value).detach().to(self.device, torch.float64).flatten()
         finite = value.isfinite()
         moments = torch.stack([finite.sum(), value.where(finite, 0).sum(), (~finite).sum()]).to(torch.float64)
-        if name in self.sums:
-            self.sums[name] += moments
-        else:
-            self.sums[name] = moments
+        self.sums[name] = self.sums[name] + moments if name in self.sums else moments
 
-    def means(self):
+    def means(self) -> dict[str, float | None]:
         """{name: mean or None}, in order of first report; starts anew. Raises RuntimeError if ranks know other names."""
         names = list(self.sums)
         if dist.get_world_size() > 1 and dist.broadcast_object(names) != names:
@@ -40,6 +40,6 @@ class Collector:
         self.sums = {name: torch.zeros_like(value) for name, value in self.sums.items()}
         return {n: float(s / count) if count > 0 else None for n, (count, s, _) in zip(names, table, strict=True)}
 
-    def nonfinite_share(self, name):
+    def nonfinite_share(self, name: str) -> float:
         """Share of non-finite samples of `name` before the last `means()`."""
         return self.shares.get(name, 0.0)

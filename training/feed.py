@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.utils.data
 
+from torch_utils.distributed import share
 from torch_utils.random import hash_seed, seeded_generator
 from training.dataset import Dataset, load_arrays, order
 from training.encoders import Encoder
@@ -22,13 +23,6 @@ CACHE_BYTES = 2**29  # data sets that decode to less stay in memory as tensors
 def block_slices(position: int, count: int, block: int) -> list[tuple[int, int]]:
     """[(first, size)] blocks of the positions position .. position + count - 1; the last one may be shorter."""
     return [(first, min(block, position + count - first)) for first in range(position, position + count, block)]
-
-
-def share(items: list, rank: int, world_size: int) -> list:
-    """The contiguous part of `items` that falls to `rank`; parts differ in length by one at most, some may be empty."""
-    small, extra = divmod(len(items), world_size)
-    start = rank * small + min(rank, extra)
-    return items[start : start + small + (rank < extra)]
 
 
 class _Rounds(torch.utils.data.Sampler):
