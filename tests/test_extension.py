@@ -2,23 +2,26 @@
 
 import json
 import math
+import os
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from small_runs import final_state, small_command, small_config
+from click.testing import CliRunner
+from small_runs import ROOT, final_state, python, small_command, small_config
 
+import calculate_metrics
 import generate_images
 import train_edm2
 from metrics import detectors
-from torch_utils import random
-from torch_utils.persistence import load_snapshot, persistent, save_snapshot
-from training import phema, presets, processes, samplers, selection, setup
+from torch_utils.persistence import load_snapshot, persistent, read_header, save_snapshot
+from training import choices, phema, presets, processes, samplers, selection, setup
 from training.dataset import ArrayDataset
 from training.encoders import IdentityEncoder, StandardRGBEncoder
 from training.feed import Feed
 from training.losses import Draws, EDM2Loss, Loss, Objective
-from training.processes import LinearProcess
 from training.training_loop import Periods
 
 SHORT = dict(total_nimg=256, status_nimg=0, snapshot_nimg=1024, checkpoint_nimg=0)
@@ -47,40 +50,125 @@ class Exact:
         return x * self.sigma_data**2 / (self.sigma_data**2 + sigma**2)
 
 
-# --- a noise kernel ---------------------------------------------------------------------------------------------------
+# --- CONTRIBUTING.md as it stands ---------------------------------------------------------------------------------------
+
+TABLES = [choices.ARCHS, choices.LOSSES, choices.OPTIMIZERS, choices.EMAS, choices.ENCODERS, choices.SCHEDULES]
+TABLES += [processes.REGISTRY, selection.FUNCTIONS, presets.PRESETS, detectors.DETECTORS]
+
+
+@pytest.fixture(scope="module")
+def added():
+    """The names that the code blocks of CONTRIBUTING.md define, registered while this file runs."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    before, names = [dict(table) for table in TABLES], {"__name__": "contributing"}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
+    new = [table.keys() - old.keys() for table, old in zip(TABLES, before, strict=True)]
+    assert all(new), "a registry without an example"
+    yield names
+    for table, keys in zip(TABLES, new, strict=True):
+        for key in keys:
+            del table[key]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--process=laplace --optimizer=rmsprop --lr-schedule=falling --ema=short --select=hardest --filter-ratio=0.5",
+        "--process=ring --encoder=half-range",
+        "--arch=pointwise --loss=tempered --preset=mine --channels=8",
+    ],
+)
+def test_what_contributing_adds_trains_samples_and_scores(digits, tmp_path, added, options, capsys):
+    short = ["--duration=256", "--status=0", "--checkpoint=0"]
+    command = [*small_command(digits, tmp_path / "run"), *short, *options.split()]
+    assert not train_edm2.main(command, standalone_mode=False)
+    snapshot = load_snapshot(tmp_path / "run")
+    for word in options.split():
+        name, value = word.lstrip("-").replace("-", "_").split("=")
+        assert str(snapshot.options[name]) == value.replace("_", "-") or name == "channels"
+    net, made = snapshot.net, snapshot.process
+    assert isinstance(net, added["Pointwise"]) == ("pointwise" in options)
+    assert isinstance(made, added["Laplace"]) == ("laplace" in options) and isinstance(made, added["Ring"]) == (
+        "ring" in options
+    )
+    assert isinstance(snapshot.encoder, added["HalfRange"]) == ("half-range" in options)
+    more = ["--process=ring", "--solver=em"] if "ring" in options else []
+    out = [f"--outdir={tmp_path / 'out'}", "--seeds=0-7", "--steps=2", "--class=balanced"]
+    generate_images.main([f"--net={tmp_path / 'run'}", *out, *more], standalone_mode=False)
+    score = ["calc", f"--images={tmp_path / 'out'}", f"--data={digits}", "--metrics=mean", "--distances=fd"]
+    capsys.readouterr()
+    calculate_metrics.cmdline.main(score, standalone_mode=False)
+    out = capsys.readouterr().out
+    assert json.loads(out[out.index("{") :])["metrics"]["mean"]["overall"]["count"] == 8
+
+
+def test_a_kernel_of_ones_own_is_the_prior(digits, tmp_path, added):
+    setup.train(small_config(digits, process="laplace", **SHORT), tmp_path / "run")
+    (batch,) = generate_images.generate_images(tmp_path / "run", seeds=range(8), num_steps=2, max_batch_size=8)
+    expected = added["Laplace"]().unit_noise([1, 1, 8, 8], torch.Generator().manual_seed(3))
+    assert torch.equal(batch.noise[3:4], expected)
+    loss = EDM2Loss(kernel=added["Laplace"]())
+    draws = loss.draw(torch.zeros(4000, 1, 1, 1), generator=torch.Generator().manual_seed(0))
+    unit = (draws.noise / draws.sigma.reshape(-1, 1, 1, 1)).flatten()
+    assert float(unit.var()) == pytest.approx(1, abs=0.1) and float(unit.pow(4).mean()) == pytest.approx(6, abs=1.5)
+
+
+@pytest.mark.parametrize("solver, steps", [(samplers.sscs, 60), (samplers.euler_maruyama, 500)])
+def test_process(solver, steps, added):
+    net, ring = Exact(), added["Ring"]()
+    generator = torch.Generator().manual_seed(0)
+    latents = samplers.start_state(net, ring, [3000, 1, 1, 1], generator)
+    assert latents.shape == (3000, 3, 1, 1, 1)
+    points = solver(
+        net,
+        ring,
+        latents,
+        num_steps=steps,
+        randn_like=lambda u: torch.randn(u.shape, generator=generator, dtype=u.dtype),
+    )
+    assert float(points.std()) == pytest.approx(0.7, rel=0.06) and abs(float(points.mean())) < 0.06
+
+
+def test_solver(tiny_net, added):
+    (batch,) = generate_images.generate_images(
+        tiny_net(10), seeds=range(4), sampler=added["euler"], num_steps=3, max_batch_size=4
+    )
+    assert batch.images.shape == (4, 1, 8, 8) and batch.images.dtype == torch.uint8
+    start = torch.randn(2000, 2, 1, 1, generator=torch.Generator().manual_seed(0))
+    assert float(added["euler"](Exact(), start, num_steps=100).std()) == pytest.approx(0.7, rel=0.05)
+
+
+def test_what_is_added_shows_in_the_help(added):
+    shown = CliRunner().invoke(train_edm2.main, ["--help"]).output
+    for name in ("rmsprop", "falling", "short", "half-range", "pointwise", "tempered"):
+        assert re.search(rf"\|{name}\b", shown), name
+
+
+def test_an_option_is_one_line(tmp_path, digits):
+    """A line added to training/config.py is an option in --help, in --dry-run and in the header of the snapshot."""
+    for name in ("training", "torch_utils", "dnnlib"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "train_edm2.py", tmp_path)
+    config = tmp_path / "training" / "config.py"
+    text = config.read_text(encoding="utf-8")
+    anchor = "    seed: int = _run("
+    line = '    colour: str = _run("red", "Of the shed", choices=("red", "blue"))\n'
+    config.write_text(text.replace(anchor, line + anchor), encoding="utf-8")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    shown = python("train_edm2.py", "--help", cwd=tmp_path, env=env)
+    assert "--colour red|blue" in shown.stdout and "Of the shed" in shown.stdout
+    command = small_command(digits, tmp_path / "run", "--colour=blue", "--duration=256", "--status=0", "--checkpoint=0")
+    assert '"colour": "blue"' in python("train_edm2.py", *command, "--dry-run", cwd=tmp_path, env=env).stdout
+    wrong = python("train_edm2.py", *command, "--colour=pink", cwd=tmp_path, env=env)
+    assert wrong.returncode == 2 and "--colour=pink is unknown; known: blue, red" in wrong.stderr
+    assert python("train_edm2.py", *command, cwd=tmp_path, env=env).returncode == 0
+    assert read_header(tmp_path / "run")["options"]["colour"] == "blue"
 
 
 class Undescribed:
     def unit_noise(self, shape, generator=None):
-        u = random.rand(shape, generator) - 0.5
-        return -u.sign() * torch.log1p(-2 * u.abs()) / 2**0.5
-
-
-@persistent
-class Laplace(Undescribed):
-    pass
-
-
-def test_noise_kernel(digits, tmp_path, monkeypatch):
-    monkeypatch.setitem(processes.REGISTRY, "laplace", Laplace)  # --process=laplace
-    train_edm2.main(
-        [
-            *small_command(digits, tmp_path / "run"),
-            "--process=laplace",
-            "--duration=256",
-            "--status=0",
-            "--checkpoint=0",
-        ],
-        standalone_mode=False,
-    )
-    snapshot = load_snapshot(tmp_path / "run")
-    assert isinstance(snapshot.process, Laplace) and snapshot.options["process"] == "laplace"
-    (batch,) = generate_images.generate_images(tmp_path / "run", seeds=range(8), num_steps=2, max_batch_size=8)
-    assert torch.equal(batch.noise[3:4], Laplace().unit_noise([1, 1, 8, 8], torch.Generator().manual_seed(3)))
-    loss = EDM2Loss(kernel=Laplace())
-    draws = loss.draw(torch.zeros(4000, 1, 1, 1), generator=torch.Generator().manual_seed(0))
-    unit = (draws.noise / draws.sigma.reshape(-1, 1, 1, 1)).flatten()
-    assert float(unit.var()) == pytest.approx(1, abs=0.1) and float(unit.pow(4).mean()) == pytest.approx(6, abs=1.5)
+        return torch.zeros(shape)
 
 
 def test_what_cannot_describe_itself_is_refused_at_the_start(digits, tmp_path, monkeypatch):
@@ -110,32 +198,6 @@ def test_what_cannot_describe_itself_is_refused_at_the_start(digits, tmp_path, m
         ):
             setup.train(small_config(digits, **options, **SHORT), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-# --- a process --------------------------------------------------------------------------------------------------------
-
-
-@persistent
-class Ring(LinearProcess):
-    def __init__(self, **options):
-        Q = [[0, -1, 0], [1, 0, -1], [0, 1, 0]]
-        super().__init__(Q=Q, D=[[0.5, 0, 0], [0, 0, 0], [0, 0, 1]], **options)
-
-
-@pytest.mark.parametrize("solver, steps", [(samplers.sscs, 60), (samplers.euler_maruyama, 500)])
-def test_process(solver, steps):
-    net, ring = Exact(), Ring()
-    generator = torch.Generator().manual_seed(0)
-    latents = samplers.start_state(net, ring, [3000, 1, 1, 1], generator)
-    assert latents.shape == (3000, 3, 1, 1, 1)
-    points = solver(
-        net,
-        ring,
-        latents,
-        num_steps=steps,
-        randn_like=lambda u: torch.randn(u.shape, generator=generator, dtype=u.dtype),
-    )
-    assert float(points.std()) == pytest.approx(0.7, rel=0.06) and abs(float(points.mean())) < 0.06
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -321,52 +383,3 @@ def test_points_from_files(tmp_path):
     assert {tuple(p) for p in loop.encoder.encode_latents(images)[:, :, 0, 0].tolist()} <= {
         tuple(p) for p in points[:, :, 0, 0].tolist()
     }
-
-
-# --- a solver ---------------------------------------------------------------------------------------------------------
-
-
-def euler(net, noise, labels=None, gnet=None, num_steps=32, randn_like=torch.randn_like):
-    sigmas = torch.linspace(80**0.25, 0, num_steps + 1) ** 4
-    x = noise * sigmas[0]
-    for s, t in zip(sigmas[:-1], sigmas[1:], strict=True):
-        x = x + (t - s) * (x - net(x, s, labels)) / s
-    return x
-
-
-def test_solver(tiny_net):
-    (batch,) = generate_images.generate_images(
-        tiny_net(10), seeds=range(4), sampler=euler, num_steps=3, max_batch_size=4
-    )
-    assert batch.images.shape == (4, 1, 8, 8) and batch.images.dtype == torch.uint8
-    points = euler(Exact(), torch.randn(2000, 2, 1, 1, generator=torch.Generator().manual_seed(0)), num_steps=100)
-    assert float(points.std()) == pytest.approx(0.7, rel=0.05)
-
-
-# --- a preset ---------------------------------------------------------------------------------------------------------
-
-
-def test_preset(digits, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(presets.PRESETS, "mine", dict(presets.PRESETS["digits8"], channels=24, lr=0.002))
-    command = [f"--outdir={tmp_path}", f"--data={digits}", "--preset=mine", "--dry-run"]
-    assert not train_edm2.main(command, standalone_mode=False)
-    out = capsys.readouterr().out
-    shown = json.loads(out[out.index("{") : out.rindex("}") + 1])
-    assert (shown["channels"], shown["lr"], shown["preset"]) == (24, 0.002, "mine")
-
-
-# --- a detector -------------------------------------------------------------------------------------------------------
-
-
-def test_detector(digits, monkeypatch, capsys):
-    import calculate_metrics
-
-    monkeypatch.setitem(
-        detectors.DETECTORS, "mean", lambda argument: lambda images: images.float().mean(dim=(2, 3)).repeat(1, 2)
-    )
-    calculate_metrics.cmdline.main(
-        ["calc", f"--images={digits}", f"--data={digits}", "--metrics=mean", "--distances=fd"], standalone_mode=False
-    )
-    out = capsys.readouterr().out
-    result = json.loads(out[out.index("{") :])
-    assert "mean" in result["metrics"] and abs(result["metrics"]["mean"]["overall"]["fd"]) < 1e-6
