@@ -1,15 +1,15 @@
 """Loss and metric curves of runs, against trained images and against time."""
 
+if not __package__:
+    import _here
+
 import json
-import sys
 from pathlib import Path
 
 import click
 
-if not __package__:  # run as a file: the packages are one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dnnlib import cli  # noqa: E402
+from dnnlib import cli
+from simulations.sweeps import figure_stem, print_files
 
 AXES = {
     "images": ("Progress/kimg", "trained images (thousands)"),
@@ -54,14 +54,12 @@ def draw(runs, keys, axes, log=True):
     return fig
 
 
-# fmt: off  (one option a line)
 @cli.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option("--keys", type=cli.STRINGS, help=f"Fields of stats.jsonl; default: those present of {', '.join(CURVES)}")
 @click.option("--x", "axes", type=cli.STRINGS, default="images,time", help=f"Any of {', '.join(AXES)}")
 @click.option("--log/--linear", default=True, help="Logarithmic where all values are positive")
-@click.option("--save", metavar="FILE", default="simulations/figures/runs", help="Figure, written as .png and .svg")
-# fmt: on
+@figure_stem("--save", "runs")
 def main(runs, keys, axes, log, save):
     """Draw loss and metric curves of run folders, of the toy and of image training alike.
 
@@ -84,8 +82,7 @@ def main(runs, keys, axes, log, save):
         raise ValueError(f"none of the usual fields is there; give --keys from {', '.join(sorted(present))}")
     from metrics import figures
 
-    stem = Path(save).with_suffix("") if Path(save).suffix in (".png", ".svg") else Path(save)
-    print(json.dumps({"files": [str(path) for path in figures.save(draw(lines, keys, axes, log), stem)]}))
+    print_files(figures.save(draw(lines, keys, axes, log), save))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
 """The 2-D tree: train toy networks with and without data selection, test them, draw autoguidance."""
 
+if not __package__:
+    import _here
+
 import json
-import sys
-from pathlib import Path
 
 import click
 
-if not __package__:  # run as a file: the packages are one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dnnlib import cli
+from simulations.sweeps import RESULTS_DIR, figure_stem, print_files
 
-from dnnlib import cli  # noqa: E402
-
-RESULTS = Path(__file__).resolve().parent / "results" / "tree"
-FIGURES = Path(__file__).resolve().parent / "figures"
 EXAMPLES = """
 \b
 Examples:
@@ -29,25 +26,22 @@ def main():
     """The tree mixture of EDM2's autoguidance paper, with AJEST's selection and metrics."""
 
 
-# fmt: off  (one option a line)
+CLASSES = click.option("--cls", type=click.Choice(["A", "B", "AB"]), default="A", help="Classes of the tree")
+GUIDANCE = click.option("--guidance", type=cli.Float(), default=3.0, help="Guidance weight")
+SEED = click.option("--seed", type=click.IntRange(min=0), default=1)
+DEVICE = click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu, ...")
+RUN = "simulations/results/tree/run"
+GUIDE = "Reference of the selection and guide of the metrics"
+
+
 @main.command()
-@click.option(
-    "--outdir",
-    metavar="DIR",
-    default=str(RESULTS / "run"),
-    show_default="simulations/results/tree/run",
-    help="Run folder",
-)
-@click.option("--cls", type=click.Choice(["A", "B", "AB"]), default="A", help="Classes of the tree")
+@click.option("--outdir", metavar="DIR", default=str(RESULTS_DIR / "tree" / "run"), show_default=RUN, help="Run folder")
+@CLASSES
 @click.option("--layers", type=click.IntRange(min=1), default=4, help="Hidden layers")
 @click.option("--dim", type=click.IntRange(min=1), default=64, help="Width; guides have 32")
 @click.option("--total-iter", type=click.IntRange(min=1), default=4096, help="Steps")
-@click.option(
-    "--batch-size", type=click.IntRange(min=1), default=4096, help="Points drawn per step; selection keeps a part"
-)
-@click.option(
-    "--guide", "--guide-path", "guide", metavar="SNAPSHOT", help="Reference of the selection and guide of the metrics"
-)
+@click.option("--batch-size", type=click.IntRange(min=1), default=4096, help="Points per step; selection keeps a part")
+@click.option("--guide", "--guide-path", "guide", metavar="SNAPSHOT", help=GUIDE)
 @click.option("--guidance/--no-guidance", default=None, help="Use --guide; default: if it is given")
 @click.option("--guide-weight", type=cli.Float(), default=3.0, help="Guidance weight of test metrics and --interpol")
 @click.option("--interpol", is_flag=True, help="While selecting, score and train the guided network")
@@ -55,19 +49,11 @@ def main():
 @click.option("--selection", "random", is_flag=True, help="Same as --select=random")
 @click.option("--acid", is_flag=True, help="Same as --select=jest")
 @click.option(
-    "--filter-ratio",
-    "--filt",
-    "filter_ratio",
-    type=cli.Float(0, 1, max_open=True),
-    default=0.8,
-    help="Share of the points that is discarded",
+    "--filter-ratio", "--filt", type=cli.Float(0, 1, max_open=True), default=0.8, help="Share that is discarded"
 )
 @click.option("--chunks", "--n", "chunks", type=click.IntRange(min=1), default=16, help="Chunks of the selection")
 @click.option(
-    "--diff/--no-diff",
-    "learnability",
-    default=True,
-    help="jest: learner minus reference loss, or minus the reference's alone",
+    "--diff/--no-diff", "learnability", default=True, help="jest: score by learner minus reference, or by the latter"
 )
 @click.option("--invert", "inverted", is_flag=True, help="jest: prefer the least learnable")
 @click.option("--early", is_flag=True, help="Select until the learner beats the reference")
@@ -77,23 +63,14 @@ def main():
 @click.option("--test/--no-test", default=True, help="All metrics at the end, into test.json")
 @click.option("--viz/--no-viz", default=False, help="Draw samples at the end, into samples.png")
 @click.option(
-    "--snapshot-iter", type=click.IntRange(min=0), default=256, help="Steps between snapshots; 0: at the end only"
+    "--snapshot-iter", type=click.IntRange(min=0), default=256, help="Steps between snapshots; 0: the last only"
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0)
-@click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu, ...")
+@DEVICE
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop")
-# fmt: on
-def train(outdir, guidance, guide, guide_weight, select, random, acid, early, late, val, test, viz, dry_run, **given):
+def train(outdir, val, test, viz, dry_run, **given):
     """Train one toy network. --batch-size points are drawn per step; with --select a part of them is trained on."""
-    if early and late:
-        raise click.UsageError("--early and --late exclude each other; give one")
-    if (random or acid) and select != "none":
-        raise click.UsageError("--selection and --acid stand for --select=random and --select=jest; give one")
-    if guidance and guide is None:
-        raise click.UsageError("--guidance needs a guide: give --guide")
-    select = "jest" if acid else "random" if random else select
-    when = "early" if early else "late" if late else "always"
-    guide = None if guidance is False else guide
+    fields = _resolve(**given)
     from dataclasses import asdict
 
     from simulations.tree import metrics as tree_metrics
@@ -101,7 +78,7 @@ def train(outdir, guidance, guide, guide_weight, select, random, acid, early, la
     from torch_utils import distributed
 
     distributed.init(given["device"])
-    config = tree_training.TreeConfig(select=select, when=when, guide=guide, guidance=guide_weight, **given).check()
+    config = tree_training.TreeConfig(**fields).check()
     if dry_run:
         print(json.dumps(asdict(config), indent=2))
         print("Dry run; exiting.")
@@ -117,18 +94,34 @@ def train(outdir, guidance, guide, guide_weight, select, random, acid, early, la
         tree_plots.write_samples(config, outdir, ema)
 
 
+def _resolve(guidance, guide, guide_weight, select, random, acid, early, late, **fields):
+    """Fields of a TreeConfig from the options that stand for several."""
+    if early and late:
+        raise click.UsageError("--early and --late exclude each other; give one")
+    if (random or acid) and select != "none":
+        raise click.UsageError("--selection and --acid stand for --select=random and --select=jest; give one")
+    if guidance and guide is None:
+        raise click.UsageError("--guidance needs a guide: give --guide")
+    return fields | {
+        "select": "jest" if acid else "random" if random else select,
+        "when": "early" if early else "late" if late else "always",
+        "guide": None if guidance is False else guide,
+        "guidance": guide_weight,
+    }
+
+
 @main.command()
 @click.option("--net", "--net-path", "net", metavar="SNAPSHOT", required=True, help="File, or run folder")
 @click.option("--ema", "--ema-path", "ema", metavar="SNAPSHOT", help="Average of the same run, measured beside")
 @click.option("--guide", "--guide-path", "guide", metavar="SNAPSHOT", help="Guide; adds the guided metrics")
-@click.option("--guidance", type=cli.Float(), default=3.0, help="Guidance weight")
-@click.option("--cls", type=click.Choice(["A", "B", "AB"]), default="A", help="Classes of the tree")
+@GUIDANCE
+@CLASSES
 @click.option("--n-samples", type=click.IntRange(min=1), default=1024, help="Samples; scores depend on it")
 @click.option("--external", is_flag=True, help="Also on the outer branches (class A)")
 @click.option("--mandala", is_flag=True, help="Also mandala and classification score")
 @click.option("--levels", is_flag=True, help="Also the loss per noise level")
-@click.option("--seed", type=click.IntRange(min=0), default=1)
-@click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu, ...")
+@SEED
+@DEVICE
 def test(net, ema, guide, guidance, n_samples, levels, **options):
     """Measure snapshots. stdout: JSON, with what the exact mixture itself scores under `floor`."""
     from simulations.tree import metrics as tree_metrics
@@ -142,17 +135,11 @@ def test(net, ema, guide, guidance, n_samples, levels, **options):
 @main.command()
 @click.option("--net", metavar="SNAPSHOT", required=True, help="Main network: file, or run folder")
 @click.option("--gnet", "--guide", "gnet", metavar="SNAPSHOT", required=True, help="Guide")
-@click.option("--guidance", type=cli.Float(), default=3.0, help="Guidance weight")
-@click.option("--cls", type=click.Choice(["A", "B", "AB"]), default="A", help="Classes of the ground truth")
-@click.option(
-    "--save",
-    metavar="FILE",
-    default=str(FIGURES / "tree-autoguidance"),
-    show_default="simulations/figures/tree-autoguidance",
-    help="Figure, written as .png and .svg",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=1)
-@click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu, ...")
+@GUIDANCE
+@CLASSES
+@figure_stem("--save", "tree-autoguidance")
+@SEED
+@DEVICE
 def plot(net, gnet, guidance, cls, save, seed, device):
     """Draw the autoguidance figure: samples, densities and trajectories with and without guidance."""
     from metrics import figures
@@ -164,8 +151,7 @@ def plot(net, gnet, guidance, cls, save, seed, device):
     figure = tree_plots.autoguidance_figure(
         load_toy(net, device), load_toy(gnet, device), guidance, cls, seed, device=device
     )
-    stem = Path(save).with_suffix("") if Path(save).suffix in (".png", ".svg") else Path(save)
-    print(json.dumps({"files": [str(path) for path in figures.save(figure, stem)]}))
+    print_files(figures.save(figure, save))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 """Which data selection is worth its cost? Several arms and seeds on the tree, one table, one figure."""
 
+if not __package__:
+    import _here
+
 import json
-import sys
-from pathlib import Path
 
 import click
 
-if not __package__:  # run as a file: the packages are one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dnnlib import cli
+from simulations.run_tree import CLASSES, DEVICE
+from simulations.sweeps import RESULTS_DIR, print_files
 
-from dnnlib import cli  # noqa: E402
-
-RESULTS = Path(__file__).resolve().parent / "results" / "tree-sweep"
 EXAMPLES = """
 \b
 Examples:
@@ -23,32 +22,25 @@ Examples:
 """
 
 
-# fmt: off  (one option a line)
+ARMS = "baseline,random,jest,ajest,early-ajest,diverse"
+OUTDIR = RESULTS_DIR / "tree-sweep"
+
+
 @cli.command(epilog=EXAMPLES)
-@click.option(
-    "--arms", type=cli.STRINGS, default="baseline,random,jest,ajest,early-ajest,diverse", help="Also: late-ajest"
-)
+@click.option("--arms", type=cli.STRINGS, default=ARMS, help="Also: late-ajest")
 @click.option("--seeds", type=cli.SEEDS, default="0,73,172,231,357", help="Training seeds")
 @click.option("--batch-size", type=click.IntRange(min=16), default=1024, help="Points drawn per step")
 @click.option("--total-iter", type=click.IntRange(min=1), default=1000, help="Steps")
-@click.option(
-    "--snapshot-iter",
-    type=click.IntRange(min=1),
-    default=48,
-    help="Steps between snapshots, which are what is compared",
-)
+@click.option("--snapshot-iter", type=click.IntRange(min=1), default=48, help="Steps between the snapshots to compare")
 @click.option("--reference-iter", type=click.IntRange(min=1), default=512, help="Steps of the reference (width 32)")
 @click.option("--reference-batch", type=click.IntRange(min=1), default=4096, help="Its batch size")
 @click.option("--n-samples", type=click.IntRange(min=1), default=2048, help="Samples behind each score")
-@click.option("--cls", type=click.Choice(["A", "B", "AB"]), default="A", help="Classes of the tree")
-@click.option(
-    "--jobs", type=click.IntRange(min=1), default=1, help="Seeds side by side; more than one makes times noisy"
-)
-@click.option("--outdir", metavar="DIR", default=str(RESULTS), show_default="simulations/results/tree-sweep")
+@CLASSES
+@click.option("--jobs", type=click.IntRange(min=1), default=1, help="Seeds side by side; makes times noisy")
+@click.option("--outdir", metavar="DIR", default=str(OUTDIR), show_default="simulations/results/tree-sweep")
 @click.option("--figure", metavar="STEM", help="Figure; default: <outdir>/selection-tree")
-@click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu, ...")
+@DEVICE
 @click.option("-n", "--dry-run", is_flag=True, help="Print the runs and stop")
-# fmt: on
 def main(arms, seeds, reference_iter, reference_batch, n_samples, jobs, outdir, figure, dry_run, **options):
     """Compare data selections at equal steps, equal trained samples and equal time. Run again to resume.
 
@@ -65,7 +57,7 @@ def main(arms, seeds, reference_iter, reference_batch, n_samples, jobs, outdir, 
     distributed.init(options["device"])
     base = tree_training.TreeConfig(**options)
     paths = tree_sweep.run(base, arms, seeds, outdir, n_samples, reference_iter, reference_batch, figure, jobs)
-    print(json.dumps({"files": [str(path) for path in paths]}))
+    print_files(paths)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,15 @@ def values_options(tags: Sequence[str]) -> Callable:
     return lambda function: decorate(function, chosen)
 
 
+def figure_stem(flag: str, name: str) -> Callable:
+    """Where one figure goes, by default `name` in simulations/figures; its suffix may be left out."""
+    return click.option(
+        flag, type=click.Path(path_type=Path), metavar="FILE", default=FIGURES_DIR / name,
+        show_default=f"simulations/figures/{name}", help="Figure, written as .png and .svg",
+        callback=lambda ctx, param, path: path.with_suffix("") if path.suffix in (".png", ".svg") else path,
+    )  # fmt: skip
+
+
 def figure_options(folder: str, script: str) -> Callable:
     """Where a plot command reads and writes, and the resolution."""
     chosen = [

@@ -46,7 +46,6 @@ PENDING_IMPORTS = {
     ("simulations.run_toy", "generate_images"),
 }
 PENDING_ARGUMENTS = {
-    "simulations.run_tree.train",
     "training.generation.generate_images",
     "training.generation.run",
     "training.likelihood.elbo",

@@ -163,7 +163,7 @@ def test_sweep_compares_at_equal_steps_samples_and_time(tmp_path):
     arms = ["baseline", "early-ajest"]
     paths = tree_sweep.run(base, arms, [0, 1], tmp_path, num=64, reference_iter=2, reference_batch=64)
     assert [p.name for p in paths] == ["table.csv", "table.md", "selection-tree.png", "selection-tree.svg"]
-    rows = tree_sweep.measure(arms, [0, 1], tmp_path, str(tmp_path / "reference"), num=64, progress=False)
+    rows = tree_sweep.measure(arms, [0, 1], tmp_path, str(tmp_path / "reference"), num=64)
     assert len(rows) == 3 * 2 * 2
     for kind, column in (("steps", "iteration"), ("samples", "samples")):
         chosen = [row for row in rows if row["comparison"] == kind]

@@ -7,7 +7,6 @@ import functools
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dnnlib import atomic_write
@@ -130,15 +129,6 @@ def validation_hook(cls="A", num=512, seed=1, flow=True, device="cpu"):
         return fields
 
     return on_status
-
-
-def summary(rows):
-    """{name: (mean, standard deviation over rows)} of equal-keyed dicts; NaN deviation for a single row."""
-    out = {}
-    for name in rows[0]:
-        values = np.array([row[name] for row in rows], dtype=np.float64)
-        out[name] = (float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else float("nan"))
-    return out
 
 
 def test(net, ema=None, guide=None, guidance=3.0, n_samples=1024, levels=False, *, cls="A", seed=1, external=False,

@@ -1,19 +1,25 @@
 """The comparison of data selection on the tree: several arms and seeds, at equal steps, equal samples and equal time."""
 
-import csv
+from __future__ import annotations
+
 import json
 import math
 import multiprocessing
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dnnlib import atomic_write
+from dnnlib import cells
+from dnnlib.util import write_text
 from metrics import figures
+from metrics.table import markdown, mean_and_deviation, mean_and_error, write_csv
 from simulations.tree import metrics as tree_metrics
 from simulations.tree import training as tree_training
+from simulations.tree.training import TreeConfig
+from torch_utils import persistence
 
 # What differs between the arms (Pais et al. 2025; `diverse` is ours). "@guide" stands for the reference network.
 ARMS = {
@@ -27,12 +33,12 @@ ARMS = {
 }
 COLOURS = dict(zip(ARMS, ("#222222", "#888888", "#C4A000", "#D9730D", "#3C8F3A", "#2B6CB0", "#9B2F8F"), strict=True))
 COMPARISONS = {"steps": "equal steps", "samples": "equal trained samples", "time": "equal CPU time"}
-COUNTS = ["iteration", "samples", "candidates", "cpu_sec"]
-COLUMNS = ["loss", "L2_metric", "mandala_score", "classification_score"]
-COLUMNS += [f"guided_{name}" for name in COLUMNS[1:]]
+KEYS = {"steps": "Progress/iteration", "samples": "Progress/kimg", "time": "Timing/cpu_sec"}  # in stats.jsonl
+SCORES = ["mandala_score", "classification_score"]
+COLUMNS = ["loss", "L2_metric", *SCORES, "guided_L2_metric", *(f"guided_{name}" for name in SCORES)]
 
 
-def train_reference(base, outdir, total_iter=512, batch_size=4096):
+def train_reference(base: TreeConfig, outdir: str | Path, total_iter: int = 512, batch_size: int = 4096) -> str:
     """The guide: width 32, 512 steps of 4096 points, seed 0 (as published). Returns its snapshot."""
     run_dir = Path(outdir) / "reference"
     config = replace(base, dim=32, total_iter=total_iter, batch_size=batch_size, seed=0, snapshot_iter=0)
@@ -41,7 +47,9 @@ def train_reference(base, outdir, total_iter=512, batch_size=4096):
     return str(sorted(run_dir.glob("network-snapshot-*.safetensors"))[-1])
 
 
-def train_seed(base, seed, arms, outdir, reference, bar=None):
+def train_seed(
+    base: TreeConfig, seed: int, arms: Sequence[str], outdir: str | Path, reference: str, bar: tqdm | None = None
+) -> None:
     """Train all arms of one seed; their points and exact scores are computed once, before. Finished runs are kept."""
     memory = {}
     for arm in arms:
@@ -58,7 +66,7 @@ def train_seed(base, seed, arms, outdir, reference, bar=None):
             bar.update()
 
 
-def history(run_dir):
+def history(run_dir: str | Path) -> list[dict]:
     """The status lines of a run that have a snapshot, oldest first: dicts of stats.jsonl with `path` added."""
     lines = []
     for text in (Path(run_dir) / "stats.jsonl").read_text(encoding="utf-8").splitlines():
@@ -69,140 +77,132 @@ def history(run_dir):
     return lines
 
 
-def measure(arms, seeds, outdir, reference, cls="A", num=2048, progress=True):
+def measure(
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    outdir: str | Path,
+    reference: str,
+    cls: str = "A",
+    num: int = 2048,
+    progress: Callable = iter,
+) -> list[dict]:
     """Rows {comparison, arm, seed, iteration, samples, candidates, cpu_sec, metrics ...} of all runs.
 
     Equal samples and equal time compare the snapshots nearest to what the shortest run of the same seed reached (as
     published, where it is the shortest of all runs): how busy the machine was while a seed ran then does not matter.
-    Measured rows are kept in metrics.json beside each run.
     """
     runs = {(arm, seed): history(Path(outdir) / f"{arm}-seed{seed}") for arm in arms for seed in seeds}
-    keys = {"steps": "Progress/iteration", "samples": "Progress/kimg", "time": "Timing/cpu_sec"}
-    guide = tree_training.load_toy(reference)
-    rows = []
-    for (arm, seed), lines in tqdm(runs.items(), unit="run", disable=not progress):
-        path = Path(outdir) / f"{arm}-seed{seed}" / "metrics.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        for kind, key in keys.items():
+    rows, paths = [], []
+    for (arm, seed), lines in runs.items():
+        for kind, key in KEYS.items():
             least = min(runs[other, seed][-1][key] for other in arms)
             line = min(lines, key=lambda line: abs(line[key] - least))  # noqa: B023
-            name = f"{line['path'].name} n={num}"
-            if name not in known:
-                net = tree_training.load_toy(line["path"])
-                known[name] = tree_metrics.evaluate(net, guide, cls=cls, num=num, external=False)
-            rows.append(
-                {
-                    "comparison": kind,
-                    "arm": arm,
-                    "seed": seed,
-                    "iteration": line["Progress/iteration"],
-                    "samples": round(line["Progress/kimg"] * 1e3),
-                    "candidates": line["Progress/candidates"],
-                    "cpu_sec": line["Timing/cpu_sec"],
-                    **known[name],
-                }
-            )
-        with atomic_write(path, "w") as file:
-            json.dump(known, file)
-    return rows
+            counts = {"iteration": line["Progress/iteration"], "samples": round(line["Progress/kimg"] * 1e3)}
+            counts |= {"candidates": line["Progress/candidates"], "cpu_sec": line["Timing/cpu_sec"]}
+            rows.append({"comparison": kind, "arm": arm, "seed": seed, **counts})
+            paths.append((line["path"],))
+    guide, digest = tree_training.load_toy(reference), cells.digest(persistence.resolve(reference))
+    found = cells.run(
+        paths,
+        lambda path: tree_metrics.evaluate(tree_training.load_toy(path), guide, cls=cls, num=num),
+        Path(outdir) / "cells",
+        identity=lambda path: [cells.digest(path), digest, cls, num],
+        progress=progress,
+    )
+    return [row | scores for row, scores in zip(rows, found, strict=True)]
 
 
-def write_table(rows, outdir):
+def write_table(rows: list[dict], outdir: str | Path) -> list[Path]:
     """table.csv (one row per run and comparison) and table.md. Returns their paths.
 
     table.md has, for each comparison, means ± standard deviations over seeds, and means ± standard errors of the differences
     to the baseline of the same seed, which starts from the same weights and sees the same points.
     """
-    outdir = Path(outdir)
-    with atomic_write(outdir / "table.csv", "w") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
     seeds = len({row["seed"] for row in rows})
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
     text = []
     for kind, title in COMPARISONS.items():
-        chosen = {arm: [row for row in rows if row["comparison"] == kind and row["arm"] == arm] for arm in arms}
-        text += [f"**{title.capitalize()}** (mean ± standard deviation of {seeds} seeds)\n"]
-        text += _table(["steps", "trained", "drawn", "CPU s", *map(_heading, COLUMNS)], map(_level, chosen.items()))
-        if "baseline" in arms and seeds > 1:
-            title = f"{title.capitalize()}: difference to the baseline of the same seed"
-            text += [f"**{title}** (mean ± standard error of {seeds} seeds)\n"]
-            others = [
-                (arm, _differences(mine, chosen["baseline"])) for arm, mine in chosen.items() if arm != "baseline"
-            ]
-            text += _table(map(_heading, COLUMNS), map(_paired, others))
+        chosen = {}
+        for row in rows:
+            if row["comparison"] == kind:
+                chosen.setdefault(row["arm"], []).append(row)
+        parts = [(f"{title.capitalize()}** (mean ± standard deviation", _levels(chosen))]
+        if "baseline" in chosen and seeds > 1:
+            base = {row["seed"]: row for row in chosen["baseline"]}
+            changes = {
+                arm: [{c: row[c] - base[row["seed"]][c] for c in COLUMNS} for row in mine]
+                for arm, mine in chosen.items()
+                if arm != "baseline"
+            }
+            heading = f"{title.capitalize()}: difference to the baseline of the same seed** (mean ± standard error"
+            parts.append((heading, _paired(changes, COLUMNS)))
         if seeds > 1:
-            text += [f"**{kind.capitalize()}: guided minus unguided** (mean ± standard error of {seeds} seeds)\n"]
-            names = ["mandala_score", "classification_score"]
-            gains = [
-                (arm, [{n: row[f"guided_{n}"] - row[n] for n in names} for row in mine]) for arm, mine in chosen.items()
-            ]
-            text += _table(map(_heading, names), map(_paired, gains))
-    with atomic_write(outdir / "table.md", "w") as file:
-        file.write("\n".join(text))
-    return [outdir / "table.csv", outdir / "table.md"]
+            gains = {
+                arm: [{n: row[f"guided_{n}"] - row[n] for n in SCORES} for row in mine] for arm, mine in chosen.items()
+            }
+            heading = f"{kind.capitalize()}: guided minus unguided** (mean ± standard error"
+            parts.append((heading, _paired(gains, SCORES)))
+        text += [f"**{heading} of {seeds} seeds)\n\n{table}" for heading, table in parts]
+    files = [write_csv(Path(outdir) / "table.csv", rows)]
+    return [*files, write_text(Path(outdir) / "table.md", "\n\n".join(text) + "\n")]
 
 
-def _table(headings, lines):
-    headings = ["arm", *headings]
-    rows = [f"| {' | '.join(cells)} |" for cells in lines]
-    return [f"| {' | '.join(headings)} |", "| --- " * len(headings) + "|", *rows, ""]
+def _levels(chosen):
+    """A line per arm: what it took, and its scores with standard deviations."""
+    lines = []
+    for arm, rows in chosen.items():
+        steps, trained, drawn, cpu = (
+            mean_and_deviation(row[name] for row in rows)[0]
+            for name in ("iteration", "samples", "candidates", "cpu_sec")
+        )
+        counts = [f"{steps:.0f}", f"{trained / 1e3:.0f}k", f"{drawn / 1e3:.0f}k", f"{cpu:.1f}"]
+        scores = [mean_and_deviation(row[name] for row in rows) for name in COLUMNS]
+        lines.append([arm, *counts, *(f"{mean:.4f} ± {deviation:.4f}" for mean, deviation in scores)])
+    return markdown(["arm", "steps", "trained", "drawn", "CPU s", *map(_heading, COLUMNS)], lines)
 
 
-def _level(item):
-    arm, rows = item
-    stats = tree_metrics.summary([{k: row[k] for k in (*COUNTS, *COLUMNS)} for row in rows])
-    counts = [f"{stats['iteration'][0]:.0f}", f"{stats['samples'][0] / 1e3:.0f}k"]
-    counts += [f"{stats['candidates'][0] / 1e3:.0f}k", f"{stats['cpu_sec'][0]:.1f}"]
-    return [arm, *counts, *(f"{stats[c][0]:.4f} ± {stats[c][1]:.4f}" for c in COLUMNS)]
-
-
-def _differences(rows, baseline):
-    base = {row["seed"]: row for row in baseline}
-    return [{c: row[c] - base[row["seed"]][c] for c in COLUMNS} for row in rows]
-
-
-def _paired(item):
-    arm, rows = item
-    stats = tree_metrics.summary(rows)
-    return [arm, *(f"{m:+.4f} ± {s / math.sqrt(len(rows)):.4f}" for m, s in stats.values())]
+def _paired(differences, names):
+    """A line per arm: mean differences with standard errors."""
+    lines = []
+    for arm, rows in differences.items():
+        found = [mean_and_error(row[name] for row in rows) for name in names]
+        lines.append([arm, *(f"{mean:+.4f} ± {error:.4f}" for mean, error in found)])
+    return markdown(["arm", *map(_heading, names)], lines)
 
 
 def _heading(name):
     return name.replace("_metric", "").replace("_score", "").replace("_", " ")
 
 
-def plot(rows, arms, seeds, outdir, stem):
+def plot(
+    rows: list[dict], arms: Sequence[str], seeds: Sequence[int], outdir: str | Path, stem: str | Path
+) -> list[Path]:
     """One figure: loss against trained samples and CPU time, loss at equal samples, and mandala scores in all comparisons."""
     fig, axes = figures.figure(columns=3, rows=2, width=4.4, height=3.1)
     for arm in arms:
         runs = [history(Path(outdir) / f"{arm}-seed{seed}") for seed in seeds]
-        steps = min(map(len, runs))
-        for axis, key, scale in ((axes[0, 0], "Progress/kimg", 1), (axes[0, 1], "Timing/cpu_sec", 1)):
-            x = [_mean([run[i][key] * scale for run in runs])[0] for i in range(steps)]
-            y = [_mean([run[i]["Validation/ema_loss"] for run in runs]) for i in range(steps)]
+        for axis, key in ((axes[0, 0], "Progress/kimg"), (axes[0, 1], "Timing/cpu_sec")):
+            x, y = [], []
+            for lines in zip(*runs, strict=False):  # as far as the shortest run
+                x.append(_mean(line[key] for line in lines)[0])
+                y.append(_mean(line["Validation/ema_loss"] for line in lines))
             axis.plot(x, [m for m, _ in y], color=COLOURS[arm], label=arm)
             axis.fill_between(x, [m - s for m, s in y], [m + s for m, s in y], color=COLOURS[arm], alpha=0.15, lw=0)
     for axis, label in ((axes[0, 0], "trained samples (thousands)"), (axes[0, 1], "CPU seconds")):
         axis.set(xlabel=label, ylabel="loss of the averaged network", yscale="log", xscale="log")
     axes[0, 0].legend(fontsize=7)
-    panels = [(axes[0, 2], "samples", "loss", "guided_L2_metric")]
-    panels += [(axes[1, i], kind, "mandala_score", "guided_mandala_score") for i, kind in enumerate(COMPARISONS)]
-    for axis, kind, plain, guided in panels:
+    scores = [("mandala_score", -0.12, "o"), ("guided_mandala_score", 0.12, "^")]
+    panels = [(axes[0, 2], "samples", "loss", [("loss", 0, "o")])]
+    panels += [(axes[1, i], kind, "mandala score (△ guided)", scores) for i, kind in enumerate(COMPARISONS)]
+    for axis, kind, label, series in panels:
         for i, arm in enumerate(arms):
             mine = [row for row in rows if row["comparison"] == kind and row["arm"] == arm]
-            for name, shift, marker in ((plain, -0.12, "o"), (guided, 0.12, "^")):
-                if name == "guided_L2_metric":
-                    continue
-                mean, deviation = _mean([row[name] for row in mine])
-                face = COLOURS[arm] if name == plain else "white"
-                axis.errorbar(
-                    [i + (shift if plain != "loss" else 0)], [mean], yerr=[0 if math.isnan(deviation) else deviation],
-                    color=COLOURS[arm], marker=marker, markerfacecolor=face, capsize=2, lw=1,
-                )  # fmt: skip
+            for name, shift, marker in series:
+                mean, deviation = _mean(row[name] for row in mine)
+                face = "white" if name.startswith("guided") else COLOURS[arm]
+                style = dict(color=COLOURS[arm], marker=marker, markerfacecolor=face, capsize=2, lw=1)
+                axis.errorbar([i + shift], [mean], yerr=[deviation], **style)
         axis.set_xticks(range(len(arms)), arms, rotation=30, ha="right", fontsize=7)
-        axis.set(title=COMPARISONS[kind], ylabel="loss" if plain == "loss" else "mandala score (△ guided)")
+        axis.set(title=COMPARISONS[kind], ylabel=label)
     low, high = zip(*(axis.get_ylim() for axis in axes[1]), strict=True)
     for axis in axes[1]:  # one scale, so that the comparisons compare
         axis.set_ylim(min(low), max(high))
@@ -210,8 +210,9 @@ def plot(rows, arms, seeds, outdir, stem):
 
 
 def _mean(values):
-    stats = tree_metrics.summary([{"v": v} for v in values])["v"]
-    return stats[0], 0.0 if math.isnan(stats[1]) else stats[1]
+    """Mean and standard deviation, 0 for a single value."""
+    mean, deviation = mean_and_deviation(values)
+    return mean, 0.0 if math.isnan(deviation) else deviation
 
 
 def _train_in_process(arguments):
@@ -221,7 +222,17 @@ def _train_in_process(arguments):
     train_seed(*arguments)
 
 
-def run(base, arms, seeds, outdir, num=2048, reference_iter=512, reference_batch=4096, figure=None, jobs=1):
+def run(
+    base: TreeConfig,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    outdir: str | Path,
+    num: int = 2048,
+    reference_iter: int = 512,
+    reference_batch: int = 4096,
+    figure: str | None = None,
+    jobs: int = 1,
+) -> list[Path]:
     """Train what is missing, measure, write table and figure. Returns the written paths. Raises ValueError for unknown arms."""
     unknown = set(arms) - set(ARMS)
     if unknown:
@@ -237,6 +248,6 @@ def run(base, arms, seeds, outdir, num=2048, reference_iter=512, reference_batch
         with tqdm(total=len(arms) * len(seeds), unit="run") as bar:
             for seed in seeds:
                 train_seed(base, seed, arms, outdir, reference, bar)
-    rows = measure(arms, seeds, outdir, reference, base.cls, num)
+    rows = measure(arms, seeds, outdir, reference, base.cls, num, lambda todo: tqdm(todo, unit="network"))
     paths = write_table(rows, outdir)
     return paths + plot(rows, arms, seeds, outdir, figure or outdir / "selection-tree")
