@@ -146,10 +146,10 @@ def parse_seeds(text: str | int) -> list[int]:
     return seeds
 
 
-def natural_key(text: str) -> list:
+def natural_key(text: str) -> tuple:
     """Sort key that orders numbers within names by their value: a-2 before a-10, cfg-1.25 before cfg-1.5."""
     parts = re.split(r"(\d+(?:\.\d+)?)", text)
-    return [(float(part) if "." in part else int(part)) if i % 2 else part for i, part in enumerate(parts)]
+    return [(float(part) if "." in part else int(part)) if i % 2 else part for i, part in enumerate(parts)], text
 
 
 def format_time(seconds: float) -> str:

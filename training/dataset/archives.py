@@ -12,6 +12,7 @@ import re
 import struct
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -54,11 +55,7 @@ def _cifar(path):
         names = [name for name in os.listdir(path) if os.path.isfile(os.path.join(path, name))]
         if not ({"data_batch_1", "batches.meta"} <= set(names) or {"train", "test", "meta"} <= set(names)):
             return None
-        files = {}
-        for name in names:
-            if _is_cifar_part(name):
-                with open(os.path.join(path, name), "rb") as f:
-                    files[name] = f.read()
+        files = {name: Path(path, name).read_bytes() for name in names if _is_cifar_part(name)}
     elif path.lower().endswith((".tar.gz", ".tgz", ".tar")):
         try:
             with tarfile.open(path) as tar:
@@ -225,29 +222,28 @@ def masked_crc32c(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
+def _varint(data, at):
+    """(value, where it ends) of the number of seven bits a byte at `at`."""
+    value = shift = 0
+    while True:
+        value |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 128:
+            return value, at
+
+
 def _fields(data):
     """Protocol buffer -> (field number, int or bytes) pairs."""
     at = 0
-
-    def varint():
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
     while at < len(data):
-        key = varint()
-        kind = key & 7
-        if kind == 0:
-            yield key >> 3, varint()
+        key, at = _varint(data, at)
+        if key & 7 == 0:
+            value, at = _varint(data, at)
+            yield key >> 3, value
             continue
-        length = {1: 8, 2: None, 5: 4}[kind]
-        length = varint() if length is None else length
+        length = {1: 8, 2: None, 5: 4}[key & 7]
+        if length is None:
+            length, at = _varint(data, at)
         if at + length > len(data):
             raise IndexError("field runs over the end")
         yield key >> 3, data[at : at + length]
@@ -268,6 +264,7 @@ def parse_example(data: bytes, name: str = "record") -> dict[str, list]:
 
 
 def _feature_values(data):
+    signed = lambda value: value - (1 << 64) if value >> 63 else value
     values = []
     for kind, content in _fields(data):  # 1: bytes, 2: float, 3: int64
         for _, value in _fields(content):
@@ -276,25 +273,12 @@ def _feature_values(data):
             elif kind == 2:
                 values += struct.unpack(f"<{len(value) // 4}f", value)
             elif isinstance(value, int):
-                values.append(_signed(value))
-            else:
-                values += _packed(value)
-    return values
-
-
-def _signed(value):
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _packed(data):
-    """A row of varints without keys."""
-    values, value, shift = [], 0, 0
-    for byte in data:
-        value |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            values.append(_signed(value))
-            value = shift = 0
+                values.append(signed(value))
+            else:  # a row of numbers without keys
+                at = 0
+                while at < len(value):
+                    number, at = _varint(value, at)
+                    values.append(signed(number))
     return values
 
 
@@ -362,36 +346,35 @@ def _lmdb(path):
 
 def _tiny_imagenet(path):
     """The extracted folder (its training part), or its `val`. Labels: rank of the WordNet id, names from words.txt."""
-    root, validation = path, os.path.isfile(os.path.join(path, "val_annotations.txt"))
+    root, annotations = Path(path), Path(path, "val_annotations.txt")
+    validation = annotations.is_file()
     if validation:
-        root = os.path.dirname(os.path.abspath(path))
-    if not os.path.isfile(os.path.join(root, "wnids.txt")):
+        root = Path(os.path.abspath(path)).parent
+    if not (root / "wnids.txt").is_file():
         return None
-    wnids = sorted(_read_text(os.path.join(root, "wnids.txt")).split())
+    wnids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
     words = {}
-    if os.path.isfile(os.path.join(root, "words.txt")):
-        words = dict(
-            line.split("\t", 1) for line in _read_text(os.path.join(root, "words.txt")).splitlines() if "\t" in line
-        )
+    if (root / "words.txt").is_file():
+        lines = (root / "words.txt").read_text(encoding="utf-8").splitlines()
+        words = dict(line.split("\t", 1) for line in lines if "\t" in line)
     index = {wnid: i for i, wnid in enumerate(wnids)}
-    files = []
+    files = []  # (path, label)
     if validation:
-        for line in _read_text(os.path.join(path, "val_annotations.txt")).splitlines():
+        for line in annotations.read_text(encoding="utf-8").splitlines():
             fields = line.split("\t")
             if len(fields) < 2 or fields[1] not in index:
-                raise ValueError(f"{path}/val_annotations.txt: no known class in the line {line!r}")
-            files.append((os.path.join(path, "images", fields[0]), index[fields[1]]))
+                raise ValueError(f"{annotations}: no known class in the line {line!r}")
+            files.append((Path(path, "images", fields[0]), index[fields[1]]))
     else:
         for wnid in wnids:
-            folder = os.path.join(root, "train", wnid, "images")
-            if not os.path.isdir(folder):
+            folder = root / "train" / wnid / "images"
+            if not folder.is_dir():
                 raise ValueError(f"--source={path}: {folder} is missing; extract Tiny ImageNet again")
-            names = sorted(n for n in os.listdir(folder) if n.lower().endswith((".jpeg", ".jpg", ".png")))
-            files += [(os.path.join(folder, name), index[wnid]) for name in sorted(names, key=natural_key)]
+            names = (n for n in os.listdir(folder) if n.lower().endswith((".jpeg", ".jpg", ".png")))
+            files += [(folder / name, index[wnid]) for name in sorted(names, key=natural_key)]
 
     def read(i, header_only=False):
-        with open(files[i][0], "rb") as f:
-            return open_image(f.read(), files[i][0], header_only)
+        return open_image(files[i][0].read_bytes(), str(files[i][0]), header_only)
 
     return ImageSource(
         name="tiny-imagenet",
@@ -400,11 +383,6 @@ def _tiny_imagenet(path):
         labels=[label for _, label in files],
         num_classes=len(wnids),
         class_names=[f"{wnid} {words[wnid]}" if wnid in words else wnid for wnid in wnids],
-        describe=lambda i: files[i][0],
+        describe=lambda i: str(files[i][0]),
         size=lambda i: read(i, header_only=True).size,
     )
-
-
-def _read_text(path):
-    with open(path, encoding="utf-8") as f:
-        return f.read()
