@@ -54,12 +54,13 @@ def persistent(cls: type) -> type:
         if type(self) is cls:
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
-            arguments = dict(list(bound.arguments.items())[1:])
-            for name, parameter in signature.parameters.items():
-                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                    arguments.update(arguments.pop(name))
-                elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                    arguments.pop(name)
+            arguments = {}
+            for name, value in list(bound.arguments.items())[1:]:
+                kind = signature.parameters[name].kind
+                if kind is inspect.Parameter.VAR_KEYWORD:
+                    arguments.update(value)
+                elif kind is not inspect.Parameter.VAR_POSITIONAL:
+                    arguments[name] = value
             text = json.dumps(arguments, default=_array_as_list)
             object.__setattr__(self, "init_kwargs", json.loads(text, parse_constant=lambda name: str(float(name))))
 

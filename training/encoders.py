@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from torch_utils import random
 from torch_utils.persistence import persistent
 from torch_utils.random import Generator
 
@@ -23,20 +24,15 @@ from torch_utils.random import Generator
 
 
 def _randn_like(x, generator):
-    if generator is not None and not isinstance(generator, torch.Generator):
-        return generator.randn_like(x)
-    # Drawn where the generator lives, so that a CPU generator serves data on any device.
-    device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, dtype=x.dtype, device=device, generator=generator).to(x.device)
+    if isinstance(generator, (torch.Generator, type(None))):
+        return random.randn(x.shape, generator, x.device, x.dtype)
+    return generator.randn_like(x)
 
 
 def _rand_like(x, generator):
-    if generator is not None and not isinstance(generator, torch.Generator):
-        if hasattr(generator, "rand_like"):
-            return generator.rand_like(x)
-        return torch.special.ndtr(generator.randn_like(x).double()).to(x.dtype)  # A normal's own quantile is uniform.
-    device = x.device if generator is None else generator.device
-    return torch.rand(x.shape, dtype=x.dtype, device=device, generator=generator).to(x.device)
+    if isinstance(generator, (torch.Generator, type(None))):
+        return random.rand(x.shape, generator, x.device, x.dtype)
+    return torch.special.ndtr(generator.randn_like(x).double()).to(x.dtype)  # a normal's own quantile is uniform
 
 
 # ----------------------------------------------------------------------------
@@ -49,8 +45,8 @@ class Encoder:
         """Load what decoding needs onto `device`; called by the methods themselves where they need it."""
 
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels [N, C, H, W] -> raw latents."""
-        raise NotImplementedError
+        """uint8 pixels [N, C, H, W] -> raw latents; by default the pixels themselves."""
+        return _check_pixels(x)
 
     def encode_latents(self, x: torch.Tensor, generator: Generator = None) -> torch.Tensor:
         """Raw latents -> final latents, float32."""
@@ -109,9 +105,6 @@ class IdentityEncoder(Encoder):
 class StandardRGBEncoder(Encoder):
     """Grey or colour pixels scaled into [-1, 1]: z = x / 127.5 - 1 (EDM2). 1 to 4 channels."""
 
-    def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
-        return _check_pixels(x)
-
     def encode_latents(self, x: torch.Tensor, generator: Generator = None) -> torch.Tensor:
         return x.to(torch.float32) / 127.5 - 1
 
@@ -129,9 +122,6 @@ class StandardRGBEncoder(Encoder):
 @persistent
 class UniformDequantizer(Encoder):
     """z = y = (x + U) / 256 with U uniform in [0, 1); U keeps 2^-12 from the ends so that float32 decodes exactly."""
-
-    def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
-        return _check_pixels(x)
 
     def encode_latents(self, x: torch.Tensor, generator: Generator = None) -> torch.Tensor:
         if x.dtype != torch.uint8:

@@ -61,90 +61,36 @@ class Process(GaussianKernel):
     The state u [N, V, *data_shape] holds V variables per data dimension, variable 0 is the data; t in [0, T] is forward
     time. What it says about x0 is y ~ N(x0, sigma^2) with sigma^-2 = snr = m' C^-1 m, so one denoiser D(y; sigma) serves
     every process. Matrices and times are float64; results have the batch shape [...] of t and live on its device.
+
+    A process gives                     what
+    V                                   number of variables
+    transition(t)                       F [..., V, V]: E[u_t | u_0] = F u_0
+    kernel(t, hybrid=True)              mean [..., V] and cov [..., V, V] of p(u_t | x0 = 1), the auxiliaries integrated out;
+                                        hybrid=False: F and cov of p(u_t | u_0), where nothing is
+    cholesky(t)                         L [..., V, V], lower triangular, L L' = cov; not differentiable
+    snr(t), snr_rate(t)                 snr [...], inf at t = 0, and -d snr / dt >= 0: twice the ELBO's weight on |D - x0|^2
+    time(sigma)                         the time of a noise level > 0
+    project(u, t)                       y = m' C^-1 u / snr [N, *data_shape] and sigma; t: scalar or [N], as sigma
+    score(u, t, denoised)               grad log p_t(u) = -C^-1 (u - m D) [N, V, *data_shape], D [N, *data_shape]
+    drift(u, t), diffusion(t)           forward: du = drift dt + G dW, G [..., V, V]
+    stationary(t)                       covariance [V, V] of the published prior
+    and for SSCS and the flow, from t down to t_next < t:
+    splitting(t, t_next)                (F, L) of the time-reversed Ornstein-Uhlenbeck part: u <- F u + L noise
+    noise_power(t, t_next)              covariance [..., V, V] of the noise that the forward process adds meanwhile
+    rotation(t, t_next)                 the part of the flow [..., V, V] that leaves the stationary law alone
+    precision()                         inverse stationary covariance [V, V]
     """
 
     linear = True
     T = 1.0
     beta = None  # rate beta(t) of a diffusion given by matrices Q and D (LinearProcess)
-    V: int
-
-    # The law of the state.
-
-    def transition(self, t: Times) -> torch.Tensor:
-        """F [..., V, V]: E[u_t | u_0] = F u_0."""
-        raise NotImplementedError
-
-    def kernel(self, t: Times, hybrid: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-        """(mean [..., V], cov [..., V, V]) of p(u_t | x0 = 1), the auxiliaries integrated out.
-
-        hybrid=False: (F [..., V, V], cov) of p(u_t | u_0), where the mean is F u_0 and nothing is integrated out.
-        """
-        raise NotImplementedError
-
-    def cholesky(self, t: Times) -> torch.Tensor:
-        """L [..., V, V], lower triangular, with L L' = cov of `kernel(t)`. Not differentiable."""
-        raise NotImplementedError
-
-    def snr(self, t: Times) -> torch.Tensor:
-        """Signal-to-noise ratio m' C^-1 m per unit signal; inf at t = 0."""
-        raise NotImplementedError
 
     def sigma(self, t: Times) -> torch.Tensor:
         """EDM noise level snr^-1/2."""
         return self.snr(t).rsqrt()
 
-    def time(self, sigma: Times) -> torch.Tensor:
-        """Time of a noise level > 0, the inverse of `sigma`."""
-        raise NotImplementedError
-
-    def snr_rate(self, t: Times) -> torch.Tensor:
-        """-d snr / dt >= 0: twice the ELBO's weight on |D - x0|^2."""
-        raise NotImplementedError
-
-    # States.
-
-    def project(self, u: torch.Tensor, t: Times) -> tuple[torch.Tensor, torch.Tensor]:
-        """(y [N, *data_shape], sigma): y = m' C^-1 u / snr is all that u says about x0. t: scalar or [N], as sigma."""
-        raise NotImplementedError
-
-    def score(self, u: torch.Tensor, t: Times, denoised: torch.Tensor) -> torch.Tensor:
-        """grad log p_t(u) [N, V, *data_shape] = -C^-1 (u - m D) from the denoiser's output D [N, *data_shape]."""
-        raise NotImplementedError
-
-    def drift(self, u: torch.Tensor, t: Times) -> torch.Tensor:
-        """Forward drift."""
-        raise NotImplementedError
-
-    def diffusion(self, t: Times) -> torch.Tensor:
-        """G [..., V, V]: the forward noise is G dW."""
-        raise NotImplementedError
-
-    # What SSCS and the flow need, from t down to t_next < t.
-
-    def splitting(self, t: Times, t_next: Times) -> tuple[torch.Tensor, torch.Tensor]:
-        """(F, L) of the exact time-reversed Ornstein-Uhlenbeck part: u <- F u + L noise, [..., V, V] each."""
-        raise NotImplementedError
-
-    def noise_power(self, t: Times, t_next: Times) -> torch.Tensor:
-        """Covariance [..., V, V] of the noise that the forward process adds meanwhile."""
-        raise NotImplementedError
-
-    def rotation(self, t: Times, t_next: Times) -> torch.Tensor:
-        """[..., V, V]: the part of the flow that leaves the stationary law alone."""
-        raise NotImplementedError
-
-    def precision(self) -> torch.Tensor:
-        """Inverse stationary covariance [V, V]."""
-        raise NotImplementedError
-
     def prepare(self, times: Sequence[float] | torch.Tensor) -> None:
         """Compute ahead what a solver needs at these times."""
-
-    # The start of sampling.
-
-    def stationary(self, t: Times) -> torch.Tensor:
-        """Covariance [V, V] of the published prior."""
-        raise NotImplementedError
 
     def prior_covariance(
         self, prior: str = "stationary", t: Times | None = None, sigma_data: float = 0.5
