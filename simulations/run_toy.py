@@ -63,12 +63,13 @@ def train(outdir, process, **options):
 
 def _open(net, process, options):
     from torch_utils.persistence import load_snapshot
+    from training.processes import is_linear
     from training.processes.options import make_process
 
     snapshot = load_snapshot(net)
     if snapshot.net.img_channels != 2 or snapshot.net.img_resolution != 1:
         raise ValueError(f"--net={net}: not a network of points; train one with run_toy.py train")
-    if process is None and not options and hasattr(snapshot.process, "project"):
+    if process is None and not options and is_linear(snapshot.process):
         return snapshot, snapshot.process
     return snapshot, make_process(process or "cld", options, trained=snapshot.process)
 

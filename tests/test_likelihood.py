@@ -313,3 +313,14 @@ def test_discretised_elbo_bounds_the_probability():
 def test_errors_name_the_cause(call, message):
     with pytest.raises(ValueError, match=message):
         call(gaussian_data(2))
+
+
+def test_joint_likelihood_of_edm_starts_at_its_lowest_noise_level():
+    """EDM's time is sigma: CLD's t_min of 1e-5 does not apply."""
+
+    class Joint:
+        def score(self, u, t):
+            return -u / (1 + torch.as_tensor(t) ** 2)
+
+    terms = ode_log_likelihood(Joint(), EDM(), torch.zeros(1, 1, dtype=torch.float64), terms=True)[1]
+    assert terms["sigma_min"] == 0.002

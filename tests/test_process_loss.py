@@ -9,7 +9,7 @@ from small_runs import small_config
 
 import generate_images
 from torch_utils.persistence import load_snapshot
-from training import likelihood, processes, setup
+from training import generation, likelihood, processes, setup
 from training.config import make_config
 from training.losses.process import ProcessLoss
 from training.processes.options import make_process, named, parse_options
@@ -150,3 +150,13 @@ def test_options_are_read_and_refused(digits):
         setup.build_loss(small_config(digits, process="pfgmpp", loss="process"), None)
     with pytest.raises(ValueError, match="learned"):
         setup.build_loss(small_config(digits, process="learned", loss="edm2"), None)
+
+
+def test_the_matrix_D_of_a_process_is_no_number_of_dimensions(digits, tmp_path):
+    """Stable targets and churn ask for PFGM++'s D; a process has Gaussian noise."""
+    config = small_config(digits, process="cld", stf=True, stf_refs=8, total_nimg=128, status_nimg=0, checkpoint_nimg=0)
+    assert setup.train(config, tmp_path / "run").state.cur_nimg == 128
+    (batch,) = generation.generate_images(tmp_path / "run", seeds=[0], num_steps=2, S_churn=5)
+    assert batch.images.shape == (1, 1, 8, 8)
+    with pytest.raises(ValueError, match="--aug-dim=128 contradicts the snapshot, trained with D=inf"):
+        generation.check_aug_dim(processes.get("cld"), 128)

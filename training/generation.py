@@ -14,7 +14,7 @@ from dnnlib import EasyDict, atomic_write
 from torch_utils import distributed as dist
 from torch_utils import persistence
 from torch_utils.random import StackedRandomGenerator
-from training import quantize, samplers
+from training import processes, quantize, samplers
 from training.encoders import StandardRGBEncoder
 from training.guidance import GuidedDenoiser, NullLabels
 from training.images import png_bytes, save_grid
@@ -91,7 +91,7 @@ def generate_images(
         )
         sampler_kwargs.pop("guidance", None)
         run = functools.partial(sampler or heun_in_sigma, guided, process)
-    if sampler_kwargs.get("S_churn") and getattr(kernel, "D", float("inf")) != float("inf"):
+    if sampler_kwargs.get("S_churn") and math.isfinite(processes.aug_dim(kernel)):
         warnings.warn("churn adds Gaussian noise, which is not derived for finite D of PFGM++", stacklevel=2)
     asked = sources or [] if class_idx == "balanced" else [] if class_idx is None else [class_idx]
     unknown = [k for k in asked if net.label_dim and not 0 <= k < net.label_dim]
@@ -155,7 +155,7 @@ def _known_levels(net, sampler, options):
 
 def check_aug_dim(kernel, aug_dim):
     """Raises ValueError where a given number of augmented dimensions is not the one of the snapshot's noise."""
-    trained = getattr(kernel, "D", math.inf)
+    trained = processes.aug_dim(kernel)
     if aug_dim is not None and float(aug_dim) != trained:
         raise ValueError(f"--aug-dim={aug_dim:g} contradicts the snapshot, trained with D={trained:g}: leave it out")
 

@@ -212,7 +212,7 @@ def ode_log_likelihood(
     state = ("joint" if hasattr(net, "score") else "reduced") if state is None else state
     if state not in ("reduced", "joint") or (state == "reduced" and hasattr(net, "score")):
         raise ValueError(f"state {state!r}: choose reduced (denoisers only) or joint")
-    if state == "joint" and t_min is None and sigma_min is None and hasattr(process, "beta"):
+    if state == "joint" and t_min is None and sigma_min is None and process.beta is not None:
         t_min = 1e-5  # CLD's: at a later time v is no longer N(0, init_aux_var)
     t_max, t_min = ends(net, process, t_min, t_max, sigma_min, sigma_max)
     score = make_score(net, process, labels, net_dtype)

@@ -26,7 +26,7 @@ from metrics.table import markdown as markdown_table
 from metrics.table import mean_and_deviation, paired_difference
 from torch_utils import distributed as dist
 from torch_utils import persistence
-from training import quantize, samplers
+from training import processes, quantize, samplers
 from training.generation import generate_images
 
 
@@ -65,7 +65,7 @@ class Model:
 
     @property
     def D(self) -> float:
-        return getattr(self.kernel, "D", math.inf)
+        return processes.aug_dim(self.kernel)
 
 
 def open_model(path: str, label: str = "", device: str = "cpu") -> Model:

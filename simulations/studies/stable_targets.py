@@ -11,6 +11,7 @@ import torch
 from torch_utils.random import seeded_generator
 from training.dataset import load_arrays
 from training.losses import Draws, EDM2Loss, StableTargets
+from training.processes import aug_dim
 from training.processes.pfgmpp import PosteriorMean
 from training.processes.states import expand
 
@@ -40,7 +41,7 @@ def loss_statistics(
         return clean[index], None if labels is None else labels[index]
 
     loss = EDM2Loss(P_mean, P_std, net.sigma_data, kernel=kernel, uncertainty=False)
-    D = getattr(kernel, "D", math.inf)
+    D = aug_dim(kernel)
     stable = StableTargets(references, num_references, D)
     exact = PosteriorMean(clean, D, labels)
     parts = {"image": ([], []), "stable": ([], [])}  # loss and spread of the target

@@ -8,12 +8,13 @@ import inspect
 
 import torch
 
+from training.processes.base import is_linear
 from training.processes.states import expand
 
 
 def require_linear(process):
     """Raises ValueError for a noise kernel that is no linear process (PFGM++)."""
-    if not hasattr(process, "project"):
+    if not is_linear(process):
         raise ValueError(
             f"{process!r} is a noise kernel without a linear-process view: use heun, or a process such as edm or cld"
         )
