@@ -5,6 +5,7 @@ import os
 import click
 
 from dnnlib import cli, experiment
+from dnnlib.util import reason
 
 EXAMPLES = """
 \b
@@ -47,7 +48,7 @@ def parse_setting(text):
         parts = [yaml.safe_load(part) for part in value.split(",")]
         return name, yaml.safe_load(value) if len(parts) == 1 or value.lstrip().startswith(("[", "{")) else parts
     except yaml.YAMLError as err:
-        raise ValueError(f"--set {text}: the value is not readable ({str(err).splitlines()[0]})") from err
+        raise ValueError(f"--set {text}: the value is not readable ({reason(err)})") from err
 
 
 @cli.command(epilog=EXAMPLES)

@@ -8,10 +8,12 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import click
 
-from dnnlib.util import parse_nimg, parse_seeds
+from dnnlib.util import parse_nimg, parse_seeds, reason
 
 INTERRUPTED = 75  # exit code of a training that was stopped by a signal after writing a checkpoint (EX_TEMPFAIL)
 
@@ -36,14 +38,14 @@ class Float(click.FloatRange):
 
     name = "float"
 
-    def __init__(self, *bounds, infinite=False, **options):
+    def __init__(self, *bounds: float | None, infinite: bool = False, **options: Any):
         super().__init__(*bounds, **options)
         self.infinite = infinite
 
     def _describe_range(self):
         return super()._describe_range() if (self.min, self.max) != (None, None) else ""  # click says x<=None
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = super().convert(value, param, ctx)
         if math.isnan(number) or (math.isinf(number) and not self.infinite):
             raise click.UsageError(f"{param.opts[0]}={value} must be finite: give a number", ctx)
@@ -90,7 +92,7 @@ def _reason(err):
     """What an exception says, in a line and without error numbers."""
     if isinstance(err, OSError) and err.strerror:
         return err.strerror if err.filename is None else f"{err.filename}: {err.strerror}"
-    return (str(err).splitlines() or [type(err).__name__])[0]
+    return reason(err)
 
 
 def _read_config(ctx, param, paths):
@@ -125,7 +127,7 @@ def _read_config(ctx, param, paths):
     return paths
 
 
-def config_option(function):
+def config_option(function: Callable) -> Callable:
     """--config FILE.yaml (may be repeated)."""
     return click.option(
         "--config",
@@ -180,7 +182,7 @@ class _OneLineErrors:
 class Command(_OneLineErrors, click.Command):
     """A command that takes no empty values (they come from unset shell variables), with options under headings."""
 
-    def format_options(self, ctx, formatter):
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections = {}
         for param in self.get_params(ctx):
             if record := param.get_help_record(ctx):
@@ -189,7 +191,7 @@ class Command(_OneLineErrors, click.Command):
             with formatter.section(heading):
                 formatter.write_dl(records)
 
-    def make_context(self, *args, **kwargs):
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         ctx = super().make_context(*args, **kwargs)
         for param in self.params:
             value = ctx.params.get(param.name)
@@ -201,18 +203,18 @@ class Command(_OneLineErrors, click.Command):
 class Group(_OneLineErrors, click.Group):
     command_class = Command
 
-    def command(self, *args, **kwargs):
+    def command(self, *args: Any, **kwargs: Any) -> Callable:
         """A sub-command, with --config."""
         make = super().command(*args, **kwargs)
         return lambda function: make(config_option(function))
 
 
-def command(name=None, **kwargs):
+def command(name: str | None = None, **kwargs: Any) -> Callable:
     """click.command with one-line errors and --config."""
     make = click.command(name, cls=Command, context_settings={"show_default": True}, **kwargs)
     return lambda function: make(config_option(function))
 
 
-def group(name=None, **kwargs):
+def group(name: str | None = None, **kwargs: Any) -> Callable:
     """click.group with one-line errors; its sub-commands take --config."""
     return click.group(name, cls=Group, context_settings={"show_default": True}, **kwargs)

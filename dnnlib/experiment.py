@@ -38,7 +38,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from dnnlib.util import write_text
+from dnnlib.util import reason, write_text
 
 ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
 LAUNCHER = "torchrun"
@@ -126,7 +126,7 @@ def load(path: str | Path, budget: str | None = None, overrides: dict | None = N
         with open(path, encoding="utf-8") as file:
             spec = yaml.safe_load(file)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as err:
-        raise ValueError(f"{path}: not a readable experiment file ({str(err).splitlines()[0]})") from err
+        raise ValueError(f"{path}: not a readable experiment file ({reason(err)})") from err
     if not isinstance(spec, dict) or not isinstance(spec.get("steps"), list):
         raise ValueError(f"{path}: an experiment file is a mapping with the keys name, settings, budgets and steps")
     for key in ("settings", "budgets"):

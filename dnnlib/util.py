@@ -146,6 +146,11 @@ def parse_seeds(text: str | int) -> list[int]:
     return seeds
 
 
+def reason(err: Exception) -> str:
+    """What an exception says, in one line; its type where it says nothing."""
+    return (str(err) or type(err).__name__).splitlines()[0]
+
+
 def natural_key(text: str) -> tuple:
     """Sort key that orders numbers within names by their value: a-2 before a-10, cfg-1.25 before cfg-1.5."""
     parts = re.split(r"(\d+(?:\.\d+)?)", text)

@@ -58,7 +58,6 @@ PENDING_ARGUMENTS = {
 }
 PENDING_HELP = {"simulations/run_toy.py"}
 PENDING_TYPES = {
-    "dnnlib.cli",
     "training.augment",
     "training.generation",
     "training.guidance",

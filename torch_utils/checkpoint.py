@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dnnlib.util import atomic_write
+from dnnlib.util import atomic_write, reason
 
 _NAME = re.compile(r"training-state-(\d+)\.pt")
 
@@ -87,8 +87,7 @@ def load(path: str | Path, mmap: bool = False) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as err:  # zip, pickle and storage errors have no common base
-        why = (str(err).splitlines() or [type(err).__name__])[0]
-        raise ValueError(f"{path}: not a readable checkpoint ({why})") from err
+        raise ValueError(f"{path}: not a readable checkpoint ({reason(err)})") from err
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 
 from dnnlib import download
-from dnnlib.util import atomic_write
+from dnnlib.util import atomic_write, reason
 
 FORMAT = "multi-source-diffusion snapshot"
 VERSION = 2
@@ -102,8 +102,7 @@ def build(spec: dict | None, classes: dict[str, type] | None = None, state: dict
         if state is not None and isinstance(made, torch.nn.Module):
             made.load_state_dict(state)
     except Exception as err:  # every constructor fails in its own way
-        why = (str(err) or type(err).__name__).splitlines()[0]
-        raise ValueError(f"does not fit class {spec['class']} ({why})") from err
+        raise ValueError(f"does not fit class {spec['class']} ({reason(err)})") from err
     return made
 
 

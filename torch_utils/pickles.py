@@ -13,6 +13,8 @@ import re
 
 import numpy as np
 
+from dnnlib.util import reason
+
 
 class _StandIn:
     """Base of what a pickle may name; takes no state, so a file cannot change the classes themselves either."""
@@ -117,4 +119,4 @@ def load(data: bytes) -> object:
     try:
         return _plain(_Unpickler(io.BytesIO(data), encoding="latin1").load())
     except Exception as err:  # a broken pickle fails in any way at all
-        raise ValueError((str(err) or type(err).__name__).splitlines()[0]) from err
+        raise ValueError(reason(err)) from err

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dnnlib import Logger, cli
-from dnnlib.util import write_json
+from dnnlib.util import reason, write_json
 from torch_utils import checkpoint, persistence
 from torch_utils import distributed as dist
 from torch_utils.random import hash_seed
@@ -144,16 +144,15 @@ def build_network(config: TrainingConfig, interface: dict[str, int], device: tor
         if isinstance(err, torch.OutOfMemoryError):
             raise
         sizes = given(**{name: getattr(config, name) for name in SIZES})
-        why = (str(err).splitlines() or [type(err).__name__])[0]
         raise ValueError(
-            f"--arch={config.arch} cannot be built with {sizes} for images of {interface} ({why}): give other sizes"
+            f"--arch={config.arch} cannot be built with {sizes} for images of {interface} ({reason(err)}): give other sizes"
         ) from err
     if config.init is not None:
         donor = persistence.load_snapshot(config.init, device).net
         try:
             net.load_state_dict(donor.state_dict())
         except RuntimeError as err:
-            raise ValueError(f"--init={config.init} does not fit the network ({str(err).splitlines()[0]})") from err
+            raise ValueError(f"--init={config.init} does not fit the network ({reason(err)})") from err
     return net.train().requires_grad_(True)
 
 

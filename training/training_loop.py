@@ -19,7 +19,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from dnnlib.util import atomic_write, format_time
+from dnnlib.util import atomic_write, format_time, reason
 from torch_utils import checkpoint, persistence
 from torch_utils import distributed as dist
 from torch_utils.random import hash_seed
@@ -134,8 +134,7 @@ class TrainingLoop:
             self.selector.load_state_dict(data["selector"])
             self.state = State(**data["state"])
         except (KeyError, RuntimeError, TypeError) as err:
-            why = (str(err) or type(err).__name__).splitlines()[0]
-            raise ValueError(f"{path}: does not fit this model ({why})") from err
+            raise ValueError(f"{path}: does not fit this model ({reason(err)})") from err
 
     def _trim_stats(self):
         """Drop the lines of stats.jsonl that an interrupted invocation left and this one writes again."""
