@@ -240,6 +240,8 @@ def test_damaged_files_are_named(snapshot, where, tmp_path):
         ({"encoder": {"class": "os.system", "kwargs": {}}}, "os.system"),
         ({"process": {"name": "no such"}}, "no such"),
         ({"version": "one"}, "version"),
+        ({"encoder": ""}, "not a snapshot"),
+        ({"process": []}, "not a snapshot"),
     ],
 )
 def test_wrong_headers_are_one_clear_error(snapshot, change, message, tmp_path):

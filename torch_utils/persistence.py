@@ -222,8 +222,9 @@ def read_header(path: str | Path, kind: str = FORMAT) -> dict:
         if not isinstance(header["version"], int):
             raise KeyError("version")
         for part in ("net", "encoder", "process"):
-            spec = header[part] if part == "net" else header.get(part) or {"class": "", "kwargs": {}}
-            if not isinstance(spec["class"], str) or not isinstance(spec["kwargs"], dict):
+            spec = header.get(part)
+            optional = part != "net" and spec is None
+            if not optional and not (isinstance(spec["class"], str) and isinstance(spec["kwargs"], dict)):
                 raise KeyError(part)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OSError) as err:
         raise ValueError(f"{path}: not a snapshot of this project, or damaged ({err})") from err

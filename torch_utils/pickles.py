@@ -17,7 +17,7 @@ from dnnlib.util import reason
 
 
 class _StandIn:
-    """Base of what a pickle may name; takes no state, so a file cannot change the classes themselves either."""
+    """What a pickle may name: classes that take no state of their own, so that no file can change them."""
 
     def __setstate__(self, state):
         raise pickle.UnpicklingError("unexpected state")
@@ -37,7 +37,7 @@ class _DType(_StandIn):
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
-def _array(data, dtype, shape, order):
+def _array(data, dtype, shape, order="C"):
     """ndarray from its bytes; UnpicklingError unless everything is what it should be."""
     data = data.encode("latin1") if isinstance(data, str) else data  # Python 2's bytes
     if not (isinstance(data, (bytes, bytearray)) and isinstance(dtype, _DType) and isinstance(shape, tuple)):
@@ -52,7 +52,7 @@ class _Array(_StandIn):
 
     value = None
 
-    def __init__(self, *_arguments):
+    def __init__(self, *arguments):
         """Nothing is known yet."""
 
     def __setstate__(self, state):
@@ -60,45 +60,37 @@ class _Array(_StandIn):
         self.value = _array(data, dtype, shape, "F" if fortran else "C")
 
 
-class _FromBuffer(_StandIn):  # protocol 5
+class _FromBuffer(_StandIn):  # arrays of protocol 5
     def __new__(cls, data, dtype, shape, order, axes=None):
-        made = _array(data, dtype, shape, "F" if order == "F" else "C")
-        return made if axes is None else made.transpose(axes)
+        array = _array(data, dtype, shape, "F" if order == "F" else "C")
+        return array if axes is None else array.transpose(axes)
 
 
 class _Scalar(_StandIn):
     def __new__(cls, dtype, data):
-        return _array(data, dtype, (), "C")[()]
+        return _array(data, dtype, ())[()]
 
 
-class _Bytes(_StandIn):  # how protocol 2 writes bytes
+class _Bytes(_StandIn):  # bytes of protocol 2
     def __new__(cls, text="", encoding="latin1"):
         if encoding != "latin1":
             raise pickle.UnpicklingError("unexpected text encoding")
         return text.encode("latin1")
 
 
-_NAMES = {
-    ("__builtin__", "bytes"): _Bytes,
-    ("_codecs", "encode"): _Bytes,
-    ("collections", "OrderedDict"): dict,
-    ("dnnlib.util", "EasyDict"): dict,
-    ("numpy", "dtype"): _DType,
-    ("numpy", "ndarray"): _Array,
-}
+_NAMES = {"__builtin__.bytes": _Bytes, "_codecs.encode": _Bytes, "numpy.dtype": _DType, "numpy.ndarray": _Array}
+_NAMES |= {"collections.OrderedDict": dict, "dnnlib.util.EasyDict": dict}
 for _core in ("numpy.core", "numpy._core"):
-    _NAMES |= {(f"{_core}.multiarray", "_reconstruct"): _Array, (f"{_core}.multiarray", "scalar"): _Scalar}
-    _NAMES[f"{_core}.numeric", "_frombuffer"] = _FromBuffer
-
-
-_PLAIN = (int, float, complex, str, bytes, bytearray, np.ndarray, np.generic)
+    _NAMES |= {f"{_core}.multiarray._reconstruct": _Array, f"{_core}.multiarray.scalar": _Scalar}
+    _NAMES[f"{_core}.numeric._frombuffer"] = _FromBuffer
+_PLAIN = (int, float, complex, str, bytes, bytearray, np.ndarray, np.generic, type(None))
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        if (module, name) not in _NAMES:
+        if f"{module}.{name}" not in _NAMES:
             raise pickle.UnpicklingError(f"refuses to load '{module}.{name}'")
-        return _NAMES[module, name]
+        return _NAMES[f"{module}.{name}"]
 
 
 def _plain(value):
@@ -109,7 +101,7 @@ def _plain(value):
         return type(value)(map(_plain, value))
     if isinstance(value, _Array) and value.value is not None:
         return value.value
-    if not isinstance(value, (*_PLAIN, type(None))):
+    if not isinstance(value, _PLAIN):
         raise pickle.UnpicklingError(f"holds a {type(value).__name__.strip('_')}")
     return value
 

@@ -81,7 +81,7 @@ class PFGMpp(GaussianKernel):
     """
 
     def __init__(self, D: float | str = 2048.0):
-        self.D = number("D", D)
+        self.D = self.aug_dim = number("D", D)
         if not self.D > 0:
             raise ValueError(f"D = {D}: the number of augmented dimensions must be > 0, or inf")
         if self.D <= 2:
@@ -91,10 +91,6 @@ class PFGMpp(GaussianKernel):
 
     def __repr__(self):
         return f"PFGMpp(D={self.D:g})"
-
-    @property
-    def aug_dim(self) -> float:
-        return self.D
 
     def unit_noise(
         self,
