@@ -189,10 +189,10 @@ def is_done(out: str | Path, step: Step) -> bool:
         return False
 
 
-def execute(out: str | Path, step: Step, scripts: dict, threads: int | None = None) -> str | None:
+def execute(out: str | Path, step: Step, load_scripts: Callable[[], dict], threads: int | None = None) -> str | None:
     """Run one step in this process, its output into <out>/logs/<name>.log; marks it done. Returns None or an error line.
 
-    scripts: {file name: click command}.
+    load_scripts: -> {file name: click command}.
     """
     if threads:
         import torch
@@ -207,7 +207,7 @@ def execute(out: str | Path, step: Step, scripts: dict, threads: int | None = No
             if step.argv[0] == LAUNCHER:
                 code = _launch(step, log)
             else:
-                code = scripts[step.script].main(step.argv[1:], prog_name=step.script, standalone_mode=False)
+                code = load_scripts()[step.script].main(step.argv[1:], prog_name=step.script, standalone_mode=False)
         except SystemExit as err:
             code = err.code
         except Exception as err:
@@ -253,10 +253,6 @@ def _exit_with(parent, end=lambda: os._exit(1)):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _worker(out, step, load_scripts, threads):
-    return execute(out, step, load_scripts(), threads)
-
-
 def run(
     steps: list[Step], out: str | Path, load_scripts: Callable[[], dict], jobs: int = 1, progress: bool = True
 ) -> None:
@@ -295,10 +291,10 @@ def run(
 def _run_stage(steps, out, load_scripts, pool):
     if pool is None:
         for step in steps:
-            yield step, execute(out, step, load_scripts())
+            yield step, execute(out, step, load_scripts)
         return
     threads = int(os.environ["OMP_NUM_THREADS"])
-    futures = {pool.submit(_worker, out, step, load_scripts, threads): step for step in steps}
+    futures = {pool.submit(execute, out, step, load_scripts, threads): step for step in steps}
     for future in concurrent.futures.as_completed(futures):
         try:
             yield futures[future], future.result()

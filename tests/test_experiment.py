@@ -182,7 +182,7 @@ def test_a_step_in_several_processes(tmp_path):
     path.write_text(f"steps:\n  - {{name: 'who-{{code}}', foreach: {{code: [0, 3]}}, run: '{run}'}}\n")
     settings, (good, bad) = experiment.load(path, overrides={"out": str(tmp_path / "out")})
     assert good.script == str(script)
-    scripts = {good.script: None}
+    scripts = dict
     assert experiment.execute(settings["out"], good, scripts) is None and experiment.is_done(settings["out"], good)
     assert [(tmp_path / f"rank{i}").read_text() for i in range(2)] == ["2", "2"]
     log = (tmp_path / "out/logs/who-0.log").read_text()
