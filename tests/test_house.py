@@ -72,8 +72,6 @@ PENDING_TYPES = {
     "training.processes.score",
     "training.quantize",
     "training.samplers",
-    "training.selection.functions",
-    "training.selection.selector",
 }
 
 

@@ -108,7 +108,7 @@ def test_draws_follow_the_exact_law(b, k, num_chunks, learnability, inverted):
 def test_published_sizes_in_exact_arithmetic(b, num_chunks, joint, uniform):
     losses = torch.rand(b)
     assert len(jointly_sample_batch(losses, losses, filter_ratio=0.8, num_chunks=num_chunks)) == joint
-    assert len(sf.random_baseline(losses, filter_ratio=0.8)) == uniform
+    assert sf.selection_size(b, 0.8) == uniform
     assert sf.selection_size(b, 0.8, num_chunks) == joint
 
 
@@ -195,7 +195,8 @@ def test_extreme_losses_and_large_batches():
     big = jointly_sample_batch(torch.rand(65536), torch.rand(65536))
     assert len(big) == len(big.unique()) == 16 * (65536 * 2 // 10 // 16)
     features = torch.randn(65536, 8)
-    assert len(sf.diverse_learnability(torch.rand(65536), torch.rand(65536), features, num_chunks=4).unique()) == 13104
+    diverse = sf.diverse_learnability(torch.rand(65536), torch.rand(65536), features, size=13104, num_chunks=4)
+    assert len(diverse.unique()) == 13104
 
 
 def test_requirements_come_from_the_signature():

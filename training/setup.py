@@ -219,7 +219,6 @@ def build_selector(config: TrainingConfig, device: torch.device, ema: Any = None
     if config.select == "none":
         return selection.IdentitySelector()
     function = choose(selection.FUNCTIONS, "select", config.select)
-    selection.check_choice(function, config.reference is not None, config.select_when, config.select_options)
     reference = None
     if config.reference == "ema":
         if ema is None:

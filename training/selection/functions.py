@@ -14,15 +14,17 @@ time. `diverse_learnability` does interact: what is already selected lowers the 
 
 import inspect
 import math
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import torch
+from torch import Generator, Tensor
 
 KNOWN_INPUTS = ("learner_loss", "reference_loss", "features", "labels", "sigma")
 
 
-def requirements_of(function):
-    """Names among learner_loss, reference_loss, features, labels, sigma that `function` declares, as a set.
+def requirements_of(function: Callable) -> set[str]:
+    """Names among learner_loss, reference_loss, features, labels, sigma that `function` declares.
 
     Raises ValueError for a required parameter that no selector can supply.
     """
@@ -41,7 +43,7 @@ def requirements_of(function):
     return names
 
 
-def selection_size(num_candidates, filter_ratio=0.8, num_chunks=1):
+def selection_size(num_candidates: int, filter_ratio: float = 0.8, num_chunks: int = 1) -> int:
     """num_chunks * floor(B (1 - filter_ratio) / num_chunks) in exact rationals (AJEST, size rule).
 
     filter_ratio is the fraction discarded, taken at its decimal value (0.8 is 4/5). Raises ValueError if nothing
@@ -99,13 +101,35 @@ def _scores(learner_loss, reference_loss, learnability, inverted):
     return -scores if inverted else scores
 
 
-def _chunk_sizes(size, num_chunks):
-    """Nearly equal parts, the first ones one larger; chunks that would be empty are left out."""
+def _by_chunks(scores, size, num_chunks, generator, bonus=None):
+    """`size` distinct indices in nearly equal chunks, the first ones one larger, each by JEST's law given those before.
+
+    bonus: selected -> [B], added to the logits.
+    """
+    _check_size(size, len(scores))
+    if num_chunks < 1:
+        raise ValueError(f"num_chunks={num_chunks} must be at least 1")
     base, extra = divmod(size, num_chunks)
-    return [base + (i < extra) for i in range(num_chunks) if base + (i < extra)]
+    selected = torch.empty(0, dtype=torch.int64, device=scores.device)
+    free = torch.zeros_like(scores)  # 0, or -inf once selected
+    for chunk in [base + 1] * extra + [base] * (num_chunks - extra if base else 0):
+        n = len(selected)
+        logits = ((n + 1) / (2 * n + 1) if n else 0.0) * scores  # the first chunk is uniform
+        if bonus is not None:
+            logits = logits + bonus(selected)
+        picked = _gumbel_top(logits + free, chunk, generator)
+        free[picked] = -math.inf
+        selected = torch.cat([selected, picked])
+    return selected
 
 
-def conditional_logits(learner_loss, reference_loss, selected, learnability=True, inverted=False):
+def conditional_logits(
+    learner_loss: Tensor,
+    reference_loss: Tensor,
+    selected: Sequence[int] | set[int] | Tensor,
+    learnability: bool = True,
+    inverted: bool = False,
+) -> Tensor:
     """JEST's logits [B] of the next chunk, given what is already selected: indices in any container, or a bool mask [B].
 
     ((n + 1) s_ii + sum over selected k of s_kk) / (2n + 1), n = len(selected), -inf on selected; in the type of
@@ -122,16 +146,16 @@ def conditional_logits(learner_loss, reference_loss, selected, learnability=True
 
 
 def jointly_sample_batch(
-    learner_loss,
-    reference_loss,
+    learner_loss: Tensor,
+    reference_loss: Tensor,
     *,
-    size=None,  # number to select, spread evenly over the chunks; None: by filter_ratio, equal chunks
-    filter_ratio=0.8,  # fraction discarded
-    num_chunks=16,  # the first chunk is uniform, each later one conditioned on those before
-    learnability=True,  # False: easy reference, the learner's loss is ignored
-    inverted=False,  # prefer the least learnable
-    generator=None,
-):
+    size: int | None = None,  # number to select, spread evenly over the chunks; None: by filter_ratio, equal chunks
+    filter_ratio: float = 0.8,  # fraction discarded
+    num_chunks: int = 16,  # the first chunk is uniform, each later one conditioned on those before
+    learnability: bool = True,  # False: easy reference, the learner's loss is ignored
+    inverted: bool = False,  # prefer the least learnable
+    generator: Generator | None = None,
+) -> Tensor:
     """Joint example selection (JEST; Evans et al. 2024, algorithm 1, with AJEST's normalised logits).
 
     learner_loss, reference_loss [B] -> distinct indices in the order of the chunks. O(B) memory and O(B num_chunks)
@@ -139,32 +163,19 @@ def jointly_sample_batch(
     that select nothing.
     """
     scores = _scores(learner_loss, reference_loss, learnability, inverted)
-    if size is None:
-        size = selection_size(len(scores), filter_ratio, num_chunks)
-    if num_chunks < 1:
-        raise ValueError(f"num_chunks={num_chunks} must be at least 1")
-    _check_size(size, len(scores))
-    selected = torch.empty(0, dtype=torch.int64, device=scores.device)
-    free = torch.zeros_like(scores)  # 0, or -inf once selected
-    for chunk in _chunk_sizes(size, num_chunks):
-        n = len(selected)
-        beta = (n + 1) / (2 * n + 1) if n else 0.0
-        picked = _gumbel_top(beta * scores + free, chunk, generator)
-        free[picked] = -math.inf
-        selected = torch.cat([selected, picked])
-    return selected
+    size = selection_size(len(scores), filter_ratio, num_chunks) if size is None else size
+    return _by_chunks(scores, size, num_chunks, generator)
 
 
-def easy_reference(learner_loss, reference_loss, *, size=None, filter_ratio=0.8, num_chunks=16, generator=None):
+def easy_reference(
+    learner_loss: Tensor, reference_loss: Tensor, *, size: int, num_chunks: int = 16, generator: Generator | None = None
+) -> Tensor:
     """JEST without the learner: prefers what the reference already finds easy, s = -r (Evans et al. 2024)."""
-    options = {"size": size, "filter_ratio": filter_ratio, "num_chunks": num_chunks, "generator": generator}
-    return jointly_sample_batch(learner_loss, reference_loss, learnability=False, **options)
+    return _by_chunks(_scores(learner_loss, reference_loss, False, False), size, num_chunks, generator)
 
 
-def random_baseline(learner_loss, *, size=None, filter_ratio=0.8, generator=None):
+def random_baseline(learner_loss: Tensor, *, size: int, generator: Generator | None = None) -> Tensor:
     """Uniform without replacement; of the losses only their number matters."""
-    if size is None:
-        size = selection_size(len(learner_loss), filter_ratio)
     _check_size(size, len(learner_loss))
     device = learner_loss.device if generator is None else generator.device
     return torch.randperm(len(learner_loss), generator=generator, device=device)[:size].to(learner_loss.device)
@@ -173,31 +184,27 @@ def random_baseline(learner_loss, *, size=None, filter_ratio=0.8, generator=None
 random_baseline.count_only = True  # a selector need not compute losses whose values are not used
 
 
-def hard_loss(learner_loss, *, size=None, filter_ratio=0.8, generator=None):
+def hard_loss(learner_loss: Tensor, *, size: int, generator: Generator | None = None) -> Tensor:
     """The examples of largest learner loss, largest first. Equal losses are ordered at random."""
     losses = _losses(learner_loss=learner_loss)
-    if size is None:
-        size = selection_size(len(losses), filter_ratio)
     _check_size(size, len(losses))
     shuffled = random_baseline(losses, size=len(losses), generator=generator)
     return shuffled[losses[shuffled].argsort(descending=True, stable=True)[:size]]
 
 
-def proportional(learner_loss, *, size=None, filter_ratio=0.8, generator=None):
+def proportional(learner_loss: Tensor, *, size: int, generator: Generator | None = None) -> Tensor:
     """Successive draws without replacement with probability proportional to the learner loss.
 
     Losses with an uncertainty term can be negative: then all are shifted so that the smallest is 0. Candidates of
     weight 0 are taken only when nothing else is left.
     """
     losses = _losses(learner_loss=learner_loss)
-    if size is None:
-        size = selection_size(len(losses), filter_ratio)
     _check_size(size, len(losses))
     weights = losses - losses.min().clamp(max=0)
     return _gumbel_top(weights.clamp(min=torch.finfo(weights.dtype).tiny).log(), size, generator)
 
 
-def diversity_gains(features, selected, ridge=1.0):
+def diversity_gains(features: Tensor, selected: Tensor, ridge: float = 1.0) -> Tensor:
     """log-determinant gained by adding each example to the selected set: log(1 + x_i' A^-1 x_i) [B].
 
     features x [B, F] float; A = ridge * identity + sum over selected of x x'. This is the conditional log-odds of a
@@ -211,7 +218,9 @@ def diversity_gains(features, selected, ridge=1.0):
     return whitened.square().sum(dim=0).log1p()
 
 
-def sketch_features(features, sketch_dim=64, bandwidth=0.5, generator=None):
+def sketch_features(
+    features: Tensor, sketch_dim: int = 64, bandwidth: float = 0.5, generator: Generator | None = None
+) -> Tensor:
     """Features [B, ...] -> random Fourier features [B, sketch_dim] of a Gaussian kernel (Rahimi & Recht 2007).
 
     Inner products approximate exp(-|x - y|^2 / (2 h^2)), with error of order 1/sqrt(sketch_dim); h is `bandwidth` times
@@ -230,41 +239,32 @@ def sketch_features(features, sketch_dim=64, bandwidth=0.5, generator=None):
 
 
 def diverse_learnability(
-    learner_loss,
-    reference_loss,
-    features,  # [B, ...], what makes examples alike: activations, gradients, down-sampled images
+    learner_loss: Tensor,
+    reference_loss: Tensor,
+    features: Tensor,  # [B, ...], what makes examples alike: activations, gradients, down-sampled images
     *,
-    size=None,
-    filter_ratio=0.8,
-    num_chunks=16,  # more chunks: finer interaction; num_chunks=size is fully sequential
-    diversity=1.0,  # exponent of the determinantal gain; 0: JEST's law
-    sketch_dim=64,
-    bandwidth=0.5,  # of the likeness, in standard deviations of the features
-    ridge=1.0,
-    generator=None,
-):
+    size: int,
+    num_chunks: int = 16,  # more chunks: finer interaction; num_chunks=size is fully sequential
+    diversity: float = 1.0,  # exponent of the determinantal gain; 0: JEST's law
+    sketch_dim: int = 64,
+    bandwidth: float = 0.5,  # of the likeness, in standard deviations of the features
+    ridge: float = 1.0,
+    generator: Generator | None = None,
+) -> Tensor:
     """Learnable *and* unlike what is already selected: JEST's chunks with a determinantal interaction.
 
     In each chunk example i is drawn with probability proportional to exp(beta s_ii) * (det gain of i given S)^diversity
     (see diversity_gains). Near-linear: O(B sketch_dim^2) per chunk. Raises ValueError as jointly_sample_batch.
     """
     scores = _scores(learner_loss, reference_loss, True, False)
-    if size is None:
-        size = selection_size(len(scores), filter_ratio, num_chunks)
-    _check_size(size, len(scores))
     if len(features) != len(scores):
         raise ValueError(f"features of {len(features)} candidates do not match {len(scores)} losses")
     x = sketch_features(features, sketch_dim, bandwidth, generator).to(scores)
-    selected = torch.empty(0, dtype=torch.int64, device=scores.device)
-    free = torch.zeros_like(scores)
-    for chunk in _chunk_sizes(size, num_chunks):
-        n = len(selected)
-        beta = (n + 1) / (2 * n + 1) if n else 0.0
-        gains = diversity_gains(x, selected, ridge).clamp(min=torch.finfo(x.dtype).tiny).log()
-        picked = _gumbel_top(beta * scores + diversity * gains + free, chunk, generator)
-        free[picked] = -math.inf
-        selected = torch.cat([selected, picked])
-    return selected
+
+    def bonus(selected):
+        return diversity * diversity_gains(x, selected, ridge).clamp(min=torch.finfo(x.dtype).tiny).log()
+
+    return _by_chunks(scores, size, num_chunks, generator, bonus)
 
 
 FUNCTIONS = {  # the names a command line offers

@@ -14,21 +14,12 @@ from fractions import Fraction
 import torch
 
 from torch_utils import distributed as dist
+from training.feed import Candidates
 from training.losses import Draws, Objective
 from training.selection.functions import requirements_of
 from training.selection.scores import CHEAP, Scorer
 
 MAX_SOURCES = 256  # with more sources, shares per source are not reported
-
-
-def check_choice(function: Callable, has_reference: bool, when: str = "always", options: dict | None = None) -> None:
-    """Raises ValueError if `function` needs a reference that is not there, or does not know one of `options`."""
-    if not has_reference and ("reference_loss" in requirements_of(function) or when != "always"):
-        raise ValueError("this selection compares with a reference network: give one with --reference")
-    unknown = set(options or {}) - set(inspect.signature(function).parameters)
-    if unknown:
-        name = {"num_chunks": "--chunks"}.get(min(unknown), min(unknown))
-        raise ValueError(f"{name} means nothing to this selection ({function.__name__}): leave it out")
 
 
 class IdentitySelector:
@@ -38,8 +29,8 @@ class IdentitySelector:
         """Number of candidates to read for a batch of `batch` trained images."""
         return batch
 
-    def minibatches(self, objective: Objective, candidates) -> Iterator[Draws]:
-        """Draws to train on, for this process. candidates: training.feed.Candidates."""
+    def minibatches(self, objective: Objective, candidates: Candidates) -> Iterator[Draws]:
+        """Draws to train on, for this process."""
         yield from candidates
 
     def statistics(self) -> dict[str, float]:
@@ -92,9 +83,9 @@ class LossSelector(IdentitySelector):
             raise ValueError(f"when={when!r} is none of always, early, late")
         if cheap is not None and cheap not in CHEAP:
             raise ValueError(f"--select-cheap={cheap} is none of {', '.join(CHEAP)}")
-        check_choice(function, reference is not None, when, options)
-        self.scorer = Scorer(function, reference, scope, score_scale, cheap, features)
         self.function, self.options, self.scope = function, options or {}, scope
+        _check_choice(function, reference is not None, when, self.options)
+        self.scorer = Scorer(function, reference, scope, score_scale, cheap, features)
         self.ratio = 1 / (1 - Fraction(str(filter_ratio)))  # candidates per trained image, exactly
         self.when, self.select_from, self.select_until = when, select_from, select_until
         self.beaten_at = None  # images trained on when the learner first beat the reference
@@ -114,10 +105,10 @@ class LossSelector(IdentitySelector):
             return False
         return {"always": True, "early": self.beaten_at is None, "late": self.beaten_at is not None}[self.when]
 
-    def candidates(self, batch):
+    def candidates(self, batch: int) -> int:
         return math.ceil(batch * self.ratio) if self.active else batch
 
-    def minibatches(self, objective, candidates):
+    def minibatches(self, objective: Objective, candidates: Candidates) -> Iterator[Draws]:
         self.cur_nimg = candidates.cur_nimg
         waiting = self.when != "always" and self.beaten_at is None
         self.selecting = candidates.count > candidates.batch or (self.active and self.ratio == 1)
@@ -185,7 +176,7 @@ class LossSelector(IdentitySelector):
         total[0] = total[0] + values.detach().double().sum()  # a tensor: no synchronization here
         total[1] += values.numel()
 
-    def statistics(self):
+    def statistics(self) -> dict[str, float]:
         """Mean scores of candidates and selected, shares of the sources among both, and the share of time spent selecting.
 
         Over all processes; time is this process's own. Collective in scope "rank".
@@ -211,14 +202,24 @@ class LossSelector(IdentitySelector):
         self._reset()
         return result
 
-    def progress(self):
+    def progress(self) -> dict:
         return dict(selecting=self.selecting, when=self.when, ratio=float(self.ratio), beaten_at=self.beaten_at)
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return {"beaten_at": self.beaten_at, "cur_nimg": self.cur_nimg}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         self.beaten_at, self.cur_nimg = state["beaten_at"], state["cur_nimg"]
+
+
+def _check_choice(function, has_reference, when, options):
+    """Raises ValueError if `function` needs a reference that is not there, or does not know one of `options`."""
+    if not has_reference and ("reference_loss" in requirements_of(function) or when != "always"):
+        raise ValueError("this selection compares with a reference network: give one with --reference")
+    unknown = set(options) - set(inspect.signature(function).parameters)
+    if unknown:
+        name = {"num_chunks": "--chunks"}.get(min(unknown), min(unknown))
+        raise ValueError(f"{name} means nothing to this selection ({function.__name__}): leave it out")
 
 
 def _checked(chosen, size, like):
