@@ -33,9 +33,6 @@ MAX_ARGUMENTS = 12
 PUBLISHED = {
     "simulations.bounds.arm_bound",
     "training.augment.AugmentPipe.__init__",
-    "training.networks_edm.layers.UNetBlock.__init__",
-    "training.networks_edm.unets.SongUNet.__init__",
-    "training.networks_edm.unets.DhariwalUNet.__init__",
     "training.samplers.heun",
 }
 TYPED_ROOMS = ("dnnlib", "torch_utils", "training", "metrics")
@@ -63,9 +60,6 @@ PENDING_TYPES = {
     "training.guidance",
     "training.images",
     "training.likelihood",
-    "training.networks_edm.layers",
-    "training.networks_edm.precond",
-    "training.networks_edm.unets",
     "training.networks_edm2",
     "training.networks_toy",
     "training.process_sampling",

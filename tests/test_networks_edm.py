@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from torch_utils.persistence import load_snapshot, save_snapshot
 from training.networks_edm import DhariwalUNet, EDMPrecond, SongUNet, VEPrecond, VPPrecond, iDDPMPrecond
-from training.networks_edm.layers import Conv2d, Linear, UNetBlock, attention
+from training.networks_edm.layers import BlockStyle, Conv2d, Linear, UNetBlock, attention
 
 DDPMPP = {"model_type": "SongUNet"}
 NCSNPP = {
@@ -170,7 +170,7 @@ def test_block_equals_its_formula(adaptive):
     torch.manual_seed(0)
     init = {"init_mode": "kaiming_normal", "init_bias": 0.5}
     options = {"adaptive_scale": adaptive, "skip_scale": 0.7, "eps": 1e-3, "init": init, "init_zero": init}
-    block = UNetBlock(16, 32, 12, attention=True, num_heads=2, **options)
+    block = UNetBlock(16, 32, BlockStyle(12, num_heads=2, **options), attention=True)
     x, emb = torch.randn(2, 16, 4, 4), torch.randn(2, 12)
     p = dict(block.named_parameters())
     norm = lambda x, name, groups: F.group_norm(x, groups, p[f"{name}.weight"], p[f"{name}.bias"], 1e-3)

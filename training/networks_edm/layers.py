@@ -5,12 +5,15 @@ a given seed initialises a network alike.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def init_tensor(shape, mode, fan_in, fan_out):
+def init_tensor(shape: Sequence[int], mode: str, fan_in: int, fan_out: int) -> Tensor:
     """Random initial values: Glorot ("xavier") or He ("kaiming"), uniform or normal."""
     if mode == "xavier_uniform":
         return math.sqrt(6 / (fan_in + fan_out)) * (torch.rand(*shape) * 2 - 1)
@@ -29,16 +32,21 @@ class Linear(torch.nn.Module):
     """x [..., in_features] -> [..., out_features], weights drawn before the bias."""
 
     def __init__(
-        self, in_features, out_features, bias=True, init_mode="kaiming_normal", init_weight=1.0, init_bias=0.0
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        init_mode: str = "kaiming_normal",
+        init_weight: float = 1.0,
+        init_bias: float = 0.0,
     ):
         super().__init__()
         self.in_features = in_features
-        self.out_features = out_features
         fans = {"mode": init_mode, "fan_in": in_features, "fan_out": out_features}
         self.weight = torch.nn.Parameter(init_tensor([out_features, in_features], **fans) * init_weight)
         self.bias = torch.nn.Parameter(init_tensor([out_features], **fans) * init_bias) if bias else None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
@@ -51,22 +59,21 @@ class Conv2d(torch.nn.Module):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        kernel,  # odd side length, 0: no convolution
-        bias=True,
-        up=False,
-        down=False,
-        resample_filter=(1, 1),  # 1-D taps, normalised to sum 1, used along both axes
-        fused_resample=False,
-        init_mode="kaiming_normal",
-        init_weight=1.0,
-        init_bias=0.0,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,  # odd side length, 0: no convolution
+        bias: bool = True,
+        up: bool = False,
+        down: bool = False,
+        resample_filter: Sequence[float] = (1, 1),  # 1-D taps, normalised to sum 1, used along both axes
+        fused_resample: bool = False,
+        init_mode: str = "kaiming_normal",
+        init_weight: float = 1.0,
+        init_bias: float = 0.0,
     ):
         if up and down:
             raise ValueError("up=True and down=True exclude each other; choose one")
         super().__init__()
-        self.in_channels = in_channels
         self.out_channels = out_channels
         self.up = up
         self.down = down
@@ -91,7 +98,7 @@ class Conv2d(torch.nn.Module):
         kernel = self.resample_filter.to(x.dtype).tile([x.shape[1], 1, 1, 1])
         return F.conv2d(x, kernel, groups=x.shape[1], stride=2, padding=padding)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.to(x.dtype)
         pad_w = 0 if weight is None else weight.shape[-1] // 2
         pad_f = 0 if self.resample_filter is None else (self.resample_filter.shape[-1] - 1) // 2
@@ -114,7 +121,7 @@ class Conv2d(torch.nn.Module):
 class GroupNorm(torch.nn.Module):
     """Group normalisation with at least `min_channels_per_group` channels in every group."""
 
-    def __init__(self, num_channels, num_groups=32, min_channels_per_group=4, eps=1e-5):
+    def __init__(self, num_channels: int, num_groups: int = 32, min_channels_per_group: int = 4, eps: float = 1e-5):
         super().__init__()
         self.num_groups = min(num_groups, num_channels // min_channels_per_group)
         if self.num_groups < 1 or num_channels % self.num_groups:
@@ -126,20 +133,20 @@ class GroupNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(num_channels))
         self.bias = torch.nn.Parameter(torch.zeros(num_channels))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class PositionalEmbedding(torch.nn.Module):
     """x [N] -> [N, num_channels]: cosines, then sines, of geometrically spaced frequencies."""
 
-    def __init__(self, num_channels, max_positions=10000, endpoint=False):
+    def __init__(self, num_channels: int, max_positions: int = 10000, endpoint: bool = False):
         super().__init__()
         self.num_channels = num_channels
         self.max_positions = max_positions
         self.endpoint = endpoint
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         half = self.num_channels // 2
         freqs = torch.arange(half, dtype=torch.float32, device=x.device) / (half - (1 if self.endpoint else 0))
         freqs = (1 / self.max_positions) ** freqs
@@ -150,19 +157,37 @@ class PositionalEmbedding(torch.nn.Module):
 class FourierEmbedding(torch.nn.Module):
     """x [N] -> [N, num_channels]: cosines, then sines, of random frequencies (buffer `freqs`)."""
 
-    def __init__(self, num_channels, scale=16):
+    def __init__(self, num_channels: int, scale: float = 16):
         super().__init__()
         self.register_buffer("freqs", torch.randn(num_channels // 2) * scale)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x.ger((2 * math.pi * self.freqs).to(x.dtype))  # [N, C/2]
         return torch.cat([x.cos(), x.sin()], dim=1)
 
 
-def attention(q, k, v):
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention for q, k, v [B, C, L]; weights in float32 whatever the inputs' type. -> [B, C, L]"""
     logits = torch.einsum("bcq,bck->bqk", q.float(), (k / math.sqrt(k.shape[1])).float())
     return torch.einsum("bqk,bck->bcq", logits.softmax(dim=2).to(v.dtype), v)
+
+
+@dataclass(frozen=True)
+class BlockStyle:
+    """What all residual blocks of a U-Net have in common; `init*` are keywords of Linear and Conv2d."""
+
+    emb_channels: int
+    num_heads: int | None = None  # where there is attention; None: out_channels // channels_per_head
+    channels_per_head: int = 64
+    dropout: float = 0.0
+    skip_scale: float = 1.0
+    eps: float = 1e-5
+    resample_filter: Sequence[float] = (1, 1)
+    resample_proj: bool = False  # 1x1 convolution on the skip path whenever it resamples
+    adaptive_scale: bool = True  # the embedding scales and shifts, instead of being added
+    init: dict = field(default_factory=dict)
+    init_zero: dict = field(default_factory=lambda: {"init_weight": 0.0})  # of layers that begin near zero
+    init_attn: dict | None = None  # None: init
 
 
 class UNetBlock(torch.nn.Module):
@@ -174,66 +199,50 @@ class UNetBlock(torch.nn.Module):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        emb_channels,
-        up=False,
-        down=False,
-        attention=False,
-        num_heads=None,  # None: out_channels // channels_per_head
-        channels_per_head=64,
-        dropout=0.0,
-        skip_scale=1.0,
-        eps=1e-5,
-        resample_filter=(1, 1),
-        resample_proj=False,  # 1x1 convolution on the skip path whenever it resamples
-        adaptive_scale=True,  # the embedding scales and shifts, instead of being added
-        init=None,
-        init_zero=None,
-        init_attn=None,
+        in_channels: int,
+        out_channels: int,
+        style: BlockStyle,
+        up: bool = False,
+        down: bool = False,
+        attention: bool = False,
     ):
         super().__init__()
-        init = {} if init is None else init
-        init_zero = {"init_weight": 0.0} if init_zero is None else init_zero
-        init_attn = init if init_attn is None else init_attn
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.num_heads = (
-            0 if not attention else num_heads if num_heads is not None else out_channels // channels_per_head
-        )
-        self.dropout = dropout
-        self.skip_scale = skip_scale
-        self.adaptive_scale = adaptive_scale
-        resample = {"up": up, "down": down, "resample_filter": resample_filter}
+        self.style = style
+        heads = out_channels // style.channels_per_head if style.num_heads is None else style.num_heads
+        self.num_heads = heads if attention else 0
+        resample = {"up": up, "down": down, "resample_filter": style.resample_filter}
+        init, init_zero = style.init, style.init_zero
 
-        self.norm0 = GroupNorm(in_channels, eps=eps)
+        self.norm0 = GroupNorm(in_channels, eps=style.eps)
         self.conv0 = Conv2d(in_channels, out_channels, kernel=3, **resample, **init)
-        self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), **init)
-        self.norm1 = GroupNorm(out_channels, eps=eps)
+        self.affine = Linear(style.emb_channels, out_channels * (2 if style.adaptive_scale else 1), **init)
+        self.norm1 = GroupNorm(out_channels, eps=style.eps)
         self.conv1 = Conv2d(out_channels, out_channels, kernel=3, **init_zero)
         self.skip = None
         if in_channels != out_channels or up or down:
-            kernel = 1 if resample_proj or in_channels != out_channels else 0
+            kernel = 1 if style.resample_proj or in_channels != out_channels else 0
             self.skip = Conv2d(in_channels, out_channels, kernel=kernel, **resample, **init)
         if self.num_heads:
-            self.norm2 = GroupNorm(out_channels, eps=eps)
-            self.qkv = Conv2d(out_channels, out_channels * 3, kernel=1, **init_attn)
+            self.norm2 = GroupNorm(out_channels, eps=style.eps)
+            self.qkv = Conv2d(out_channels, out_channels * 3, kernel=1, **(style.init_attn or init))
             self.proj = Conv2d(out_channels, out_channels, kernel=1, **init_zero)
 
-    def forward(self, x, emb):
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         y = self.conv0(F.silu(self.norm0(x)))  # [N, out, H', W']
         params = self.affine(emb)[:, :, None, None].to(x.dtype)  # [N, out or 2 out, 1, 1]
-        if self.adaptive_scale:
+        if self.style.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
             y = F.silu(torch.addcmul(shift, self.norm1(y), scale + 1))
         else:
             y = F.silu(self.norm1(y + params))
-        y = self.conv1(F.dropout(y, p=self.dropout, training=self.training))
-        x = (y + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        y = self.conv1(F.dropout(y, p=self.style.dropout, training=self.training))
+        x = (y + (x if self.skip is None else self.skip(x))) * self.style.skip_scale
         if self.num_heads:
             n, c = x.shape[:2]
             qkv = self.qkv(self.norm2(x)).reshape(n * self.num_heads, c // self.num_heads, 3, -1)
-            x = (self.proj(attention(*qkv.unbind(2)).reshape(x.shape)) + x) * self.skip_scale
+            x = (self.proj(attention(*qkv.unbind(2)).reshape(x.shape)) + x) * self.style.skip_scale
         return x
 
 
@@ -243,10 +252,10 @@ class LogVariance(torch.nn.Module):
     sigma [N, 1, 1, 1]; the loss it serves is the multi-task weighting of EDM2, after Kendall et al. 2018.
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.fourier = FourierEmbedding(channels, scale=1)
         self.linear = Linear(channels, 1, init_weight=0.0)
 
-    def forward(self, sigma):
+    def forward(self, sigma: Tensor) -> Tensor:
         return self.linear(self.fourier(sigma.log().flatten() / 4)).reshape(-1, 1, 1, 1)

@@ -1,8 +1,10 @@
 """Preconditioning of the EDM-era networks: EDM, VP, VE and iDDPM (EDM table 1)."""
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from torch_utils.persistence import persistent
 from training.networks_edm.layers import LogVariance
@@ -15,10 +17,21 @@ class _Precond(torch.nn.Module):
     forward(x [N, C, R, R], sigma [N] or scalar, class_labels [N, label_dim] or None) -> [N, C, R, R] float32, and
     additionally the log-variance [N, 1, 1, 1] if return_logvar (zeros without `logvar_channels`).
     A conditional network given no labels uses a zero vector, which is a trained null label only with label dropout.
+
+    sigma_data: standard deviation of the data, for losses and solvers (only EDM's preconditioning uses it).
+    logvar_channels: width of the uncertainty head, 0: none.
     """
 
     def __init__(
-        self, img_resolution, img_channels, label_dim, use_fp16, sigma_data, model_type, logvar_channels, model_kwargs
+        self,
+        img_resolution,
+        img_channels,
+        label_dim,
+        use_fp16,
+        model_type,
+        sigma_data=0.5,
+        logvar_channels=0,
+        **model_kwargs,
     ):
         _require("model_type", model_type, MODELS)
         super().__init__()
@@ -39,11 +52,11 @@ class _Precond(torch.nn.Module):
 
     outputs_per_channel = 1
 
-    def coefficients(self, sigma):
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(c_skip, c_out, c_in, c_noise) for sigma [N, 1, 1, 1]."""
         raise NotImplementedError
 
-    def round_sigma(self, sigma):
+    def round_sigma(self, sigma: Tensor | float) -> Tensor:
         """The nearest noise level the network was trained for, in the shape of sigma."""
         return torch.as_tensor(sigma)
 
@@ -77,24 +90,21 @@ class EDMPrecond(_Precond):
 
     def __init__(
         self,
-        img_resolution,
-        img_channels,
-        label_dim=0,  # 0: unconditional
-        use_fp16=False,  # half precision on a GPU
-        sigma_min=0,
-        sigma_max=float("inf"),
-        sigma_data=0.5,  # standard deviation of the data
-        model_type="DhariwalUNet",
-        logvar_channels=0,  # 0: no uncertainty head
-        **model_kwargs,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,  # 0: unconditional
+        use_fp16: bool = False,  # half precision on a GPU
+        sigma_min: float = 0,
+        sigma_max: float = float("inf"),
+        sigma_data: float = 0.5,
+        model_type: str = "DhariwalUNet",
+        **model_kwargs: Any,
     ):
-        super().__init__(
-            img_resolution, img_channels, label_dim, use_fp16, sigma_data, model_type, logvar_channels, model_kwargs
-        )
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, sigma_data, **model_kwargs)
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
 
-    def coefficients(self, sigma):
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         total = sigma**2 + self.sigma_data**2
         return self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
 
@@ -105,22 +115,18 @@ class VPPrecond(_Precond):
 
     def __init__(
         self,
-        img_resolution,
-        img_channels,
-        label_dim=0,
-        use_fp16=False,
-        beta_d=19.9,  # extent of the noise schedule
-        beta_min=0.1,  # its slope at t = 0
-        M=1000,  # number of time steps of the original
-        epsilon_t=1e-5,  # smallest time
-        model_type="SongUNet",
-        logvar_channels=0,
-        sigma_data=0.5,  # for losses and solvers; the preconditioning does not use it
-        **model_kwargs,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        use_fp16: bool = False,
+        beta_d: float = 19.9,  # extent of the noise schedule
+        beta_min: float = 0.1,  # its slope at t = 0
+        M: int = 1000,  # number of time steps of the original
+        epsilon_t: float = 1e-5,  # smallest time
+        model_type: str = "SongUNet",
+        **model_kwargs: Any,
     ):
-        super().__init__(
-            img_resolution, img_channels, label_dim, use_fp16, sigma_data, model_type, logvar_channels, model_kwargs
-        )
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, **model_kwargs)
         self.beta_d = beta_d
         self.beta_min = beta_min
         self.M = M
@@ -129,17 +135,17 @@ class VPPrecond(_Precond):
         limits = torch.tensor([epsilon_t, 1.0], dtype=torch.float32, device="cpu")
         self.sigma_min, self.sigma_max = self.sigma(limits).tolist()
 
-    def sigma(self, t):
+    def sigma(self, t: Tensor | float) -> Tensor:
         """Noise level at time t (float32)."""
         t = t if torch.is_tensor(t) else torch.as_tensor(t)
         return ((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt()
 
-    def sigma_inv(self, sigma):
+    def sigma_inv(self, sigma: Tensor | float) -> Tensor:
         """Time at which the noise level is sigma."""
         sigma = torch.as_tensor(sigma)
         return ((self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt() - self.beta_min) / self.beta_d
 
-    def coefficients(self, sigma):
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
 
 
@@ -149,24 +155,20 @@ class VEPrecond(_Precond):
 
     def __init__(
         self,
-        img_resolution,
-        img_channels,
-        label_dim=0,
-        use_fp16=False,
-        sigma_min=0.02,
-        sigma_max=100,
-        model_type="SongUNet",
-        logvar_channels=0,
-        sigma_data=0.5,  # for losses and solvers; the preconditioning does not use it
-        **model_kwargs,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        use_fp16: bool = False,
+        sigma_min: float = 0.02,
+        sigma_max: float = 100,
+        model_type: str = "SongUNet",
+        **model_kwargs: Any,
     ):
-        super().__init__(
-            img_resolution, img_channels, label_dim, use_fp16, sigma_data, model_type, logvar_channels, model_kwargs
-        )
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, **model_kwargs)
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
 
-    def coefficients(self, sigma):
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return torch.ones_like(sigma), sigma, torch.ones_like(sigma), (0.5 * sigma).log()
 
 
@@ -181,21 +183,17 @@ class iDDPMPrecond(_Precond):
 
     def __init__(
         self,
-        img_resolution,
-        img_channels,
-        label_dim=0,
-        use_fp16=False,
-        C_1=0.001,  # largest ratio of successive signal levels kept
-        C_2=0.008,  # offset of the cosine schedule
-        M=1000,  # number of time steps
-        model_type="DhariwalUNet",
-        logvar_channels=0,
-        sigma_data=0.5,  # for losses and solvers; the preconditioning does not use it
-        **model_kwargs,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        use_fp16: bool = False,
+        C_1: float = 0.001,  # largest ratio of successive signal levels kept
+        C_2: float = 0.008,  # offset of the cosine schedule
+        M: int = 1000,  # number of time steps
+        model_type: str = "DhariwalUNet",
+        **model_kwargs: Any,
     ):
-        super().__init__(
-            img_resolution, img_channels, label_dim, use_fp16, sigma_data, model_type, logvar_channels, model_kwargs
-        )
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, **model_kwargs)
         self.C_1 = C_1
         self.C_2 = C_2
         self.M = M
@@ -209,17 +207,13 @@ class iDDPMPrecond(_Precond):
         self.sigma_min = float(u[M - 1])
         self.sigma_max = float(u[0])
 
-    def _nearest(self, sigma):
-        distance = (sigma.to(self.u).reshape(-1, 1) - self.u).abs()  # [N, M + 1]
-        return distance.argmin(dim=1)
-
-    def round_sigma(self, sigma, return_index=False):
+    def round_sigma(self, sigma: Tensor | float, return_index: bool = False) -> Tensor:
         sigma = torch.as_tensor(sigma)
-        index = self._nearest(sigma)
+        index = (sigma.to(self.u).reshape(-1, 1) - self.u).abs().argmin(dim=1)  # of [N, M + 1]
         result = index if return_index else self.u[index].to(sigma.dtype)
         return result.reshape(sigma.shape).to(sigma.device)
 
-    def coefficients(self, sigma):
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         c_noise = (self.M - 1 - self.round_sigma(sigma, return_index=True)).to(torch.float32)
         return torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise
 

@@ -6,11 +6,14 @@ Every preconditioner is a denoiser: `net(x, sigma, class_labels) -> estimate of 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from training.networks_edm.layers import (
+    BlockStyle,
     Conv2d,
     FourierEmbedding,
     GroupNorm,
@@ -34,7 +37,34 @@ def _require_resolution(img_resolution, channel_mult):
         )
 
 
-class SongUNet(torch.nn.Module):
+class _UNet(torch.nn.Module):
+    """What the two U-Nets share: blocks of one style, and a decoder that takes up what the encoder left."""
+
+    def __init__(self, label_dropout, style):
+        super().__init__()
+        self.label_dropout = label_dropout
+        self.style = style
+
+    def _drop(self, class_labels, x):
+        """In training, labels with rows of zeros at the rate of the label dropout."""
+        if not (self.training and self.label_dropout):
+            return class_labels
+        keep = torch.rand([x.shape[0], 1], device=x.device) >= self.label_dropout
+        return class_labels * keep.to(class_labels.dtype)
+
+    def _add_level(self, res, cin, cout, skips, deepest, attend):
+        """Decoder blocks at resolution `res`, one per entry of `attend` after the first ones, which resample or attend."""
+        if deepest:
+            self.dec[f"{res}x{res}_in0"] = UNetBlock(cin, cin, self.style, attention=True)
+            self.dec[f"{res}x{res}_in1"] = UNetBlock(cin, cin, self.style)
+        else:
+            self.dec[f"{res}x{res}_up"] = UNetBlock(cin, cin, self.style, up=True)
+        for i, attention in enumerate(attend):
+            self.dec[f"{res}x{res}_block{i}"] = UNetBlock(cin + skips.pop(), cout, self.style, attention=attention)
+            cin = cout
+
+
+class SongUNet(_UNet):
     """DDPM++ (default) and NCSN++ (embedding_type="fourier", encoder_type="residual", channel_mult_noise=2,
     resample_filter=[1, 3, 3, 1]) of Song et al. 2021.
 
@@ -45,47 +75,46 @@ class SongUNet(torch.nn.Module):
 
     def __init__(
         self,
-        img_resolution,
-        in_channels,
-        out_channels,
-        label_dim=0,  # 0: unconditional
-        augment_dim=0,  # 0: no augmentation labels
-        model_channels=128,
-        channel_mult=(1, 2, 2, 2),
-        channel_mult_emb=4,
-        num_blocks=4,
-        attn_resolutions=(16,),
-        dropout=0.10,
-        label_dropout=0,  # probability of a zeroed label row in training
-        embedding_type="positional",
-        channel_mult_noise=1,
-        encoder_type="standard",
-        decoder_type="standard",
-        resample_filter=(1, 1),
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,  # 0: unconditional
+        augment_dim: int = 0,  # 0: no augmentation labels
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 4,
+        attn_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.10,
+        label_dropout: float = 0,  # probability of a zeroed label row in training
+        embedding_type: str = "positional",
+        channel_mult_noise: int = 1,
+        encoder_type: str = "standard",
+        decoder_type: str = "standard",
+        resample_filter: Sequence[float] = (1, 1),
     ):
         _require("embedding_type", embedding_type, ("positional", "fourier"))
         _require("encoder_type", encoder_type, ("standard", "skip", "residual"))
         _require("decoder_type", decoder_type, ("standard", "skip"))
         _require_resolution(img_resolution, channel_mult)
-        super().__init__()
-        self.label_dropout = label_dropout
         emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
         init = {"init_mode": "xavier_uniform"}
-        init_zero = {"init_mode": "xavier_uniform", "init_weight": 1e-5}
-        block = {
-            "emb_channels": emb_channels,
-            "num_heads": 1,
-            "dropout": dropout,
-            "skip_scale": math.sqrt(0.5),
-            "eps": 1e-6,
-            "resample_filter": resample_filter,
-            "resample_proj": True,
-            "adaptive_scale": False,
-            "init": init,
-            "init_zero": init_zero,
-            "init_attn": {"init_mode": "xavier_uniform", "init_weight": math.sqrt(0.2)},
-        }
+        init_zero = {**init, "init_weight": 1e-5}
+        style = BlockStyle(
+            emb_channels,
+            num_heads=1,
+            dropout=dropout,
+            skip_scale=math.sqrt(0.5),
+            eps=1e-6,
+            resample_filter=resample_filter,
+            resample_proj=True,
+            adaptive_scale=False,
+            init=init,
+            init_zero=init_zero,
+            init_attn={**init, "init_weight": math.sqrt(0.2)},
+        )
+        super().__init__(label_dropout, style)
 
         if embedding_type == "positional":
             self.map_noise = PositionalEmbedding(noise_channels, endpoint=True)
@@ -104,7 +133,7 @@ class SongUNet(torch.nn.Module):
                 cin, cout = cout, model_channels
                 self.enc[f"{res}x{res}_conv"] = Conv2d(cin, cout, kernel=3, **init)
             else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(cout, cout, down=True, **block)
+                self.enc[f"{res}x{res}_down"] = UNetBlock(cout, cout, style, down=True)
                 down = {"down": True, "resample_filter": resample_filter}
                 if encoder_type == "skip":
                     self.enc[f"{res}x{res}_aux_down"] = Conv2d(caux, caux, kernel=0, **down)
@@ -115,22 +144,16 @@ class SongUNet(torch.nn.Module):
                     caux = cout
             for i in range(num_blocks):
                 cin, cout = cout, model_channels * mult
-                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=res in attn_resolutions, **block)
+                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, style, attention=res in attn_resolutions)
         skips = [layer.out_channels for name, layer in self.enc.items() if "aux" not in name]
 
         self.dec = torch.nn.ModuleDict()
         for level, mult in reversed(list(enumerate(channel_mult))):
             res = img_resolution >> level
-            deepest = level == len(channel_mult) - 1
-            if deepest:
-                self.dec[f"{res}x{res}_in0"] = UNetBlock(cout, cout, attention=True, **block)
-                self.dec[f"{res}x{res}_in1"] = UNetBlock(cout, cout, **block)
-            else:
-                self.dec[f"{res}x{res}_up"] = UNetBlock(cout, cout, up=True, **block)
-            for i in range(num_blocks + 1):
-                cin, cout = cout + skips.pop(), model_channels * mult
-                attend = i == num_blocks and res in attn_resolutions
-                self.dec[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=attend, **block)
+            deepest, width = level == len(channel_mult) - 1, model_channels * mult
+            attend = [False] * num_blocks + [res in attn_resolutions]
+            self._add_level(res, cout, width, skips, deepest, attend)
+            cout = width
             if decoder_type == "skip" or level == 0:
                 if decoder_type == "skip" and not deepest:
                     up = {"up": True, "resample_filter": resample_filter}
@@ -142,16 +165,15 @@ class SongUNet(torch.nn.Module):
         emb = self.map_noise(noise_labels)
         emb = emb.reshape(emb.shape[0], 2, -1).flip(1).reshape(emb.shape)  # sines first
         if self.map_label is not None:
-            if self.training and self.label_dropout:
-                keep = torch.rand([x.shape[0], 1], device=x.device) >= self.label_dropout
-                class_labels = class_labels * keep.to(class_labels.dtype)
-            emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
+            emb = emb + self.map_label(self._drop(class_labels, x) * math.sqrt(self.map_label.in_features))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = F.silu(self.map_layer0(emb))
         return F.silu(self.map_layer1(emb))  # [N or 1, emb_channels]
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+    def forward(
+        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
         emb = self._embed(x, noise_labels, class_labels, augment_labels)
         skips = []
         aux = x
@@ -182,7 +204,7 @@ class SongUNet(torch.nn.Module):
         return out
 
 
-class DhariwalUNet(torch.nn.Module):
+class DhariwalUNet(_UNet):
     """ADM of Dhariwal & Nichol 2021, as EDM trained it; arguments and forward as SongUNet.
 
     With fewer than 64 channels at an attention resolution there is no attention there (zero heads), as released.
@@ -190,33 +212,26 @@ class DhariwalUNet(torch.nn.Module):
 
     def __init__(
         self,
-        img_resolution,
-        in_channels,
-        out_channels,
-        label_dim=0,  # 0: unconditional
-        augment_dim=0,  # 0: no augmentation labels
-        model_channels=192,
-        channel_mult=(1, 2, 3, 4),
-        channel_mult_emb=4,
-        num_blocks=3,
-        attn_resolutions=(32, 16, 8),
-        dropout=0.10,
-        label_dropout=0,  # probability of a zeroed label row in training
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,  # 0: unconditional
+        augment_dim: int = 0,  # 0: no augmentation labels
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (32, 16, 8),
+        dropout: float = 0.10,
+        label_dropout: float = 0,  # probability of a zeroed label row in training
     ):
         _require_resolution(img_resolution, channel_mult)
-        super().__init__()
-        self.label_dropout = label_dropout
         emb_channels = model_channels * channel_mult_emb
         third = math.sqrt(1 / 3)
         init = {"init_mode": "kaiming_uniform", "init_weight": third, "init_bias": third}
         init_zero = {"init_mode": "kaiming_uniform", "init_weight": 0, "init_bias": 0}
-        block = {
-            "emb_channels": emb_channels,
-            "channels_per_head": 64,
-            "dropout": dropout,
-            "init": init,
-            "init_zero": init_zero,
-        }
+        style = BlockStyle(emb_channels, dropout=dropout, init=init, init_zero=init_zero)
+        super().__init__(label_dropout, style)
 
         self.map_noise = PositionalEmbedding(model_channels)
         self.map_augment = Linear(augment_dim, model_channels, bias=False, **init_zero) if augment_dim else None
@@ -235,36 +250,30 @@ class DhariwalUNet(torch.nn.Module):
                 cin, cout = cout, model_channels * mult
                 self.enc[f"{res}x{res}_conv"] = Conv2d(cin, cout, kernel=3, **init)
             else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(cout, cout, down=True, **block)
+                self.enc[f"{res}x{res}_down"] = UNetBlock(cout, cout, style, down=True)
             for i in range(num_blocks):
                 cin, cout = cout, model_channels * mult
-                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=res in attn_resolutions, **block)
+                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, style, attention=res in attn_resolutions)
         skips = [layer.out_channels for layer in self.enc.values()]
 
         self.dec = torch.nn.ModuleDict()
         for level, mult in reversed(list(enumerate(channel_mult))):
             res = img_resolution >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = UNetBlock(cout, cout, attention=True, **block)
-                self.dec[f"{res}x{res}_in1"] = UNetBlock(cout, cout, **block)
-            else:
-                self.dec[f"{res}x{res}_up"] = UNetBlock(cout, cout, up=True, **block)
-            for i in range(num_blocks + 1):
-                cin, cout = cout + skips.pop(), model_channels * mult
-                self.dec[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=res in attn_resolutions, **block)
+            deepest, width = level == len(channel_mult) - 1, model_channels * mult
+            self._add_level(res, cout, width, skips, deepest, [res in attn_resolutions] * (num_blocks + 1))
+            cout = width
         self.out_norm = GroupNorm(cout)
         self.out_conv = Conv2d(cout, out_channels, kernel=3, **init_zero)
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+    def forward(
+        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None:
-            if self.training and self.label_dropout:
-                keep = torch.rand([x.shape[0], 1], device=x.device) >= self.label_dropout
-                class_labels = class_labels * keep.to(class_labels.dtype)
-            emb = emb + self.map_label(class_labels)
+            emb = emb + self.map_label(self._drop(class_labels, x))
         emb = F.silu(emb)  # [N or 1, emb_channels]
 
         skips = []
