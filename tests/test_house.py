@@ -33,6 +33,7 @@ MAX_ARGUMENTS = 12
 PUBLISHED = {
     "simulations.bounds.arm_bound",
     "training.augment.AugmentPipe.__init__",
+    "training.networks_edm.unets.SongUNet.__init__",
     "training.samplers.heun",
 }
 TYPED_ROOMS = ("dnnlib", "torch_utils", "training", "metrics")
