@@ -5,7 +5,7 @@ JSON goes to stdout, progress to stderr. Runs plain or under torchrun.
 
 import click
 
-from dnnlib import cli
+from dnnlib import EasyDict, cli
 from generate_images import process_options
 from metrics import commands
 
@@ -21,7 +21,7 @@ NUM = "--num --num-images"  # torchrun takes a bare --num for an abbreviation of
 def _text(name, help, metavar, default=None, **options):
     if default is not None:  # an explicit None would satisfy `required`
         options["default"] = default
-    return click.option(name, help=help, metavar=metavar, **options)
+    return click.option(*name.split(), help=help, metavar=metavar, **options)
 
 
 def _options(*decorators):
@@ -88,7 +88,7 @@ def cmdline():
 @click.option("--features/--no-features", help="Keep features, for floors, KID, precision", default=True)
 def ref(**options):
     """Write reference statistics, overall and per source, with their provenance."""
-    commands.ref(**options)
+    commands.ref(EasyDict(options))
 
 
 @cmdline.command()
@@ -97,7 +97,7 @@ def ref(**options):
 @COMPARE
 def calc(**options):
     """Score a folder or zip of images."""
-    commands.calc(**options)
+    commands.calc(EasyDict(options))
 
 
 def _parse_class(ctx, param, value):
@@ -111,7 +111,7 @@ def _parse_class(ctx, param, value):
 @cmdline.command()
 @_text("--net", "Network snapshot, or a run folder (its newest)", "FILE|DIR", required=True)
 @_int(NUM, "Images to generate, with seeds SEED to SEED + NUM - 1", 50000, at_least=2)
-@_text("--class", "Source id, or balanced; default: random per seed", "INT|balanced", callback=_parse_class)
+@_text("--class class_idx", "Source id, or balanced; default: random per seed", "INT|balanced", callback=_parse_class)
 @_text("--sources", "With --class=balanced: cycle through these ids only", "LIST", type=cli.INTS)
 @_int("--steps", "Sampling steps", 32, at_least=1)
 @_text("--gnet", "Guiding network", "FILE")
@@ -119,7 +119,7 @@ def _parse_class(ctx, param, value):
 @COMPARE
 def gen(**options):
     """Generate images from a snapshot and score them; nothing is written."""
-    commands.gen(**options)
+    commands.gen(EasyDict(options))
 
 
 @cmdline.command()
@@ -131,7 +131,7 @@ def gen(**options):
 @DEVICE
 def detector(**options):
     """Train a small classifier: the detector `classifier:FILE`."""
-    commands.detector(**options)
+    commands.detector(EasyDict(options))
 
 
 @cmdline.command()
@@ -144,7 +144,7 @@ def detector(**options):
 @DEST
 def loss(**options):
     """Denoising loss on held-out images at fixed noise levels, per source: a yardstick less noisy than samples."""
-    commands.loss(**options)
+    commands.loss(EasyDict(options))
 
 
 @cmdline.command()
@@ -153,7 +153,7 @@ def loss(**options):
 @process_options
 @_text("--method", "elbo, or ode (probability flow)", "NAME", "elbo", type=click.Choice(["elbo", "ode"]))
 @_text("--encoder", "center, logit or discrete (probability of the levels); default: the snapshot's", "NAME")
-@_int("--samples", "elbo: network evaluations per image", 8, at_least=1)
+@_int("--samples num_samples", "elbo: network evaluations per image", 8, at_least=1)
 @_text(
     "--probe", "ode: of the divergence", "NAME", "rademacher", type=click.Choice(["rademacher", "gaussian", "exact"])
 )
@@ -174,7 +174,7 @@ def loss(**options):
 @DEST
 def likelihood(**options):
     """Bits per dimension under any process: mean and standard error, overall and per source."""
-    commands.likelihood(**options)
+    commands.likelihood(EasyDict(options))
 
 
 @cmdline.command()
@@ -204,7 +204,7 @@ def report(**options):
 
     With --against, any number of arms: means over training seeds, and differences to that arm of the same seed.
     """
-    commands.report(**options)
+    commands.report(EasyDict(options))
 
 
 @cmdline.command()
@@ -214,7 +214,7 @@ def report(**options):
 @_int("--top", "How many of the best to average", 3, at_least=1)
 def best(**options):
     """Minimum and top-3 mean over checkpoints, each with its lowest score over blocks of images."""
-    commands.best(**options)
+    commands.best(EasyDict(options))
 
 
 if __name__ == "__main__":

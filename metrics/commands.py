@@ -1,6 +1,7 @@
 """The bodies behind calculate_metrics.py: open the inputs, refuse early, measure, write the JSON.
 
-Options arrive under their names on the command line. Heavy imports happen inside, so that a command's help costs nothing.
+`o` holds the options under their names on the command line. Heavy imports happen inside, so that a command's help costs
+nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from dnnlib.util import EasyDict
 from metrics import results
 
 if TYPE_CHECKING:
@@ -110,66 +112,44 @@ class Prepared(NamedTuple):
     device: torch.device
 
 
-def prepare(
-    *,
-    metrics: str,
-    ref: str | None,
-    data: str | None,
-    train: str | None,
-    batch: int,
-    distances: str,
-    workers: int,
-    device: str | None,
-    dest: str | None,
-    tags: Sequence[str],
-    **rest: object,
-) -> Prepared:
-    """Open everything; refuses before any long work."""
+def prepare(o: EasyDict) -> Prepared:
+    """Open what calc and gen compare samples with; refuses before any long work."""
     from metrics.evaluate import check_measures
     from metrics.features import collect_dataset, progress_bar
     from metrics.references import load_references, require_detectors
 
-    if (ref is None) == (data is None):
+    if (o.ref is None) == (o.data is None):
         raise ValueError("give either --ref=FILE or --data=ZIP as the reference")
     try:
-        check_measures(distances.split(","))
+        check_measures(o.distances.split(","))
     except ValueError as error:
-        raise ValueError(f"--distances={distances}: {error}") from None
-    parse_tags(tags)
-    check_writable(dest)
-    device = start(device)
-    detectors = open_detectors(metrics, device)
+        raise ValueError(f"--distances={o.distances}: {error}") from None
+    parse_tags(o.tags)
+    check_writable(o.dest)
+    device = start(o.device)
+    detectors = open_detectors(o.metrics, device)
 
     def collect(path, option):
         dataset = open_images(path, option)
         with progress_bar(len(dataset), option.strip("-")) as progress:
-            return collect_dataset(dataset, detectors, batch_size=batch, workers=workers, progress=progress)
+            return collect_dataset(dataset, detectors, batch_size=o.batch, workers=o.workers, progress=progress)
 
-    references = collect(data, "--data") if ref is None else require_detectors(load_references(ref), detectors, ref)
-    return Prepared(detectors, references, collect(train, "--train") if train else None, device)
+    if o.ref is None:
+        references = collect(o.data, "--data")
+    else:
+        references = require_detectors(load_references(o.ref), detectors, o.ref)
+    return Prepared(detectors, references, collect(o.train, "--train") if o.train else None, device)
 
 
-def score(
-    name: str,
-    samples: dict[str, FeatureSet],
-    prepared: Prepared,
-    *,
-    seed: int,
-    per_source: bool,
-    distances: str,
-    splits: int,
-    dest: str | None,
-    tags: Sequence[str],
-    **rest: object,
-) -> None:
-    """Compare on rank 0, print the JSON and write it to `dest`."""
+def score(name: str, samples: dict[str, FeatureSet], prepared: Prepared, o: EasyDict) -> None:
+    """Compare on rank 0, print the JSON and write it to --dest."""
     from metrics.evaluate import compare
     from torch_utils import distributed
 
     if distributed.get_rank() != 0:
         return
-    options = {"seed": seed, "per_source": per_source, "splits": splits, "measures": distances.split(",")}
-    result = {"images": name, "seed": seed, "tags": parse_tags(tags), "metrics": {}}
+    options = {"seed": o.seed, "per_source": o.per_source, "splits": o.splits, "measures": o.distances.split(",")}
+    result = {"images": name, "seed": o.seed, "tags": parse_tags(o.tags), "metrics": {}}
     for key, detector in prepared.detectors.items():
         seen, reference = samples[key].statistics, prepared.references[key]
         if seen.count() <= seen.width:
@@ -178,188 +158,155 @@ def score(
         train = prepared.training and prepared.training[key]
         scores = compare(samples[key], reference, detector=detector, train=train, **options)
         result["metrics"][key] = scores | {"reference": reference.provenance}
-    finish(result, dest)
+    finish(result, o.dest)
 
 
-def ref(data: str, dest: str, features: bool, metrics: str, device: str | None, **options: object) -> None:
+def ref(o: EasyDict) -> None:
     """Reference statistics of a data set into an npz file."""
-    from metrics.features import collect_dataset, dataset_hash, progress_bar
+    from metrics.features import collect_dataset, progress_bar
     from metrics.references import save_references
     from torch_utils import distributed
 
-    device = start(device)
-    root, suffix = os.path.splitext(dest)
-    if suffix != ".npz":
-        dest = (root if suffix == ".pkl" else dest) + ".npz"
+    device = start(o.device)
+    root, suffix = os.path.splitext(o.dest)
+    dest = o.dest if suffix == ".npz" else (root if suffix == ".pkl" else o.dest) + ".npz"
+    if dest != o.dest:
         click.echo(f"Statistics are stored as npz: writing {dest}", err=True)
     check_writable(dest)
-    detectors, dataset = open_detectors(metrics, device), open_images(data, "--data")
-    options["batch_size"] = options.pop("batch")
+    detectors, dataset = open_detectors(o.metrics, device), open_images(o.data, "--data")
+    options = {"per_source": o.per_source, "batch_size": o.batch, "workers": o.workers}
     with progress_bar(len(dataset), "ref") as progress:
         sets = collect_dataset(dataset, detectors, progress=progress, **options)
-    content = dataset_hash(dataset)
+    if distributed.get_rank() != 0:
+        return
+    content = dataset.content_hash()
     for feature_set in sets.values():
         feature_set.provenance["content_hash"] = content
-    if distributed.get_rank() == 0:
-        save_references(dest, sets, **({} if features else {"feature_limit": 0}))
+    save_references(dest, sets, **({} if o.features else {"feature_limit": 0}))
     counts = next(iter(sets.values())).statistics.n.tolist()
-    result = {"dest": dest, "data": data, "content_hash": content, "detectors": list(sets)}
+    result = {"dest": dest, "data": o.data, "content_hash": content, "detectors": list(sets)}
     print_json(result | {"num_images": counts[0], "source_counts": counts[1:]})
 
 
-def calc(images: str, num: int | None, **options: object) -> None:
+def calc(o: EasyDict) -> None:
     """Score a folder or zip of images."""
     from metrics.features import collect_dataset, progress_bar
 
-    dataset = open_images(images, "--images")
-    if num is not None and num > len(dataset):
-        raise ValueError(f"--num={num}: {images} holds {len(dataset)} images; generate more or lower --num")
-    prepared = prepare(**options)
-    extract = {"batch_size": options["batch"], "workers": options["workers"], "seed": options["seed"]}
-    with progress_bar(num or len(dataset), "images") as progress:
-        samples = collect_dataset(dataset, prepared.detectors, num=num, progress=progress, **extract)
-    score(images, samples, prepared, **options)
+    dataset = open_images(o.images, "--images")
+    if o.num is not None and o.num > len(dataset):
+        raise ValueError(f"--num={o.num}: {o.images} holds {len(dataset)} images; generate more or lower --num")
+    prepared = prepare(o)
+    options = {"num": o.num, "seed": o.seed, "batch_size": o.batch, "workers": o.workers}
+    with progress_bar(o.num or len(dataset), "images") as progress:
+        samples = collect_dataset(dataset, prepared.detectors, progress=progress, **options)
+    score(o.images, samples, prepared, o)
 
 
-def gen(
-    net: str,
-    num: int,
-    sources: Sequence[int] | None,
-    steps: int,
-    gnet: str | None,
-    guidance: float,
-    **options: object,
-) -> None:
+def gen(o: EasyDict) -> None:
     """Generate images from a snapshot and score them."""
     from metrics.features import collect, generated_batches, progress_bar
     from training.generation import generate_images
 
-    for option, path in (("--net", net), ("--gnet", gnet)):
+    for option, path in (("--net", o.net), ("--gnet", o.gnet)):
         if path is not None and "://" not in path and not os.path.exists(path):
             raise ValueError(f"{option}={path}: no such file; give a snapshot")
-    if (guidance == 1) != (gnet is None):
-        raise ValueError(f"--guidance={guidance:g} and --gnet go together: give both or none")
-    sampler = {"num_steps": steps} | ({} if gnet is None else {"gnet": gnet, "guidance": guidance})
-    class_idx = options.pop("class")
-    if sources and class_idx != "balanced":
-        raise ValueError(f"--sources={','.join(map(str, sources))} needs --class=balanced")
-    prepared = prepare(**options)
-    seeds = range(options["seed"], options["seed"] + num)
-    sampler |= {"class_idx": class_idx, "sources": sources, "max_batch_size": options["batch"]}
-    batches = generated_batches(generate_images(net, seeds, device=prepared.device, **sampler))
+    if (o.guidance == 1) != (o.gnet is None):
+        raise ValueError(f"--guidance={o.guidance:g} and --gnet go together: give both or none")
+    sampler = {"num_steps": o.steps} | ({} if o.gnet is None else {"gnet": o.gnet, "guidance": o.guidance})
+    if o.sources and o.class_idx != "balanced":
+        raise ValueError(f"--sources={','.join(map(str, o.sources))} needs --class=balanced")
+    prepared = prepare(o)
+    seeds = range(o.seed, o.seed + o.num)
+    sampler |= {"class_idx": o.class_idx, "sources": o.sources, "max_batch_size": o.batch}
+    batches = generated_batches(generate_images(o.net, seeds, device=prepared.device, **sampler))
     num_sources = max(reference.num_sources for reference in prepared.references.values())
-    with progress_bar(num, "gen") as progress:
-        samples = collect(batches, prepared.detectors, num_sources=num_sources, num_images=num, progress=progress)
-    score(net, samples, prepared, **options)
+    with progress_bar(o.num, "gen") as progress:
+        samples = collect(batches, prepared.detectors, num_sources=num_sources, num_images=o.num, progress=progress)
+    score(o.net, samples, prepared, o)
 
 
-def detector(data: str, holdout: str | None, dest: str, epochs: int, seed: int, device: str | None) -> None:
+def detector(o: EasyDict) -> None:
     """Train a small classifier."""
     import tqdm
 
     from metrics.classifier import train_classifier
-    from metrics.features import load_labelled
+    from training.dataset import load_arrays
 
-    device = start(device, alone="the detector is trained")
-    check_writable(dest)
-    images, labels, num_classes = load_labelled(open_images(data, "--data"))
-    held = load_labelled(open_images(holdout, "--holdout"))[:2] if holdout else None
-    options = {"num_classes": num_classes, "epochs": epochs, "seed": seed, "device": device}
+    device = start(o.device, alone="the detector is trained")
+    check_writable(o.dest)
+
+    def labelled(path, option):
+        images, labels = load_arrays(open_images(path, option))
+        if not labels.shape[1]:
+            raise ValueError(f"{option}={path}: images have no labels; a classifier needs them")
+        return images, labels
+
+    images, labels = labelled(o.data, "--data")
+    held = labelled(o.holdout, "--holdout") if o.holdout else None
+    options = {"num_classes": labels.shape[1], "epochs": o.epochs, "seed": o.seed, "device": device}
     options["progress"] = lambda epochs: tqdm.tqdm(epochs, desc="detector", unit="epoch", file=sys.stderr)
     judge = train_classifier(images, labels, holdout=held, **options)
-    judge.save(dest)
+    judge.save(o.dest)
     report = {name: judge.header[name] for name in ("accuracy", "source_accuracy", "num_train", "num_holdout")}
-    print_json({"dest": dest, "data": data, "detector": judge.identity} | report)
+    print_json({"dest": o.dest, "data": o.data, "detector": judge.identity} | report)
 
 
-def loss(
-    net: str,
-    data: str,
-    sources: Sequence[int] | None,
-    num: int,
-    seed: int,
-    device: str | None,
-    dest: str | None,
-    tags: Sequence[str],
-) -> None:
+def loss(o: EasyDict) -> None:
     """Denoising loss on held-out images."""
     from torch_utils.persistence import load_snapshot
     from training.validation import HeldOut
 
-    check_writable(dest)
-    tags = parse_tags(tags)
-    snapshot = load_snapshot(net, start(device, alone="the denoising loss is computed"))
-    dataset = open_images(data, "--data")
-    if sources is not None:
-        dataset = dataset.subset([i for source in sources for i in dataset.indices_of(source)])
-    result = HeldOut(dataset, seed, num).denoising_loss(snapshot.net, snapshot.encoder)
-    by_source = {str(k): {"denoising_loss": v} for k, v in result.pop("sources", {}).items()}
-    finish({"net": net, "seed": seed, "tags": tags, "metrics": {"denoising": {**result, "sources": by_source}}}, dest)
+    check_writable(o.dest)
+    tags = parse_tags(o.tags)
+    snapshot = load_snapshot(o.net, start(o.device, alone="the denoising loss is computed"))
+    dataset = open_images(o.data, "--data")
+    if o.sources is not None:
+        dataset = dataset.subset([i for source in o.sources for i in dataset.indices_of(source)])
+    found = HeldOut(dataset, o.seed, o.num).denoising_loss(snapshot.net, snapshot.encoder)
+    found["sources"] = {str(k): {"denoising_loss": v} for k, v in found.get("sources", {}).items()}
+    finish({"net": o.net, "seed": o.seed, "tags": tags, "metrics": {"denoising": found}}, o.dest)
 
 
-def likelihood(
-    net: str,
-    data: str,
-    process: str | None,
-    process_options: str | dict | None,
-    encoder: str | None,
-    method: str,
-    num: int | None,
-    seed: int,
-    device: str | None,
-    dest: str | None,
-    tags: Sequence[str],
-    **options: object,
-) -> None:
-    """Bits per dimension under any process. options: of `metrics.evaluate.bits_per_dim`; None: not given."""
+def likelihood(o: EasyDict) -> None:
+    """Bits per dimension under any process."""
     from metrics.evaluate import bits_per_dim, choose_encoder
     from metrics.features import progress_bar
     from torch_utils.persistence import load_snapshot
     from training.processes.options import make_process, named, require_gaussian
 
-    check_writable(dest)
-    tags = parse_tags(tags)
-    snapshot = load_snapshot(net, start(device, alone="likelihoods are computed"))
-    chosen = make_process(process or "edm", process_options, trained=snapshot.process)
-    require_gaussian(snapshot.process, chosen)
-    transform = choose_encoder(encoder, snapshot.encoder)
-    samples = options.pop("samples")
-    solver = {name: options.pop(name) for name in ("probe", "hutch_probes", "rtol", "atol")}
-    options |= {"num_samples": samples} if method == "elbo" else solver
-    options = {name: value for name, value in options.items() if value is not None}
-    dataset = open_images(data, "--data")
-    with progress_bar(min(num or len(dataset), len(dataset)), "likelihood") as progress:
-        options |= {"num": num, "seed": seed, "progress": progress}
-        result = bits_per_dim(snapshot.net, dataset, chosen, transform, method, **options)
-    about = {"net": net, "data": data, "seed": seed, "tags": tags, "method": method}
-    about |= {"process": named(chosen), "encoder": repr(transform)}
-    finish(about | {"metrics": {"likelihood": result}}, dest)
+    check_writable(o.dest)
+    tags = parse_tags(o.tags)
+    snapshot = load_snapshot(o.net, start(o.device, alone="likelihoods are computed"))
+    process = make_process(o.process or "edm", o.process_options, trained=snapshot.process)
+    require_gaussian(snapshot.process, process)
+    encoder = choose_encoder(o.encoder, snapshot.encoder)
+    of_method = {"elbo": ("num_samples",), "ode": ("probe", "hutch_probes", "rtol", "atol")}[o.method]
+    names = ("num", "seed", "batch", "per_source", "prior", "t_min", "sigma_min", "sigma_max", *of_method)
+    options = {name: o[name] for name in names if o[name] is not None}
+    dataset = open_images(o.data, "--data")
+    with progress_bar(min(o.num or len(dataset), len(dataset)), "likelihood") as progress:
+        result = bits_per_dim(snapshot.net, dataset, process, encoder, o.method, progress=progress, **options)
+    about = {"net": o.net, "data": o.data, "seed": o.seed, "tags": tags, "method": o.method}
+    about |= {"process": named(process), "encoder": repr(encoder)}
+    finish(about | {"metrics": {"likelihood": result}}, o.dest)
 
 
-def report(
-    scores: str,
-    dest: str,
-    arms: Sequence[str] | None,
-    metric: str | None,
-    against: str | None,
-    section: str,
-    **options: object,
-) -> None:
-    """Put score files together: two arms or a grid of them, or with `against` any number of arms."""
-    if against is not None:
-        from metrics.report_arms import write_arms_report
+def report(o: EasyDict) -> None:
+    """Put score files together: two arms or a grid of them, or with --against any number of arms."""
+    from metrics.report import write_report
+    from metrics.report_arms import write_arms_report
 
-        files = write_arms_report(scores, dest, against, arms, section, metric)
+    if o.against is not None:
+        files = write_arms_report(o.scores, o.dest, o.against, o.arms, o.section, o.metric)
         print_json({"files": [str(file) for file in files]})
         return
-    from metrics.report import write_report
-
-    arms = arms or ["multi", "single"]
+    arms = o.arms or ["multi", "single"]
     if len(arms) != 2:
         raise ValueError(f"--arms={','.join(arms)}: give two names, such as multi,single")
-    print(write_report(scores, dest, arms, metric=metric, **options))
+    names = ("metric", "train_multi", "train_single", "real", "net", "detector", "notes")
+    print(write_report(o.scores, o.dest, arms, **{name: o[name] for name in names}))
 
 
-def best(scores: str, distance: str, detector: str | None, top: int) -> None:
+def best(o: EasyDict) -> None:
     """The best of many checkpoints."""
-    print_json(results.best_of(results.read_scores(scores, ["checkpoint"]), distance, detector, top))
+    print_json(results.best_of(results.read_scores(o.scores, ["checkpoint"]), o.distance, o.detector, o.top))

@@ -12,7 +12,8 @@ import torch
 import tqdm
 
 from metrics.statistics import FeatureStatistics, gather_rows
-from torch_utils.distributed import broadcast_object, get_rank, get_world_size, split_batches
+from torch_utils.distributed import get_rank, get_world_size, split_batches
+from training.dataset import Dataset
 
 FEATURE_LIMIT = 2**30  # bytes of float32 features kept in memory per detector; beyond it only the sums are kept
 
@@ -47,24 +48,12 @@ class FeatureSet:
         return self.features[self.labels == source]
 
 
-def label_of(label: object) -> int:
-    """Source id of one item: an integer, the maximum of a one-hot or soft vector, -1 for a vector of length 0."""
-    label = np.asarray(label)
-    if label.ndim == 0:
-        return int(label)
-    return int(label.argmax()) if label.size else -1
+def label_of(label: np.ndarray) -> int:
+    """Source id of a one-hot or soft label; -1 for a vector of length 0."""
+    return int(label.argmax()) if len(label) else -1
 
 
-def count_sources(dataset: Sequence) -> int:
-    """Number of sources of a data set; 0 without labels. Global ids: sources without images here count too."""
-    for name in ("num_classes", "label_dim"):
-        if getattr(dataset, name, None):
-            return int(getattr(dataset, name))
-    label = np.asarray(dataset[0][1])
-    return label.size if label.ndim else max(label_of(dataset[i][1]) for i in range(len(dataset))) + 1
-
-
-def choose(dataset: Sequence, num: int | None = None, seed: int = 0) -> list[int]:
+def choose(dataset: Dataset, num: int | None = None, seed: int = 0) -> list[int]:
     """Indices of a seeded random subset of exactly `num` images, sorted; all images where num is None.
 
     Raises ValueError when there are fewer: a distance depends on the number of images.
@@ -77,7 +66,7 @@ def choose(dataset: Sequence, num: int | None = None, seed: int = 0) -> list[int
 
 
 def dataset_batches(
-    dataset: Sequence, indices: Sequence[int], batch_size: int = 64, workers: int = 0
+    dataset: Dataset, indices: Sequence[int], batch_size: int = 64, workers: int = 0
 ) -> Iterator[Batch]:
     """This process's batches of the chosen images, some possibly empty."""
     batches = split_batches(range(len(indices)), batch_size)
@@ -95,7 +84,7 @@ class _View(torch.utils.data.Dataset):
 
     def __getitem__(self, position):
         image, label = self.dataset[self.indices[position]]
-        return np.asarray(image), label_of(label), position
+        return image, label_of(label), position
 
 
 def _collate(items):
@@ -160,7 +149,7 @@ def collect(
 
 
 def collect_dataset(
-    dataset: Sequence,  # of (image uint8 [C, H, W], label)
+    dataset: Dataset,  # uint8 images
     detectors: dict[str, object],
     *,
     num: int | None = None,  # seeded subset of this many images; None: all
@@ -175,26 +164,20 @@ def collect_dataset(
     sets = collect(
         dataset_batches(dataset, indices, batch_size, workers),
         detectors,
-        num_sources=count_sources(dataset) if per_source else 0,
+        num_sources=(dataset.num_classes or dataset.label_dim) if per_source else 0,
         num_images=len(indices),
         **options,
     )
     provenance = {
-        "dataset": getattr(dataset, "name", type(dataset).__name__),
+        "dataset": dataset.name,
         "num_images": len(indices),
-        "image_shape": list(np.asarray(dataset[0][0]).shape),
+        "image_shape": list(dataset[0][0].shape),
     }
     if len(indices) < len(dataset):
         provenance["subset_seed"] = seed
     for feature_set in sets.values():
         feature_set.provenance = provenance
     return sets
-
-
-def dataset_hash(dataset: Sequence) -> str | None:
-    """content_hash() of a data set that has one, read by rank 0 only; else None."""
-    value = dataset.content_hash() if get_rank() == 0 and hasattr(dataset, "content_hash") else None
-    return broadcast_object(value)
 
 
 def require_same_detector(samples: FeatureSet, reference: FeatureSet, where: str = "the reference") -> None:
@@ -204,15 +187,6 @@ def require_same_detector(samples: FeatureSet, reference: FeatureSet, where: str
             f"statistics made with different detectors cannot be compared: samples with '{samples.detector}', "
             f"{where} with '{reference.detector}'; remake it with `calculate_metrics.py ref --metrics=...`"
         )
-
-
-def load_labelled(dataset: Sequence) -> tuple[torch.Tensor, np.ndarray, int]:
-    """(images uint8 [N, C, H, W], labels int64 [N], number of sources) of a labelled data set that fits in memory."""
-    items = [dataset[i] for i in range(len(dataset))]
-    images, labels, _ = _collate([(np.asarray(image), label_of(label), i) for i, (image, label) in enumerate(items)])
-    if labels.min() < 0:
-        raise ValueError(f"{getattr(dataset, 'name', 'the data set')}: images have no labels; a classifier needs them")
-    return images, labels, count_sources(dataset)
 
 
 @contextlib.contextmanager

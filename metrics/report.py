@@ -131,7 +131,7 @@ def figure(
     right.set_ylim(top=right.get_ylim()[1] * 1.3)
     right.legend(fontsize=8, loc="upper left", ncols=2)
     error = "" if main.interval is None else f" +- {main.standard_error:.1%}"
-    title = f"{main.better} better in {main.wins} of {main.sources} sources, mean advantage {main.advantage:.1%}{error}"
+    title = f"{main.better} better in {main.wins} of {len(main.per_source)} sources, mean advantage {main.advantage:.1%}{error}"
     fig.suptitle(title, fontsize=10)
     return figures.save(fig, stem, dpi=150)
 

@@ -111,7 +111,7 @@ def table_rows(found: Sequence[CellResult], arms: Sequence[str]) -> list[dict[st
             row = {"cell": r.cell, "group": r.group, "k": r.k, "n": r.n, "measure": measure}
             row |= {arm: r.levels[arm, measure] for arm in arms}
             row |= {"advantage": v.advantage, "standard_error": v.standard_error, "low95": low, "high95": high}
-            row |= {"wins": v.wins, "sources": v.sources, "floor": r.floor if measure == "fd" else None}
+            row |= {"wins": v.wins, "sources": len(v.per_source), "floor": r.floor if measure == "fd" else None}
             row |= {f"images_{arm}": r.images[arm] for arm in arms}
             rows.append({k: "" if x is None else f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})
     return rows
@@ -161,7 +161,7 @@ def _span(v):
 
 
 def _wins(v):
-    return "" if v is None else f"{v.wins}/{v.sources}"
+    return "" if v is None else f"{v.wins}/{len(v.per_source)}"
 
 
 def _error_bar(v):

@@ -160,13 +160,10 @@ class Verdict:
     interval: tuple[float, float] | None  # 95 %, Welch-Satterthwaite
     per_source: dict[str, float]
 
-    @property
-    def sources(self) -> int:
-        """Their number."""
-        return len(self.per_source)
-
     def __str__(self) -> str:
-        line = f"{self.better} better than {self.other} in {self.wins} of {self.sources} sources, mean advantage "
+        line = (
+            f"{self.better} better than {self.other} in {self.wins} of {len(self.per_source)} sources, mean advantage "
+        )
         if self.interval is None:
             return line + f"{self.advantage:.1%} (one training seed per arm: no uncertainty known)"
         low, high = self.interval

@@ -46,6 +46,8 @@ def write_zip(path, images, labels):
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, "png")
             z.writestr(name, buffer.getvalue())
+        if labels is None:
+            return
         pairs = [[name, int(label)] for name, label in zip(names, labels, strict=True)]
         z.writestr("dataset.json", json.dumps({"labels": pairs, "num_classes": 10}))
 
@@ -151,6 +153,10 @@ REF = "--data={0}/ref.zip"
         ("--device=nope", ("calc", IMAGES, REF, "--device=nope")),
         ("--images: ", ("calc", "--images={0}/missing.zip", REF)),
         ("--data: ", ("ref", "--data={0}/missing.zip", "--dest={0}/x.npz")),
+        (
+            "--holdout={0}/plain.zip: images have no labels",
+            ("detector", "--data={0}/ref.zip", "--holdout={0}/plain.zip", "--dest={0}/x.npz"),
+        ),
         ("--dest=", ("ref", REF, "--dest={0}/ref.zip/x.npz")),
         ("--net=x: no such file", ("gen", "--net=x", REF)),
         ("--guidance=2", ("gen", f"--net={__file__}", REF, "--guidance=2")),
@@ -160,10 +166,11 @@ REF = "--data={0}/ref.zip"
 )
 def test_errors_are_one_line(files, inside, message, args):
     np.savez(files / "edm.npz", mu=np.zeros(4), sigma=np.eye(4))
+    write_zip(files / "plain.zip", np.zeros((2, 8, 8), np.uint8), None)
     code, stdout, stderr = inside(*(arg.format(files) for arg in args))
     assert code == 2
     assert stdout == ""
-    assert message in stderr.splitlines()[-1]
+    assert message.format(files) in stderr.splitlines()[-1]
     assert not (files / "x.npz").exists()
 
 

@@ -161,7 +161,7 @@ def test_refusals(judge):
 
 
 def test_unlabelled_images_and_plain_callables():
-    unlabelled = [(image, np.zeros(0, np.float32)) for image in IMAGES[:60]]
+    unlabelled = ArrayDataset(IMAGES[:60])
     result = evaluate(unlabelled, unlabelled, lambda images: images.float().mean((2, 3)))
     assert "sources" not in result
     assert result["overall"]["fd"] == pytest.approx(0, abs=1e-9)

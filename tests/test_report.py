@@ -53,7 +53,7 @@ def test_verdict_against_plain_formulas(tmp_path, noisy):
     assert got.advantage == pytest.approx(advantage, abs=1e-12)
     assert got.standard_error == pytest.approx(np.sqrt(variances.sum()), rel=1e-12)
     assert got.interval == pytest.approx((advantage - half, advantage + half), rel=1e-9)
-    assert (got.wins, got.sources) == (2, 2)
+    assert (got.wins, len(got.per_source)) == (2, 2)
     assert "clear of zero" in str(got)
 
 
