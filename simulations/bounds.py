@@ -79,15 +79,13 @@ class Bound(_Record):
     @property
     def vacuous(self) -> dict[str, dict[str, bool]]:
         """{"multi": {"sharp": bool, "published": bool}, "single": ...}"""
-        return {
-            name: {"sharp": side.vacuous, "published": side.vacuous_published}
-            for name, side in (("multi", self.multi), ("single", self.single))
-        }
+        sides = {"multi": self.multi, "single": self.single}
+        return {name: {"sharp": s.vacuous, "published": s.vacuous_published} for name, s in sides.items()}
 
     def __getattr__(self, name: str):
-        arm, _, field = name.partition("_")
-        if arm in ("multi", "single") and field in Side.__dataclass_fields__:
-            return getattr(object.__getattribute__(self, arm), field)
+        side, _, field = name.partition("_")
+        if side in ("multi", "single") and field in Side.__dataclass_fields__:
+            return getattr(object.__getattribute__(self, side), field)
         raise AttributeError(f"Bound has no {name!r}; it has {', '.join(self.__dataclass_fields__)}")
 
 
@@ -129,7 +127,7 @@ def general_bound(
     eps = _bracket(eps, n)
     sides = [_side(0, value, value, n, delta, eps) for value in (log_n, log_n_single)]
     ratio = math.sqrt(log_n / log_n_single) if log_n_single else 1.0
-    return _bound("general", sides[0], sides[1], n, delta, eps, 0.0, 0.0, 0.0, ratio)
+    return _bound("general", *sides, n, delta, eps, (0.0, 0.0), 0.0, ratio)
 
 
 def gaussian_bound(
@@ -156,9 +154,8 @@ def gaussian_bound(
     step = eps / (1.0 + d)
     if corrected:
         step = min(step, _largest_gaussian_step(d, eps))
-    ell = math.log1p(2.0 * B / step)
-    printed = math.log1p(2.0 * (1.0 + d) * B * n)
-    return _family("gaussian", K, n, delta, eps, (K - 1) * d1 + d, K * d, ell, printed, (d - d1) / d)
+    ells = math.log1p(2.0 * B / step), math.log1p(2.0 * (1.0 + d) * B * n)
+    return _family("gaussian", K, n, delta, eps, ((K - 1) * d1 + d, K * d), ells, (d - d1) / d)
 
 
 def arm_bound(
@@ -201,19 +198,8 @@ def arm_bound(
     ell = base - math.log(eps) + (math.log(de) if corrected else 0.0)
     shared = S + D + (D + M) * de
     extra = _patterns(positions, S) if corrected else 0.0
-    return _family(
-        "arm",
-        K,
-        n,
-        delta,
-        eps,
-        shared + K * de,
-        K * (shared + de),
-        ell,
-        base + math.log(n),
-        shared / (shared + de),
-        extra,
-    )
+    params = shared + K * de, K * (shared + de)
+    return _family("arm", K, n, delta, eps, params, (ell, base + math.log(n)), shared / (shared + de), extra)
 
 
 def ebm_bound(
@@ -253,9 +239,8 @@ def ebm_bound(
     eps = _bracket(eps, n)
     base = math.log(12.0 * math.e * (L + 1)) + (L + 1) * math.log(max(B, 1.0)) + L * math.log(W + 1.0)
     extra = _patterns(positions, S) if corrected else 0.0
-    return _family(
-        "ebm", K, n, delta, eps, S + K * de, K * (S + de), base - math.log(eps), base + math.log(n), S / (S + de), extra
-    )
+    params, ells = (S + K * de, K * (S + de)), (base - math.log(eps), base + math.log(n))
+    return _family("ebm", K, n, delta, eps, params, ells, S / (S + de), extra)
 
 
 FAMILIES: dict[str, Callable[..., Bound]] = {
@@ -308,11 +293,13 @@ def _patterns(positions: int | None, S: int) -> float:
     return math.lgamma(positions + 1) - math.lgamma(S + 1) - math.lgamma(positions - S + 1)
 
 
-def _family(model, K, n, delta, eps, p_multi, p_single, ell, ell_published, beta_sim, extra=0.0) -> Bound:
-    multi = _side(p_multi, p_multi * ell + extra, p_multi * ell_published, n, delta, eps)
-    single = _side(p_single, p_single * ell + K * extra, p_single * ell_published, n, delta, eps)
-    ratio = math.sqrt(1.0 - (K - 1) / K * beta_sim)
-    return _bound(model, multi, single, n, delta, eps, ell, ell_published, beta_sim, ratio)
+def _family(model, K, n, delta, eps, params, ells, beta_sim, extra=0.0) -> Bound:
+    """params: of multi and single; ells: behind the sharp and the published form; extra: nats per network."""
+    multi, single = (
+        _side(p, p * ells[0] + count * extra, p * ells[1], n, delta, eps)
+        for p, count in zip(params, (1, K), strict=True)
+    )
+    return _bound(model, multi, single, n, delta, eps, ells, beta_sim, math.sqrt(1.0 - (K - 1) / K * beta_sim))
 
 
 def _side(params: int, log_n: float, log_n_published: float, n: float, delta: float, eps: float) -> Side:
@@ -320,11 +307,9 @@ def _side(params: int, log_n: float, log_n_published: float, n: float, delta: fl
     return Side(params, log_n, log_n_published, sharp, published, math.sqrt(params / n), sharp >= 1.0, published >= 1.0)
 
 
-def _bound(model, multi, single, n, delta, eps, ell, ell_published, beta_sim, ratio) -> Bound:
-    return Bound(
-        model, multi, single, n, delta, eps, ell, ell_published, beta_sim, ratio,
-        multi.sharp / single.sharp, multi.published / single.published,
-    )  # fmt: skip
+def _bound(model, multi, single, n, delta, eps, ells, beta_sim, ratio) -> Bound:
+    ratios = ratio, multi.sharp / single.sharp, multi.published / single.published
+    return Bound(model, multi, single, n, delta, eps, *ells, beta_sim, *ratios)
 
 
 def _bracket(eps: float | None, n: float) -> float:
@@ -342,11 +327,9 @@ def _check(**values: float) -> None:
     for name, value in values.items():
         if not _finite(value):
             raise ValueError(f"{name}={value} must be a finite number")
-        if name == "delta":
-            if not 0.0 < value <= 0.5:
-                raise ValueError(f"delta={value} must lie within (0, 0.5]")
-        elif name == "B":
-            if value <= 0:
-                raise ValueError(f"B={value} must be > 0")
-        elif value < 1 or value != int(value):
+        if name == "delta" and not 0.0 < value <= 0.5:
+            raise ValueError(f"delta={value} must lie within (0, 0.5]")
+        if name == "B" and value <= 0:
+            raise ValueError(f"B={value} must be > 0")
+        if name not in ("delta", "B") and (value < 1 or value != int(value)):
             raise ValueError(f"{name}={value} must be a whole number >= 1")

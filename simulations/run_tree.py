@@ -116,20 +116,19 @@ def _resolve(guidance, guide, guide_weight, select, random, acid, early, late, *
 @click.option("--guide", "--guide-path", "guide", metavar="SNAPSHOT", help="Guide; adds the guided metrics")
 @GUIDANCE
 @CLASSES
-@click.option("--n-samples", type=click.IntRange(min=1), default=1024, help="Samples; scores depend on it")
+@click.option("--n-samples", "num", type=click.IntRange(min=1), default=1024, help="Samples; scores depend on it")
 @click.option("--external", is_flag=True, help="Also on the outer branches (class A)")
 @click.option("--mandala", is_flag=True, help="Also mandala and classification score")
 @click.option("--levels", is_flag=True, help="Also the loss per noise level")
 @SEED
 @DEVICE
-def test(net, ema, guide, guidance, n_samples, levels, **options):
+def test(**options):
     """Measure snapshots. stdout: JSON, with what the exact mixture itself scores under `floor`."""
     from simulations.tree import metrics as tree_metrics
     from torch_utils import distributed
 
     distributed.init(options["device"])
-    result = tree_metrics.test(net, ema, guide, guidance, n_samples, levels, **options)
-    print(json.dumps(result, indent=2))
+    print(json.dumps(tree_metrics.test(**options), indent=2))
 
 
 @main.command()

@@ -123,11 +123,11 @@ def test_metrics_of_an_untrained_network():
     """gain 0: the score is that of N(0, s^2 + sigma^2), a closed form in float64."""
     net = ToyModel(hidden_dim=8).eval()
     mixture = tree.ground_truth("A", dtype=torch.float64)
-    _, draws = tree_metrics._points("A", 0, 256, 1, -2.3, 1.5, 0.3, "cpu")
+    _, draws = tree_metrics._points("A", 0, 256, 1, 0.3, "cpu")
     x = (draws.images + draws.noise).flatten(1).double()
     assert bool((draws.sigma == 0.3).all())
     expected = 0.09 * (mixture.score(x, 0.3) + x / 0.34).square().mean()
-    assert tree_metrics.loss_per_level(net, num=256, levels=(0.3,))[0.3] == pytest.approx(float(expected), rel=1e-4)
+    assert tree_metrics.average_loss(net, num=256, level=0.3) == pytest.approx(float(expected), rel=1e-4)
     start = torch.tensor([[1.0, -2.0], [0.5, 0.1]])
     path = tree_metrics.trajectories(net, start, sigma_max=1.0, num_steps=64)
     assert path.shape == (65, 2, 2)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dnnlib import atomic_write
+from dnnlib.util import write_json
 from simulations import tree
 from simulations.tree.training import TreeFeed, TreeLoss, load_toy
 from torch_utils.random import seeded_generator
@@ -22,11 +22,11 @@ LEVELS = (0.002, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # noise levels of the loss cur
 
 
 @functools.lru_cache(maxsize=16)
-def _points(cls, min_depth, num, seed, P_mean, P_std, level, device):
+def _points(cls, min_depth, num, seed, level, device):
     """Draws of `num` fresh points with exact targets; level: one noise level for all, None: the training density."""
     mixture = tree.ground_truth(cls, min_depth, device=device)
     feed = TreeFeed(mixture, seed, block=num, device=device)
-    loss = TreeLoss(mixture, P_mean, P_std)
+    loss = TreeLoss(mixture)
     if level is not None:
         loss.sample_sigma = lambda n, generator, device: torch.full([n], level, device=device)
     (_, points, _), *_ = feed.blocks(0, num)
@@ -34,12 +34,12 @@ def _points(cls, min_depth, num, seed, P_mean, P_std, level, device):
 
 
 @torch.no_grad()
-def average_loss(net, cls="A", min_depth=0, num=4096, seed=1, level=None, P_mean=-2.3, P_std=1.5, device="cpu"):
+def average_loss(net, cls="A", min_depth=0, num=4096, seed=1, level=None, device="cpu"):
     """Mean of sigma^2 |score_true - score|^2 / 2 over `num` fresh points. A perfect network scores 0 on its own classes.
 
     On the outer branches alone even a perfect network of the whole tree scores .187: other branches pull at its points.
     """
-    loss, draws = _points(cls, min_depth, num, seed, P_mean, P_std, level, str(device))
+    loss, draws = _points(cls, min_depth, num, seed, level, str(device))
     return float(loss.evaluate(net, draws).mean())
 
 
@@ -103,17 +103,6 @@ def evaluate(net, guide=None, *, cls="A", num=1024, seed=1, guidance=3.0, extern
     return result
 
 
-def loss_per_level(net, cls="A", num=1024, seed=1, levels=LEVELS, device="cpu"):
-    """{noise level: mean loss}."""
-    return {level: average_loss(net, cls, 0, num, seed, level, device=device) for level in levels}
-
-
-def floors(cls="A", num=1024, seed=1, device="cpu"):
-    """What the exact mixture itself gets in the metrics that are not zero or one for it (they depend on `num`)."""
-    exact = tree.ground_truth(cls, device=device).denoiser()
-    return evaluate(exact, cls=cls, num=num, seed=seed, external=cls == "A", device=device)
-
-
 def validation_hook(cls="A", num=512, seed=1, flow=True, device="cpu"):
     """on_status hook of a toy run: loss and, with `flow`, L2 distance of the averaged and of the raw network."""
 
@@ -131,24 +120,28 @@ def validation_hook(cls="A", num=512, seed=1, flow=True, device="cpu"):
     return on_status
 
 
-def test(net, ema=None, guide=None, guidance=3.0, n_samples=1024, levels=False, *, cls="A", seed=1, external=False,
-         mandala=False, device="cpu"):  # fmt: skip
-    """What `run_tree.py test` prints: learner_*, ema_*, guide_*, floor_* metrics of snapshots (paths), flat."""
-    options = dict(cls=cls, num=n_samples, seed=seed, external=external, mandala=mandala, device=device)
-    guide_net = load_toy(guide, device) if guide else None
-    result = {"n_samples": n_samples, "seed": seed, "guidance": guidance if guide else None}
+def test(net, ema=None, guide=None, guidance=3.0, levels=False, **options):
+    """What `run_tree.py test` prints: learner_*, ema_*, guide_*, floor_* metrics of snapshots (paths), flat.
+
+    options: cls, num, seed, external, mandala and device of `evaluate`.
+    """
+    where = {name: options[name] for name in ("cls", "num", "seed", "device")}
+    guide_net = load_toy(guide, where["device"]) if guide else None
+    result = {"n_samples": where["num"], "seed": where["seed"], "guidance": guidance if guide else None}
     for who, path in (("learner", net), ("ema", ema)):
         if path is not None:
-            network = load_toy(path, device)
+            network = load_toy(path, where["device"])
             metrics = evaluate(network, guide_net, guidance=guidance, **options)
             result.update({f"{who}_{name}": value for name, value in metrics.items()})
             if levels:
-                result[f"{who}_loss_per_level"] = loss_per_level(network, cls, n_samples, seed, device=device)
+                result[f"{who}_loss_per_level"] = {
+                    level: average_loss(network, level=level, **where) for level in LEVELS
+                }
     if guide_net is not None:
-        result["guide_loss"] = average_loss(guide_net, cls, num=n_samples, seed=seed, device=device)
-        if external:
-            result["guide_out_loss"] = average_loss(guide_net, cls, OUTER_DEPTH, n_samples, seed, device=device)
-    exact = tree.ground_truth(cls, device=device).denoiser()
+        result["guide_loss"] = average_loss(guide_net, **where)
+        if options["external"]:
+            result["guide_out_loss"] = average_loss(guide_net, min_depth=OUTER_DEPTH, **where)
+    exact = tree.ground_truth(where["cls"], device=where["device"]).denoiser()
     result.update({f"floor_{name}": value for name, value in evaluate(exact, **options).items()})
     return result
 
@@ -160,6 +153,5 @@ def write_test(config, outdir, net, ema, num=1024):
     found = {"n_samples": num}
     for who, network in (("learner", net), ("ema", ema)):
         found.update({f"{who}_{name}": value for name, value in evaluate(network, guide, **options).items()})
-    with atomic_write(Path(outdir) / "test.json", "w") as file:
-        json.dump(found, file, indent=2)
+    write_json(Path(outdir) / "test.json", found)
     print(json.dumps(found, indent=2))

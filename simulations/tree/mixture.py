@@ -137,13 +137,6 @@ class GaussianMixture(torch.nn.Module):
         """The exact denoiser of this mixture, net(x [N, 2, 1, 1], sigma, labels) -> [N, 2, 1, 1], for every solver."""
         return ExactDenoiser(self, sigma_data)
 
-    def moments(self):
-        """Exact mean [2] and covariance [2, 2] (float64 NumPy arrays)."""
-        phi, mu, Sigma = (b.double().cpu().numpy() for b in (self.phi, self.mu, self.Sigma))
-        phi = phi / phi.sum()
-        mean = phi @ mu
-        return mean, np.einsum("k,kij->ij", phi, Sigma) + np.einsum("k,ki,kj->ij", phi, mu - mean, mu - mean)
-
 
 class ExactDenoiser(torch.nn.Module):
     """D(x; sigma) = x + sigma^2 score(x; sigma) of a mixture (Tweedie)."""
