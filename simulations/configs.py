@@ -1,4 +1,4 @@
-"""What the theory experiments vary: one dataclass each, whose fields are options as well. Needs no torch."""
+"""What the experiments vary: one dataclass each, whose fields are options as well. Needs no torch."""
 
 from __future__ import annotations
 
@@ -102,3 +102,60 @@ class Rule(_Checked):
     holdout: float = budget(0.1, "Share of a network's own data that is held out for selection", above=0, below=1)
     select: str = budget("holdout", "Choose by held-out or by training likelihood", choices=("holdout", "train"))
     bound: float = budget(1.0, "Every parameter is clipped to [-B, B] after each step", "--bound", "--B", above=0)
+
+
+@dataclass
+class TreeConfig(_Checked):
+    """One toy run on the tree; the defaults are EDM2's and AJEST's."""
+
+    cls: str = opt("A", "Classes of the tree", choices=("A", "B", "AB"))
+    layers: int = opt(4, "Hidden layers", at_least=1)
+    dim: int = opt(64, "Width; guides have 32", at_least=1)
+    total_iter: int = opt(4096, "Steps", at_least=1)
+    batch_size: int = opt(4096, "Points drawn per step; selection trains on a part of them", at_least=1)
+    P_mean: float = -2.3
+    P_std: float = 1.5
+    sigma_data: float = 0.5
+    lr: float = 0.01
+    lr_iter: int = 512  # steps before the learning rate decays
+    ema_std: float = 0.010
+    select: str = opt("none", "none, or a function of training/selection/functions.py", metavar="NAME")
+    filter_ratio: float = opt(0.8, "Share that is discarded", "--filter-ratio", "--filt", at_least=0, below=1)
+    chunks: int = opt(16, "Chunks of the selection", "--chunks", "--n", at_least=1)
+    learnability: bool = opt(
+        True, "jest: learner minus reference loss, or minus the reference's alone", "--diff/--no-diff"
+    )
+    inverted: bool = opt(False, "jest: prefer the least learnable", "--invert/--no-invert")
+    when: str = "always"  # early: select until the learner beats the reference; late: from then on
+    grow: bool = opt(True, "With --early, --late: train on all points while not selecting", "--grow/--no-grow")
+    guide: str | None = opt(None, "Reference of the selection, guide of the metrics", "--guide", "--guide-path")
+    interpol: bool = opt(False, "While selecting, score and train the guided network", "--interpol/--no-interpol")
+    guidance: float = opt(3.0, "Guidance weight of test metrics and --interpol", "--guide-weight")
+    seed: int = opt(0, "Of points, noise and weights", at_least=0)
+    snapshot_iter: int = opt(256, "Steps between snapshots; 0: at the end only", at_least=0)
+    device: str = opt("cpu", "cuda, cpu, ...", metavar="NAME")
+
+    def check(self) -> TreeConfig:
+        """Raises ValueError, naming the option, for values that cannot work together. Returns self."""
+        from training import selection
+
+        if self.select != "none" and self.select not in selection.FUNCTIONS:
+            raise ValueError(f"--select={self.select} is unknown; known: none, {', '.join(selection.FUNCTIONS)}")
+        if self.when != "always" and self.select == "none":
+            raise ValueError(f"--{self.when} says when to select, and nothing does: give --select")
+        if self.interpol and self.guide is None:
+            raise ValueError("--interpol needs a guide: give --guide")
+        if self.select != "jest" and (self.inverted or not self.learnability):
+            raise ValueError(f"--invert and --no-diff belong to --select=jest, not --select={self.select}")
+        self.trained_batch()
+        return self
+
+    def trained_batch(self) -> int:
+        """Points trained on per selecting step: the size rule of JEST, for every function, so that arms compare."""
+        from training.selection.functions import selection_size
+
+        return (
+            self.batch_size
+            if self.select == "none"
+            else selection_size(self.batch_size, self.filter_ratio, self.chunks)
+        )

@@ -8,6 +8,8 @@ import json
 import click
 
 from dnnlib import cli
+from dnnlib.options import options
+from simulations.configs import TreeConfig
 from simulations.sweeps import RESULTS_DIR, figure_stem, print_files
 
 EXAMPLES = """
@@ -31,42 +33,19 @@ GUIDANCE = click.option("--guidance", type=cli.Float(), default=3.0, help="Guida
 SEED = click.option("--seed", type=click.IntRange(min=0), default=1)
 DEVICE = click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu, ...")
 RUN = "simulations/results/tree/run"
-GUIDE = "Reference of the selection and guide of the metrics"
 
 
 @main.command()
 @click.option("--outdir", metavar="DIR", default=str(RESULTS_DIR / "tree" / "run"), show_default=RUN, help="Run folder")
-@CLASSES
-@click.option("--layers", type=click.IntRange(min=1), default=4, help="Hidden layers")
-@click.option("--dim", type=click.IntRange(min=1), default=64, help="Width; guides have 32")
-@click.option("--total-iter", type=click.IntRange(min=1), default=4096, help="Steps")
-@click.option("--batch-size", type=click.IntRange(min=1), default=4096, help="Points per step; selection keeps a part")
-@click.option("--guide", "--guide-path", "guide", metavar="SNAPSHOT", help=GUIDE)
-@click.option("--guidance/--no-guidance", default=None, help="Use --guide; default: if it is given")
-@click.option("--guide-weight", type=cli.Float(), default=3.0, help="Guidance weight of test metrics and --interpol")
-@click.option("--interpol", is_flag=True, help="While selecting, score and train the guided network")
-@click.option("--select", metavar="NAME", default="none", help="none, or a function of training/selection/functions.py")
+@options(TreeConfig)
+@click.option("--guidance/--no-guidance", "use_guide", default=None, help="Use --guide; default: if it is given")
 @click.option("--selection", "random", is_flag=True, help="Same as --select=random")
 @click.option("--acid", is_flag=True, help="Same as --select=jest")
-@click.option(
-    "--filter-ratio", "--filt", type=cli.Float(0, 1, max_open=True), default=0.8, help="Share that is discarded"
-)
-@click.option("--chunks", "--n", "chunks", type=click.IntRange(min=1), default=16, help="Chunks of the selection")
-@click.option(
-    "--diff/--no-diff", "learnability", default=True, help="jest: score by learner minus reference, or by the latter"
-)
-@click.option("--invert", "inverted", is_flag=True, help="jest: prefer the least learnable")
 @click.option("--early", is_flag=True, help="Select until the learner beats the reference")
 @click.option("--late", is_flag=True, help="Select from then on")
-@click.option("--grow/--no-grow", default=True, help="With --early, --late: train on all points while not selecting")
 @click.option("--val/--no-val", default=True, help="Loss and L2 distance at every snapshot")
 @click.option("--test/--no-test", default=True, help="All metrics at the end, into test.json")
 @click.option("--viz/--no-viz", default=False, help="Draw samples at the end, into samples.png")
-@click.option(
-    "--snapshot-iter", type=click.IntRange(min=0), default=256, help="Steps between snapshots; 0: the last only"
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0)
-@DEVICE
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop")
 def train(outdir, val, test, viz, dry_run, **given):
     """Train one toy network. --batch-size points are drawn per step; with --select a part of them is trained on."""
@@ -77,8 +56,8 @@ def train(outdir, val, test, viz, dry_run, **given):
     from simulations.tree import training as tree_training
     from torch_utils import distributed
 
-    distributed.init(given["device"])
-    config = tree_training.TreeConfig(**fields).check()
+    config = TreeConfig(**fields).check()
+    distributed.init(config.device)
     if dry_run:
         print(json.dumps(asdict(config), indent=2))
         print("Dry run; exiting.")
@@ -94,20 +73,20 @@ def train(outdir, val, test, viz, dry_run, **given):
         tree_plots.write_samples(config, outdir, ema)
 
 
-def _resolve(guidance, guide, guide_weight, select, random, acid, early, late, **fields):
-    """Fields of a TreeConfig from the options that stand for several."""
+def _resolve(use_guide, random, acid, early, late, **fields):
+    """Fields of a TreeConfig: those that were given, and those that other options stand for."""
     if early and late:
         raise click.UsageError("--early and --late exclude each other; give one")
-    if (random or acid) and select != "none":
+    if (random or acid) and fields["select"] not in (None, "none"):
         raise click.UsageError("--selection and --acid stand for --select=random and --select=jest; give one")
-    if guidance and guide is None:
+    if use_guide and fields["guide"] is None:
         raise click.UsageError("--guidance needs a guide: give --guide")
-    return fields | {
-        "select": "jest" if acid else "random" if random else select,
-        "when": "early" if early else "late" if late else "always",
-        "guide": None if guidance is False else guide,
-        "guidance": guide_weight,
-    }
+    if use_guide is False:
+        fields["guide"] = None
+    if random or acid:
+        fields["select"] = "jest" if acid else "random"
+    given = {name: value for name, value in fields.items() if value is not None}
+    return given | {"when": "early" if early else "late" if late else "always"}
 
 
 @main.command()

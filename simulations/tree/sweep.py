@@ -16,9 +16,9 @@ from dnnlib import cells
 from dnnlib.util import write_text
 from metrics import figures
 from metrics.table import markdown, mean_and_deviation, mean_and_error, write_csv
+from simulations.configs import TreeConfig
 from simulations.tree import metrics as tree_metrics
 from simulations.tree import training as tree_training
-from simulations.tree.training import TreeConfig
 from torch_utils import persistence
 
 # What differs between the arms (Pais et al. 2025; `diverse` is ours). "@guide" stands for the reference network.

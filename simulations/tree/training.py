@@ -6,13 +6,14 @@ Karras et al. 2024 (arXiv 2406.02507) for the task and its options; Pais et al. 
 import inspect
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from dnnlib import Logger
 from simulations import tree
+from simulations.configs import TreeConfig
 from torch_utils import persistence
 from torch_utils.random import hash_seed, seeded_generator
 from training import selection
@@ -23,64 +24,9 @@ from training.losses import LogNormalLoss, Objective
 from training.networks_toy import ToyModel
 from training.phema import PowerFunctionEMA
 from training.schedules import learning_rate_schedule
-from training.selection.functions import requirements_of, selection_size
+from training.selection.functions import requirements_of
 from training.setup import Run
 from training.training_loop import Periods, TrainingLoop
-
-
-@dataclass
-class TreeConfig:
-    """Options of one toy run; the defaults are EDM2's and AJEST's."""
-
-    cls: str = "A"  # classes of the tree
-    layers: int = 4
-    dim: int = 64  # width; 32 for guides
-    total_iter: int = 4096
-    batch_size: int = 4096  # points per step that are drawn; selection trains on a part of them
-    P_mean: float = -2.3
-    P_std: float = 1.5
-    sigma_data: float = 0.5
-    lr: float = 0.01
-    lr_iter: int = 512  # steps before the learning rate decays
-    ema_std: float = 0.010
-    select: str = "none"  # name in training.selection.FUNCTIONS
-    filter_ratio: float = 0.8
-    chunks: int = 16
-    learnability: bool = True  # jest: False for the easy reference
-    inverted: bool = False  # jest: prefer the least learnable
-    when: str = "always"  # early: select until the learner beats the reference; late: from then on
-    grow: bool = True  # early, late: train on all points of a step while not selecting, as published
-    guide: str | None = None  # snapshot: the reference of the selection, and the guide of the metrics
-    interpol: bool = False  # score and train the guided network (weight 3) while selecting
-    guidance: float = 3.0
-    seed: int = 0
-    snapshot_iter: int = 256  # 0: at the end only
-    device: str = "cpu"
-
-    def check(self):
-        """Raises ValueError, naming the option, for values that cannot work. Returns self."""
-        for name in ("layers", "dim", "total_iter", "batch_size", "lr", "lr_iter", "P_std", "sigma_data"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be positive")
-        tree.ground_truth(self.cls)
-        if self.select != "none" and self.select not in selection.FUNCTIONS:
-            raise ValueError(f"--select={self.select} is unknown; known: none, {', '.join(selection.FUNCTIONS)}")
-        if self.when not in ("always", "early", "late"):
-            raise ValueError(f"when={self.when!r} is none of always, early, late")
-        if self.when != "always" and self.select == "none":
-            raise ValueError(f"--{self.when} says when to select, and nothing does: give --select")
-        if self.interpol and self.guide is None:
-            raise ValueError("--interpol needs a guide: give --guide")
-        if self.select != "jest" and (self.inverted or not self.learnability):
-            raise ValueError(f"--invert and --no-diff belong to --select=jest, not --select={self.select}")
-        self.trained_batch()
-        return self
-
-    def trained_batch(self):
-        """Points trained on per selecting step: the size rule of JEST, for every function, so that arms compare."""
-        if self.select == "none":
-            return self.batch_size
-        return selection_size(self.batch_size, self.filter_ratio, self.chunks)
 
 
 class TreeFeed:
@@ -187,7 +133,7 @@ def load_toy(path, device="cpu"):
     return net
 
 
-def prepare(config, memory):
+def prepare(config: TreeConfig, memory):
     """Draw all points of a run into `memory` (see TreeLoss), so that no run that uses them pays for their exact scores."""
     mixture = tree.ground_truth(config.cls, device=config.device)
     loss = TreeLoss(mixture, config.P_mean, config.P_std, config.sigma_data, memory=memory)
@@ -216,7 +162,7 @@ class _Watch:
         return [n - b - o for n, b, o in zip(now, self.begin, self.out, strict=True)]
 
 
-def train(config, outdir, on_status=None, memory=None):
+def train(config: TreeConfig, outdir, on_status=None, memory=None):
     """Train one toy network in the folder `outdir`; returns the last TrainingLoop.
 
     Snapshots of the average (`-0.010`) every snapshot_iter steps, and of the raw network (`-raw`) at the end, stats.jsonl
