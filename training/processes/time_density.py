@@ -55,10 +55,6 @@ def weight(process: Process, t: Times, weighting: str = "likelihood") -> torch.T
     """
     if weighting == "likelihood":
         return process.snr_rate(t) / 2
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
-    if process.beta is None:
-        raise ValueError(f"weighting {weighting!r} is defined for linear diffusions, not for {process!r}")
     t = as_time(t)
     L, mean = process.cholesky(t).cpu(), process.kernel(t)[0].cpu()
     a = torch.linalg.solve_triangular(L, mean[..., None], upper=False)[..., 0]  # noise prediction error per D - x0
@@ -87,7 +83,7 @@ class NoiseLevels:
             if value not in known:
                 raise ValueError(f"{name} {value!r}: choose one of {', '.join(known)}")
         given = is_linear(process) and process.beta is not None  # by matrices Q and D
-        if not is_linear(process) or not (given or (sampling, weighting) == ("snr", "likelihood")):
+        if not given and not (is_linear(process) and (sampling, weighting) == ("snr", "likelihood")):
             raise ValueError(f"{sampling} sampling with {weighting} weighting is not defined for {process!r}")
         self.process, self.sampling, self.weighting, self.sigma_data = process, sampling, weighting, float(sigma_data)
         self.t_min = float(t_min if t_min is not None else 1e-5 if given else 0.002)
