@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from click.testing import CliRunner
 
 from training.config import make_config
 
@@ -27,10 +28,30 @@ def small_command(data, outdir, *more):
     return [*options, "--workers=0", "--grid=False", "--device=cpu", *more]
 
 
-def python(*arguments, **options):
-    """Run `python ARGUMENTS` in the repository; returns the completed process with text output."""
+def run(command, *arguments, code=0):
+    """A click command as a user types it, without the time that a new interpreter takes; the exit code is checked."""
+    result = CliRunner().invoke(command, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def python(*arguments, processes=1, code=0, **options):
+    """`python ARGUMENTS` in the repository, or so many processes under torchrun; the exit code is checked."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     given = dict(cwd=ROOT, capture_output=True, text=True, timeout=300)
-    return subprocess.run([sys.executable, *map(str, arguments)], **{**given, **options})
+    done = subprocess.run([sys.executable, *launcher, *map(str, arguments)], **{**given, **options})
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def one_line(command, *arguments, says=()):
+    """A mistake: exit code 2, and one line that says all of `says` (a text or several), progress aside."""
+    result = run(command, *arguments, code=2)
+    lines = [line for line in result.stderr.splitlines() if line.strip() and "img/s]" not in line]
+    assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
+    for part in [says] if isinstance(says, str) else says:
+        assert part in lines[0], lines[0]
 
 
 def final_state(run_dir, kimg=2):

@@ -9,8 +9,7 @@ import child_runs
 import numpy as np
 import PIL.Image
 import pytest
-from click.testing import CliRunner
-from small_runs import small_command, small_config
+from small_runs import one_line, small_command, small_config
 
 import calculate_metrics
 import dataset_tool
@@ -76,15 +75,6 @@ BAD_DATA = {
 }  # fmt: skip
 
 
-def one_line(result, *parts):
-    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
-    lines = [line for line in result.stderr.splitlines() if line.strip() and "img/s]" not in line]
-    assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
-    assert "Traceback" not in lines[0]
-    for part in parts:
-        assert part in lines[0], lines[0]
-
-
 @pytest.mark.parametrize("name", BAD_DATA)
 def test_training_on_bad_data(name, tmp_path):
     make, parts = BAD_DATA[name]
@@ -93,7 +83,7 @@ def test_training_on_bad_data(name, tmp_path):
     earlier = tmp_path / "run" / "network-snapshot-0000001-0.100.safetensors"
     earlier.parent.mkdir()
     earlier.write_bytes(b"earlier")
-    one_line(CliRunner().invoke(train_edm2.main, small_command(path, tmp_path / "run")), "data.zip", *parts)
+    one_line(train_edm2.main, *small_command(path, tmp_path / "run"), says=["data.zip", *parts])
     assert earlier.read_bytes() == b"earlier" and list(earlier.parent.iterdir()) == [earlier]
 
 
@@ -102,11 +92,11 @@ def test_inspecting_and_scoring_bad_data(name, tmp_path):
     make, _ = BAD_DATA[name]
     path = tmp_path / "data.zip"
     make(path)
-    one_line(CliRunner().invoke(dataset_tool.main, ["inspect", str(path)]), "data.zip")
+    one_line(dataset_tool.main, "inspect", path, says="data.zip")
     dest = tmp_path / "refs.npz"
     dest.write_bytes(b"earlier")
     options = ["ref", f"--data={path}", f"--dest={dest}", "--device=cpu"]
-    one_line(CliRunner().invoke(calculate_metrics.cmdline, options), "data.zip")
+    one_line(calculate_metrics.cmdline, *options, says="data.zip")
     assert dest.read_bytes() == b"earlier"
 
 
@@ -124,7 +114,7 @@ def test_inspecting_and_scoring_bad_data(name, tmp_path):
 )
 def test_converting_from_bad_sources(options, parts, tmp_path):
     dest = tmp_path / "out.zip"
-    one_line(CliRunner().invoke(dataset_tool.main, ["convert", f"--dest={dest}", *options]), *parts)
+    one_line(dataset_tool.main, "convert", f"--dest={dest}", *options, says=parts)
     assert not list(tmp_path.iterdir())
 
 
@@ -152,7 +142,7 @@ def test_training_options_that_cannot_be(option, parts, tmp_path):
     data = archive(tmp_path / "data.zip")
     command = small_command(data, tmp_path / "run", option.replace("FILE", str(data)))
     before = data.read_bytes()
-    one_line(CliRunner().invoke(train_edm2.main, command), *parts)
+    one_line(train_edm2.main, *command, says=parts)
     assert data.read_bytes() == before and list(tmp_path.iterdir()) == [data]  # nothing was begun
 
 
@@ -178,7 +168,7 @@ def test_generation_options_that_cannot_be(option, parts, tmp_path):
     net = tmp_path / "net.safetensors"
     save_snapshot(net, Precond(8, 1, 3, model_channels=8, channel_mult=[1], num_blocks=1, channels_per_head=8))
     command = [f"--net={net}", f"--outdir={tmp_path / 'out'}", "--seeds=0-1", "--steps=1", "--device=cpu"]
-    one_line(CliRunner().invoke(generate_images.main, [*command, option.replace("FILE", str(net))]), *parts)
+    one_line(generate_images.main, *command, option.replace("FILE", str(net)), says=parts)
     assert list(tmp_path.iterdir()) == [net]
 
 
@@ -205,10 +195,10 @@ def test_snapshots_of_a_wrong_format(digits, tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
     generate = [f"--net={path}", f"--outdir={tmp_path / 'out'}", "--seeds=0-1", "--device=cpu"]
-    one_line(CliRunner().invoke(generate_images.main, generate), str(path))
-    one_line(CliRunner().invoke(train_edm2.main, small_command(digits, tmp_path / "run", f"--init={path}")), str(path))
+    one_line(generate_images.main, *generate, says=str(path))
+    one_line(train_edm2.main, *small_command(digits, tmp_path / "run", f"--init={path}"), says=str(path))
     gen = ["gen", f"--net={path}", f"--data={digits}", "--num=2", "--device=cpu"]
-    one_line(CliRunner().invoke(calculate_metrics.cmdline, gen), str(path))
+    one_line(calculate_metrics.cmdline, *gen, says=str(path))
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
@@ -217,14 +207,14 @@ def test_checkpoints_of_a_wrong_format(digits, tmp_path, content):
     path = tmp_path / "training-state-0000001.pt"
     path.write_bytes(content)
     command = small_command(digits, tmp_path / "run", f"--resume={path}")
-    one_line(CliRunner().invoke(train_edm2.main, command), str(path))
+    one_line(train_edm2.main, *command, says=str(path))
 
 
 def test_checkpoint_of_another_network(digits, tmp_path):
     setup.train(small_config(digits, total_nimg=128, snapshot_nimg=0, checkpoint_nimg=0, status_nimg=0), tmp_path / "a")
     path = tmp_path / "a" / "training-state-0000000.pt"
     command = small_command(digits, tmp_path / "run", f"--resume={path}", "--channels=16")
-    one_line(CliRunner().invoke(train_edm2.main, command), str(path), "does not fit")
+    one_line(train_edm2.main, *command, says=[str(path), "does not fit"])
 
 
 def test_loader_processes_name_the_bad_image(tmp_path):

@@ -21,11 +21,7 @@ def alone(digits, tmp_path_factory):
 def group(request, digits, tmp_path_factory):
     """The same under torchrun."""
     out = tmp_path_factory.mktemp(f"group{request.param}")
-    run = python(
-        "-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={request.param}",
-        ROOT / "tests/distributed_script.py", digits, out,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    python(ROOT / "tests/distributed_script.py", digits, out, processes=request.param)
     result = torch.load(out / "result.pt")
     assert result["world"] == request.param
     return result, out

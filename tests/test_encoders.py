@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from small_runs import python
 
 from torch_utils.persistence import CLASSES, build, describe
 from training import encoders
@@ -212,8 +213,4 @@ def test_for_channels(channels, cls):
 
 
 def test_importing_encoders_leaves_diffusers_alone():
-    import subprocess
-    import sys
-
-    code = "import sys, training.encoders; sys.exit('diffusers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    python("-c", "import sys, training.encoders; sys.exit('diffusers' in sys.modules)")
