@@ -8,6 +8,7 @@ micro-batches take whole blocks, so neither their number nor their size changes 
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils.data
 
@@ -28,15 +29,15 @@ def block_slices(position: int, count: int, block: int) -> list[tuple[int, int]]
 class _Rounds(torch.utils.data.Sampler):
     """Endless lists of data-set indices, one list per block of this rank; rounds follow each other without a gap."""
 
-    def __init__(self, num_items, position, count, block, rank, world_size, seed, shuffle):
-        self.arguments = num_items, position, count, block, rank, world_size, seed, shuffle
+    def __init__(self, feed, position, count):
+        self.order, self.slices, self.position, self.count = feed.order, feed.slices, position, count
 
     def __iter__(self):
-        num_items, position, count, block, rank, world_size, seed, shuffle = self.arguments
+        position = self.position
         while True:
-            for first, size in share(block_slices(position, count, block), rank, world_size):
-                yield order(range(first, first + size), num_items, seed, shuffle).tolist()
-            position += count
+            for first, size in self.slices(position, self.count):
+                yield self.order(first, size).tolist()
+            position += self.count
 
 
 class Feed:
@@ -55,10 +56,8 @@ class Feed:
         world_size: int = 1,
         workers: int = 2,  # loader processes, for data sets that do not fit in memory
         cache: bool | None = None,  # keep all decoded images in memory; None: if they take less than CACHE_BYTES
-        shuffle: bool = True,
     ) -> None:
-        self.dataset = dataset
-        self.seed, self.block, self.shuffle = seed, block, shuffle
+        self.dataset, self.seed, self.block = dataset, seed, block
         self.device = torch.device(device)
         self.rank, self.world_size, self.workers = rank, world_size, workers
         if cache is None:
@@ -67,12 +66,20 @@ class Feed:
         self.arrays = load_arrays(dataset) if cache else None
         self.loader, self.expected = None, None
 
+    def slices(self, position: int, count: int) -> list[tuple[int, int]]:
+        """[(first, size)] of this rank's blocks among the positions position .. position + count - 1."""
+        return share(block_slices(position, count, self.block), self.rank, self.world_size)
+
+    def order(self, first: int, size: int) -> np.ndarray:
+        """Data-set indices [size] at the positions from `first` on."""
+        return order(range(first, first + size), len(self.dataset), self.seed)
+
     def blocks(self, position: int, count: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Blocks of this rank among the positions position .. position + count - 1."""
-        slices = share(block_slices(position, count, self.block), self.rank, self.world_size)
+        slices = self.slices(position, count)
         for first, size in slices:
             if self.arrays is not None:
-                index = torch.as_tensor(order(range(first, first + size), len(self.dataset), self.seed, self.shuffle))
+                index = torch.as_tensor(self.order(first, size))
                 images, labels = (a[index] for a in self.arrays)
             else:
                 images, labels = self._next(position, count, restart=first == slices[0][0])
@@ -89,18 +96,9 @@ class Feed:
 
     def _next(self, position, count, restart):
         if restart and self.expected != (position, count):  # first use, or the number of candidates changed
-            rounds = _Rounds(
-                len(self.dataset), position, count, self.block, self.rank, self.world_size, self.seed, self.shuffle
-            )
-            self.loader = iter(
-                torch.utils.data.DataLoader(
-                    self.dataset,
-                    batch_sampler=rounds,
-                    num_workers=self.workers,
-                    pin_memory=self.device.type == "cuda",
-                    prefetch_factor=4 if self.workers else None,
-                )
-            )
+            ahead = dict(num_workers=self.workers, prefetch_factor=4 if self.workers else None)
+            rounds, pin = _Rounds(self, position, count), self.device.type == "cuda"
+            self.loader = iter(torch.utils.data.DataLoader(self.dataset, batch_sampler=rounds, pin_memory=pin, **ahead))
         self.expected = (position + count, count)
         try:
             return next(self.loader)

@@ -24,25 +24,19 @@ def png_bytes(image):
     return buffer.getvalue()
 
 
-def save_grid(path, rows, titles=None, zoom=None, background=255):
+def save_grid(path, rows, titles=None):
     """One PNG with a row of images per entry of `rows`, each row a sequence of uint8 [C, H, W]; written atomically.
 
-    titles: text left of each row. zoom: integer factor; None: so that small images are at least 32 pixels wide.
+    titles: text left of each row. Small images are enlarged to 32 pixels at least.
     """
     rows = [list(row) for row in rows if len(row)]
     if not rows:
         return
     height, width = rows[0][0].shape[-2:]
-    zoom = zoom or max(1, -(-32 // width))
-    margin = 2
-    left = 0
-    if titles:
-        left = 8 + 7 * max(len(str(t)) for t in titles)
-    size = (
-        left + max(map(len, rows)) * (width * zoom + margin) + margin,
-        len(rows) * (height * zoom + margin) + margin,
-    )
-    canvas = PIL.Image.new("RGB", size, (background,) * 3)
+    zoom = max(1, -(-32 // width))
+    margin, left = 2, 8 + 7 * max(len(str(t)) for t in titles) if titles else 0
+    across, down = max(map(len, rows)) * (width * zoom + margin), len(rows) * (height * zoom + margin)
+    canvas = PIL.Image.new("RGB", (left + across + margin, down + margin), (255,) * 3)
     pen = PIL.ImageDraw.Draw(canvas)
     for y, row in enumerate(rows):
         top = margin + y * (height * zoom + margin)

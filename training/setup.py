@@ -19,17 +19,7 @@ from torch_utils import checkpoint, persistence
 from torch_utils import distributed as dist
 from torch_utils.random import hash_seed
 from training import encoders, losses, processes, selection
-from training.choices import (
-    ARCHS,
-    EMAS,
-    ENCODERS,
-    LOSSES,
-    OPTIMIZERS,
-    SCHEDULES,
-    augment_pipe,
-    choose,
-    given,
-)
+from training.choices import ARCHS, EMAS, ENCODERS, LOSSES, OPTIMIZERS, SCHEDULES, augment_pipe, choose, given
 from training.config import TrainingConfig, check_same_run, has_own_levels
 from training.dataset import Dataset, ImageFolderDataset
 from training.feed import Feed
@@ -182,14 +172,8 @@ def build_loss(config: TrainingConfig, references: Any) -> losses.Loss:
     stable = None
     if config.stf:
         stable = losses.StableTargets(_augmented(references, augment), config.stf_refs, processes.aug_dim(kernel))
-    common = given(
-        sigma_data=config.sigma_data,
-        kernel=kernel,
-        augment=augment,
-        label_dropout=config.label_dropout,
-        uncertainty=uncertainty,
-        stable_targets=stable,
-    )
+    parts = given(kernel=kernel, augment=augment, uncertainty=uncertainty, stable_targets=stable)
+    common = dict(sigma_data=config.sigma_data, label_dropout=config.label_dropout, **parts)
     return choose(LOSSES, "loss", config.loss)(config, common, references)
 
 

@@ -158,16 +158,10 @@ class TrainingLoop:
     def save_snapshots(self) -> None:
         if dist.get_rank() == 0:
             for objective, name in self.averages():
-                persistence.save_snapshot(
-                    self.run_dir / f"network-snapshot-{self.kimg:07d}-{name}.safetensors",
-                    objective.net,
-                    encoder=self.encoder,
-                    process=objective.noise,
-                    dtype=self.parts.snapshot_dtype,
-                    nimg=self.state.cur_nimg,
-                    ema=name,
-                    **self.parts.header,
-                )
+                path = self.run_dir / f"network-snapshot-{self.kimg:07d}-{name}.safetensors"
+                what = dict(encoder=self.encoder, process=objective.noise, dtype=self.parts.snapshot_dtype)
+                header = dict(self.parts.header, nimg=self.state.cur_nimg, ema=name)
+                persistence.save_snapshot(path, objective.net, **what, **header)
         if self.on_snapshot is not None:
             self.on_snapshot(self)
         dist.barrier()
@@ -188,16 +182,9 @@ class TrainingLoop:
     def step(self) -> None:
         """Train on one batch; returns nothing, reports Loss/loss and Loss/learning_rate."""
         torch.manual_seed(hash_seed(self.parts.seed, dist.get_rank(), self.state.cur_nimg))  # dropout only
-        candidates = Candidates(
-            self.feed,
-            self.encoder,
-            self.objective.loss,
-            position=self.state.position,
-            count=self.selector.candidates(self.batch_size),
-            batch=self.batch_size,
-            cur_nimg=self.state.cur_nimg,
-            max_batch=self.parts.batch_gpu,
-        )
+        parts = (self.feed, self.encoder, self.objective.loss, self.state.position)
+        count = self.selector.candidates(self.batch_size)
+        candidates = Candidates(*parts, count, self.batch_size, self.state.cur_nimg, self.parts.batch_gpu)
         self.optimizer.zero_grad(set_to_none=False)
         self.objective.train()
         count = rounds = 0
