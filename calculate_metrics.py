@@ -36,7 +36,13 @@ def _options(*decorators):
 DEVICE = _text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR")
 DEST = _options(
     _text("--dest", "Also write the JSON to this file", "FILE"),
-    click.option("--tag", "tags", metavar="NAME=VALUE", multiple=True, help="Note in the JSON, for report; repeatable"),
+    _text(
+        "--tag tags",
+        "Note in the JSON, for report; repeatable",
+        "NAME=VALUE",
+        multiple=True,
+        callback=commands.parse_tags,
+    ),
 )
 EXTRACT = _options(
     _text("--metrics", "Detectors: pixel, classifier:FILE", "LIST", "pixel"),
@@ -52,7 +58,7 @@ COMPARE = _options(
     EXTRACT,
     _int("--seed", "calc: of the subset; gen: of the first image; also of the floor's splits", 0),
     _text("--train", "Training images: adds nearest-neighbour distances", "DIR|ZIP"),
-    _text("--distances", "Some of fd, kid, prdc", "LIST", "fd,kid,prdc"),
+    _text("--distances", "Some of fd, kid, prdc", "LIST", "fd,kid,prdc", type=cli.STRINGS),
     _int("--splits", "Half-against-half splits of the floor", 4),
     DEST,
 )

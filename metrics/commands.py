@@ -80,9 +80,9 @@ def check_writable(path: str | None) -> None:
         raise ValueError(f"--dest={path}: cannot write there; give a file in a writable folder")
 
 
-def parse_tags(tags: Sequence[str]) -> dict[str, str]:
-    """{name: value} from NAME=VALUE words."""
-    pairs = [tag.partition("=") for tag in tags]
+def parse_tags(context: click.Context, option: click.Parameter, words: Sequence[str]) -> dict[str, str]:
+    """Callback of --tag: {name: value} from NAME=VALUE words."""
+    pairs = [word.partition("=") for word in words]
     for name, equals, _ in pairs:
         if not (name and equals):
             raise ValueError(f"--tag={name}: give NAME=VALUE")
@@ -114,17 +114,16 @@ class Prepared(NamedTuple):
 
 def prepare(o: EasyDict) -> Prepared:
     """Open what calc and gen compare samples with; refuses before any long work."""
-    from metrics.evaluate import check_measures
+    from metrics.evaluate import MEASURES
     from metrics.features import collect_dataset, progress_bar
     from metrics.references import load_references, require_detectors
 
     if (o.ref is None) == (o.data is None):
         raise ValueError("give either --ref=FILE or --data=ZIP as the reference")
-    try:
-        check_measures(o.distances.split(","))
-    except ValueError as error:
-        raise ValueError(f"--distances={o.distances}: {error}") from None
-    parse_tags(o.tags)
+    unknown = next((name for name in o.distances if name not in MEASURES), None)
+    if unknown is not None:
+        known = ", ".join(MEASURES)
+        raise ValueError(f"--distances={','.join(o.distances)}: unknown distance '{unknown}'; known: {known}")
     check_writable(o.dest)
     device = start(o.device)
     detectors = open_detectors(o.metrics, device)
@@ -148,8 +147,8 @@ def score(name: str, samples: dict[str, FeatureSet], prepared: Prepared, o: Easy
 
     if distributed.get_rank() != 0:
         return
-    options = {"seed": o.seed, "per_source": o.per_source, "splits": o.splits, "measures": o.distances.split(",")}
-    result = {"images": name, "seed": o.seed, "tags": parse_tags(o.tags), "metrics": {}}
+    options = {"seed": o.seed, "per_source": o.per_source, "splits": o.splits, "measures": o.distances}
+    result = {"images": name, "seed": o.seed, "tags": o.tags, "metrics": {}}
     for key, detector in prepared.detectors.items():
         seen, reference = samples[key].statistics, prepared.references[key]
         if seen.count() <= seen.width:
@@ -257,14 +256,13 @@ def loss(o: EasyDict) -> None:
     from training.validation import HeldOut
 
     check_writable(o.dest)
-    tags = parse_tags(o.tags)
     snapshot = load_snapshot(o.net, start(o.device, alone="the denoising loss is computed"))
     dataset = open_images(o.data, "--data")
     if o.sources is not None:
         dataset = dataset.subset([i for source in o.sources for i in dataset.indices_of(source)])
     found = HeldOut(dataset, o.seed, o.num).denoising_loss(snapshot.net, snapshot.encoder)
     found["sources"] = {str(k): {"denoising_loss": v} for k, v in found.get("sources", {}).items()}
-    finish({"net": o.net, "seed": o.seed, "tags": tags, "metrics": {"denoising": found}}, o.dest)
+    finish({"net": o.net, "seed": o.seed, "tags": o.tags, "metrics": {"denoising": found}}, o.dest)
 
 
 def likelihood(o: EasyDict) -> None:
@@ -275,7 +273,6 @@ def likelihood(o: EasyDict) -> None:
     from training.processes.options import make_process, named, require_gaussian
 
     check_writable(o.dest)
-    tags = parse_tags(o.tags)
     snapshot = load_snapshot(o.net, start(o.device, alone="likelihoods are computed"))
     process = make_process(o.process or "edm", o.process_options, trained=snapshot.process)
     require_gaussian(snapshot.process, process)
@@ -286,7 +283,7 @@ def likelihood(o: EasyDict) -> None:
     dataset = open_images(o.data, "--data")
     with progress_bar(min(o.num or len(dataset), len(dataset)), "likelihood") as progress:
         result = bits_per_dim(snapshot.net, dataset, process, encoder, o.method, progress=progress, **options)
-    about = {"net": o.net, "data": o.data, "seed": o.seed, "tags": tags, "method": o.method}
+    about = {"net": o.net, "data": o.data, "seed": o.seed, "tags": o.tags, "method": o.method}
     about |= {"process": named(process), "encoder": repr(encoder)}
     finish(about | {"metrics": {"likelihood": result}}, o.dest)
 

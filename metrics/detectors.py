@@ -13,19 +13,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 
 from metrics.classifier import load_classifier
-
-
-class FunctionDetector:
-    """A plain callable images -> features, with a name."""
-
-    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], name: str):
-        self.features = function
-        self.name = name
 
 
 def pixel_features(images: torch.Tensor) -> torch.Tensor:
@@ -36,7 +29,7 @@ def pixel_features(images: torch.Tensor) -> torch.Tensor:
 def _pixel(argument):
     if argument:
         raise ValueError(f"detector 'pixel:{argument}': pixel takes no argument; use 'pixel'")
-    return FunctionDetector(pixel_features, "pixel")
+    return SimpleNamespace(features=pixel_features, name="pixel")
 
 
 def _classifier(argument):
@@ -117,4 +110,4 @@ def _wrap(detector, name):
         return detector
     if not callable(detector):
         raise ValueError(f"detector '{name}' must be callable or have .features(images), got {type(detector).__name__}")
-    return FunctionDetector(detector, name)
+    return SimpleNamespace(features=detector, name=name)

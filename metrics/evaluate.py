@@ -14,7 +14,7 @@ import torch
 
 from metrics.classifier import source_agreement
 from metrics.distances import frechet_distance, kid, nearest_distance, prdc
-from metrics.features import FeatureSet, require_same_detector
+from metrics.features import FeatureSet
 from torch_utils.random import StackedRandomGenerator, hash_seed
 from training import encoders, likelihood
 from training.dataset import Dataset, load_arrays
@@ -56,12 +56,14 @@ def compare(
                                         and of reference images: samples much nearer than held-out images are copies
 
     With a judge, `predicted` beside "overall" counts the samples by predicted source. Raises ValueError for different
-    detectors or feature widths, and for an unknown measure.
+    detectors or feature widths.
     """
-    check_measures(measures)
-    require_same_detector(samples, reference)
-    if train is not None:
-        require_same_detector(samples, train, "the training images")
+    for other, where in ((reference, "the reference"), (train, "the training images")):
+        if other is not None and other.detector != samples.detector:
+            raise ValueError(
+                f"statistics made with different detectors cannot be compared: samples with '{samples.detector}', {where} "
+                f"with '{other.detector}'; remake it with `calculate_metrics.py ref --metrics=...`"
+            )
     if samples.statistics.width != reference.statistics.width:
         raise ValueError(
             f"samples have features of width {samples.statistics.width}, the reference {reference.statistics.width}: "
@@ -85,13 +87,6 @@ def compare(
         result["sources"] = {str(s): _section(samples, reference, s, **options) for s in sorted(known)}
         result["mean"] = _mean([section for section in result["sources"].values() if section["count"]])
     return result
-
-
-def check_measures(measures: Sequence[str]) -> None:
-    """Raises ValueError for a name that is none of MEASURES."""
-    for name in measures:
-        if name not in MEASURES:
-            raise ValueError(f"unknown distance '{name}'; known: {', '.join(MEASURES)}")
 
 
 def _count(features, source):

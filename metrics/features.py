@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -51,28 +51,6 @@ class FeatureSet:
 def label_of(label: np.ndarray) -> int:
     """Source id of a one-hot or soft label; -1 for a vector of length 0."""
     return int(label.argmax()) if len(label) else -1
-
-
-def choose(dataset: Dataset, num: int | None = None, seed: int = 0) -> list[int]:
-    """Indices of a seeded random subset of exactly `num` images, sorted; all images where num is None.
-
-    Raises ValueError when there are fewer: a distance depends on the number of images.
-    """
-    if num is None or num == len(dataset):
-        return list(range(len(dataset)))
-    if num < 2 or num > len(dataset):
-        raise ValueError(f"num={num}: give 2 to {len(dataset)} (the images that there are), or leave it out for all")
-    return sorted(np.random.RandomState(seed % 2**31).permutation(len(dataset))[:num].tolist())
-
-
-def dataset_batches(
-    dataset: Dataset, indices: Sequence[int], batch_size: int = 64, workers: int = 0
-) -> Iterator[Batch]:
-    """This process's batches of the chosen images, some possibly empty."""
-    batches = split_batches(range(len(indices)), batch_size)
-    view = _View(dataset, indices)
-    loader = torch.utils.data.DataLoader(view, batch_sampler=batches, num_workers=workers, collate_fn=_collate)
-    yield from loader
 
 
 Batch = tuple[torch.Tensor | None, np.ndarray, np.ndarray]  # images uint8 [n, C, H, W], labels [n], positions [n]
@@ -159,20 +137,22 @@ def collect_dataset(
     per_source: bool = True,
     **options: object,  # feature_limit and progress, see `collect`
 ) -> dict[str, FeatureSet]:
-    """`collect` over a data set, with its provenance (name, content hash where it has one, number of images, shape)."""
-    indices = choose(dataset, num, seed)
+    """`collect` over a data set, with its provenance (name, number of images, shape).
+
+    Raises ValueError for fewer images than `num` (a distance depends on the number of images), and for latents.
+    """
+    indices = _choose(dataset, num, seed)
+    batches = split_batches(range(len(indices)), batch_size)
+    view = _View(dataset, indices)
     sets = collect(
-        dataset_batches(dataset, indices, batch_size, workers),
+        torch.utils.data.DataLoader(view, batch_sampler=batches, num_workers=workers, collate_fn=_collate),
         detectors,
         num_sources=(dataset.num_classes or dataset.label_dim) if per_source else 0,
         num_images=len(indices),
         **options,
     )
-    provenance = {
-        "dataset": dataset.name,
-        "num_images": len(indices),
-        "image_shape": list(dataset[0][0].shape),
-    }
+    shape = list(dataset[0][0].shape)
+    provenance = {"dataset": dataset.name, "num_images": len(indices), "image_shape": shape}
     if len(indices) < len(dataset):
         provenance["subset_seed"] = seed
     for feature_set in sets.values():
@@ -180,13 +160,13 @@ def collect_dataset(
     return sets
 
 
-def require_same_detector(samples: FeatureSet, reference: FeatureSet, where: str = "the reference") -> None:
-    """Raises ValueError for statistics of two detectors."""
-    if samples.detector != reference.detector:
-        raise ValueError(
-            f"statistics made with different detectors cannot be compared: samples with '{samples.detector}', "
-            f"{where} with '{reference.detector}'; remake it with `calculate_metrics.py ref --metrics=...`"
-        )
+def _choose(dataset, num, seed):
+    """Indices of a seeded random subset of exactly `num` images, sorted; all images where num is None."""
+    if num is None or num == len(dataset):
+        return list(range(len(dataset)))
+    if num < 2 or num > len(dataset):
+        raise ValueError(f"num={num}: give 2 to {len(dataset)} (the images that there are), or leave it out for all")
+    return sorted(np.random.RandomState(seed % 2**31).permutation(len(dataset))[:num].tolist())
 
 
 @contextlib.contextmanager

@@ -12,18 +12,9 @@ from metrics.results import Row, of_detector, of_sources, read_scores, sources_o
 from metrics.table import Cell, Verdict, collect, markdown, mean_and_deviation, seeds_mean, verdict, write_csv
 
 COLUMNS = (
-    "fd",
-    "denoising_loss",
-    "agreement",
-    "fd_at_floor_size",
-    "fd_floor",
-    "agreement_reference",
-    "nearest_train",
-    "nearest_train_reference",
-    "precision",
-    "recall",
-    "bits_per_dim",
-)
+    "fd denoising_loss agreement fd_at_floor_size fd_floor agreement_reference nearest_train nearest_train_reference "
+    "precision recall bits_per_dim"
+).split()
 SPREAD = ("fd", "agreement")  # stand in the Markdown table with their spread over training seeds
 STRIP = 12  # images of each arm and source in the figure
 
@@ -214,9 +205,8 @@ def write_report(
         from metrics.classifier import load_classifier
 
         judge = load_classifier(detector)
-        notes.append(
-            f"Detector: {judge.accuracy:.1%} of {judge.header['num_holdout']} held-out images classified right."
-        )
+        num = judge.header["num_holdout"]
+        notes.append(f"Detector: {judge.accuracy:.1%} of {num} held-out images classified right.")
     budgets = sorted({(r.tags["arm"], r.tags["images_trained"]) for r in rows if "images_trained" in r.tags})
     if budgets:
         notes.append("Training images per model: " + ", ".join(f"{n} ({arm})" for arm, n in budgets) + ".")

@@ -120,29 +120,17 @@ def table_rows(found: Sequence[CellResult], arms: Sequence[str]) -> list[dict[st
 def to_markdown(found: Sequence[CellResult], arms: Sequence[str], notes: Sequence[str] = ()) -> str:
     """The grid as Markdown: FD of both arms, floor, advantage with its interval, and the same for the denoising loss."""
     a, b = arms
-    header = [
-        "sources",
-        "K",
-        "n",
-        f"FD {a}",
-        f"FD {b}",
-        "floor",
-        "advantage in FD",
-        "wins",
-        "advantage in loss",
-        "wins",
-    ]
+    header = f"sources|K|n|FD {a}|FD {b}|floor|advantage in FD|wins|advantage in loss|wins|images {a}|{b}".split("|")
     rows = []
     for r in found:
         fd, loss = r.verdicts.get("fd"), r.verdicts.get("denoising_loss")
         levels = [f"{r.levels[arm, 'fd']:.2f}" if fd else "" for arm in arms]
         floor = "" if r.floor is None else f"{r.floor:.2f}"
         images = [r.images[arm] or "" for arm in arms]
-        rows.append(
-            [r.group or "all", r.k, r.n, *levels, floor, _span(fd), _wins(fd), _span(loss), _wins(loss), *images]
-        )
+        verdicts = [_span(fd), _wins(fd), _span(loss), _wins(loss)]
+        rows.append([r.group or "all", r.k, r.n, *levels, floor, *verdicts, *images])
     lines = [
-        markdown([*header, f"images {a}", b], rows),
+        markdown(header, rows),
         "",
         "Advantage: mean over sources of (single - multi) / single, +- its standard error from the training seeds, and the "
         "95 % interval. Floor: half the held-out images against the other half. Images: seen by the models of the arm.",

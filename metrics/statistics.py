@@ -44,8 +44,6 @@ class FeatureStatistics:
     def update(self, features: torch.Tensor, labels: torch.Tensor | None = None) -> FeatureStatistics:
         """features: [N, F]; labels: [N] integers (-1: no source; counted overall only) or None."""
         f = torch.as_tensor(features).detach().to("cpu", torch.float64)
-        if f.ndim != 2:
-            raise ValueError(f"features must be [N, F], got shape {tuple(f.shape)}")
         if self.width is None:
             self._allocate(f.shape[1])
         if f.shape[1] != self.width:
@@ -68,7 +66,7 @@ class FeatureStatistics:
         """Sum over all processes, also those that saw no image and so do not know the width yet."""
         if get_world_size() == 1:
             return self
-        device = communication_device()
+        device = torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
         shape = torch.tensor([self.width or 0, self.num_sources], device=device)
         width, num_sources = all_reduce_(shape, "max").tolist()
         self._grow(num_sources)
@@ -114,8 +112,3 @@ def gather_rows(arrays: dict[str, np.ndarray] | None, order: np.ndarray) -> dict
         raise ValueError("no images on any process")
     rows = np.argsort(np.concatenate([part[1] for part in parts]), kind="stable")
     return {name: np.concatenate([part[0][name] for part in parts])[rows] for name in parts[0][0]}
-
-
-def communication_device() -> torch.device:
-    """Where tensors must be that processes exchange."""
-    return torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")

@@ -156,8 +156,6 @@ def test_refusals(judge):
     latents = ArrayDataset(np.zeros((9, 4, 2, 2), np.float32))
     with pytest.raises(ValueError, match="latents"):
         evaluate(latents, reference, "pixel")
-    with pytest.raises(ValueError, match="unknown distance 'fid'"):
-        evaluate(dataset(HELD), reference, "pixel", measures=("fid",))
 
 
 def test_unlabelled_images_and_plain_callables():
