@@ -36,13 +36,7 @@ def _options(*decorators):
 DEVICE = _text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR")
 DEST = _options(
     _text("--dest", "Also write the JSON to this file", "FILE"),
-    _text(
-        "--tag tags",
-        "Note in the JSON, for report; repeatable",
-        "NAME=VALUE",
-        multiple=True,
-        callback=commands.parse_tags,
-    ),
+    _text("--tag tags", "Note in the JSON, repeatable", "NAME=VALUE", multiple=True, callback=commands.parse_tags),
 )
 EXTRACT = _options(
     _text("--metrics", "Detectors: pixel, classifier:FILE", "LIST", "pixel"),

@@ -12,9 +12,18 @@ from metrics.results import Row, of_detector, of_sources, read_scores, sources_o
 from metrics.table import Cell, Verdict, collect, markdown, mean_and_deviation, seeds_mean, verdict, write_csv
 
 COLUMNS = (
-    "fd denoising_loss agreement fd_at_floor_size fd_floor agreement_reference nearest_train nearest_train_reference "
-    "precision recall bits_per_dim"
-).split()
+    "fd",
+    "denoising_loss",
+    "agreement",
+    "fd_at_floor_size",
+    "fd_floor",
+    "agreement_reference",
+    "nearest_train",
+    "nearest_train_reference",
+    "precision",
+    "recall",
+    "bits_per_dim",
+)
 SPREAD = ("fd", "agreement")  # stand in the Markdown table with their spread over training seeds
 STRIP = 12  # images of each arm and source in the figure
 
