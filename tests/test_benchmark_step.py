@@ -4,21 +4,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from small_runs import one_line, run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import step  # noqa: E402
 
-
-def run(*arguments):
-    common = ["--device=cpu", "--steps=1", "--warmup=0", "--sampling-steps=1", "--batch=4"]
-    return CliRunner().invoke(step.main, [*common, *arguments])
+STEP = (step.main, "--device=cpu", "--steps=1", "--warmup=0", "--sampling-steps=1", "--batch=4")
 
 
 @pytest.mark.parametrize("options, parameters", [(["--preset=digits8"], 181_115)])
 def test_a_table_of_the_preset(tmp_path, options, parameters):
-    result = run(*options, f"--dest={tmp_path / 'table.md'}")
-    assert result.exit_code == 0, result.output
+    run(*STEP, *options, f"--dest={tmp_path / 'table.md'}")
     text = (tmp_path / "table.md").read_text()
     head, _, row = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
     cells = dict(zip(map(str.strip, head), map(str.strip, row), strict=True))
@@ -43,8 +39,7 @@ def test_a_table_of_the_preset(tmp_path, options, parameters):
     ],
 )
 def test_mistakes_are_one_line(options, message):
-    result = run(*options)
-    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    one_line(*STEP, *options, says=message)
 
 
 def test_shapes_of_the_presets():

@@ -1,13 +1,12 @@
 """Experiment files: settings, budgets, repetitions, markers, resuming after a failure."""
 
+import functools
 import json
 import re
-import subprocess
-import sys
 
 import click
 import pytest
-from click.testing import CliRunner
+from small_runs import one_line, python, run
 
 import run_experiment
 from dnnlib import experiment
@@ -161,9 +160,7 @@ def test_side_by_side(tmp_path):
         "settings: {k: [0, 1]}\nsteps:\n  - name: convert-{k}\n    foreach: {k: k}\n"
         "    run: dataset_tool.py convert --source=sklearn:digits --sources={k} --per-source=4 --dest={out}/{k}.zip\n"
     )
-    command = [sys.executable, run_experiment.__file__, str(path), f"--out={tmp_path}/out", "--jobs=2"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    python("run_experiment.py", path, f"--out={tmp_path}/out", "--jobs=2")
     assert (tmp_path / "out" / "0.zip").exists() and (tmp_path / "out" / "1.zip").exists()
 
 
@@ -177,41 +174,34 @@ sys.exit(int(sys.argv[2]))
 def test_a_step_in_several_processes(tmp_path):
     script = tmp_path / "who.py"
     script.write_text(WHO)
-    run = f"torchrun --standalone --nproc_per_node=2 {script} {tmp_path}/rank {{code}}"
+    line = f"torchrun --standalone --nproc_per_node=2 {script} {tmp_path}/rank {{code}}"
     path = tmp_path / "b.yaml"
-    path.write_text(f"steps:\n  - {{name: 'who-{{code}}', foreach: {{code: [0, 3]}}, run: '{run}'}}\n")
+    path.write_text(f"steps:\n  - {{name: 'who-{{code}}', foreach: {{code: [0, 3]}}, run: '{line}'}}\n")
     settings, (good, bad) = experiment.load(path, overrides={"out": str(tmp_path / "out")})
     assert good.script == str(script)
-    scripts = dict
-    assert experiment.execute(settings["out"], good, scripts) is None and experiment.is_done(settings["out"], good)
+    assert experiment.execute(settings["out"], good, dict) is None and experiment.is_done(settings["out"], good)
     assert [(tmp_path / f"rank{i}").read_text() for i in range(2)] == ["2", "2"]
     log = (tmp_path / "out/logs/who-0.log").read_text()
     assert log.startswith("torchrun") and "said by 0" in log and "said by 1" in log
-    assert "step who-3 ended with code 1" in experiment.execute(settings["out"], bad, scripts)
+    assert "step who-3 ended with code 1" in experiment.execute(settings["out"], bad, dict)
     assert not experiment.is_done(settings["out"], bad)
     with pytest.raises(ValueError, match="runs torchrun; known scripts"):
         experiment.run([experiment.Step("a", ["torchrun", "nothing"], 0)], tmp_path, dict)
 
 
-def invoke(*arguments):
-    return CliRunner().invoke(run_experiment.main, [str(a) for a in arguments])
-
-
 def test_command_line(file, tmp_path, monkeypatch):
     monkeypatch.setattr(run_experiment, "load_scripts", load_scripts)
-    listed = invoke(file, "--list").stdout.splitlines()
+    call = functools.partial(run, run_experiment.main)
+    listed = call(file, "--list").stdout.splitlines()
     assert len(listed) == 7 and listed[1].split() == ["1", "todo", "one-0"]
-    assert invoke(file, "--list", "--index=2").stdout.splitlines() == listed[2:3]
-    assert invoke(file, "--jobs=1", "--index=1").exit_code == 0
-    assert invoke(file, "--jobs=1", "--step=one-2").exit_code == 0
-    done = [line.split()[1:] for line in invoke(file, "--list").stdout.splitlines()]
+    assert call(file, "--list", "--index=2").stdout.splitlines() == listed[2:3]
+    call(file, "--jobs=1", "--index=1")
+    call(file, "--jobs=1", "--step=one-2")
+    done = [line.split()[1:] for line in call(file, "--list").stdout.splitlines()]
     assert [name for state, name in done if state == "done"] == ["one-0", "one-2"]
-    everything = invoke(file, "--jobs=1")
-    assert everything.exit_code == 0 and "TABLE" in everything.stdout  # prints what `print` names
-    other = invoke(
-        file, "--jobs=1", f"--out={tmp_path}/elsewhere", "--set", "n=3", "--set", "sources=1,2", "--step=one-2"
-    )
-    assert other.exit_code == 0 and (tmp_path / "elsewhere" / "one-2").read_text() == "2:3\n"
+    assert "TABLE" in call(file, "--jobs=1").stdout  # prints what `print` names
+    call(file, "--jobs=1", f"--out={tmp_path}/elsewhere", "--set", "n=3", "--set", "sources=1,2", "--step=one-2")
+    assert (tmp_path / "elsewhere" / "one-2").read_text() == "2:3\n"
 
 
 @pytest.mark.parametrize(
@@ -228,9 +218,7 @@ def test_command_line(file, tmp_path, monkeypatch):
     ],
 )
 def test_mistakes_are_one_line(file, arguments, message):
-    result = invoke(file, *arguments)
-    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
-    assert re.search(message, result.stderr)
+    assert re.search(message, one_line(run_experiment.main, file, *arguments))
 
 
 @pytest.mark.parametrize(
@@ -256,9 +244,8 @@ def test_mistakes_are_one_line(file, arguments, message):
 def test_wrong_files_are_one_line(tmp_path, text, message):
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
-    result = invoke(path)
-    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1, result.output
-    assert message in result.stderr and "wrong.yaml" in result.stderr or message.startswith("step a")
+    line = one_line(run_experiment.main, path, says=message)
+    assert "wrong.yaml" in line or message.startswith("step a")
 
 
 def test_a_summary_is_done_again_whenever_another_step_was(tmp_path):

@@ -90,8 +90,7 @@ def test_persistent_failures_stop_training_with_a_remedy(tmp_path, monkeypatch):
 
 
 def test_the_program_ends_with_one_line(digits, tmp_path, monkeypatch):
-    from click.testing import CliRunner
-    from small_runs import small_command
+    from small_runs import run, small_command
 
     import train_edm2
     from training.networks_edm2 import Precond
@@ -104,8 +103,7 @@ def test_the_program_ends_with_one_line(digits, tmp_path, monkeypatch):
         return (out[0] * math.nan, out[1]) if isinstance(out, tuple) else out
 
     monkeypatch.setattr(Precond, "forward", forward)
-    result = CliRunner().invoke(train_edm2.main, small_command(digits, tmp_path / "run", "--snapshot=0"))
-    assert result.exit_code == 1
+    result = run(train_edm2.main, *small_command(digits, tmp_path / "run", "--snapshot=0"), code=1)
     (line,) = [line for line in result.stderr.splitlines() if "Error" in line]
     assert line.startswith("Error: the last ") and "non-finite gradients" in line and "Traceback" not in result.output
 
