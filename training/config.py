@@ -19,6 +19,10 @@ _noise = functools.partial(opt, group="Noise and loss")
 _optim = functools.partial(opt, group="Optimization")
 _select = functools.partial(opt, group="Selection")
 _run = functools.partial(opt, group="Running")
+_period = functools.partial(_run, type=cli.NIMG, at_least=0, free=True)
+
+TIME_SAMPLING, WEIGHTING = ("uniform", "importance", "snr"), ("likelihood", "reweightedv1", "reweightedv2")
+WHEN, CHEAP = ("always", "early", "late"), ("half", "levels", "lowres")
 
 
 @dataclass
@@ -37,7 +41,7 @@ class TrainingConfig:
     precond: str = _net("edm", "Preconditioning of ddpmpp, ncsnpp, adm", choices=choices.PRECONDS)
     channels: int | None = _net(None, "Base width", "--channels", "--cbase", at_least=1, at_most=2**16)
     channel_mult: list | None = _net(
-        None, "Width per level, e.g. 1,2,3,4", "--channel-mult", "--cres", type=cli.INTS, at_least=1, at_most=1024
+        None, "Width per level", "--channel-mult", "--cres", type=cli.INTS, above=0, at_most=1024
     )
     num_blocks: int | None = _net(None, "Blocks per level", at_least=1, at_most=1000)
     attn_resolutions: list | None = _net(None, "Resolutions with attention, e.g. 16,8", type=cli.INTS, at_least=0)
@@ -46,20 +50,12 @@ class TrainingConfig:
     fp16: bool = _net(True, "Reduced precision on GPUs")
     net_options: dict = field(default_factory=dict)  # further constructor arguments
 
-    process: str = _noise(
-        "edm", "Noise: edm, pfgmpp, vp, cld, alda, malda, learned, or linear with Q and D", metavar="NAME"
-    )
+    process: str = _noise("edm", "Noise: a name in training.processes.REGISTRY, such as pfgmpp or cld", metavar="NAME")
     process_options: dict = _noise({}, "Of the process: M=0.25,beta=4:4,init_aux_var=0.01", type=cli.MAPPING)
-    aug_dim: float | None = _noise(
-        None, "Augmented dimensions of pfgmpp, any number > 0 or inf", metavar="D", above=0, infinite=True
-    )
+    aug_dim: float | None = _noise(None, "Augmented dimensions of pfgmpp, or inf", metavar="D", above=0, infinite=True)
     loss: str = _noise("edm2", "Loss; process: a process's own noise levels", choices=choices.LOSSES)
-    time_sampling: str | None = _noise(
-        None, "Of loss process: law of t", choices=("uniform", "importance", "snr"), shown="snr"
-    )
-    weighting: str | None = _noise(
-        None, "Its weight", choices=("likelihood", "reweightedv1", "reweightedv2"), shown="likelihood"
-    )
+    time_sampling: str | None = _noise(None, "Of loss process: law of t", choices=TIME_SAMPLING, shown="snr")
+    weighting: str | None = _noise(None, "Of loss process: weight", choices=WEIGHTING, shown="likelihood")
     t_min: float | None = _noise(None, "Its lowest t", above=0, shown="where sigma is 0.002")
     process_lr_scale: float = _noise(0.1, "Learned process: learning rate relative to the network's", at_least=0)
     sigma_data: float = _noise(0.5, "Standard deviation of the data (dataset_tool.py inspect)", above=0)
@@ -71,9 +67,7 @@ class TrainingConfig:
     stf: bool = _noise(False, "Stable targets: posterior means over reference images")
     stf_refs: int = _noise(1024, "Reference images per noise block", above=0)
 
-    total_nimg: int = _optim(
-        8 << 30, "Total training images, e.g. 64Mi", "--duration", type=cli.NIMG, above=0, free=True
-    )
+    total_nimg: int = _optim(8 << 30, "Training images, e.g. 64Mi", "--duration", type=cli.NIMG, above=0, free=True)
     batch_size: int = _optim(2048, "Total batch over all processes", "--batch", type=cli.NIMG, above=0)
     optimizer: str = _optim("adam", "Optimizer", choices=choices.OPTIMIZERS)
     betas: list = _optim([0.9, 0.99], "Of the optimizer", at_least=0, below=1)
@@ -91,38 +85,26 @@ class TrainingConfig:
     loss_scaling: float = _optim(1.0, "Loss scale", "--ls", above=0)
 
     select: str = _select("none", "none, or a function of training/selection/functions.py", metavar="NAME")
-    reference: str | None = _select(
-        None, "Reference of the selection; ema: the learner's own average", metavar="SNAPSHOT"
-    )
+    reference: str | None = _select(None, "Reference; ema: the learner's own average", metavar="SNAPSHOT")
     filter_ratio: float = _select(0.8, "Share of the candidates that is discarded", at_least=0, below=1)
-    select_when: str = _select(
-        "always", "Until / from the learner beating the reference", choices=("always", "early", "late")
-    )
+    select_when: str = _select("always", "Until / from the learner beating the reference", choices=WHEN)
     select_scope: str = _select("global", "Choose over all processes or in each", choices=("global", "rank"))
     select_from: int = _select(0, "Select from so many images on", type=cli.NIMG, at_least=0)
     select_until: int | None = _select(None, "Select until so many images", type=cli.NIMG, at_least=0)
     score_scale: float = _select(1.0, "Factor on the losses that are compared", above=0)
-    select_cheap: str | None = _select(
-        None, "Cheaper scores; training stays exact", choices=("half", "levels", "lowres")
-    )
+    select_cheap: str | None = _select(None, "Cheaper scores; training stays exact", choices=CHEAP)
     select_options: dict = field(default_factory=dict)  # --chunks and other keywords of the selection function
 
     seed: int = _run(0, "Of everything random", at_least=0)
     block: int | None = _run(
-        None, "Data positions that share one noise generator", at_least=1, shown="largest divisor of the batch up to 32"
+        None, "Data positions that share a noise generator", at_least=1, shown="divisor of the batch"
     )
     batch_gpu: int = _run(0, "Largest micro-batch per process; 0: no limit", type=cli.NIMG, at_least=0, free=True)
     bench: bool = _run(True, "cuDNN benchmarking", free=True)
-    slice_nimg: int = _run(0, "Train at most so many images now", "--slice", type=cli.NIMG, at_least=0, free=True)
-    status_nimg: int = _run(
-        128 << 10, "Interval of status lines; 0: none", "--status", type=cli.NIMG, at_least=0, free=True
-    )
-    snapshot_nimg: int = _run(
-        8 << 20, "Interval of snapshots; 0: none", "--snapshot", type=cli.NIMG, at_least=0, free=True
-    )
-    checkpoint_nimg: int = _run(
-        128 << 20, "Interval of checkpoints; 0: last only", "--checkpoint", type=cli.NIMG, at_least=0, free=True
-    )
+    slice_nimg: int = _period(0, "Train at most so many images now", "--slice")
+    status_nimg: int = _period(128 << 10, "Interval of status lines; 0: none", "--status")
+    snapshot_nimg: int = _period(8 << 20, "Interval of snapshots; 0: none", "--snapshot")
+    checkpoint_nimg: int = _period(128 << 20, "Interval of checkpoints; 0: last only", "--checkpoint")
     keep: int = _run(0, "Checkpoints to keep; 0: all", at_least=0, free=True)
     workers: int = _run(2, "Loader processes", at_least=0, at_most=256, free=True)  # more would take the machine down
     init: str | None = _run(None, "Start a new run from these weights", metavar="SNAPSHOT")
