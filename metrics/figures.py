@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from dnnlib.util import atomic_write
 
@@ -100,6 +100,14 @@ def x_ticks(axis: Axes, values: Sequence[float], log: bool = False, share: float
             kept.append(i)
     axis.set_xticks([values[i] for i in kept])
     axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+
+
+def log_y(axis: Axes) -> None:
+    """A logarithmic y axis with 0.05, 0.1, 0.2, ... instead of powers of ten."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def save(fig: Figure, stem: str | Path, dpi: int = 200) -> list[Path]:

@@ -13,31 +13,18 @@ import numpy as np
 import torch
 
 from simulations.configs import ArmConfig, Rule
-from simulations.mle import MLP, Outcome, compare, fit
+from simulations.mle import MLP, Outcome, compare, fit, mixed_fields
 
 
 def ground_truth(config: ArmConfig, seed: int) -> np.ndarray:
     """Probability tables of the sources, float64 [K, M^D]; the first token is the most significant digit.
 
-    log p_k = scale * (sqrt(sim) f_0 + sqrt(1 - sim) g_k) + const. A random field f is a sum over all sets of 1 to `order`
-    positions of a table of standard normals, one entry per value of these tokens, divided by the square root of the
-    number of sets, so that each outcome's f is N(0, 1). f_0 belongs to all sources. g_k depends on the family:
-
-    * path: g_k = cos(a_k) f_1 + sin(a_k) f_2 with angles a_k evenly spaced over a half circle. Sources differ in one
-      number, as they do for the paper's network, whose label embedding enters through one scalar.
-    * independent: g_k = f_k, a new field for each source; realisable only by a network that stores them all.
-
-    sim = 1 makes all sources equal.
+    log p_k = scale * mixed_fields + const. A random field is a sum over all sets of 1 to `order` positions of a table of
+    standard normals, one entry per value of these tokens, divided by the square root of the number of sets, so that each
+    outcome's value is N(0, 1).
     """
     rng = np.random.default_rng([seed, 0])
-    common = _field(config, rng)
-    if config.family == "path":
-        ends = np.stack([_field(config, rng), _field(config, rng)])
-        angles = np.pi * (np.arange(config.K) + 0.5) / config.K
-        own = np.stack([np.cos(angles), np.sin(angles)], axis=1) @ ends  # [K, M^D]
-    else:
-        own = np.stack([_field(config, rng) for _ in range(config.K)])
-    tables = config.scale * (math.sqrt(config.sim) * common + math.sqrt(1 - config.sim) * own)
+    tables = config.scale * mixed_fields(config, lambda: _field(config, rng))
     tables = np.exp(tables - tables.max(axis=1, keepdims=True))
     return tables / tables.sum(axis=1, keepdims=True)
 

@@ -17,6 +17,9 @@ and log N = P * ell with a parameter count P (multi or single source) and a loga
 * `positions` (optional): number of places for the S non-zero weights. The printed count fixes the sparsity pattern;
   with `positions` the corrected form adds log binomial(positions, S) per network.
 
+All take K sources, n samples of all of them together, the failure probability delta in (0, 1/2], and optionally eps, the
+bracket size of Eq. 12 (default 1/n); they raise ValueError for an argument out of range.
+
 The printed beta_sim of the ARM has denominator S+D+(D+M+K)de+de; only S+D+(D+M)de+de satisfies the printed ratio
 identity sqrt(1 - (K-1)/K beta_sim), and that is what `arm_bound` returns.
 """
@@ -105,19 +108,9 @@ def general_bound(
 ) -> Bound:
     """Bounds from log bracketing numbers that you know.
 
-    Args:
-        log_n:        log N[](1/n; P_multi, L1) >= 0 (at `eps`, if given).
-        n:            samples of all sources together, >= 1.
-        delta:        failure probability, in (0, 1/2].
-        log_n_single: the same for P_single; default `log_n`, so that multi and single agree.
-        eps:          bracket size of Eq. 12, default 1/n.
-
-    Returns:
-        Bound, with params = order = 0, ell = 0 and ratio = sqrt(log_n / log_n_single); beta_sim is 0 here, because one
-        pair of numbers does not tell K.
-
-    Raises:
-        ValueError: an argument out of range.
+    log_n is log N[](1/n; P_multi, L1) >= 0 (at `eps`, if given), log_n_single the same for P_single, by default equal.
+    Returns params = order = ell = 0 and ratio = sqrt(log_n / log_n_single); beta_sim is 0, because one pair of numbers does
+    not tell K.
     """
     _check(n=n, delta=delta)
     log_n_single = log_n if log_n_single is None else log_n_single
@@ -137,15 +130,7 @@ def gaussian_bound(
 
     ell = log(2 (1 + d) B n + 1), P_multi = (K - 1) d1 + d, P_single = K d, beta_sim = (d - d1) / d.
 
-    Args:
-        K, n, delta: sources, samples of all sources together, failure probability.
-        d, d1:       dimension; entries that differ between sources (0..d).
-        B:           box that holds every true mean entry.
-        eps:         bracket size of Eq. 12, default 1/n.
-        corrected:   repair the grid step where the printed one is too coarse (module docstring).
-
-    Raises:
-        ValueError: an argument out of range.
+    The box [-B, B] must hold every true mean entry.
     """
     _check(K=K, n=n, delta=delta, d=d, B=B)
     if d1 != int(d1) or not 0 <= d1 <= d:
@@ -179,16 +164,8 @@ def arm_bound(
     ell = log(24 e D n (L + 3) max(B, 1)^(L + 2) (W + 1)^L), corrected: + log de.
     P_multi = S + D + (D + M + K) de, P_single = K (S + D + (D + M + 1) de).
 
-    Args:
-        K, n, delta: sources, samples of all sources together, failure probability.
-        D, M, de:    sequence length, vocabulary, embedding width.
-        L, W, S, B:  MLP: affine layers, largest width, non-zero parameters, largest absolute parameter.
-        eps:         bracket size of Eq. 12, default 1/n.
-        corrected:   with the factor de that the printed form dropped.
-        positions:   places for the S non-zero weights (adds the count of sparsity patterns).
-
-    Raises:
-        ValueError: an argument out of range, e.g. W < max(D, M).
+    D, M, de: sequence length, vocabulary, embedding width; L, W, S, B: affine layers of the MLP, its largest width
+    (>= D and M), non-zero parameters and largest absolute parameter.
     """
     _check(K=K, n=n, delta=delta, D=D, M=M, de=de, L=L, W=W, S=S, B=B)
     if max(D, M) > W:
@@ -221,17 +198,8 @@ def ebm_bound(
 
     ell = log(12 e n (L + 1) max(B, 1)^(L + 1) (W + 1)^L), P_multi = S + K de, P_single = K (S + de).
 
-    Args:
-        K, n, delta: sources, samples of all sources together, failure probability.
-        de:          width of the source embedding.
-        L, W, S, B:  MLP: affine layers, largest width, non-zero parameters, largest absolute parameter.
-        D:           data dimension; only used to check W >= D + de.
-        eps:         bracket size of Eq. 12, default 1/n.
-        corrected:   only matters with `positions`.
-        positions:   places for the S non-zero weights (adds the count of sparsity patterns).
-
-    Raises:
-        ValueError: an argument out of range.
+    de: width of the source embedding; L, W, S, B: affine layers of the MLP, its largest width, non-zero parameters and
+    largest absolute parameter. The data dimension D is only used to check W >= D + de.
     """
     _check(K=K, n=n, delta=delta, de=de, L=L, W=W, S=S, B=B)
     if D is not None and D + de > W:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from simulations.configs import EbmConfig, Rule
-from simulations.mle import MLP, Outcome, compare, fit
+from simulations.mle import MLP, Outcome, compare, fit, mixed_fields
 
 
 def quadrature(D: int, panels: int, nodes: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -29,17 +29,15 @@ def quadrature(D: int, panels: int, nodes: int = 2) -> tuple[np.ndarray, np.ndar
     return grid, np.outer(weight, weight).reshape(-1)
 
 
-EXACT_PANELS = {1: 2048, 2: 512}  # kinks of ReLU networks are resolved to better than 1e-6
 TV_PANELS = {1: 2048, 2: 128}  # errors far below those between seeds
 TRAINING_PANELS = {1: 64, 2: 12}
 
 
 class Truth:
-    """Smooth densities of the K sources: log p_k = scale (sqrt(sim) f_0 + sqrt(1 - sim) g_k) - log Z_k.
+    """Smooth densities of the K sources: log p_k = scale * mixed_fields - log Z_k.
 
-    A random field f is a cosine series over the frequencies 0..modes per axis without the constant, with normal
-    coefficients, E f^2 = 1 on average over the square. g_k = cos(a_k) f_1 + sin(a_k) f_2 with angles evenly over a half
-    circle ("path"), or a new field per source ("independent").
+    A random field is a cosine series over the frequencies 0..modes per axis without the constant, with normal
+    coefficients, E f^2 = 1 on average over the square.
     """
 
     def __init__(self, config: EbmConfig, seed: int) -> None:
@@ -48,13 +46,7 @@ class Truth:
         self.frequencies = np.array(list(itertools.product(range(config.modes + 1), repeat=config.D))[1:])  # [F, D]
         count = len(self.frequencies)
         size = np.sqrt(2.0 ** (self.frequencies > 0).sum(axis=1) / count)  # unit power for each frequency
-        common = rng.standard_normal(count)
-        if config.family == "path":
-            angles = np.pi * (np.arange(config.K) + 0.5) / config.K
-            own = np.stack([np.cos(angles), np.sin(angles)], axis=1) @ rng.standard_normal([2, count])
-        else:
-            own = rng.standard_normal([config.K, count])
-        self.coefficients = config.scale * size * (math.sqrt(config.sim) * common + math.sqrt(1 - config.sim) * own)
+        self.coefficients = config.scale * size * mixed_fields(config, lambda: rng.standard_normal(count))  # [K, F]
         points, weights = quadrature(config.D, 64, 8)
         self.log_z = np.log(np.exp(self._field(points)) @ weights)  # [K]
 
@@ -119,9 +111,9 @@ class EBM(torch.nn.Module):
         self.labels.clamp_(0, 1)
 
     @torch.no_grad()
-    def log_density(self, x: np.ndarray, source: int, panels: int | None = None) -> np.ndarray:
-        """log p(x | source) in float64 at x [G, D], normalised on a grid of `panels` per axis (default: exact to 1e-6)."""
-        grid, weights = quadrature(x.shape[1], panels or EXACT_PANELS[x.shape[1]])
+    def log_density(self, x: np.ndarray, source: int, panels: int) -> np.ndarray:
+        """log p(x | source) in float64 at x [G, D], normalised on a grid of `panels` per axis; 512 are exact to 1e-6."""
+        grid, weights = quadrature(x.shape[1], panels)
         model = copy.deepcopy(self).double()
 
         def energy(points):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from simulations.configs import Rule
+from simulations.configs import ArmConfig, EbmConfig, Rule
 
 
 class MLP(torch.nn.Module):
@@ -121,6 +121,22 @@ def _train(model, loss, train, selection, lr, batch, steps, rule, seed) -> Fit:
             break
     model.load_state_dict(state)
     return best
+
+
+def mixed_fields(config: ArmConfig | EbmConfig, draw: Callable[[], np.ndarray]) -> np.ndarray:
+    """sqrt(sim) f_0 + sqrt(1 - sim) g_k of the sources [K, ...], where each `draw` is a random field; f_0 belongs to all.
+
+    * path: g_k = cos(a_k) f_1 + sin(a_k) f_2 with angles a_k evenly spaced over a half circle. Sources differ in one
+      number, as they do for the paper's networks, whose label embedding enters through one scalar.
+    * independent: g_k = f_k, a new field for each source; realisable only by a network that stores them all.
+    """
+    common = draw()
+    if config.family == "path":
+        angles = np.pi * (np.arange(config.K) + 0.5) / config.K
+        own = np.stack([np.cos(angles), np.sin(angles)], axis=1) @ np.stack([draw(), draw()])
+    else:
+        own = np.stack([draw() for _ in range(config.K)])
+    return math.sqrt(config.sim) * common + math.sqrt(1 - config.sim) * own
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,13 +63,14 @@ def plot_overview(results_dir: Path, figures_dir: Path, name: str = "gaussian", 
             error = [row[f"standard error of empirical {side}"] for row in rows]
             lower, upper = ([a + s * b for a, b in zip(y, error, strict=True)] for s in (-1, 1))
             axis.fill_between(x, lower, upper, color=color, alpha=0.18, linewidth=0)
-            axis.plot(x, y, linestyle="none", marker=figures.MARKER[side], markersize=4.5, color=color,
-                      label=f"{figures.LABEL[side]}, mean of {rows[0]['runs']} runs ± standard error")  # fmt: skip
-            axis.plot(fine, [c[index] for c in curve], color=color, linewidth=1.3,
-                      label=f"{figures.LABEL[side]}, exact expectation")  # fmt: skip
+            style = {"linestyle": "none", "marker": figures.MARKER[side], "markersize": 4.5, "color": color}
+            label = f"{figures.LABEL[side]}, mean of {rows[0]['runs']} runs ± standard error"
+            axis.plot(x, y, label=label, **style)
+            label = f"{figures.LABEL[side]}, exact expectation"
+            axis.plot(fine, [c[index] for c in curve], color=color, linewidth=1.3, label=label)
         figures.x_ticks(axis, x, log=tag == "n", share=0.2 if tag == "n" else 0.12)
         if tag == "n":
-            _plain_log_y(axis)
+            figures.log_y(axis)
         axis.set_xlabel(f"({letter}) {figures.PANEL_LABELS[tag]}")
     axes[0].set_ylabel("Average TV error")
     handles, labels = axes[0].get_legend_handles_labels()
@@ -93,16 +94,6 @@ def _exact(tag: str, x: list, row: dict) -> tuple[list, list[tuple[float, float]
     fine = sorted(shared)
     cells = [row | {tag: value} for value in fine]
     return fine, [expected_tv(int(c["K"]), int(c["n"]), D, D - shared[v]) for v, c in zip(fine, cells, strict=True)]
-
-
-def _plain_log_y(axis) -> None:
-    """0.05, 0.1, 0.2, ... instead of powers of ten."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def paper_panel_command(tag: str) -> click.Command:

@@ -11,6 +11,7 @@ import click
 
 from dnnlib import cells, cli
 from dnnlib.util import write_text
+from simulations.sweeps import decorators
 
 EXAMPLES = """
 \b
@@ -27,13 +28,17 @@ Examples:
 """
 
 DEST = click.option("--dest", metavar="DIR", default="results/linear", help="Where the rows go")
-NFES = click.option("--nfe", "nfes", type=cli.INTS, default="10,20,50,100,200", help="Network evaluations per sample")
 SEEDS = click.option("--seeds", type=cli.SEEDS, default="0-3", help="Sampling seeds")
-ARMS = click.option("--arms", type=cli.STRINGS, help="Some of the processes with their solvers [all]")
-GRIDS = click.option("--grids", type=cli.STRINGS, default="sigma,uniform,quadratic", help="Time grids")
 LEARNED = click.option("--learned", metavar="FILE|DIR", help="Snapshot of the learned process [random matrices]")
 NET = click.option("--net", metavar="FILE|DIR", required=True, help="Snapshot of a network on small images")
 DATA = click.option("--data", metavar="ZIP", required=True, help="Held-out images")
+GRID = (
+    click.option("--nfe", "nfes", type=cli.INTS, default="10,20,50,100,200", help="Network evaluations per sample"),
+    click.option("--arms", type=cli.STRINGS, help="Some of the processes with their solvers [all]"),
+    click.option("--grids", type=cli.STRINGS, default="sigma,uniform,quadratic", help="Time grids"),
+    LEARNED,
+    DEST,
+)
 
 
 def progress(items):
@@ -65,11 +70,7 @@ def main():
 
 
 @main.command()
-@NFES
-@ARMS
-@GRIDS
-@LEARNED
-@DEST
+@decorators(GRID)
 def gaussian(nfes, arms, grids, learned, dest):
     """N(0.3, 0.25): the exact Wasserstein error of every fixed-step solver, without Monte Carlo."""
     from simulations.studies import solvers
@@ -79,13 +80,9 @@ def gaussian(nfes, arms, grids, learned, dest):
 
 
 @main.command()
-@NFES
 @SEEDS
 @click.option("--num", type=click.IntRange(min=16), default=4096, help="Samples")
-@ARMS
-@GRIDS
-@LEARNED
-@DEST
+@decorators(GRID)
 def mixture(nfes, seeds, num, arms, grids, learned, dest):
     """Nine Gaussians with their exact denoiser: sliced Wasserstein error."""
     from simulations.studies import solvers
@@ -98,13 +95,9 @@ def mixture(nfes, seeds, num, arms, grids, learned, dest):
 @NET
 @DATA
 @click.option("--detector", metavar="FILE", required=True, help="Of calculate_metrics.py detector")
-@NFES
 @SEEDS
 @click.option("--per-source", type=click.IntRange(min=4), default=100, help="Samples per source and seed")
-@ARMS
-@GRIDS
-@LEARNED
-@DEST
+@decorators(GRID)
 def digits(net, data, detector, nfes, seeds, per_source, arms, grids, learned, dest):
     """A trained denoiser: Frechet distance per source. Finished cells are kept, and so are other rows in the file."""
     from metrics.detectors import get_detectors

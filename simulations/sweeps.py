@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -27,11 +28,9 @@ DELTA = click.option(
 SIDES = ("single", "multi")
 
 
-def decorate(function: Callable, decorators: Iterable[Callable]) -> Callable:
-    """The function under decorators, the first of them outermost."""
-    for decorator in reversed(list(decorators)):
-        function = decorator(function)
-    return function
+def decorators(chosen: Iterable[Callable]) -> Callable:
+    """One decorator of several, the first of them outermost."""
+    return lambda function: functools.reduce(lambda f, decorator: decorator(f), reversed(list(chosen)), function)
 
 
 def results_dir(folder: str | None, help: str) -> Callable:
@@ -52,7 +51,7 @@ def values_options(tags: Sequence[str]) -> Callable:
         )
         for t in tags
     ]
-    return lambda function: decorate(function, chosen)
+    return decorators(chosen)
 
 
 def figure_stem(flag: str, name: str) -> Callable:
@@ -77,7 +76,7 @@ def figure_options(folder: str, script: str) -> Callable:
         ),
         click.option("--dpi", type=click.IntRange(50, 1200), default=200, help="Resolution of the PNG"),
     ]
-    return lambda function: decorate(function, chosen)
+    return decorators(chosen)
 
 
 def sweep_options(config: type, budgets: Mapping) -> Callable:
@@ -95,7 +94,7 @@ def sweep_options(config: type, budgets: Mapping) -> Callable:
         options(Rule),
         DELTA,
     ]
-    return lambda function: decorate(function, chosen)
+    return decorators(chosen)
 
 
 def print_files(files: Iterable[Path]) -> None:

@@ -32,7 +32,7 @@ def test_density_of_a_network_integrates_to_one_1d():
     for source in range(2):
         density = lambda x, k=source: math.exp(model.log_density(np.array([[x]]), k, panels=512)[0])
         x = np.linspace(0, 1, 400_001)
-        values = np.exp(model.log_density(x[:, None], source))
+        values = np.exp(model.log_density(x[:, None], source, panels=2048))
         assert values.max() / values.min() > 1.5
         assert abs(scipy.integrate.trapezoid(values, x) - 1) < 1e-6
         assert density(0.3) == pytest.approx(values[120_000], rel=1e-5)
@@ -41,7 +41,7 @@ def test_density_of_a_network_integrates_to_one_1d():
 def test_density_of_a_network_integrates_to_one_2d():
     model = wild_model(1, 2, 8)
     points, weights = quadrature(2, 700, 3)  # another rule, finer than the one that normalised
-    assert abs(np.exp(model.log_density(points, 0)) @ weights - 1) < 1e-6
+    assert abs(np.exp(model.log_density(points, 0, panels=512)) @ weights - 1) < 1e-6
 
 
 def test_objective_is_minus_the_mean_log_density():

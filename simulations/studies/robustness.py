@@ -72,8 +72,8 @@ def open_model(path: str, label: str = "", device: str = "cpu") -> Model:
     """A Model of a snapshot file or run folder, which means its newest one. Default label: D=<D of the snapshot>."""
     snapshot = persistence.load_snapshot(path, device)
     kernel = snapshot.process if hasattr(snapshot.process, "unit_noise") else None
-    digest = cells.digest(persistence.resolve(path))
-    return Model(label or f"D={getattr(kernel, 'D', math.inf):g}", path, snapshot.net, snapshot.encoder, kernel, digest)
+    label = label or f"D={processes.aug_dim(kernel):g}"
+    return Model(label, path, snapshot.net, snapshot.encoder, kernel, cells.digest(persistence.resolve(path)))
 
 
 def open_models(texts: Sequence[str], device: str = "cpu") -> list[Model]:
@@ -169,8 +169,7 @@ def run_grid(
         return measure(model, setting, judge, range(first, first + num), policy, **options)
 
     found = cells.run(wanted, work, folder, identity=identity, keep=is_writer(), progress=progress)
-    scores = iter(found)
-    rows = {name: [] for name in experiments}
+    scores, rows = iter(found), {name: [] for name in experiments}
     for model, first in grid:
         for name, settings in experiments.items():
             for value, setting in settings:
@@ -179,48 +178,41 @@ def run_grid(
     return rows
 
 
-def summarize(rows: Sequence[dict], column: str = "fd") -> dict[str, dict]:
+def summarize(rows: Sequence[dict]) -> dict[str, dict]:
     """{label: {value: (mean, sd, number of training seeds)}}, labels and values in order of appearance.
 
     Sampling seeds are averaged first. sd: over training seeds, or over sampling seeds where there is one training.
     """
     result = defaultdict(dict)
-    for label, nets in _by_training(rows, column).items():
-        for value in next(iter(nets.values())):
-            found = (
-                [np.mean(net[value]) for net in nets.values()] if len(nets) > 1 else next(iter(nets.values()))[value]
-            )
+    for label, nets in _by_training(rows).items():
+        first, *others = nets.values()
+        for value in first:
+            found = [np.mean(net[value]) for net in nets.values()] if others else first[value]
             mean, sd = mean_and_deviation(found)
             result[label][value] = (mean, 0.0 if math.isnan(sd) else sd, len(nets))
     return result
 
 
-def _by_training(rows: Sequence[dict], column: str) -> dict:
-    """{label: {net: {value: numbers of the sampling seeds}}}"""
+def _by_training(rows: Sequence[dict]) -> dict:
+    """{label: {net: {value: distances of the sampling seeds}}}"""
     found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for row in rows:
-        found[row["label"]][row["net"]][row["value"]].append(row[column])
+        found[row["label"]][row["net"]][row["value"]].append(row["fd"])
     return found
 
 
-X_LABELS = {
-    "alpha": r"injected noise $\alpha$",
-    "steps": "steps of the Heun sampler",
-    "bits": "bits per weight",
-}
+X_LABELS = {"alpha": r"injected noise $\alpha$", "steps": "steps of the Heun sampler", "bits": "bits per weight"}
 
 
 def plot(rows: Sequence[dict], experiment: str, stem: str | Path) -> list[Path]:
     """Frechet distance against the disturbance, one line per label with error bars; writes stem.png and stem.svg."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     from metrics import figures
 
     table = summarize(rows)
     fig, axis = figures.figure(width=4.6, height=3.2)
     values = list(next(iter(table.values())))
     numeric = experiment != "bits"
-    shades = [figures.plt.get_cmap("viridis")(x) for x in np.linspace(0, 0.85, len(table))]
+    shades = figures.colours([None] * len(table))
     for index, (label, line) in enumerate(table.items()):
         x = np.array(values, float) if numeric else np.arange(len(values), dtype=float)
         shift = (index - (len(table) - 1) / 2) * 0.012 * (x.max() - x.min() or 1)  # bars side by side
@@ -230,10 +222,7 @@ def plot(rows: Sequence[dict], experiment: str, stem: str | Path) -> list[Path]:
         axis.set_xticks(range(len(values)), [str(v) for v in values])
     means = [mean for line in table.values() for mean, *_ in line.values()]
     if min(means) > 0 and max(means) > 5 * min(means):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        figures.log_y(axis)
     seeds = max(n for line in table.values() for *_, n in line.values())
     axis.set_xlabel(X_LABELS[experiment])
     axis.set_ylabel("Frechet distance")
@@ -245,10 +234,9 @@ def markdown(rows: Sequence[dict], experiment: str) -> str:
     """A table: a line per label, a column per value, mean ± sd; and the paired comparison where there is one."""
     table = summarize(rows)
     values = list(next(iter(table.values())))
-    lines = [
-        [label, *(f"{mean:.2f} ± {sd:.2f}" if sd else f"{mean:.2f}" for mean, sd, _ in (line[v] for v in values))]
-        for label, line in table.items()
-    ]
+    lines = []
+    for label, line in table.items():
+        lines.append([label, *(f"{mean:.2f} ± {sd:.2f}" if sd else f"{mean:.2f}" for mean, sd, _ in line.values())])
     text = markdown_table([experiment, *values], lines)
     paired = forgiveness(rows, experiment)
     if paired and len(values) > 1:
@@ -259,14 +247,14 @@ def markdown(rows: Sequence[dict], experiment: str) -> str:
     return text
 
 
-def forgiveness(rows: Sequence[dict], experiment: str, column: str = "fd") -> dict[str, dict]:
+def forgiveness(rows: Sequence[dict], experiment: str) -> dict[str, dict]:
     """{label: {value: (mean, half-width)}}: how much more a label's distance grows by the disturbance than the last label's.
 
     Growth is against the undisturbed sampler (alpha 0, unrounded weights, the most steps). Paired by training seed, the i-th
     network of a label with the i-th of the last; half-width of the 95 % interval (Student's t). Empty unless all labels
     have equally many trainings, at least two.
     """
-    trainings = _by_training(rows, column)
+    trainings = _by_training(rows)
     counts = {len(nets) for nets in trainings.values()}
     if len(counts) > 1 or counts == {1}:
         return {}
