@@ -61,8 +61,6 @@ PENDING_TYPES = {
     "training.guidance",
     "training.images",
     "training.likelihood",
-    "training.networks_edm2",
-    "training.networks_toy",
     "training.process_sampling",
     "training.processes.score",
     "training.quantize",

@@ -7,9 +7,9 @@ import torch
 
 from torch_utils.persistence import load_snapshot, save_snapshot
 from training.networks_edm2 import normalize
-from training.networks_toy import MLPDenoiser, ToyDenoiser, ToyModel
+from training.networks_toy import MLPDenoiser, ToyModel
 from training.processes import get
-from training.samplers import euler_maruyama, heun
+from training.samplers import euler_maruyama, heun, start_state
 
 
 def test_published_size_and_names():
@@ -29,7 +29,7 @@ def with_gain(gain=0.7):
 def test_initial_density_is_the_gaussian_of_the_data():
     model, x = ToyModel(), torch.randn(5, 2)
     for sigma in (0.1, 2.0):
-        torch.testing.assert_close(model.score(x, sigma), -x / (0.25 + sigma**2) / 1.0)
+        torch.testing.assert_close(model.point_score(x, sigma), -x / (0.25 + sigma**2) / 1.0)
     denoised = model(x.reshape(5, 2, 1, 1), torch.tensor(2.0))
     torch.testing.assert_close(denoised, (x * 0.25 / 4.25).reshape(5, 2, 1, 1))
 
@@ -44,35 +44,32 @@ def test_density_formula_and_score():
         h = (torch.nn.functional.silu(h) / 0.596 if i else h) @ w.T / math.sqrt(w.shape[1])
     logp = 0.7 * h.square().mean(1) / sigma - scaled.square().sum(1) / 2
     torch.testing.assert_close(model.logp(x, sigma), logp)
-    torch.testing.assert_close(model.pdf(x, sigma), (logp - logp.max()).exp())
 
-    score = model.score(x, sigma)
+    score = model.point_score(x, sigma)
     for i, step in enumerate(torch.eye(2) * 2e-3):
         difference = (model.logp(x + step, sigma) - model.logp(x - step, sigma)) / 4e-3
         torch.testing.assert_close(score[:, i], difference, rtol=2e-2, atol=2e-2)
     denoised, logvar = model(x.reshape(7, 2, 1, 1), sigma, return_logvar=True)
     torch.testing.assert_close(denoised.flatten(1), x + sigma[:, None] ** 2 * score)
     assert logvar.shape == (7, 1, 1, 1) and not logvar.any()
-    assert not score.requires_grad and model.score(torch.zeros(2, 3, 2), 1.0).shape == (2, 3, 2)
+    assert not score.requires_grad and model.point_score(torch.zeros(2, 3, 2), 1.0).shape == (2, 3, 2)
 
 
 def test_score_can_be_trained():
     model = with_gain().train()
-    model.score(torch.randn(4, 2), 0.5, graph=True).square().sum().backward()
+    model.point_score(torch.randn(4, 2), 0.5, graph=True).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     with torch.no_grad():
         assert not model(torch.randn(4, 2, 1, 1), 0.5).requires_grad
     assert model(torch.randn(4, 2, 1, 1), 0.5).requires_grad
 
 
-def test_solvers_take_the_wrapped_model():
+def test_solvers_take_the_model():
+    """At gain 0 it is the denoiser of N(0, .25 I), by every solver."""
     model, process = with_gain(0.0), get("cld")
-    noise = torch.randn(50, 2, 1, 1)
-    assert torch.equal(heun(model, noise, num_steps=3), heun(ToyDenoiser(model), noise, num_steps=3))
-    images = euler_maruyama(ToyDenoiser(model), process, process.prior_sample((50, 2, 2, 1, 1)), num_steps=5)
-    assert images.shape == (50, 2, 1, 1)
-    with pytest.raises(ValueError, match=r"ToyDenoiser\(model\)"):
-        model.score(torch.zeros(3, 2, 2, 1, 1), 0.5)
+    noise, latents = torch.randn(4000, 2, 1, 1), start_state(model, process, (4000, 2, 1, 1))
+    for images in (heun(model, noise, num_steps=48), euler_maruyama(model, process, latents, num_steps=200)):
+        assert images.shape == (4000, 2, 1, 1) and float(images.std()) == pytest.approx(0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("label_dim", [0, 3])

@@ -46,7 +46,7 @@ def test_loss_is_the_published_score_matching_loss():
     draws = loss.draw(points, generator=torch.Generator().manual_seed(0))
     x, sigma = (draws.images + draws.noise).flatten(1), draws.sigma
     exact = tree.ground_truth("A", dtype=torch.float64).score(x.double(), sigma.double())
-    expected = sigma.double() ** 2 * (exact - net.score(x, sigma).double()).square().mean(dim=1)
+    expected = sigma.double() ** 2 * (exact - net.point_score(x, sigma).double()).square().mean(dim=1)
     torch.testing.assert_close(loss.evaluate(net, draws).double(), expected, rtol=1e-2, atol=1e-5)
     logs = sigma.log().numpy()  # ln sigma ~ N(-2.3, 1.5^2)
     assert abs(logs.mean() + 2.3) < 4 * 1.5 / math.sqrt(512) and abs(logs.std() / 1.5 - 1) < 4 / math.sqrt(2 * 512)

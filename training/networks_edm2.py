@@ -9,15 +9,18 @@ Every learned layer and every fixed function keeps the expected magnitude (RMS p
 
 import math
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import conv2d, conv_transpose2d, dropout, scaled_dot_product_attention, silu
 
 from torch_utils.persistence import persistent
 
 
-def normalize(x, dim=None, eps=1e-4):
+def normalize(x: Tensor, dim: int | Sequence[int] | None = None, eps: float = 1e-4) -> Tensor:
     """x over (eps + RMS over `dim`), EDM2 eq. 47. `dim` defaults to all axes but the first.
 
     The norm is accumulated in float32 whatever the type of x; eps is added outside the root.
@@ -29,24 +32,24 @@ def normalize(x, dim=None, eps=1e-4):
     return x / norm.to(x.dtype)
 
 
-def mp_silu(x):
+def mp_silu(x: Tensor) -> Tensor:
     """silu(x) / 0.596 (EDM2 eq. 81): 0.596 is the RMS of silu of a standard normal."""
     return silu(x) / 0.596
 
 
-def mp_sum(a, b, t=0.5):
+def mp_sum(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
     """Linear interpolation a -> b at t, scaled back to unit magnitude (EDM2 eq. 88)."""
     return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
 
 
-def mp_cat(a, b, dim=1, t=0.5):
+def mp_cat(a: Tensor, b: Tensor, dim: int = 1, t: float = 0.5) -> Tensor:
     """Concatenate a and b with relative weights 1 - t and t at unit magnitude (EDM2 eq. 103)."""
     na, nb = a.shape[dim], b.shape[dim]
     c = math.sqrt((na + nb) / ((1 - t) ** 2 + t**2))
     return torch.cat([a * (c / math.sqrt(na) * (1 - t)), b * (c / math.sqrt(nb) * t)], dim=dim)
 
 
-def resample(x, f=(1, 1), mode="keep"):
+def resample(x: Tensor, f: Sequence[float] = (1, 1), mode: str = "keep") -> Tensor:
     """Resample [N, C, H, W] by 2 with the even-length 1-D filter f: mode "keep", "down" or "up"."""
     if mode == "keep":
         return x
@@ -67,12 +70,12 @@ def resample(x, f=(1, 1), mode="keep"):
 class MPFourier(torch.nn.Module):
     """Magnitude-preserving Fourier features (EDM2 eq. 75): [N] -> [N, num_channels]."""
 
-    def __init__(self, num_channels, bandwidth=1):
+    def __init__(self, num_channels: int, bandwidth: float = 1):
         super().__init__()
         self.register_buffer("freqs", 2 * np.pi * torch.randn(num_channels) * bandwidth)
         self.register_buffer("phases", 2 * np.pi * torch.rand(num_channels))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = x.to(torch.float32).ger(self.freqs.to(torch.float32)) + self.phases.to(torch.float32)
         return (y.cos() * math.sqrt(2)).to(x.dtype)
 
@@ -84,12 +87,12 @@ class MPConv(torch.nn.Module):
     the graph then projects the gradient onto the sphere's tangent. No bias.
     """
 
-    def __init__(self, in_channels, out_channels, kernel):
+    def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int]):
         super().__init__()
         self.out_channels = out_channels
         self.weight = torch.nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
 
-    def forward(self, x, gain=1):
+    def forward(self, x: Tensor, gain: float | Tensor = 1) -> Tensor:
         w = self.weight.to(torch.float32)
         if self.training:
             with torch.no_grad():
@@ -106,18 +109,18 @@ class Block(torch.nn.Module):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        emb_channels,
-        flavor="enc",  # "enc" or "dec"
-        resample_mode="keep",  # "keep", "up" or "down"
-        resample_filter=(1, 1),
-        attention=False,  # self-attention at the end of the block
-        channels_per_head=64,
-        dropout=0,  # probability, while training
-        res_balance=0.3,  # weight of the residual branch in its MP-Sum
-        attn_balance=0.3,  # weight of the attention branch in its MP-Sum
-        clip_act=256,  # outputs are clamped to +-clip_act; None: not at all
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        flavor: str = "enc",  # or "dec"
+        resample_mode: str = "keep",  # "keep", "up" or "down"
+        resample_filter: Sequence[float] = (1, 1),
+        attention: bool = False,  # self-attention at the end of the block
+        channels_per_head: int = 64,
+        dropout: float = 0,  # probability, while training
+        res_balance: float = 0.3,  # weight of the residual branch in its MP-Sum
+        attn_balance: float = 0.3,  # weight of the attention branch in its MP-Sum
+        clip_act: float | None = 256,  # outputs are clamped to +-clip_act; None: not at all
     ):
         super().__init__()
         self.out_channels = out_channels
@@ -143,7 +146,7 @@ class Block(torch.nn.Module):
         self.attn_qkv = MPConv(out_channels, out_channels * 3, kernel=[1, 1]) if self.num_heads else None
         self.attn_proj = MPConv(out_channels, out_channels, kernel=[1, 1]) if self.num_heads else None
 
-    def forward(self, x, emb):
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         x = resample(x, f=self.resample_filter, mode=self.resample_mode)
         if self.flavor == "enc":
             if self.conv_skip is not None:
@@ -179,18 +182,18 @@ class UNet(torch.nn.Module):
 
     def __init__(
         self,
-        img_resolution,
-        img_channels,
-        label_dim,  # 0: unconditional
-        model_channels=192,
-        channel_mult=(1, 2, 3, 4),  # width of each resolution level, in model_channels
-        channel_mult_noise=None,  # width of the Fourier features; None: that of level 0
-        channel_mult_emb=None,  # width of the embedding; None: the widest level
-        num_blocks=3,  # encoder blocks per level; the decoder has one more
-        attn_resolutions=(16, 8),
-        label_balance=0.5,  # weight of the class embedding against the noise embedding
-        concat_balance=0.5,  # weight of the skip against the main path
-        **block_kwargs,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,  # 0: unconditional
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),  # width of each resolution level, in model_channels
+        channel_mult_noise: int | None = None,  # width of the Fourier features; None: that of level 0
+        channel_mult_emb: int | None = None,  # width of the embedding; None: the widest level
+        num_blocks: int = 3,  # encoder blocks per level; the decoder has one more
+        attn_resolutions: Sequence[int] = (16, 8),
+        label_balance: float = 0.5,  # weight of the class embedding against the noise embedding
+        concat_balance: float = 0.5,  # weight of the skip against the main path
+        **block_kwargs: Any,
     ):
         super().__init__()
         widths = [model_channels * x for x in channel_mult]
@@ -217,32 +220,28 @@ class UNet(torch.nn.Module):
                 self.enc[f"{res}x{res}_conv"] = MPConv(cout, width, kernel=[3, 3])
                 cout = width
             else:
-                self.enc[f"{res}x{res}_down"] = Block(
-                    cout, cout, cemb, flavor="enc", resample_mode="down", **block_kwargs
-                )
+                self.enc[f"{res}x{res}_down"] = Block(cout, cout, cemb, resample_mode="down", **block_kwargs)
+            attend = {"attention": res in attn_resolutions, **block_kwargs}
             for i in range(num_blocks):
-                cin, cout = cout, width
-                self.enc[f"{res}x{res}_block{i}"] = Block(
-                    cin, cout, cemb, flavor="enc", attention=res in attn_resolutions, **block_kwargs
-                )
+                self.enc[f"{res}x{res}_block{i}"] = Block(cout, width, cemb, **attend)
+                cout = width
 
         self.dec = torch.nn.ModuleDict()
         skips = [block.out_channels for block in self.enc.values()]
         for level, width in reversed(list(enumerate(widths))):
             res = img_resolution >> level
             if level == len(widths) - 1:
-                self.dec[f"{res}x{res}_in0"] = Block(cout, cout, cemb, flavor="dec", attention=True, **block_kwargs)
-                self.dec[f"{res}x{res}_in1"] = Block(cout, cout, cemb, flavor="dec", **block_kwargs)
+                self.dec[f"{res}x{res}_in0"] = Block(cout, cout, cemb, "dec", attention=True, **block_kwargs)
+                self.dec[f"{res}x{res}_in1"] = Block(cout, cout, cemb, "dec", **block_kwargs)
             else:
-                self.dec[f"{res}x{res}_up"] = Block(cout, cout, cemb, flavor="dec", resample_mode="up", **block_kwargs)
+                self.dec[f"{res}x{res}_up"] = Block(cout, cout, cemb, "dec", resample_mode="up", **block_kwargs)
+            attend = {"attention": res in attn_resolutions, **block_kwargs}
             for i in range(num_blocks + 1):
-                cin, cout = cout + skips.pop(), width
-                self.dec[f"{res}x{res}_block{i}"] = Block(
-                    cin, cout, cemb, flavor="dec", attention=res in attn_resolutions, **block_kwargs
-                )
+                self.dec[f"{res}x{res}_block{i}"] = Block(cout + skips.pop(), width, cemb, "dec", **attend)
+                cout = width
         self.out_conv = MPConv(cout, img_channels, kernel=[3, 3])
 
-    def forward(self, x, noise_labels, class_labels=None):
+    def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
         emb = self.emb_noise(self.emb_fourier(noise_labels))  # [N, cemb]
         if self.emb_label is not None:
             scaled = class_labels * math.sqrt(class_labels.shape[1])
@@ -261,6 +260,15 @@ class UNet(torch.nn.Module):
         return self.out_conv(x, gain=self.out_gain)
 
 
+def label_matrix(class_labels: Tensor | None, label_dim: int, device: torch.device) -> Tensor | None:
+    """Labels [N, label_dim] float32; [1, label_dim] zeros where none are given, None for unconditional networks."""
+    if label_dim == 0:
+        return None
+    if class_labels is None:
+        return torch.zeros([1, label_dim], device=device)
+    return class_labels.to(torch.float32).reshape(-1, label_dim)
+
+
 @persistent
 class Precond(torch.nn.Module):
     """Preconditioned denoiser with learned uncertainty: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise).
@@ -270,14 +278,14 @@ class Precond(torch.nn.Module):
 
     def __init__(
         self,
-        img_resolution,
-        img_channels,
-        label_dim,  # number of sources; 0: unconditional
-        use_fp16=True,  # reduced precision on GPUs; the CPU always computes in float32
-        sigma_data=0.5,  # expected standard deviation of the training data
-        logvar_channels=128,  # width of the uncertainty head
-        reduced_dtype="float16",  # what use_fp16 means: "float16" or "bfloat16"
-        **unet_kwargs,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,  # number of sources; 0: unconditional
+        use_fp16: bool = True,  # reduced precision on GPUs; the CPU always computes in float32
+        sigma_data: float = 0.5,  # expected standard deviation of the training data
+        logvar_channels: int = 128,  # width of the uncertainty head
+        reduced_dtype: str = "float16",  # what use_fp16 means: "float16" or "bfloat16"
+        **unet_kwargs: Any,
     ):
         super().__init__()
         if reduced_dtype not in ("float16", "bfloat16"):
@@ -294,19 +302,22 @@ class Precond(torch.nn.Module):
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1, kernel=[])
 
-    def forward(self, x, sigma, class_labels=None, force_fp32=False, return_logvar=False, **unet_kwargs):
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        force_fp32: bool = False,
+        return_logvar: bool = False,
+        **unet_kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Denoise x [N, C, R, R] at noise level sigma ([N] or scalar, > 0), labels [N, K] one-hot or soft, or None.
 
         Returns x0_hat [N, C, R, R] float32, and with `return_logvar` also u(sigma) [N, 1, 1, 1].
         """
         x = x.to(torch.float32)
         sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
-        if self.label_dim == 0:
-            class_labels = None
-        elif class_labels is None:
-            class_labels = torch.zeros([1, self.label_dim], device=x.device)
-        else:
-            class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
+        class_labels = label_matrix(class_labels, self.label_dim, x.device)
         reduced = self.use_fp16 and not force_fp32 and x.device.type == "cuda"
         dtype = getattr(torch, self.reduced_dtype) if reduced else torch.float32
 

@@ -1,17 +1,17 @@
 """Small networks for 2-D densities. Points are images of one pixel, [N, 2, 1, 1], wherever a denoiser is asked for."""
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from torch_utils.persistence import persistent
 from training.networks_edm2 import MPConv, mp_silu
 
-__all__ = ["ToyModel", "ToyDenoiser", "MLPDenoiser"]
-
 
 class MPSiLU(torch.nn.Module):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return mp_silu(x)
 
 
@@ -28,12 +28,11 @@ class _PointDenoiser(torch.nn.Module):
 class ToyModel(_PointDenoiser):
     """EDM2's toy network: an energy-like log-density of points, whose gradient is the score (arXiv 2406.02507).
 
-    `logp`, `pdf` and `score` take points x [..., 2] and sigma > 0, scalar or [...]. Called as a denoiser,
-    net(x [N, 2, 1, 1], sigma [N] or scalar) -> x + sigma^2 score(x; sigma). Because `score` here speaks of points,
-    solvers of linear processes, which would call score(u, t), take ToyDenoiser(model) instead.
+    `logp` and `point_score` take points x [..., 2] and sigma > 0, scalar or [...]. Called as a denoiser,
+    net(x [N, 2, 1, 1], sigma [N] or scalar) -> x + sigma^2 point_score(x; sigma).
     """
 
-    def __init__(self, in_dim=2, num_layers=4, hidden_dim=64, sigma_data=0.5):
+    def __init__(self, in_dim: int = 2, num_layers: int = 4, hidden_dim: int = 64, sigma_data: float = 0.5):
         super().__init__()
         self.img_channels = in_dim
         self.sigma_data = sigma_data
@@ -43,49 +42,33 @@ class ToyModel(_PointDenoiser):
         self.layers = torch.nn.Sequential(*layers)
         self.gain = torch.nn.Parameter(torch.zeros([]))
 
-    def logp(self, x, sigma):
+    def logp(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """Unnormalised log-density G(x; sigma) [...] = gain mean(y^2) / sigma - |x/s|^2 / 2, s^2 = sigma_data^2 + sigma^2."""
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).broadcast_to(x.shape[:-1]).unsqueeze(-1)
         x = x / (self.sigma_data**2 + sigma**2).sqrt()
         y = self.layers(torch.cat([x, sigma.log() / 4, torch.ones_like(sigma)], dim=-1))
         return y.square().mean(dim=-1) * self.gain / sigma.squeeze(-1) - x.square().sum(dim=-1) / 2
 
-    def pdf(self, x, sigma):
-        """Density [...] relative to its largest value among the given points."""
-        logp = self.logp(x, sigma)
-        return (logp - logp.max()).exp()
-
-    def score(self, x, sigma, graph=False):
+    def point_score(self, x: Tensor, sigma: Tensor | float, graph: bool = False) -> Tensor:
         """Gradient of logp [..., 2]; graph=True: differentiable, for training."""
-        if x.shape[-1] != self.img_channels:
-            raise ValueError(
-                f"ToyModel.score takes points [..., {self.img_channels}], not {list(x.shape)}; "
-                "as the network of a solver use ToyDenoiser(model)"
-            )
         with torch.enable_grad():
             x = x if graph and x.requires_grad else x.detach().requires_grad_(True)
             return torch.autograd.grad(self.logp(x, sigma).sum(), x, create_graph=graph)[0]
 
-    def forward(self, x, sigma, class_labels=None, return_logvar=False, **kwargs):
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_logvar: bool = False,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Denoiser [N, 2, 1, 1]; labels and further keywords are ignored, the log-variance is zero."""
         points = x.to(torch.float32).flatten(1)  # [N, 2]
         sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1).expand(len(x))
-        score = self.score(points, sigma, graph=torch.is_grad_enabled())
+        score = self.point_score(points, sigma, graph=torch.is_grad_enabled())
         denoised = (points + sigma[:, None] ** 2 * score).reshape(x.shape)
         return (denoised, denoised.new_zeros([len(x), 1, 1, 1])) if return_logvar else denoised
-
-
-class ToyDenoiser(_PointDenoiser):
-    """A ToyModel as a plain denoiser without a score of its own, for every solver and process."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.sigma_data = model.sigma_data
-        self.img_channels = model.img_channels
-
-    def forward(self, x, sigma, class_labels=None, **kwargs):
-        return self.model(x, sigma, class_labels, **kwargs)
 
 
 @persistent
@@ -98,12 +81,12 @@ class MLPDenoiser(_PointDenoiser):
 
     def __init__(
         self,
-        label_dim=0,  # 0: unconditional
-        hidden_dim=128,  # width, even
-        num_layers=4,  # residual layers
-        sigma_data=0.5,
-        logvar_channels=0,  # width of the uncertainty head; 0: none
-        in_dim=2,
+        label_dim: int = 0,  # 0: unconditional
+        hidden_dim: int = 128,  # width, even
+        num_layers: int = 4,  # residual layers
+        sigma_data: float = 0.5,
+        logvar_channels: int = 0,  # width of the uncertainty head; 0: none
+        in_dim: int = 2,
     ):
         if hidden_dim < 2 or hidden_dim % 2:
             raise ValueError(f"hidden_dim={hidden_dim} must be even and at least 2")
@@ -130,7 +113,14 @@ class MLPDenoiser(_PointDenoiser):
         freqs = torch.logspace(math.log10(2 * math.pi / 40), math.log10(2 * math.pi * 4), hidden_dim // 2)
         self.register_buffer("freqs", freqs)
 
-    def forward(self, x, sigma, class_labels=None, return_logvar=False, **kwargs):
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_logvar: bool = False,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         points = x.to(torch.float32).flatten(1)  # [N, in_dim]
         sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1).expand(len(x), 1)
         variance = sigma**2 + self.sigma_data**2
@@ -139,9 +129,8 @@ class MLPDenoiser(_PointDenoiser):
         angle = c_noise * self.freqs
         emb = self.map_noise(torch.cat([angle.cos(), angle.sin()], dim=1))  # [N, hidden]
         if self.map_label is not None and class_labels is not None:
-            emb = emb + self.map_label(class_labels.to(torch.float32).reshape(-1, self.label_dim)) * math.sqrt(
-                self.label_dim
-            )
+            labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
+            emb = emb + self.map_label(labels) * math.sqrt(self.label_dim)
         emb = torch.nn.functional.silu(emb)
         h = self.map_x(points / variance.sqrt())
         for norm, inner, outer in zip(self.norms, self.inner, self.outer, strict=True):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch_utils.persistence import persistent
 from training.networks_edm.layers import LogVariance
 from training.networks_edm.unets import DhariwalUNet, SongUNet, _require
+from training.networks_edm2 import label_matrix
 
 
 class _Precond(torch.nn.Module):
@@ -65,12 +66,7 @@ class _Precond(torch.nn.Module):
     ):
         x = x.to(torch.float32)
         sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
-        if self.label_dim == 0:
-            class_labels = None
-        elif class_labels is None:
-            class_labels = torch.zeros([1, self.label_dim], device=x.device)
-        else:
-            class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
+        class_labels = label_matrix(class_labels, self.label_dim, x.device)
         dtype = torch.float16 if self.use_fp16 and not force_fp32 and x.device.type == "cuda" else torch.float32
 
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
