@@ -3,14 +3,17 @@
 if not __package__:
     import _here
 
+import functools
 import json
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from dnnlib import cli
+from dnnlib.options import from_options, opt, options
 from dnnlib.util import write_text
+from metrics.commands import start
 from metrics.table import write_csv
 from simulations.sweeps import print_files
 
@@ -25,87 +28,75 @@ Examples:
   torchrun --standalone --nproc_per_node=2 simulations/run_robustness.py --net=128=runs/D128 --net=inf=runs/edm \\
       --ref=refs/cifar10.npz --num-images=50000 --dest=out/robustness
 """
-NETS = "Snapshot, run folder or pattern; repeatable, the same label for training seeds. Default label: its D"
+NETS = click.option(
+    "--net", "nets", metavar="[LABEL=]SNAPSHOT", multiple=True, required=True,
+    help="Snapshot, run folder or pattern; repeatable, the same label for training seeds. Default label: its D",
+)  # fmt: skip
+DEVICE = click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
+
+
+@dataclass
+class Grid:
+    """What is sampled, and how."""
+
+    experiments: list = opt(["alpha", "steps", "bits"], "Some of alpha, steps, bits", type=cli.STRINGS)
+    alpha: list = opt([0.0, 0.1, 0.2], "Injected noise", at_least=0)
+    steps: list = opt([10, 12, 14, 16, 18, 20, 22, 24], "Numbers of steps", type=cli.INTS, at_least=1)
+    bits: list = opt([9, 8, 7, 6, 5], "Bits per weight", type=cli.INTS, at_least=1, at_most=24)
+    num_steps: int = opt(18, "Steps where they do not vary", at_least=1)
+    policy: str = opt("role", "What to round", "--quantize-policy", choices=("role", "original"))
+    num: int = opt(1000, "Images per cell", "--num", "--num-images", at_least=2)
+    samplings: list = opt([0], "First seed of each sampling, e.g. 0,50000,100000", type=cli.INTS)
+    class_idx: str | int = opt("balanced", "Sources to generate", "--class", metavar="N|balanced")
+    batch: int = opt(256, "Largest batch per process", at_least=1)
+
+    def __post_init__(self) -> None:
+        ordered = sorted(self.samplings)
+        if any(b - a < self.num for a, b in zip(ordered[:-1], ordered[1:], strict=True)):
+            reach = f"seeds of one sampling are first to first + {self.num - 1}"
+            raise ValueError(f"--samplings={self.samplings} overlap: {reach}")
+        if self.class_idx != "balanced":
+            if not self.class_idx.isdigit():
+                raise ValueError(f"--class={self.class_idx}: give a source id (0, 1, ...) or balanced")
+            self.class_idx = int(self.class_idx)
 
 
 @cli.command(epilog=EXAMPLES)
-@click.option("--net", "nets", metavar="[LABEL=]SNAPSHOT", multiple=True, required=True, help=NETS)
+@NETS
 @click.option("--data", metavar="DIR|ZIP", help="Reference images")
 @click.option("--ref", metavar="FILE", help="Reference statistics (calculate_metrics.py ref), instead of --data")
 @click.option("--detector", metavar="SPEC", default="pixel", help="pixel, classifier:FILE, ...")
-@click.option("--experiments", type=cli.STRINGS, default="alpha,steps,bits", help="Some of alpha, steps, bits")
-@click.option("--alpha", "alphas", type=cli.FLOATS, default="0,0.1,0.2", help="Injected noise")
-@click.option("--steps", type=cli.INTS, default="10,12,14,16,18,20,22,24", help="Numbers of steps")
-@click.option("--bits", type=cli.INTS, default="9,8,7,6,5", help="Bits per weight")
-@click.option("--num-steps", type=click.IntRange(min=1), default=18, help="Steps where they do not vary")
-@click.option(
-    "--quantize-policy", "policy", type=click.Choice(["role", "original"]), default="role", help="What to round"
-)
-@click.option("--num", "--num-images", type=click.IntRange(min=2), default=1000, help="Images per cell")
-@click.option("--samplings", type=cli.INTS, default="0", help="First seed of each sampling, e.g. 0,50000,100000")
-@click.option("--class", "class_idx", default="balanced", metavar="N|balanced", help="Sources to generate")
-@click.option("--batch", type=click.IntRange(min=1), default=256, help="Largest batch per process")
+@options(Grid)
 @click.option("--dest", metavar="DIR", required=True, help="Where robustness-<experiment>.csv, .png and .svg go")
-@click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
+@DEVICE
 @click.option("-n", "--dry-run", is_flag=True, help="Print the size of the grid and stop")
-def main(nets, data, ref, detector, experiments, samplings, num, dest, device, dry_run, **options):
+def main(nets, data, ref, detector, dest, device, dry_run, **given):
     """Measure how much trained models forgive. Run the same command again to resume; stdout: the files, as JSON."""
-    from torch_utils import distributed as dist
+    grid = from_options(Grid, given)
 
-    values = {name: options.pop(name) for name in ("alphas", "steps", "bits", "num_steps")}
-    check(samplings, num, **values)
-    if options["class_idx"] != "balanced":
-        if not options["class_idx"].isdigit():
-            raise ValueError(f"--class={options['class_idx']}: give a source id (0, 1, ...) or balanced")
-        options["class_idx"] = int(options["class_idx"])
+    from tqdm import tqdm
+
     from simulations.studies import robustness  # late: torch takes seconds to import, --help should not
+    from torch_utils.distributed import get_rank
 
-    chosen = {name: robustness.settings_of(name, **values) for name in experiments}
-    cells = len({s for settings in chosen.values() for _, s in settings}) * len(nets) * len(samplings)
+    settings = {setting for found in robustness.settings_of(grid).values() for _, setting in found}
     if dry_run:
-        print(json.dumps({"cells": cells, "images": cells * num, "nets": nets, "experiments": experiments}))
+        cells = len(settings) * len(nets) * len(grid.samplings)
+        counts = {"cells": cells, "images": cells * grid.num}
+        print(json.dumps(counts | {"nets": nets, "experiments": grid.experiments}))
         return
-    device = dist.init(device)
-    click.get_current_context().call_on_close(dist.shutdown)
+    device, dest = start(device), Path(dest)
     judge = robustness.Judge(detector, data, ref, device)
     models = robustness.open_models(nets, device)
-    dest = Path(dest)
-    rows = robustness.run_grid(
-        models, chosen, judge, samplings, num, dest / "cells", progress=_progress, device=device, **options
-    )
-    if robustness.is_writer():
+    progress = functools.partial(tqdm, unit="cell", disable=get_rank() != 0)
+    rows = robustness.run_grid(models, grid, judge, dest / "cells", progress, device)
+    if get_rank() == 0:
         files = []
         for name, part in rows.items():
-            files.append(write_csv(dest / f"robustness-{name}.csv", [_plain(row) for row in part]))
+            files.append(write_csv(dest / f"robustness-{name}.csv", part))
             files += robustness.plot(part, name, dest / f"robustness-{name}")
         text = "\n\n".join(robustness.markdown(part, name) for name, part in rows.items())
         print_files([*files, write_text(dest / "summary.md", text + "\n")])
-
-
-def check(samplings, num, alphas, steps, bits, **_):
-    """Raises ValueError for values that would fail later."""
-    if any(a < 0 for a in alphas):
-        raise ValueError(f"--alpha={alphas}: must not be negative")
-    if any(s < 1 for s in steps):
-        raise ValueError(f"--steps={steps}: at least one step is needed")
-    if any(not 1 <= b <= 24 for b in bits):
-        raise ValueError(f"--bits={bits}: must lie in 1 to 24")
-    ordered = sorted(samplings)
-    if any(b - a < num for a, b in zip(ordered[:-1], ordered[1:], strict=True)):
-        raise ValueError(f"--samplings={samplings} overlap: seeds of one sampling are first to first + {num - 1}")
-
-
-def _progress(cells):
-    from tqdm import tqdm
-
-    from simulations.studies import robustness
-
-    return tqdm(cells, unit="cell", disable=not robustness.is_writer(), file=sys.stderr)
-
-
-def _plain(row):
-    """A row as a CSV file can hold it: an infinite D as the word, no empty scores."""
-    return {k: "none" if v is None else str(v) if v == float("inf") else v for k, v in row.items()}
 
 
 if __name__ == "__main__":

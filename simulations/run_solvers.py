@@ -3,15 +3,16 @@
 if not __package__:
     import _here
 
+import functools
 import json
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from dnnlib import cells, cli
+from dnnlib.options import from_options, opt, options
 from dnnlib.util import write_text
-from simulations.sweeps import decorators
 
 EXAMPLES = """
 \b
@@ -27,41 +28,46 @@ Examples:
   python simulations/run_solvers.py plot --figure=docs/figures/linear-nfe
 """
 
-DEST = click.option("--dest", metavar="DIR", default="results/linear", help="Where the rows go")
+
+@dataclass
+class Study:
+    """Which cells are sampled, and where their rows go."""
+
+    nfes: list = opt([10, 20, 50, 100, 200], "Network evaluations per sample", "--nfe", type=cli.INTS)
+    arms: list = opt([], "Some of the processes with their solvers [all]", type=cli.STRINGS)
+    grids: list = opt(["sigma", "uniform", "quadratic"], "Time grids", type=cli.STRINGS)
+    learned: str | None = opt(None, "Snapshot of the learned process [random matrices]", metavar="FILE|DIR")
+    dest: str = opt("results/linear", "Where the rows go", metavar="DIR")
+
+    def cells(self) -> list[tuple[str, str, float]]:
+        """See solvers.cells."""
+        from simulations.studies import solvers
+
+        return solvers.cells(self.nfes, self.grids, self.arms)
+
+    def process(self):
+        """The learned process, or None. Raises ValueError if its snapshot holds none."""
+        from torch_utils.persistence import load_snapshot
+        from training.processes import Learned
+
+        if self.learned is None:
+            return None
+        process = load_snapshot(self.learned).process
+        if not isinstance(process, Learned):
+            raise ValueError(f"--learned={self.learned} holds no learned process; train one with --process=learned")
+        return process.requires_grad_(False)
+
+    def file(self, name: str) -> Path:
+        return Path(self.dest) / f"{name}.json"
+
+    def write(self, name: str, rows: list[dict]) -> None:
+        write_text(self.file(name), json.dumps(rows, indent=1))
+
+
+WITHOUT_CELLS = ("nfes", "arms", "grids")
 SEEDS = click.option("--seeds", type=cli.SEEDS, default="0-3", help="Sampling seeds")
-LEARNED = click.option("--learned", metavar="FILE|DIR", help="Snapshot of the learned process [random matrices]")
 NET = click.option("--net", metavar="FILE|DIR", required=True, help="Snapshot of a network on small images")
 DATA = click.option("--data", metavar="ZIP", required=True, help="Held-out images")
-GRID = (
-    click.option("--nfe", "nfes", type=cli.INTS, default="10,20,50,100,200", help="Network evaluations per sample"),
-    click.option("--arms", type=cli.STRINGS, help="Some of the processes with their solvers [all]"),
-    click.option("--grids", type=cli.STRINGS, default="sigma,uniform,quadratic", help="Time grids"),
-    LEARNED,
-    DEST,
-)
-
-
-def progress(items):
-    from tqdm import tqdm
-
-    return tqdm(items, unit="cell", file=sys.stderr)
-
-
-def write(dest, name, rows):
-    write_text(Path(dest) / f"{name}.json", json.dumps(rows, indent=1))
-
-
-def read_learned(path):
-    """The learned process of a snapshot, or None. Raises ValueError if it holds none."""
-    from torch_utils.persistence import load_snapshot
-    from training.processes import Learned
-
-    if path is None:
-        return None
-    process = load_snapshot(path).process
-    if not isinstance(process, Learned):
-        raise ValueError(f"--learned={path} holds no learned process; train one with --process=learned")
-    return process.requires_grad_(False)
 
 
 @cli.group(epilog=EXAMPLES)
@@ -70,25 +76,25 @@ def main():
 
 
 @main.command()
-@decorators(GRID)
-def gaussian(nfes, arms, grids, learned, dest):
+@options(Study)
+def gaussian(**given):
     """N(0.3, 0.25): the exact Wasserstein error of every fixed-step solver, without Monte Carlo."""
     from simulations.studies import solvers
 
-    chosen = solvers.cells(nfes, grids, arms)
-    write(dest, "gaussian", solvers.exact_rows(chosen, read_learned(learned), progress))
+    study = from_options(Study, given)
+    study.write("gaussian", solvers.exact_rows(study.cells(), study.process()))
 
 
 @main.command()
 @SEEDS
 @click.option("--num", type=click.IntRange(min=16), default=4096, help="Samples")
-@decorators(GRID)
-def mixture(nfes, seeds, num, arms, grids, learned, dest):
+@options(Study)
+def mixture(seeds, num, **given):
     """Nine Gaussians with their exact denoiser: sliced Wasserstein error."""
     from simulations.studies import solvers
 
-    chosen = solvers.cells(nfes, grids, arms)
-    write(dest, "mixture", solvers.mixture_rows(chosen, seeds, num, read_learned(learned), progress))
+    study = from_options(Study, given)
+    study.write("mixture", solvers.mixture_rows(study.cells(), seeds, num, study.process()))
 
 
 @main.command()
@@ -97,38 +103,39 @@ def mixture(nfes, seeds, num, arms, grids, learned, dest):
 @click.option("--detector", metavar="FILE", required=True, help="Of calculate_metrics.py detector")
 @SEEDS
 @click.option("--per-source", type=click.IntRange(min=4), default=100, help="Samples per source and seed")
-@decorators(GRID)
-def digits(net, data, detector, nfes, seeds, per_source, arms, grids, learned, dest):
+@options(Study)
+def digits(net, data, detector, seeds, per_source, **given):
     """A trained denoiser: Frechet distance per source. Finished cells are kept, and so are other rows in the file."""
+    from tqdm import tqdm
+
     from metrics.detectors import get_detectors
     from simulations.studies import solvers
     from torch_utils import persistence
     from training.dataset import ImageFolderDataset, load_arrays
 
-    chosen = solvers.cells(nfes, grids, arms)
-    path = Path(dest) / "digits.json"
+    study = from_options(Study, given)
+    chosen, path = study.cells(), study.file("digits")
     rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     if any(row.get("per_source") != per_source for row in rows):
-        raise ValueError(
-            f"--per-source={per_source}: {path} has rows of another number of samples; take another --dest"
-        )
+        found = f"{path} has rows of another number of samples"
+        raise ValueError(f"--per-source={per_source}: {found}; take another --dest")
     dataset = ImageFolderDataset(data)
     images, labels = load_arrays(dataset)
     ids = labels.argmax(dim=1)
     heldout = {int(k): images[ids == k] for k in ids.unique()}
     ((name, judge),) = get_detectors(f"classifier:{detector}").items()
-    snapshot, process = persistence.load_snapshot(net), read_learned(learned)
+    snapshot, process = persistence.load_snapshot(net), study.process()
     inputs = [per_source, name, dataset.content_hash()]
-    inputs += [cells.digest(persistence.resolve(file)) for file in (net, learned) if file]
+    inputs += [cells.digest(persistence.resolve(file)) for file in (net, study.learned) if file]
     found = cells.run(
         [(seed, cell) for seed in seeds for cell in chosen],
         lambda seed, cell: solvers.digit_rows(snapshot, judge.features, heldout, cell, seed, per_source, process),
-        Path(dest) / "digits",
+        Path(study.dest) / "digits",
         identity=lambda seed, cell: [seed, cell, inputs],
-        progress=progress,
+        progress=functools.partial(tqdm, unit="cell"),
     )
     rows = {(solvers.cell_of(row), row["seed"], row["source"]): row for row in [*rows, *sum(found, [])]}
-    write(dest, "digits", list(rows.values()))
+    study.write("digits", list(rows.values()))
 
 
 @main.command()
@@ -137,34 +144,28 @@ def digits(net, data, detector, nfes, seeds, per_source, arms, grids, learned, d
 @click.option("--samples", type=click.IntRange(min=1), default=64, help="Network evaluations per image and process")
 @click.option("--num", type=click.IntRange(min=2), default=300, help="Images, at most")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the draws")
-@LEARNED
-@DEST
-def bound(net, data, samples, num, seed, learned, dest):
+@options(Study, WITHOUT_CELLS)
+def bound(net, data, samples, num, seed, **given):
     """Bits/dim through every process between the same ends: once with draws of their own, once with common ones."""
-    from simulations.studies.solvers import bound_rows
+    from simulations.studies import solvers
     from torch_utils.persistence import load_snapshot
     from training.dataset import ImageFolderDataset, load_arrays
 
-    images, labels = load_arrays(ImageFolderDataset(data))
-    images, labels = images[:num].float() / 127.5 - 1, labels[:num]
-    net, learned = load_snapshot(net).net, read_learned(learned)
-    labels = labels if getattr(net, "label_dim", 0) else None
-    rows = []
-    for draws in ("own", "common"):
-        found = bound_rows(net, images, labels, samples, draws == "common", seed, learned, progress)
-        rows += [dict(row, draws=draws) for row in found]
-    write(dest, "bound", rows)
+    study, net = from_options(Study, given), load_snapshot(net).net
+    images, labels = (part[:num] for part in load_arrays(ImageFolderDataset(data)))
+    labels = labels if net.label_dim else None
+    study.write("bound", solvers.bound_rows(net, images.float() / 127.5 - 1, labels, samples, seed, study.process()))
 
 
 @main.command()
 @click.option("--figure", metavar="STEM", default="docs/figures/linear-nfe", help="Figure without suffix")
 @click.option("--tables", metavar="FILE", help="Write the tables there instead of printing them")
-@DEST
-def plot(figure, tables, dest):
+@options(Study, [*WITHOUT_CELLS, "learned"])
+def plot(figure, tables, **given):
     """Draw what there is, and print it as Markdown tables."""
     from simulations.studies.solvers_report import plot_solvers
 
-    text = plot_solvers(dest, figure)
+    text = plot_solvers(from_options(Study, given).dest, figure)
     if tables is None:
         print(text)
     else:

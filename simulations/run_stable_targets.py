@@ -6,8 +6,9 @@ if not __package__:
 import click
 
 from dnnlib import cli
+from metrics.commands import start
 from metrics.table import write_csv
-from simulations.run_robustness import NETS
+from simulations.run_robustness import DEVICE, NETS
 from simulations.sweeps import print_files
 
 EXAMPLES = """
@@ -19,36 +20,29 @@ Example:
 
 
 @cli.command(epilog=EXAMPLES)
-@click.option("--net", "nets", metavar="[LABEL=]SNAPSHOT", multiple=True, required=True, help=NETS)
+@NETS
 @click.option("--data", metavar="DIR|ZIP", required=True, help="Training images")
 @click.option("--stf-refs", type=click.IntRange(min=1), default=512, help="Reference images per 64 evaluated ones")
 @click.option("--num", "--num-images", type=click.IntRange(min=2), default=4096, help="Images with noise to evaluate")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of images, noise and references")
 @click.option("--dest", metavar="FILE", required=True, help="Table (.csv)")
-@click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
+@DEVICE
 def main(nets, data, stf_refs, num, seed, dest, device):
     """Evaluate the training loss of each network against one-image and against stable targets, on the same draws."""
     from simulations.studies import robustness, stable_targets
-    from torch_utils import distributed as dist
-    from torch_utils import persistence
     from training.config import TrainingConfig
     from training.dataset import ImageFolderDataset
-    from training.encoders import StandardRGBEncoder
-    from training.processes import GaussianKernel
 
-    device = dist.init(device)
     rows = []
-    for model in robustness.open_models(nets, device):
-        options = persistence.read_header(model.path).get("options", {})
-        dataset = ImageFolderDataset(data, use_labels=bool(model.net.label_dim))
-        density = {name: options.get(name, getattr(TrainingConfig, name)) for name in ("P_mean", "P_std")}
+    for model in robustness.open_models(nets, start(device)):
+        snapshot = model.snapshot
+        dataset = ImageFolderDataset(data, use_labels=bool(snapshot.net.label_dim))
+        density = [snapshot.options.get(name, getattr(TrainingConfig, name)) for name in ("P_mean", "P_std")]
         found = stable_targets.loss_statistics(
-            model.net, model.kernel or GaussianKernel(), dataset, model.encoder or StandardRGBEncoder(), **density,
-            num=num, num_references=stf_refs, seed=seed,
-        )  # fmt: skip
+            snapshot.net, model.kernel, dataset, snapshot.encoder, *density, num, stf_refs, seed=seed
+        )
         rows += [{"label": model.label, "net": model.path, **row} for row in found]
     print_files([write_csv(dest, rows)])
-    dist.shutdown()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import math
 import torch
 
 from simulations import tree
-from simulations.tree import GaussianMixture
 
 CENTERS = ((0.0, 0.0), (0.8, 0.8), (0.8, -0.8), (-0.8, -0.8), (-0.8, 0.8))
 
@@ -25,32 +24,22 @@ def multimodal_swissroll(n, generator=None):
     return 0.01 * roll + torch.tensor(CENTERS)[torch.randint(5, (n,), generator=generator)]
 
 
+def _grid(reach, pitch, std, turn=((1.0, 0.0), (0.0, 1.0)), weights=None):
+    """Mixture of Gaussians on a square grid of -reach to reach times the pitch, turned; equal weights by default."""
+    side = pitch * torch.arange(-reach, reach + 1, dtype=torch.float64)
+    centers = torch.cartesian_prod(side, side) @ torch.as_tensor(turn, dtype=torch.float64)
+    covariance = (std**2 * torch.eye(2, dtype=torch.float64)).expand(len(centers), 2, 2)
+    return tree.GaussianMixture([1 / len(centers)] * len(centers) if weights is None else weights, centers, covariance)
+
+
 def diamond():
     """Nine Gaussians of standard deviation 0.04 on a 3 x 3 grid of pitch 0.5, turned by 45 degrees."""
-    grid = torch.tensor([[i, j] for i in (-0.5, 0.0, 0.5) for j in (-0.5, 0.0, 0.5)], dtype=torch.float64)
-    turn = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64) / math.sqrt(2)
-    return _even(grid @ turn, 0.04)
-
-
-def gaussians25():
-    """25 Gaussians of standard deviation 0.03 on a 5 x 5 grid of pitch 0.4."""
-    return _even([[0.4 * i, 0.4 * j] for i in range(-2, 3) for j in range(-2, 3)], 0.03)
+    return _grid(1, 0.5, 0.04, torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64) / math.sqrt(2))
 
 
 def mixture():
-    """Nine Gaussians of standard deviation 0.05 with weights 1 to 9, on a tilted grid."""
-    grid = torch.tensor([[i, j] for i in (-1.0, 0.0, 1.0) for j in (-1.0, 0.0, 1.0)], dtype=torch.float64)
-    turn = torch.tensor([[0.8, -0.6], [0.6, 0.8]], dtype=torch.float64)
-    weights = torch.arange(1, 10, dtype=torch.float64) / 45
-    return GaussianMixture(weights, 0.6 * grid @ turn, 0.05**2 * torch.eye(2, dtype=torch.float64).expand(9, 2, 2))
-
-
-def _even(centers, std):
-    centers = torch.as_tensor(centers, dtype=torch.float64)
-    covariance = std**2 * torch.eye(2, dtype=torch.float64)
-    return GaussianMixture(
-        torch.full((len(centers),), 1 / len(centers)), centers, covariance.expand(len(centers), 2, 2)
-    )
+    """Nine Gaussians of standard deviation 0.05 with weights 1 to 9, on a tilted grid of pitch 0.6."""
+    return _grid(1, 0.6, 0.05, ((0.8, -0.6), (0.6, 0.8)), range(1, 10))
 
 
 def rings(n, generator=None):
@@ -72,7 +61,7 @@ def rings_logp(x):
 # name: function without arguments -> mixture with .sample, .logp and .denoiser; each is one of TOY_DATA too.
 MIXTURES = {
     "diamond": diamond,
-    "25gaussians": gaussians25,
+    "25gaussians": lambda: _grid(2, 0.4, 0.03),
     "mixture": mixture,
     "tree": lambda: tree.ground_truth("A"),
 }
@@ -82,10 +71,8 @@ def _sampler(make):
     return lambda n, generator=None: make().sample((n,), generator=generator).float()
 
 
-TOY_DATA = {
-    "multimodal_swissroll": multimodal_swissroll,
-    "rings": rings,
-    **{name: _sampler(make) for name, make in MIXTURES.items()},
+TOY_DATA = {"multimodal_swissroll": multimodal_swissroll, "rings": rings} | {
+    k: _sampler(m) for k, m in MIXTURES.items()
 }
 
 

@@ -84,7 +84,7 @@ def test_distance_is_that_of_the_images(nets, digits):
 
     judge = robustness.Judge("pixel", data=str(digits))
     model = robustness.open_model(str(nets[0]))
-    ours = robustness.measure(model, robustness.Setting(steps=2), judge, range(12))["fd"]
+    ours = robustness.measure(model, robustness.Setting(steps=2), judge, 0, run_robustness.Grid(num=12))["fd"]
     images = torch.cat([b.images for b in generate_images(str(nets[0]), range(12), class_idx="balanced", num_steps=2)])
     dataset = ImageFolderDataset(str(digits))
     real = np.stack([dataset[i][0] for i in range(len(dataset))])
@@ -120,7 +120,13 @@ def test_error_bars_are_over_training_seeds():
 def test_growth_is_compared_within_a_training_seed():
     """Seeds differ by tens, labels by a few percent of that: pairing shows it."""
     rows = [
-        {"label": label, "net": f"{label}{seed}", "value": alpha, "fd": 10.0 * seed + alpha * (slope + 0.5 * seed)}
+        {
+            "label": label,
+            "net": f"{label}{seed}",
+            "sampling": 0,
+            "value": alpha,
+            "fd": 10.0 * seed + alpha * (slope + seed / 2),
+        }
         for label, slope in (("a", 3.0), ("b", 5.0))
         for seed in range(3)
         for alpha in (0.0, 0.1, 0.2)

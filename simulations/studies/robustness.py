@@ -7,27 +7,29 @@ one snapshot, one sampling seed and one `Setting`; all cells share noise and lab
 from __future__ import annotations
 
 import glob
-import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from dnnlib import cells
+from metrics import figures
 from metrics.detectors import get_detector, identity_of
 from metrics.evaluate import compare
 from metrics.features import collect, collect_dataset, generated_batches
 from metrics.references import load_references, require_detectors
+from metrics.table import Cell, paired_difference
 from metrics.table import markdown as markdown_table
-from metrics.table import mean_and_deviation, paired_difference
 from torch_utils import distributed as dist
 from torch_utils import persistence
 from training import processes, quantize, samplers
+from training.dataset import ImageFolderDataset
 from training.generation import generate_images
+
+X_LABELS = {"alpha": r"injected noise $\alpha$", "steps": "steps of the Heun sampler", "bits": "bits per weight"}
 
 
 class Setting(NamedTuple):
@@ -38,18 +40,16 @@ class Setting(NamedTuple):
     bits: int | None = None
 
 
-def settings_of(
-    experiment: str, alphas: Sequence[float], steps: Sequence[int], bits: Sequence[int], num_steps: int
-) -> list[tuple[float | None, Setting]]:
-    """[(value on the x axis, Setting)] of an experiment: "alpha", "steps" or "bits" (the last with None, unrounded)."""
+def settings_of(grid) -> dict[str, list[tuple[float | None, Setting]]]:
+    """{experiment: [(value on the x axis, Setting)]} of a run_robustness.Grid; those of "bits" begin with unrounded ones."""
     made = {
-        "alpha": [(float(value), Setting(float(value), num_steps)) for value in alphas],
-        "steps": [(value, Setting(0.0, value)) for value in steps],
-        "bits": [(value, Setting(0.0, num_steps, value)) for value in (None, *bits)],
+        "alpha": [(value, Setting(value, grid.num_steps)) for value in grid.alpha],
+        "steps": [(value, Setting(steps=value)) for value in grid.steps],
+        "bits": [(value, Setting(0.0, grid.num_steps, value)) for value in (None, *grid.bits)],
     }
-    if experiment not in made:
-        raise ValueError(f"experiment {experiment!r} is unknown; known: {', '.join(made)}")
-    return made[experiment]
+    if unknown := [name for name in grid.experiments if name not in made]:
+        raise ValueError(f"experiment {unknown[0]!r} is unknown; known: {', '.join(made)}")
+    return {name: made[name] for name in grid.experiments}
 
 
 @dataclass
@@ -58,8 +58,7 @@ class Model:
 
     label: str
     path: str
-    net: torch.nn.Module
-    encoder: object
+    snapshot: persistence.Snapshot
     kernel: object
     digest: str  # of the file: results of another file of this name are not reused
 
@@ -73,7 +72,7 @@ def open_model(path: str, label: str = "", device: str = "cpu") -> Model:
     snapshot = persistence.load_snapshot(path, device)
     kernel = snapshot.process if hasattr(snapshot.process, "unit_noise") else None
     label = label or f"D={processes.aug_dim(kernel):g}"
-    return Model(label, path, snapshot.net, snapshot.encoder, kernel, cells.digest(persistence.resolve(path)))
+    return Model(label, path, snapshot, kernel, cells.digest(persistence.resolve(path)))
 
 
 def open_models(texts: Sequence[str], device: str = "cpu") -> list[Model]:
@@ -92,154 +91,126 @@ class Judge:
     """A detector and the reference features that all cells are compared with. Give either data or ref."""
 
     def __init__(self, detector: str, data: str | None = None, ref: str | None = None, device: str = "cpu"):
-        self.detector = get_detector(detector, device)
-        self.identity = identity_of(self.detector)
         if (data is None) == (ref is None):
             raise ValueError("give either --data or --ref as the reference")
-        if ref is not None:
-            self.reference = require_detectors(load_references(ref), [self.identity], ref)[self.identity]
+        self.detector = get_detector(detector, device)
+        self.identity = identity_of(self.detector)
+        self.detectors = {self.identity: self.detector}
+        if ref is None:
+            self.reference = collect_dataset(ImageFolderDataset(data), self.detectors)[self.identity]
         else:
-            from training.dataset import ImageFolderDataset
-
-            self.reference = collect_dataset(ImageFolderDataset(data), {self.identity: self.detector})[self.identity]
+            self.reference = require_detectors(load_references(ref), self.detectors, ref)[self.identity]
         self.name = f"{Path(data or ref).name}:{self.reference.count()}"
 
-    def score(self, batches, num_images: int) -> dict:
+    def score(self, batches: Iterable, num_images: int) -> dict:
         """{fd, fd_floor, fd_at_floor_size, agreement} of generated batches; agreement where the detector classifies."""
-        found = collect(
-            generated_batches(batches),
-            {self.identity: self.detector},
-            num_sources=self.reference.num_sources,
-            num_images=num_images,
-        )[self.identity]
+        sizes = {"num_sources": self.reference.num_sources, "num_images": num_images}
+        found = collect(generated_batches(batches), self.detectors, **sizes)[self.identity]
         result = compare(found, self.reference, detector=self.detector, per_source=False, measures=("fd",))["overall"]
         return {name: result.get(name) for name in ("fd", "fd_floor", "fd_at_floor_size", "agreement")}
 
 
-def measure(
-    model: Model, setting: Setting, judge: Judge, seeds: Sequence[int], policy: str = "role", class_idx="balanced",
-    batch: int = 256, device: str = "cpu",
-) -> dict:  # fmt: skip
-    """Scores of one cell (see `Judge.score`); the images exist in memory only."""
+def measure(model: Model, setting: Setting, judge: Judge, first: int, grid, device: str = "cpu") -> dict:
+    """Scores of one cell (see `Judge.score`), of the seeds from `first` on; the images exist in memory only."""
+    net = model.snapshot.net
     batches = generate_images(
-        quantize.quantize_weights(model.net, setting.bits, policy),
-        seeds,
-        encoder=model.encoder,
-        kernel=model.kernel,
-        class_idx=class_idx if model.net.label_dim else None,
-        max_batch_size=batch,
-        sampler=samplers.noisy_heun(setting.alpha),
-        num_steps=setting.steps,
-        device=device,
-    )
-    return judge.score(batches, len(seeds))
-
-
-def describe(model: Model, setting: Setting, judge: Judge, first: int, num: int, policy: str) -> dict:
-    """The columns of a row before its scores."""
-    rounded = setting.bits is not None
-    return {
-        "label": model.label, "D": f"{model.D:g}", "net": model.path, "snapshot": model.digest, "sampling": first, "num": num,
-        "alpha": setting.alpha, "steps": setting.steps, "nfe": 2 * setting.steps - 1,
-        "bits": setting.bits if rounded else "none", "policy": policy if rounded else "none",
-        "detector": judge.identity, "reference": judge.name,
-    }  # fmt: skip
+        quantize.quantize_weights(net, setting.bits, grid.policy), range(first, first + grid.num),
+        encoder=model.snapshot.encoder, kernel=model.kernel, class_idx=grid.class_idx if net.label_dim else None,
+        max_batch_size=grid.batch, sampler=samplers.noisy_heun(setting.alpha), num_steps=setting.steps, device=device,
+    )  # fmt: skip
+    return judge.score(batches, grid.num)
 
 
 def run_grid(
-    models: Sequence[Model],
-    experiments: dict[str, list],  # {name: [(value, Setting)]}; a setting that two share is measured once
-    judge: Judge,
-    samplings: Sequence[int],  # first seeds
-    num: int,  # images of each
-    folder: str | Path,  # finished cells are kept there
-    policy: str = "role",
-    progress: Callable = iter,
-    **options,  # of `measure`
+    models: Sequence[Model], grid, judge: Judge, folder: str | Path, progress: Callable = iter, device: str = "cpu"
 ) -> dict[str, list[dict]]:
-    """{experiment: rows}: every model x sampling seed x value."""
-    grid = [(model, first) for model in models for first in samplings]
-    wanted = [(m, s, first) for m, first in grid for settings in experiments.values() for _, s in settings]
+    """{experiment: rows}: every model x sampling seed x value. A setting that two experiments share is measured once.
 
-    def identity(model, setting, first):
-        columns = describe(model, setting, judge, first, num, policy)
-        return {k: v for k, v in columns.items() if k not in ("label", "net")} | {"class": options.get("class_idx")}
+    grid: run_robustness.Grid. Finished cells are kept in `folder`.
+    """
 
-    def work(model, setting, first):
-        return measure(model, setting, judge, range(first, first + num), policy, **options)
+    def columns(model, setting, first):
+        """Of a row before its scores."""
+        rounded = setting.bits is not None
+        return {
+            "label": model.label, "D": f"{model.D:g}", "net": model.path, "snapshot": model.digest, "sampling": first,
+            "num": grid.num, "alpha": setting.alpha, "steps": setting.steps, "nfe": 2 * setting.steps - 1,
+            "bits": setting.bits if rounded else "none", "policy": grid.policy if rounded else "none",
+            "detector": judge.identity, "reference": judge.name,
+        }  # fmt: skip
 
-    found = cells.run(wanted, work, folder, identity=identity, keep=is_writer(), progress=progress)
-    scores, rows = iter(found), {name: [] for name in experiments}
-    for model, first in grid:
-        for name, settings in experiments.items():
-            for value, setting in settings:
-                row = describe(model, setting, judge, first, num, policy) | next(scores)
-                rows[name].append(row | {"experiment": name, "value": "none" if value is None else value})
+    wanted = [
+        ((model, setting, first), name, "none" if value is None else value)
+        for model in models
+        for first in grid.samplings
+        for name, settings in settings_of(grid).items()
+        for value, setting in settings
+    ]
+
+    def identity(*cell):
+        return {k: v for k, v in columns(*cell).items() if k not in ("label", "net")} | {"class": grid.class_idx}
+
+    work = lambda model, setting, first: measure(model, setting, judge, first, grid, device)
+    todo = [cell for cell, *_ in wanted]
+    found = cells.run(todo, work, folder, identity=identity, keep=dist.get_rank() == 0, progress=progress)
+    rows = defaultdict(list)
+    for (cell, name, value), scores in zip(wanted, found, strict=True):
+        row = columns(*cell) | scores | {"experiment": name, "value": value}
+        rows[name].append({k: "none" if v is None else v for k, v in row.items()})
     return rows
 
 
+def _cells(rows: Sequence[dict]) -> dict[str, dict[object, Cell]]:
+    """{label: {value: its Frechet distances}} in order of appearance; the networks of a label are its training seeds."""
+    nets, table = list(dict.fromkeys(row["net"] for row in rows)), defaultdict(lambda: defaultdict(Cell))
+    for row in rows:
+        table[row["label"]][row["value"]].values[nets.index(row["net"]), row["sampling"]] = row["fd"]
+    return table
+
+
 def summarize(rows: Sequence[dict]) -> dict[str, dict]:
-    """{label: {value: (mean, sd, number of training seeds)}}, labels and values in order of appearance.
+    """{label: {value: (mean, sd, number of training seeds)}} of the Frechet distance.
 
     Sampling seeds are averaged first. sd: over training seeds, or over sampling seeds where there is one training.
     """
-    result = defaultdict(dict)
-    for label, nets in _by_training(rows).items():
-        first, *others = nets.values()
-        for value in first:
-            found = [np.mean(net[value]) for net in nets.values()] if others else first[value]
-            mean, sd = mean_and_deviation(found)
-            result[label][value] = (mean, 0.0 if math.isnan(sd) else sd, len(nets))
-    return result
 
+    def numbers(cell):
+        sd = cell.sd_sampling if cell.sd_training is None else cell.sd_training
+        return cell.mean, sd or 0.0, len(cell.by_seed())
 
-def _by_training(rows: Sequence[dict]) -> dict:
-    """{label: {net: {value: distances of the sampling seeds}}}"""
-    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for row in rows:
-        found[row["label"]][row["net"]][row["value"]].append(row["fd"])
-    return found
-
-
-X_LABELS = {"alpha": r"injected noise $\alpha$", "steps": "steps of the Heun sampler", "bits": "bits per weight"}
+    return {label: {value: numbers(cell) for value, cell in line.items()} for label, line in _cells(rows).items()}
 
 
 def plot(rows: Sequence[dict], experiment: str, stem: str | Path) -> list[Path]:
     """Frechet distance against the disturbance, one line per label with error bars; writes stem.png and stem.svg."""
-    from metrics import figures
-
     table = summarize(rows)
     fig, axis = figures.figure(width=4.6, height=3.2)
     values = list(next(iter(table.values())))
-    numeric = experiment != "bits"
-    shades = figures.colours([None] * len(table))
+    x = np.arange(len(values), dtype=float) if experiment == "bits" else np.array(values, float)
+    colours = figures.colours([None] * len(table))
     for index, (label, line) in enumerate(table.items()):
-        x = np.array(values, float) if numeric else np.arange(len(values), dtype=float)
         shift = (index - (len(table) - 1) / 2) * 0.012 * (x.max() - x.min() or 1)  # bars side by side
-        mean, sd, _ = (np.array(part) for part in zip(*(line[v] for v in values), strict=True))
-        axis.errorbar(x + shift, mean, sd, label=label, color=shades[index], marker="o", markersize=3.5, capsize=2)
-    if not numeric:
-        axis.set_xticks(range(len(values)), [str(v) for v in values])
-    means = [mean for line in table.values() for mean, *_ in line.values()]
-    if min(means) > 0 and max(means) > 5 * min(means):
+        mean, sd, _ = np.transpose([line[value] for value in values])
+        axis.errorbar(x + shift, mean, sd, label=label, color=colours[index], marker="o", markersize=3.5, capsize=2)
+    if experiment == "bits":
+        axis.set_xticks(x, [str(value) for value in values])
+    means, _, seeds = np.transpose([cell for line in table.values() for cell in line.values()])
+    if means.min() > 0 and means.max() > 5 * means.min():
         figures.log_y(axis)
-    seeds = max(n for line in table.values() for *_, n in line.values())
-    axis.set_xlabel(X_LABELS[experiment])
-    axis.set_ylabel("Frechet distance")
-    axis.legend(title=f"mean ± sd of {seeds} trainings" if seeds > 1 else None)
+    axis.set(xlabel=X_LABELS[experiment], ylabel="Frechet distance")
+    axis.legend(title=f"mean ± sd of {seeds.max():g} trainings" if seeds.max() > 1 else None)
     return figures.save(fig, stem)
 
 
 def markdown(rows: Sequence[dict], experiment: str) -> str:
     """A table: a line per label, a column per value, mean ± sd; and the paired comparison where there is one."""
     table = summarize(rows)
-    values = list(next(iter(table.values())))
-    lines = []
-    for label, line in table.items():
-        lines.append([label, *(f"{mean:.2f} ± {sd:.2f}" if sd else f"{mean:.2f}" for mean, sd, _ in line.values())])
-    text = markdown_table([experiment, *values], lines)
-    paired = forgiveness(rows, experiment)
-    if paired and len(values) > 1:
+    lines = [
+        [label, *(f"{mean:.2f} ± {sd:.2f}" if sd else f"{mean:.2f}" for mean, sd, _ in line.values())]
+        for label, line in table.items()
+    ]
+    text = markdown_table([experiment, *next(iter(table.values()))], lines)
+    if paired := forgiveness(rows, experiment):
         lines = [[label, *(f"{m:+.2f} ± {h:.2f}" for m, h in line.values())] for label, line in paired.items()]
         title = f"Growth by the disturbance, minus that of {list(table)[-1]}"
         text += f"\n\n{title}: mean and 95 % interval over paired trainings\n\n"
@@ -252,28 +223,21 @@ def forgiveness(rows: Sequence[dict], experiment: str) -> dict[str, dict]:
 
     Growth is against the undisturbed sampler (alpha 0, unrounded weights, the most steps). Paired by training seed, the i-th
     network of a label with the i-th of the last; half-width of the 95 % interval (Student's t). Empty unless all labels
-    have equally many trainings, at least two.
+    have equally many trainings, at least two, and there are several values.
     """
-    trainings = _by_training(rows)
-    counts = {len(nets) for nets in trainings.values()}
-    if len(counts) > 1 or counts == {1}:
+    table = _cells(rows)
+    *others, last = table
+    counts, values = {len(cell.by_seed()) for line in table.values() for cell in line.values()}, list(table[last])
+    if len(counts) > 1 or counts == {1} or len(values) == 1:
         return {}
-    values = list(dict.fromkeys(row["value"] for row in rows))
     base = "none" if experiment == "bits" else (min if experiment == "alpha" else max)(values)
-    growth = {
-        label: {v: [np.mean(net[v]) - np.mean(net[base]) for net in nets.values()] for v in values if v != base}
-        for label, nets in trainings.items()
-    }
-    *others, last = growth
-    table = {}
-    for label in others:
-        table[label] = {}
-        for value, found in growth[label].items():
-            mean, _, low, high = paired_difference(found, growth[last][value])
-            table[label][value] = (mean, (high - low) / 2)
-    return table
 
+    def growth(label, value):
+        pairs = zip(table[label][value].by_seed().values(), table[label][base].by_seed().values(), strict=True)
+        return [disturbed - undisturbed for disturbed, undisturbed in pairs]
 
-def is_writer() -> bool:
-    """Whether this process writes files."""
-    return dist.get_rank() == 0
+    def compared(label, value):
+        mean, _, low, high = paired_difference(growth(label, value), growth(last, value))
+        return mean, (high - low) / 2
+
+    return {label: {value: compared(label, value) for value in values if value != base} for label in others}

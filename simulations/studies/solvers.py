@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
+from tqdm import tqdm
 
 from metrics.distances import frechet_distance
 from metrics.table import mean_and_error
@@ -17,6 +19,7 @@ from training import likelihood, samplers
 from training.process_sampling import SOLVERS
 from training.processes import Learned, LinearProcess
 from training.processes.options import make_process
+from training.processes.states import expand
 
 # name: (process, options, solver). All start from the matched prior and run between the same noise levels.
 PAPER_CLD = dict(M=0.25, beta=[4, 4])
@@ -37,7 +40,7 @@ RUN = {**SOLVERS, "churn": functools.partial(SOLVERS["heun"], S_churn=30, S_min=
 IN_SIGMA = ("heun", "churn")  # solvers with one grid only
 GRIDS = ("sigma", "uniform", "quadratic")
 TOLERANCES = (1e-1, 1e-2, 1e-3)  # of RK45, which chooses its steps
-SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
+ENDS = dict(sigma_min=0.002, sigma_max=80.0)
 REFERENCE = "EDM Heun"  # which the other arms are compared with
 
 
@@ -46,30 +49,27 @@ def steps_for(solver: str, nfe: int) -> int:
     return (nfe + 1) // 2 if solver in IN_SIGMA else (nfe - 1) // 2 if solver == "flow" else nfe - 1
 
 
-def cells(
-    nfes: Sequence[int], grids: Sequence[str] = GRIDS, arms: Sequence[str] | None = None
-) -> list[tuple[str, str, float]]:
+def cells(nfes: Sequence[int], grids: Sequence[str] = GRIDS, arms: Sequence[str] = ()) -> list[tuple[str, str, float]]:
     """All (arm, grid, budget): Heun has one grid only; RK45 none, its budget is a tolerance < 1, not an NFE.
 
-    Raises ValueError for an unknown arm or grid, or less than the 3 evaluations that a step of every solver and its end
-    need. arms: names, all by default.
+    arms: names, all by default. Raises ValueError for an unknown arm or grid, or less than the 3 evaluations that a step
+    of every solver and its end need.
     """
-    for option, names, known in (("--arms", arms or (), ARMS), ("--grids", grids, GRIDS)):
-        if unknown := next((name for name in names if name not in known), None):
-            raise ValueError(f"{option}: {unknown!r} is unknown; choose some of {', '.join(known)}")
+    for option, names, known in (("--arms", arms, ARMS), ("--grids", grids, GRIDS)):
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"{option}: {unknown[0]!r} is unknown; choose some of {', '.join(known)}")
     if min(nfes) < 3:
         raise ValueError(f"--nfe={min(nfes)}: give at least 3 network evaluations")
-    chosen = []
-    for arm in arms or ARMS:
-        solver = ARMS[arm][2]
-        if solver == "ode":
-            chosen += [(arm, "adaptive", tolerance) for tolerance in TOLERANCES]
-        else:
-            chosen += [(arm, g, n) for g in (("sigma",) if solver in IN_SIGMA else grids) for n in nfes]
-    return chosen
+    grids_of = {"ode": ["adaptive"], **dict.fromkeys(IN_SIGMA, ["sigma"])}
+    return [
+        (arm, grid, budget)
+        for arm in arms or ARMS
+        for grid in grids_of.get(ARMS[arm][2], grids)
+        for budget in (TOLERANCES if grid == "adaptive" else nfes)
+    ]
 
 
-def arm_process(arm: str, learned: Learned | None = None):
+def arm_process(arm: str, learned: Learned | None = None) -> LinearProcess:
     """The process of an arm. learned: stands in for the one that `learned` arms have, whose matrices are random."""
     name, options, _ = ARMS[arm]
     if name == "learned" and learned is not None:
@@ -78,38 +78,22 @@ def arm_process(arm: str, learned: Learned | None = None):
     return process.requires_grad_(False) if isinstance(process, Learned) else process
 
 
-class Counted:
-    """A denoiser that counts its calls."""
-
-    def __init__(self, net):
-        self.net, self.calls = net, 0
-
-    def __getattr__(self, name):
-        return getattr(self.net, name)
-
-    def __call__(self, *args, **kwargs):
-        self.calls += 1
-        return self.net(*args, **kwargs)
-
-
 @torch.no_grad()
-def sample(net, cell: tuple, shape: tuple, seed: int, labels=None, learned=None) -> tuple[torch.Tensor, int]:
+def sample(
+    net: torch.nn.Module, cell: tuple, shape: tuple, seed: int, labels=None, learned: Learned | None = None
+) -> tuple[torch.Tensor, int]:
     """(samples [N, *data_shape], network evaluations) of a cell, with all draws from one seed."""
     arm, grid, budget = cell
-    solver, process, net = ARMS[arm][2], arm_process(arm, learned), Counted(net)
-    generator = seeded_generator("cpu", seed, 5)
-    ends = dict(grid="sigma" if grid == "adaptive" else grid, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX)
-    start = samplers.start_state(net, process, shape, generator, prior="matched", **ends)
-
-    def randn_like(u):
-        return torch.randn(u.shape, generator=generator, dtype=u.dtype)
-
+    solver, process, generator = ARMS[arm][2], arm_process(arm, learned), seeded_generator("cpu", seed, 5)
     if grid == "adaptive":
-        options = dict(rtol=budget, atol=budget)
+        ends, options = dict(ENDS, grid="sigma"), dict(rtol=budget, atol=budget)
     else:
-        options = dict(num_steps=max(1, steps_for(solver, budget)), randn_like=randn_like)
-    images = RUN[solver](net, process, start, labels, **options, **ends)
-    return images.to(torch.float32), net.calls
+        randn_like = lambda u: torch.randn(u.shape, generator=generator, dtype=u.dtype)
+        ends, options = dict(ENDS, grid=grid), dict(num_steps=steps_for(solver, budget), randn_like=randn_like)
+    start, calls = samplers.start_state(net, process, shape, generator, prior="matched", **ends), []
+    with net.register_forward_pre_hook(lambda *_: calls.append(1)):
+        images = RUN[solver](net, process, start, labels, **options, **ends)
+    return images.to(torch.float32), len(calls)
 
 
 def row(cell: tuple, nfe: int, seed: int, error: float, **more) -> dict:
@@ -132,67 +116,61 @@ def sliced_wasserstein(x: torch.Tensor, y: torch.Tensor, num: int = 64) -> float
     return float((a - b).square().mean().sqrt())
 
 
-class Affine:
-    """The best denoiser of N(mean, std^2)."""
+class Affine(torch.nn.Module):
+    """The best denoiser of N(0.3, 0.5^2)."""
 
-    label_dim, sigma_min, sigma_max = 0, 0.0, math.inf
+    label_dim, sigma_min, sigma_max, sigma_data, mean = 0, 0.0, math.inf, 0.5, 0.3
 
-    def __init__(self, mean=0.3, std=0.5):
-        self.mean, self.sigma_data = mean, std
-
-    def __call__(self, y, sigma, class_labels=None):
-        sigma = torch.as_tensor(sigma).reshape(-1, *[1] * (y.ndim - 1)).to(y)
+    def forward(self, y, sigma, class_labels=None):
+        sigma = expand(sigma, y).to(y)
         return self.mean + (y - self.mean) / (1 + sigma**2 / self.sigma_data**2)
 
 
-def exact_error(cell: tuple, mean: float = 0.3, std: float = 0.5, learned: Learned | None = None) -> float:
-    """2-Wasserstein distance between N(mean, std^2) and the exact law that an arm samples for it: no Monte Carlo.
+def exact_error(cell: tuple, learned: Learned | None = None) -> float:
+    """2-Wasserstein distance between the law of `Affine` and the exact one that an arm samples for it: no Monte Carlo.
 
     Every fixed-step solver is affine in its normal draws for a Gaussian: one run with unit vectors for draws gives the law.
     """
     arm, grid, nfe = cell
-    solver, process, net = ARMS[arm][2], arm_process(arm, learned), Affine(mean, std)
-    steps = max(1, steps_for(solver, nfe))
-    ends = dict(grid=grid, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX)
+    solver, process, net = ARMS[arm][2], arm_process(arm, learned), Affine()
+    steps, ends = steps_for(solver, nfe), dict(ENDS, grid=grid)
     calls = steps * {"em": 1, "sscs": 2, "churn": 1}.get(solver, 0)
     units = torch.eye(1 + process.V * (1 + calls), dtype=torch.float64)[:, 1:]  # row 0: the mean
     draws = iter(units.reshape(len(units), 1 + calls, process.V, 1).unbind(1))
     t_max = samplers.endpoints(net, process, **ends)[0]
-    root = torch.linalg.cholesky(process.prior_covariance("matched", t_max, std).detach())
+    root = torch.linalg.cholesky(process.prior_covariance("matched", t_max, net.sigma_data).detach())
     precision = {"dtype" if solver in IN_SIGMA else "net_dtype": torch.float64}
     start, randn_like = root @ next(draws), lambda u: next(draws).reshape(u.shape).to(u)
     out = RUN[solver](net, process, start, num_steps=steps, randn_like=randn_like, **precision, **ends)
     out = out.double().flatten()
-    return math.hypot(float(out[0]) - mean, float((out[1:] - out[0]).norm()) - std)
+    return math.hypot(float(out[0]) - net.mean, float((out[1:] - out[0]).norm()) - net.sigma_data)
 
 
-def exact_rows(chosen: list, learned: Learned | None = None, progress: Callable = iter) -> list[dict]:
+def exact_rows(chosen: list, learned: Learned | None = None) -> list[dict]:
     """Rows of `exact_error` for the chosen cells, see `row`; RK45, whose steps depend on the state, is left out."""
-    chosen = [cell for cell in chosen if cell[1] != "adaptive"]
-    return [row(cell, cell[2], 0, exact_error(cell, learned=learned)) for cell in progress(chosen)]
+    fixed = [cell for cell in chosen if cell[1] != "adaptive"]
+    return [row(cell, cell[2], 0, exact_error(cell, learned)) for cell in tqdm(fixed, unit="cell")]
 
 
-def mixture_rows(
-    chosen: list, seeds: Sequence[int], num: int = 4096, learned: Learned | None = None, progress: Callable = iter
-) -> list[dict]:
+def mixture_rows(chosen: list, seeds: Sequence[int], num: int, learned: Learned | None = None) -> list[dict]:
     """Rows of the chosen cells: sliced W2 to fresh exact samples, and the seconds of sampling; arm "data" is the floor."""
     truth = toy_data.mixture()
     net = truth.denoiser(0.5)
     exact = [truth.sample((num,), generator=seeded_generator("cpu", hash_seed(s, 6))) for s in [*seeds, 10**6]]
     rows = [row(("data", "", 0), 0, s, sliced_wasserstein(exact[i], exact[i + 1])) for i, s in enumerate(seeds)]
-    for cell in progress(chosen):
-        for index, seed in enumerate(seeds):
+    for cell in tqdm(chosen, unit="cell"):
+        for seed, points in zip(seeds, exact[:-1], strict=True):
             begin = time.time()
             x, nfe = sample(net, cell, (num, 2, 1, 1), seed, learned=learned)
             seconds = time.time() - begin
-            rows.append(row(cell, nfe, seed, sliced_wasserstein(x, exact[index]), seconds=seconds))
+            rows.append(row(cell, nfe, seed, sliced_wasserstein(x, points), seconds=seconds))
     return rows
 
 
 @torch.no_grad()
 def digit_rows(
-    snapshot, features: Callable, heldout: dict, cell: tuple, seed: int, per_source: int, learned=None
-) -> list:
+    snapshot, features: Callable, heldout: dict, cell: tuple, seed: int, per_source: int, learned: Learned | None = None
+) -> list[dict]:
     """Rows of a cell and a sampling seed: Frechet distance per source in `features`.
 
     snapshot: torch_utils.persistence.Snapshot; features: callable uint8 images -> [N, F]; heldout: {source: uint8 images}.
@@ -200,22 +178,21 @@ def digit_rows(
 
     def moments(images):
         seen = torch.as_tensor(features(images)).double()
-        return seen.mean(0).numpy(), seen.T.cov().numpy()
+        return seen.mean(0), seen.T.cov()
 
-    ids = torch.tensor(sorted(heldout)).repeat_interleave(per_source)
-    shape = (len(ids), snapshot.net.img_channels, *[snapshot.net.img_resolution] * 2)
-    labels = torch.eye(snapshot.net.label_dim)[ids]
-    images, nfe = sample(snapshot.net, cell, shape, seed, labels, learned)
+    net, ids = snapshot.net, torch.tensor(sorted(heldout)).repeat_interleave(per_source)
+    shape = (len(ids), net.img_channels, net.img_resolution, net.img_resolution)
+    images, nfe = sample(net, cell, shape, seed, torch.eye(net.label_dim)[ids], learned)
     images = snapshot.encoder.decode(images)
     errors = {k: frechet_distance(*moments(images[ids == k]), *moments(heldout[k])) for k in sorted(heldout)}
-    return [row(cell, nfe, seed, float(e), source=k, per_source=per_source) for k, e in errors.items()]
+    return [row(cell, nfe, seed, error, source=k, per_source=per_source) for k, error in errors.items()]
 
 
 def summarise(rows: Sequence[dict]) -> dict[tuple, tuple[float, float]]:
     """{(arm, grid, nfe, source or None): (mean, standard error over seeds)}; nfe of RK45: the mean, rounded."""
-    groups = {}
+    groups = defaultdict(list)
     for entry in rows:
-        groups.setdefault((*cell_of(entry), entry.get("source")), []).append(entry)
+        groups[(*cell_of(entry), entry.get("source"))].append(entry)
     stats = {}
     for (arm, grid, _, source), entries in groups.items():
         nfe = round(sum(entry["nfe"] for entry in entries) / len(entries))
@@ -223,7 +200,7 @@ def summarise(rows: Sequence[dict]) -> dict[tuple, tuple[float, float]]:
     return stats
 
 
-def differences(rows: Sequence[dict], reference: str = REFERENCE) -> dict[tuple, tuple[float, float]]:
+def differences(rows: Sequence[dict]) -> dict[tuple, tuple[float, float]]:
     """{(arm, grid, source or None): (mean, standard error)} of the errors less the reference's, at the largest budgets.
 
     The arms' draws are independent of each other in all but the start, so errors add in squares. Arms with one seed, which
@@ -231,48 +208,41 @@ def differences(rows: Sequence[dict], reference: str = REFERENCE) -> dict[tuple,
     """
     best = {}
     for (arm, grid, nfe, source), value in summarise(rows).items():
-        if nfe >= best.get((arm, grid, source), (0, None))[0]:
+        if nfe >= best.get((arm, grid, source), (0,))[0]:
             best[arm, grid, source] = nfe, value
-    base = {source: value for (arm, _, source), (_, value) in best.items() if arm == reference}
+    base = {source: value for (arm, _, source), (_, value) in best.items() if arm == REFERENCE}
     return {
-        key: (value[0] - base[key[2]][0], math.hypot(value[1], base[key[2]][1]))
-        for key, (nfe, value) in best.items()
-        if key[0] != reference and nfe and value[1] and key[2] in base
+        key: (mean - base[key[2]][0], math.hypot(error, base[key[2]][1]))
+        for key, (nfe, (mean, error)) in best.items()
+        if key[0] != REFERENCE and nfe and error and key[2] in base
     }
 
 
-def bound_processes(learned: Learned | None = None) -> dict[str, LinearProcess]:
-    """{name: process} of `bound_rows`: the named ones, one with random matrices, and a learned one if there is."""
+@torch.no_grad()
+def bound_rows(net, x: torch.Tensor, labels, num_samples: int, seed: int, learned: Learned | None = None) -> list[dict]:
+    """Rows {process, image, bits, sigma_min, sigma_max, draws} of the ELBO with a 256-level decoder, between the same ends.
+
+    x: [N, *data_shape] on [-1, 1]. Matched prior; sigma from 0.002 to the least sigma(T) of the processes: the named
+    ones, one with random matrices, and the learned one if there is. draws: "common" to all processes, or each its "own".
+    """
     generator = torch.Generator().manual_seed(0)
     q, b = (torch.randn(3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
-    made = {
+    processes = {
         "VP": make_process("vp"),
         "CLD": make_process("cld"),
         "MALDA": make_process("malda", dict(V=3)),
         "random V=3": LinearProcess(q - q.mT, b @ b.mT / 3 + 0.1 * torch.eye(3, dtype=torch.float64)),
-    }
-    return made if learned is None else made | {"learned": learned}
-
-
-@torch.no_grad()
-def bound_rows(
-    net, x: torch.Tensor, labels, num_samples: int = 64, common: bool = False, seed: int = 0, learned=None,
-    progress: Callable = iter,
-) -> list[dict]:  # fmt: skip
-    """Rows {process, image, bits, sigma_min, sigma_max} of the ELBO with a 256-level decoder, between the same ends.
-
-    x: [N, *data_shape] on [-1, 1]. Matched prior; sigma from 0.002 to the least sigma(T) of the processes. common: the
-    same draws for every process, else independent ones.
-    """
-    made, rows = bound_processes(learned), []
-    sigma_max = min(float(process.sigma(process.T)) for process in made.values())
-    bits = x[0].numel() * math.log(2)
-    for index, (name, process) in enumerate(progress(made.items())):
-        seeds = [hash_seed(seed, image, 0 if common else index) for image in range(len(x))]
-        bound, parts = likelihood.elbo(
-            net, process, x, labels, num_samples=num_samples, decoder="discretised", prior="matched",
-            sigma_min=SIGMA_MIN, sigma_max=sigma_max, generator=StackedRandomGenerator("cpu", seeds), terms=True,
-        )  # fmt: skip
-        ends = {key: parts[key] for key in ("sigma_min", "sigma_max")}
-        rows += [dict(process=name, image=i, bits=-float(b) / bits, **ends) for i, b in enumerate(bound)]
+    } | ({} if learned is None else {"learned": learned})
+    ends = dict(ENDS, sigma_max=min(float(process.sigma(process.T)) for process in processes.values()))
+    rows = []
+    for draws in ("own", "common"):
+        for index, (name, process) in enumerate(tqdm(processes.items(), unit="cell")):
+            seeds = [hash_seed(seed, image, 0 if draws == "common" else index) for image in range(len(x))]
+            bound, parts = likelihood.elbo(
+                net, process, x, labels, num_samples=num_samples, decoder="discretised", prior="matched", terms=True,
+                generator=StackedRandomGenerator("cpu", seeds), **ends,
+            )  # fmt: skip
+            bits = (-bound / (x[0].numel() * math.log(2))).tolist()
+            same = {"sigma_min": parts["sigma_min"], "sigma_max": parts["sigma_max"], "draws": draws}
+            rows += [dict(process=name, image=i, bits=value, **same) for i, value in enumerate(bits)]
     return rows

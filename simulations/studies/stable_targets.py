@@ -5,17 +5,20 @@ Target Field" (ICLR 2023): the target's variance falls at the noise levels where
 """
 
 import math
+from collections import defaultdict
 
 import torch
 
 from torch_utils.random import seeded_generator
 from training.dataset import load_arrays
+from training.encoders import StandardRGBEncoder
 from training.losses import Draws, EDM2Loss, StableTargets
-from training.processes import aug_dim
+from training.processes import GaussianKernel, aug_dim
 from training.processes.pfgmpp import PosteriorMean
 from training.processes.states import expand
 
 EDGES = (0.0, 0.2, 0.6, 2.0, math.inf)  # noise levels between which the loss is also reported
+RANGES = {"all": (0.0, math.inf)} | {f"{a:g} to {b:g}": (a, b) for a, b in zip(EDGES[:-1], EDGES[1:], strict=True)}
 
 
 @torch.no_grad()
@@ -27,44 +30,40 @@ def loss_statistics(
 
     target: "image" or "stable"; levels: "all" or a range of noise levels. mean, variance: of the loss over images.
     target_variance: mean square of the target minus what it estimates, the exact posterior mean over the whole data set
-    (of the image's label), with the loss's weight; it does not depend on the network. kernel: GaussianKernel or PFGMpp.
-    Reference batches are drawn per `batch` images, of the image's own label where the network has labels.
+    (of the image's label), with the loss's weight; it does not depend on the network. kernel: GaussianKernel or PFGMpp,
+    None: Gaussian; encoder: None: pixels. Reference batches are drawn per `batch` images, of the image's own label where
+    the network has labels.
     """
     images, labels = load_arrays(dataset)
-    labels = labels if net.label_dim else None
     device = next(net.parameters()).device
+    encoder = encoder or StandardRGBEncoder()
     clean = encoder.encode_latents(images.to(device), seeded_generator(device, seed, 0))
-    labels = None if labels is None else labels.to(device)
+    labels = labels.to(device) if net.label_dim else None
 
-    def references(n, generator):
+    def draw(n, generator):
         index = torch.randint(len(clean), [n], generator=generator, device=device)
         return clean[index], None if labels is None else labels[index]
 
-    loss = EDM2Loss(P_mean, P_std, net.sigma_data, kernel=kernel, uncertainty=False)
-    D = aug_dim(kernel)
-    stable = StableTargets(references, num_references, D)
-    exact = PosteriorMean(clean, D, labels)
-    parts = {"image": ([], []), "stable": ([], [])}  # loss and spread of the target
-    sigmas = []
+    loss = EDM2Loss(P_mean, P_std, net.sigma_data, kernel=kernel or GaussianKernel(), uncertainty=False)
+    stable = StableTargets(draw, num_references, aug_dim(kernel))
+    exact = PosteriorMean(clean, aug_dim(kernel), labels)
+    found, sigma = defaultdict(lambda: ([], [])), []  # per target: losses and its spread
     for start in range(0, num, batch):
         generator = seeded_generator(device, seed, 1, start)
-        index = torch.randint(len(clean), [min(batch, num - start)], generator=generator, device=device)
-        draws = loss.draw(clean[index], None if labels is None else labels[index], generator)
+        draws = loss.draw(*draw(min(batch, num - start), generator), generator)
         center = exact(draws.images + draws.noise, draws.sigma, draws.labels)
+        sigma.append(draws.sigma.cpu())
         for name, target in (("image", draws.images), ("stable", stable(draws, generator))):
             losses = loss.evaluate(net, Draws({**draws, "targets": target}))
             spread = expand(draws.weight, center) * (target - center).square()
-            for found, values in zip(parts[name], (losses, spread), strict=True):
-                found.append(values.double().flatten(1).mean(1).cpu())
-        sigmas.append(draws.sigma.cpu())
-    sigma = torch.cat(sigmas)
-    rows = []
-    for low, high in [(0.0, math.inf), *zip(EDGES[:-1], EDGES[1:], strict=True)]:
+            for parts, values in zip(found[name], (losses, spread), strict=True):
+                parts.append(values.double().flatten(1).mean(1).cpu())
+    sigma, rows = torch.cat(sigma), []
+    for levels, (low, high) in RANGES.items():
         mask = (sigma >= low) & (sigma < high)
-        name = "all" if (low, high) == (0.0, math.inf) else f"{low:g} to {high:g}"
-        for target, values in parts.items():
-            found, spread = (torch.cat(part)[mask] for part in values)
-            if len(found) > 1:
-                row = {"levels": name, "target": target, "count": len(found), "mean": float(found.mean())}
-                rows.append({**row, "variance": float(found.var()), "target_variance": float(spread.mean())})
+        for target, parts in found.items():
+            losses, spread = (torch.cat(part)[mask] for part in parts)
+            if len(losses) > 1:
+                row = {"levels": levels, "target": target, "count": len(losses), "mean": float(losses.mean())}
+                rows.append({**row, "variance": float(losses.var()), "target_variance": float(spread.mean())})
     return rows
