@@ -2,13 +2,11 @@
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_runs import python
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,7 +19,6 @@ from training.encoders import StandardRGBEncoder
 from training.feed import Candidates, Feed
 from training.processes.pfgmpp import PosteriorMean
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(
     channels=32, channel_mult=[1, 1], num_blocks=1, attn_resolutions=[4], batch_size=8, total_nimg=16, status_nimg=8,
     snapshot_nimg=0, checkpoint_nimg=0, block=4, rampup=0.0, fp16=False,
@@ -125,10 +122,7 @@ def test_stable_targets_with_accumulation_in_two_processes(digits, tmp_path):
         "--stf-refs=32", "--grid=False", "--rampup=0",
     ]  # fmt: skip
     train_edm2.main([f"--outdir={tmp_path}/one", *options], standalone_mode=False)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, str(ROOT / "train_edm2.py"), f"--outdir={tmp_path}/two", "--batch-gpu=3", *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    python("train_edm2.py", f"--outdir={tmp_path}/two", "--batch-gpu=3", *options, processes=2)
     one, two = (
         [json.loads(line)["Loss/loss"] for line in (tmp_path / name / "stats.jsonl").read_text().splitlines()[1:]]
         for name in ("one", "two")

@@ -2,13 +2,12 @@
 
 import hashlib
 import os
-import subprocess
-import sys
 import urllib.error
 from pathlib import Path
 
 import pytest
 import torch
+from small_runs import python
 
 from dnnlib import download
 from torch_utils import persistence
@@ -16,7 +15,6 @@ from training.encoders import StandardRGBEncoder
 from training.generation import generate_images
 from training.presets import GENERATION_PRESETS, generation_preset
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SIZES, SMALL = ("xs", "s", "m", "l", "xl", "xxl"), ("s", "m", "l", "xl")
 
 
@@ -90,17 +88,11 @@ def test_downloads_are_cached_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_published_pickle_is_refused_in_one_line_before_any_download(tmp_path):
-    command = [
-        sys.executable,
-        "generate_images.py",
-        "--preset=edm2-img512-s-autog-fid",
-        "--outdir",
-        str(tmp_path / "out"),
-    ]
     env = {**os.environ, "DNNLIB_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    options = ["--preset=edm2-img512-s-autog-fid", f"--outdir={tmp_path / 'out'}"]
+    done = python("generate_images.py", *options, code=2, env=env)
     lines = [line for line in done.stderr.splitlines() if line.startswith("Error")]
-    assert done.returncode == 2 and len(lines) == 1 and "edm2-img512-s-2147483-0.070.pkl" in lines[0]
+    assert len(lines) == 1 and "edm2-img512-s-2147483-0.070.pkl" in lines[0]
     assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
 
 

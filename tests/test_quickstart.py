@@ -7,21 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import PIL.Image
-
-ROOT = Path(__file__).parents[1]
+from small_runs import ROOT, python
 
 
 def command(name, out, *more):
-    return [sys.executable, "run_experiment.py", f"experiments/{name}.yaml", "--budget=smoke", f"--out={out}", *more]
-
-
-def run(name, out, *more):
-    done = subprocess.run(command(name, out, *more), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return ["run_experiment.py", f"experiments/{name}.yaml", "--budget=smoke", f"--out={out}", *more]
 
 
 def markers(out):
@@ -29,7 +21,7 @@ def markers(out):
 
 
 def test_quickstart(tmp_path):
-    printed = run("quickstart", tmp_path, "--jobs=1")
+    printed = python(*command("quickstart", tmp_path, "--jobs=1"), timeout=None).stdout
     assert "multi better than single in" in printed
     assert "Both arms saw the same images" in printed
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
@@ -41,25 +33,24 @@ def test_quickstart(tmp_path):
     with PIL.Image.open(tmp_path / "comparison.png") as image:
         assert image.width > 800
     before = markers(tmp_path)
-    run("quickstart", tmp_path, "--jobs=1")
+    python(*command("quickstart", tmp_path, "--jobs=1"))
     assert markers(tmp_path) == before, "the second run did steps again"
 
 
 def test_grid_interrupted_twice(tmp_path):
     """Killed twice on the way, the same command finishes, and no completed step is done again."""
     for seconds in (12, 12):
-        process = subprocess.Popen(
-            command("grid", tmp_path, "--jobs=1"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
+        arguments = [sys.executable, *command("grid", tmp_path, "--jobs=1")]
+        silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(arguments, cwd=ROOT, start_new_session=True, **silent)
         time.sleep(seconds)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         before = markers(tmp_path)
-    printed = run("grid", tmp_path, "--jobs=1")
+    printed = python(*command("grid", tmp_path, "--jobs=1"), timeout=None).stdout
     after = markers(tmp_path)
     assert before.items() <= after.items(), "a completed step was done again"
-    listed = subprocess.run(command("grid", tmp_path, "--list"), cwd=ROOT, capture_output=True, text=True).stdout
+    listed = python(*command("grid", tmp_path, "--list")).stdout
     assert listed.count(" done ") == len(after) and " todo " not in listed
     assert printed.count("both arms saw the same images") == 3 and "WARNING" not in printed
     groups = {line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")}

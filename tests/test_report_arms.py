@@ -2,9 +2,9 @@
 
 import json
 
-import click.testing
 import numpy as np
 import pytest
+from small_runs import one_line, run
 
 import calculate_metrics
 
@@ -26,14 +26,13 @@ def scores(tmp_path):
     return tmp_path
 
 
-def run(scores, *more):
-    options = [f"--scores={scores}/*.json", f"--dest={scores}/out/arms", *more]
-    return click.testing.CliRunner().invoke(calculate_metrics.cmdline, ["report", *options])
+def report(scores, *more):
+    """The command line; for small_runs."""
+    return calculate_metrics.cmdline, "report", f"--scores={scores}/*.json", f"--dest={scores}/out/arms", *more
 
 
 def test_means_and_paired_differences(scores):
-    done = run(scores, "--against=cfg-1")
-    assert done.exit_code == 0, done.output
+    done = run(*report(scores, "--against=cfg-1"))
     assert [path.rsplit(".")[-1] for path in json.loads(done.output)["files"]] == ["md", "csv", "png", "svg"]
     text = (scores / "out" / "arms.md").read_text()
     level, change = text.split("Difference")
@@ -44,19 +43,18 @@ def test_means_and_paired_differences(scores):
     d = x - base
     assert f"| cfg-1.5 | {d.mean():+.4f} ± {d.std(ddof=1) / 3**0.5:.4f} | {-d.mean():+.4f}" in change
     assert "precision" not in text and "| cfg-1 |" not in change
-    few = run(scores, "--against=cfg-1", "--arms=cfg-10,cfg-1")
-    assert few.exit_code == 0 and "auto" not in (scores / "out" / "arms.csv").read_text()
+    run(*report(scores, "--against=cfg-1", "--arms=cfg-10,cfg-1"))
+    assert "auto" not in (scores / "out" / "arms.csv").read_text()
 
 
 def test_user_errors(scores):
-    assert "'cfg-7'" in run(scores, "--against=cfg-7").output
-    assert run(scores, "--against=cfg-1", "--section=mean").exit_code == 2  # holds no numbers
+    one_line(*report(scores, "--against=cfg-7"), says="'cfg-7'")
+    one_line(*report(scores, "--against=cfg-1", "--section=mean"))  # holds no numbers
     (scores / "cfg-1-2.json").unlink()
-    done = run(scores, "--against=cfg-1")
-    assert done.exit_code == 2 and "arm cfg-1 lacks the seeds 2" in done.output and done.output.count("Error") == 1
+    one_line(*report(scores, "--against=cfg-1"), says="arm cfg-1 lacks the seeds 2")
     (scores / "zz.json").write_text("{}")
-    assert "zz.json" in run(scores, "--against=cfg-1").output
-    assert "no score files" in run(scores / "nowhere", "--against=cfg-1").output
+    one_line(*report(scores, "--against=cfg-1"), says="zz.json")
+    one_line(*report(scores / "nowhere", "--against=cfg-1"), says="no score files")
     assert not (scores / "out").exists()
 
 
@@ -65,7 +63,7 @@ def test_a_column_that_one_seed_lacks_is_not_compared(scores):
     content = json.loads(path.read_text())
     content["metrics"]["pixels"]["overall"]["recall"] = None
     path.write_text(json.dumps(content))
-    assert run(scores, "--against=cfg-1").exit_code == 0
+    run(*report(scores, "--against=cfg-1"))
     text = (scores / "out" / "arms.md").read_text()
     assert "agreement" in text and "recall" not in text
 
@@ -75,7 +73,6 @@ def test_two_detectors_need_a_choice(scores):
         content = json.loads(path.read_text())
         content["metrics"]["classifier:abc"] = {"overall": {"fd": 7}}
         path.write_text(json.dumps(content))
-    done = run(scores, "--against=cfg-1")
-    assert done.exit_code == 2 and "pixels, classifier:abc" in done.output and done.output.count("Error") == 1
-    assert run(scores, "--against=cfg-1", "--metric=classifier").exit_code == 0
+    one_line(*report(scores, "--against=cfg-1"), says="pixels, classifier:abc")
+    run(*report(scores, "--against=cfg-1", "--metric=classifier"))
     assert "| cfg-1.5 | 7.0000 ± 0.0000 |" in (scores / "out" / "arms.md").read_text()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from click.testing import CliRunner
+from small_runs import one_line, run
 
 from simulations import plot_arm, run_arm
 from simulations.arm import ARM, ArmConfig, Prefixes, ground_truth, run_cell, sample, tv
@@ -164,25 +164,19 @@ def test_bad_configuration(bad):
 
 def test_command_resume_and_figure(tmp_path, monkeypatch):
     small = ["--budget=smoke", "--steps=4", "--seeds=0,1", "--W=5", f"--results-dir={tmp_path}"]
-    done = CliRunner().invoke(run_arm.main, small)
-    assert done.exit_code == 0, done.output
-    files = json.loads(done.stdout)["files"]
+    files = json.loads(run(run_arm.main, *small).stdout)["files"]
     assert len(files) == 8
     with open(tmp_path / "K/results_K.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [r["K"] for r in rows] == ["1", "2"]
     assert rows[0]["seeds"] == "2"
     assert float(rows[0]["measured ratio"]) == float(rows[0]["predicted ratio"]) == 1
-    drawn = CliRunner().invoke(
-        plot_arm.main, [f"--results-dir={tmp_path}", f"--figures-dir={tmp_path}/figures", "--dpi=60"]
-    )
-    assert drawn.exit_code == 0, drawn.output
+    run(plot_arm.main, f"--results-dir={tmp_path}", f"--figures-dir={tmp_path}/figures", "--dpi=60")
     assert (tmp_path / "figures/arm.png").stat().st_size > 5000
 
     before = (tmp_path / "n/results_n.csv").read_text()
     monkeypatch.setattr("simulations.arm.run_cell", lambda *_: pytest.fail("a finished cell ran again"))
-    again = CliRunner().invoke(run_arm.main, [*small, "--tag=n"])
-    assert again.exit_code == 0, again.output
+    run(run_arm.main, *small, "--tag=n")
     assert (tmp_path / "n/results_n.csv").read_text() == before
 
 
@@ -195,17 +189,15 @@ def test_published_tables_share_their_entries():
 
 @pytest.mark.parametrize("options", [["--tag=x"], ["--D=40"], ["--n-values=0"], ["--lrs=0"], ["--budget=huge"]])
 def test_command_refuses(options, tmp_path):
-    done = CliRunner().invoke(run_arm.main, ["--budget=smoke", *options, f"--results-dir={tmp_path}"])
-    assert done.exit_code == 2
-    assert len(done.stderr.strip().splitlines()) == 1
+    one_line(run_arm.main, "--budget=smoke", *options, f"--results-dir={tmp_path}")
     assert not list(tmp_path.iterdir())
 
 
 def test_options_win_over_the_budget(monkeypatch):
     given = {}
     monkeypatch.setattr("simulations.sweeps.run", lambda name, budgets, options, *rest: given.update(options))
-    CliRunner().invoke(run_arm.main, [])
+    run(run_arm.main)
     asked = {"budget": "small", "tag": "all", "threads": 1, "fresh": False, "delta": 0.05}
     assert {name: value for name, value in given.items() if value is not None} == asked
-    CliRunner().invoke(run_arm.main, ["--last", "--B=0.5", "--n-values=10,20-22"])
+    run(run_arm.main, "--last", "--B=0.5", "--n-values=10,20-22")
     assert (given["early"], given["bound"], given["n_values"]) == (False, 0.5, [10, 20, 21, 22])

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import scipy.integrate
-from click.testing import CliRunner
+from small_runs import one_line, run
 
 from simulations import bounds, gaussian
 from simulations.bounds import arm_bound, ebm_bound, gaussian_bound, general_bound
@@ -158,31 +158,26 @@ def test_bad_arguments_name_the_culprit(call, name):
         call()
 
 
-def run(*options):
-    result = CliRunner().invoke(main, list(options))
-    return result, json.loads(result.stdout) if result.exit_code == 0 else None
-
-
 def test_command_prints_bounds(tmp_path):
-    _, report = run("--K=5", "--n=500", f"--out={tmp_path / 'b.json'}")
+    report = json.loads(run(main, "--K=5", "--n=500", f"--out={tmp_path / 'b.json'}").stdout)
     assert report["multi"]["published"] == pytest.approx(2.44, abs=0.005)
     assert report["expected_tv"]["single"] == pytest.approx(0.122851, abs=1e-6)
     assert report["vacuous"]["multi"]["sharp"] is True
     assert json.loads((tmp_path / "b.json").read_text()) == report
-    result, report = run("--model=arm", "--K=10", "--n=30000", "--B=1", "--d=3")
-    assert report["ratio"] == pytest.approx(0.323, abs=5e-4)
+    result = run(main, "--model=arm", "--K=10", "--n=30000", "--B=1", "--d=3")
+    assert json.loads(result.stdout)["ratio"] == pytest.approx(0.323, abs=5e-4)
     assert "--d" in result.stderr
 
 
 def test_command_solves_for_n():
-    _, report = run("--target-tv=0.1", "--solve-for=n")
+    report = json.loads(run(main, "--target-tv=0.1", "--solve-for=n").stdout)
     for arm in ("multi", "single"):
         for form in ("sharp", "published"):
             n = report["n"][arm][form]
             at = lambda m, a=arm, f=form: gaussian_bound(5, m, 10, 5, 5, 0.05)[a][f]
             assert at(n) <= 0.1 < at(n - 1)
         assert report["n"][arm]["expected_tv"] < report["n"][arm]["sharp"]
-    _, general = run("--model=general", "--log-n=10", "--target-tv=0.3", "--solve-for=n")
+    general = json.loads(run(main, "--model=general", "--log-n=10", "--target-tv=0.3", "--solve-for=n").stdout)
     assert general["n"]["multi"]["published"] == math.ceil((10 + math.log(20)) * 100)
 
 
@@ -202,6 +197,4 @@ def test_command_solves_for_n():
     ],
 )
 def test_command_refuses(options):
-    result, _ = run(*options)
-    assert result.exit_code == 2
-    assert len(result.stderr.strip().splitlines()) == 1
+    one_line(main, *options)

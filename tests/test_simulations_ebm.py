@@ -8,7 +8,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 import torch
-from click.testing import CliRunner
+from small_runs import one_line, run
 
 from simulations import plot_ebm, run_ebm
 from simulations.ebm import EBM, EbmConfig, Truth, quadrature, run_cell
@@ -125,19 +125,13 @@ def test_bad_configuration(bad):
 
 
 def test_command_and_figure(tmp_path):
-    done = CliRunner().invoke(
-        run_ebm.main, ["--budget=smoke", "--steps=4", "--seeds=0,1", "--W=6", f"--results-dir={tmp_path}"]
-    )
-    assert done.exit_code == 0, done.output
+    done = run(run_ebm.main, "--budget=smoke", "--steps=4", "--seeds=0,1", "--W=6", f"--results-dir={tmp_path}")
     assert len(json.loads(done.stdout)["files"]) == 6
-    drawn = CliRunner().invoke(plot_ebm.main, [f"--results-dir={tmp_path}", f"--figures-dir={tmp_path}", "--dpi=60"])
-    assert drawn.exit_code == 0, drawn.output
+    run(plot_ebm.main, f"--results-dir={tmp_path}", f"--figures-dir={tmp_path}", "--dpi=60")
     assert (tmp_path / "ebm.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("options", [["--D=3"], ["--sim-values=2"], ["--tag=D"], ["--batches=0"]])
 def test_command_refuses(options, tmp_path):
-    done = CliRunner().invoke(run_ebm.main, ["--budget=smoke", *options, f"--results-dir={tmp_path}"])
-    assert done.exit_code == 2
-    assert len(done.stderr.strip().splitlines()) == 1
+    one_line(run_ebm.main, "--budget=smoke", *options, f"--results-dir={tmp_path}")
     assert not list(tmp_path.iterdir())

@@ -1,27 +1,22 @@
 """Figures from small result files: they are written, headless, from any folder; missing input is one line."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.image
 import pytest
-from click.testing import CliRunner
+from small_runs import ROOT, one_line, python, run
 
 from metrics import figures
 from simulations import plot_gaussian, run_gaussian
 from simulations.gaussian_exact import expected_tv
-
-SCRIPTS = Path(plot_gaussian.__file__).parent
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     options = ["--tag=all", "--seeds=1,2", "--K-values=1,2", "--n-values=9,40", "--sim-values=0,0.4", "--D=2"]
-    done = CliRunner().invoke(run_gaussian.main, [*options, f"--results-dir={folder}"])
-    assert done.exit_code == 0, done.output
+    run(run_gaussian.main, *options, f"--results-dir={folder}")
     return folder
 
 
@@ -38,29 +33,18 @@ def test_paper_panels(tag, results, tmp_path):
 
 
 def test_overview(results, tmp_path):
-    done = CliRunner().invoke(plot_gaussian.main, [f"--results-dir={results}", f"--figures-dir={tmp_path}", "--dpi=60"])
-    assert done.exit_code == 0, done.output
+    done = run(plot_gaussian.main, f"--results-dir={results}", f"--figures-dir={tmp_path}", "--dpi=60")
     check(json.loads(done.stdout)["files"], "gaussian")
 
 
 def test_script_from_another_folder(results, tmp_path):
-    command = [
-        sys.executable,
-        str(SCRIPTS / "plot_gaussian_K.py"),
-        f"--results-dir={results}",
-        "--figures-dir=f",
-        "--dpi=60",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    script = ROOT / "simulations/plot_gaussian_K.py"
+    done = python(script, f"--results-dir={results}", "--figures-dir=f", "--dpi=60", cwd=tmp_path)
     check([tmp_path / f for f in json.loads(done.stdout)["files"]], "gaussian_K")
 
 
 def test_missing_results(tmp_path):
-    done = CliRunner().invoke(plot_gaussian.main, [f"--results-dir={tmp_path}", f"--figures-dir={tmp_path}/f"])
-    assert done.exit_code == 2
-    assert "run_" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    one_line(plot_gaussian.main, f"--results-dir={tmp_path}", f"--figures-dir={tmp_path}/f", says="run_")
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import click.testing
 import numpy as np
 import pytest
 import torch
+from small_runs import one_line, run
 
 from simulations import plot_run, run_tree, run_tree_sweep, tree
 from simulations.tree import metrics as tree_metrics
@@ -188,22 +188,20 @@ def test_sweep_compares_at_equal_steps_samples_and_time(tmp_path):
 
 
 def test_commands(tmp_path):
-    run = click.testing.CliRunner().invoke
     out = tmp_path / "run"
     small = ["--dim=8", "--layers=1", "--total-iter=4", "--batch-size=128", "--n=4", "--no-test"]
-    done = run(run_tree.main, ["train", f"--outdir={out}", *small, "--acid", "--viz"])
-    assert done.exit_code == 0, done.output
+    run(run_tree.main, "train", f"--outdir={out}", *small, "--acid", "--viz")
     assert (out / "samples.png").is_file() and list(out.glob("learner-*.safetensors"))
-    done = run(run_tree.main, ["test", f"--net={out}", f"--guide={out}", "--n-samples=32", "--mandala", "--levels"])
+    done = run(run_tree.main, "test", f"--net={out}", f"--guide={out}", "--n-samples=32", "--mandala", "--levels")
     found = json.loads(done.output)
     assert {"learner_loss", "learner_guided_mandala_score", "guide_loss", "floor_L2_metric"} <= set(found)
     assert found["floor_L2_metric"] == 0 and set(found["learner_loss_per_level"]) == {
         str(s) for s in tree_metrics.LEVELS
     }
-    done = run(plot_run.main, [str(out), f"--save={tmp_path / 'curves.png'}", "--x=images,cpu"])
-    assert done.exit_code == 0 and (tmp_path / "curves.png").is_file()
-    done = run(run_tree_sweep.main, ["--dry-run"])
-    assert done.exit_code == 0 and json.loads(done.output.split("Dry run")[0])["seeds"] == [0, 73, 172, 231, 357]
+    run(plot_run.main, out, f"--save={tmp_path / 'curves.png'}", "--x=images,cpu")
+    assert (tmp_path / "curves.png").is_file()
+    done = run(run_tree_sweep.main, "--dry-run")
+    assert json.loads(done.output.split("Dry run")[0])["seeds"] == [0, 73, 172, 231, 357]
     for bad, message in (
         (["train", "--early", "--late"], "--early"),
         (["train", "--early"], "--select"),
@@ -214,11 +212,10 @@ def test_commands(tmp_path):
         (["train", "--batch-size=8", "--select=jest"], "candidates"),
         (["test", "--net=nowhere.safetensors"], "nowhere"),
     ):
-        done = run(run_tree.main, [*bad, *(["--dry-run"] if bad[0] == "train" else [])])
-        assert done.exit_code == 2 and message in done.output and done.output.count("Error") == 1, done.output
+        one_line(run_tree.main, *bad, *(["--dry-run"] if bad[0] == "train" else []), says=message)
     before = (out / "stats.jsonl").read_bytes()
-    done = run(run_tree.main, ["train", f"--outdir={out}", *small])
-    assert done.exit_code == 2 and "holds a run already" in done.output and (out / "stats.jsonl").read_bytes() == before
+    one_line(run_tree.main, "train", f"--outdir={out}", *small, says="holds a run already")
+    assert (out / "stats.jsonl").read_bytes() == before
 
 
 def test_a_run_keeps_its_colour_where_others_have_no_curve():
