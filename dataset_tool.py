@@ -32,19 +32,6 @@ def parse_resolution(_ctx, _param, value):
     return int(match[1]), int(match[2])
 
 
-def parse_classes(_ctx, _param, value):
-    """'0,3,5-7' -> [0, 3, 5, 6, 7]."""
-    if value is None:
-        return None
-    classes = []
-    for part in value.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not match or int(match[2] or match[1]) - int(match[1]) not in range(10**6):
-            raise click.BadParameter(f"{value!r} is no list of class indices: give 0,3,5 or 0-9")
-        classes += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return sorted(set(classes))
-
-
 def progress(items, text):
     import tqdm
 
@@ -76,9 +63,7 @@ CROPS = ["center-crop", "center-crop-wide", "center-crop-dhariwal", "pad"]
 @main.command()
 @click.option("--source", help="Folder, archive or package", metavar="PATH|PACKAGE:NAME", required=True)
 @click.option("--dest", help="Data set to write", metavar="DIR|ZIP", required=True)
-@click.option(
-    "--sources", help="Keep these class indices only; ids stay as they are", metavar="LIST", callback=parse_classes
-)
+@click.option("--sources", help="Keep these class indices only, e.g. 0,3,5-7; ids stay as they are", type=cli.INTS)
 @click.option("--per-source", help="Images per source, without replacement [default: all]", metavar="INT", type=COUNT)
 @click.option(
     "--subset-seed", help="Seed of the order that --per-source takes images from", metavar="INT", type=SEED, default=0
@@ -138,9 +123,7 @@ def latents_options(function):
         click.option("--overwrite", help="Replace an existing data set", is_flag=True),
         click.option("-n", "--dry-run", help="Print what would be written", is_flag=True),
     ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return functools.reduce(lambda made, option: option(made), reversed(options), function)
 
 
 @main.command()
