@@ -32,7 +32,6 @@ MAX_ARGUMENTS = 12
 # Signatures that papers or published code fix.
 PUBLISHED = {
     "simulations.bounds.arm_bound",
-    "training.augment.AugmentPipe.__init__",
     "training.networks_edm.unets.SongUNet.__init__",
     "training.samplers.heun",
 }
@@ -56,10 +55,8 @@ PENDING_ARGUMENTS = {
 }
 PENDING_HELP = {"simulations/run_toy.py"}
 PENDING_TYPES = {
-    "training.augment",
     "training.generation",
     "training.guidance",
-    "training.images",
     "training.likelihood",
     "training.process_sampling",
     "training.processes.score",

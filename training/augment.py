@@ -4,10 +4,14 @@ The network is told which augmentation each image received (`augment_labels`), s
 labels, it produces clean images.
 """
 
+from __future__ import annotations
+
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Generator, Tensor
 
 # Low-pass decomposition taps of the symlet wavelet sym6; they sum to sqrt(2).
 SYM6 = (
@@ -70,6 +74,7 @@ def _rotate_luma(angle, like):
     return _matrix(rows, like)
 
 
+@dataclass
 class AugmentPipe:
     """Random flips, shifts, affine maps and colour changes with the labels that describe them.
 
@@ -81,73 +86,46 @@ class AugmentPipe:
     rotate_int of non-square images.
     """
 
-    def __init__(
-        self,
-        p=1,  # overall probability multiplier
-        xflip=0,  # probability multipliers of the steps, 0: off (no draws, no label columns)
-        yflip=0,
-        rotate_int=0,  # multiples of 90 degrees
-        translate_int=0,  # whole pixels
-        translate_int_max=0.125,  # relative to the image size
-        scale=0,
-        rotate_frac=0,  # any angle
-        aniso=0,  # stretch along a random axis
-        translate_frac=0,  # fractions of a pixel
-        scale_std=0.2,  # log2 of the scale
-        rotate_frac_max=1,  # of a half turn
-        aniso_std=0.2,  # log2 of the stretch
-        aniso_rotate_prob=0.5,  # probability of a random stretch axis (else x)
-        translate_frac_std=0.125,  # relative to the image size
-        brightness=0,
-        contrast=0,
-        lumaflip=0,  # mirror colours about the grey axis
-        hue=0,
-        saturation=0,
-        brightness_std=0.2,
-        contrast_std=0.5,  # log2
-        hue_max=1,  # of a half turn
-        saturation_std=1,  # log2
-    ):
-        if p < 0:
-            raise ValueError(f"augmentation probability p={p} is negative; give 0 <= p <= 1 (--augment)")
-        self.p = p
-        self.multipliers = {
-            "xflip": xflip,
-            "yflip": yflip,
-            "rotate_int": rotate_int,
-            "translate_int": translate_int,
-            "scale": scale,
-            "rotate_frac": rotate_frac,
-            "aniso": aniso,
-            "translate_frac": translate_frac,
-            "brightness": brightness,
-            "contrast": contrast,
-            "lumaflip": lumaflip,
-            "hue": hue,
-            "saturation": saturation,
-        }
-        self.translate_int_max = translate_int_max
-        self.scale_std = scale_std
-        self.rotate_frac_max = rotate_frac_max
-        self.aniso_std = aniso_std
-        self.aniso_rotate_prob = aniso_rotate_prob
-        self.translate_frac_std = translate_frac_std
-        self.brightness_std = brightness_std
-        self.contrast_std = contrast_std
-        self.hue_max = hue_max
-        self.saturation_std = saturation_std
+    p: float = 1  # overall probability multiplier
+    xflip: float = 0  # probability multipliers of the steps, 0: off (no draws, no label columns)
+    yflip: float = 0
+    rotate_int: float = 0  # multiples of 90 degrees
+    translate_int: float = 0  # whole pixels
+    translate_int_max: float = 0.125  # relative to the image size
+    scale: float = 0
+    rotate_frac: float = 0  # any angle
+    aniso: float = 0  # stretch along a random axis
+    translate_frac: float = 0  # fractions of a pixel
+    scale_std: float = 0.2  # log2 of the scale
+    rotate_frac_max: float = 1  # of a half turn
+    aniso_std: float = 0.2  # log2 of the stretch
+    aniso_rotate_prob: float = 0.5  # probability of a random stretch axis (else x)
+    translate_frac_std: float = 0.125  # relative to the image size
+    brightness: float = 0
+    contrast: float = 0
+    lumaflip: float = 0  # mirror colours about the grey axis
+    hue: float = 0
+    saturation: float = 0
+    brightness_std: float = 0.2
+    contrast_std: float = 0.5  # log2
+    hue_max: float = 1  # of a half turn
+    saturation_std: float = 1  # log2
+
+    def __post_init__(self):
+        if self.p < 0:
+            raise ValueError(f"augmentation probability p={self.p} is negative; give 0 <= p <= 1 (--augment)")
 
     @classmethod
-    def edm(cls, p):
+    def edm(cls, p: float) -> AugmentPipe:
         """EDM's choice for CIFAR-10, FFHQ and AFHQv2: geometry only, fair coin for horizontal flips, 9 labels."""
         return cls(p=p, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
 
     @property
-    def label_dim(self):
+    def label_dim(self) -> int:
         """Number of label columns: the `augment_dim` of the network."""
-        return sum(columns for name, columns in LABEL_COLUMNS.items() if self.multipliers[name] > 0)
+        return sum(columns for name, columns in LABEL_COLUMNS.items() if getattr(self, name) > 0)
 
-    def __call__(self, images, generator=None):
+    def __call__(self, images: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         if images.ndim != 4:
             raise ValueError(f"images of shape {list(images.shape)} given; augmentation needs [N, C, H, W]")
         draws = _Draws(images, generator, self.p)
@@ -166,23 +144,20 @@ class AugmentPipe:
         """Pixel-exact steps: flips, quarter turns, whole-pixel shifts."""
         n, _, h, w = images.shape
         for name, axis in (("xflip", 3), ("yflip", 2)):
-            if self.multipliers[name] > 0:
-                flip = draws.integers(2, [n, 1, 1, 1])
-                flip = draws.keep(flip, [n, 1, 1, 1], self.multipliers[name])
+            if getattr(self, name) > 0:
+                flip = draws.keep(draws.integers(2, [n, 1, 1, 1]), getattr(self, name))
                 images = torch.where(flip == 1, images.flip(axis), images)
                 labels.append(flip)
-        if self.multipliers["rotate_int"] > 0:
+        if self.rotate_int > 0:
             if h != w:
                 raise ValueError(f"rotate_int needs square images, not {h}x{w}; switch it off or crop")
-            turn = draws.integers(4, [n, 1, 1, 1])
-            turn = draws.keep(turn, [n, 1, 1, 1], self.multipliers["rotate_int"])
+            turn = draws.keep(draws.integers(4, [n, 1, 1, 1]), self.rotate_int)
             images = torch.where((turn == 1) | (turn == 2), images.flip(3), images)
             images = torch.where((turn == 2) | (turn == 3), images.flip(2), images)
             images = torch.where((turn == 1) | (turn == 3), images.transpose(2, 3), images)
             labels += [(turn == 1) | (turn == 2), (turn == 2) | (turn == 3)]
-        if self.multipliers["translate_int"] > 0:
-            shift = draws.uniform([2, n, 1, 1, 1])
-            shift = draws.keep(shift, [1, n, 1, 1, 1], self.multipliers["translate_int"])
+        if self.translate_int > 0:
+            shift = draws.keep(draws.uniform([2, n, 1, 1, 1]), self.translate_int, [1, n, 1, 1, 1])
             tx = shift[0].mul(w * self.translate_int_max).round().to(torch.int64)  # [N, 1, 1, 1]
             ty = shift[1].mul(h * self.translate_int_max).round().to(torch.int64)
             x = torch.arange(w, device=images.device).reshape(1, 1, 1, w)
@@ -197,77 +172,65 @@ class AugmentPipe:
         """Affine steps, composed as one inverse map per image and executed by one band-limited resampling."""
         n, _, h, w = images.shape
         like = torch.empty(0, device=images.device)  # float32
-        mult = self.multipliers
         inverse = torch.eye(3, device=images.device).expand(n, 3, 3)
-        enabled = False
-        if mult["scale"] > 0:
-            k = draws.keep(draws.normal([n]), [n], mult["scale"])
+        if self.scale > 0:
+            k = draws.keep(draws.normal([n]), self.scale)
             s = k.mul(self.scale_std).exp2()
             inverse = inverse @ _scale2d(1 / s, 1 / s, like)
             labels.append(k)
-            enabled = True
-        if mult["rotate_frac"] > 0:
+        if self.rotate_frac > 0:
             angle = draws.uniform([n]) * (math.pi * self.rotate_frac_max)
-            angle = draws.keep(angle, [n], mult["rotate_frac"])
+            angle = draws.keep(angle, self.rotate_frac)
             inverse = inverse @ _rotate2d(angle, like)
             labels += [torch.stack([angle.cos() - 1, angle.sin()], dim=1)]
-            enabled = True
-        if mult["aniso"] > 0:
+        if self.aniso > 0:
             k = draws.normal([n])
             angle = draws.uniform([n]) * math.pi
-            k = draws.keep(k, [n], mult["aniso"])
-            angle = draws.keep_with_probability(angle, [n], self.aniso_rotate_prob)
+            k = draws.keep(k, self.aniso)
+            angle = draws.keep_with_probability(angle, self.aniso_rotate_prob)
             s = k.mul(self.aniso_std).exp2()
             inverse = inverse @ _rotate2d(-angle, like) @ _scale2d(1 / s, s, like) @ _rotate2d(angle, like)
             labels += [torch.stack([k * angle.cos(), k * angle.sin()], dim=1)]
-            enabled = True
-        if mult["translate_frac"] > 0:
-            k = draws.keep(draws.normal([2, n]), [1, n], mult["translate_frac"])
+        if self.translate_frac > 0:
+            k = draws.keep(draws.normal([2, n]), self.translate_frac, [1, n])
             shift = k * self.translate_frac_std
             inverse = inverse @ _translate2d(-shift[0] * w, -shift[1] * h, like)
             labels.append(k.t())
-            enabled = True
+        enabled = max(self.scale, self.rotate_frac, self.aniso, self.translate_frac) > 0
         return resample_affine(images, inverse) if enabled and self.p != 0 else images
 
     def _colour(self, images, draws, labels):
         """Colour steps, composed as one affine map of (R, G, B, 1) per image."""
         n, channels, h, w = images.shape
         like = torch.empty(0, device=images.device)  # float32
-        mult = self.multipliers
         eye = torch.eye(4, device=images.device)
         grey = torch.tensor([1.0, 1.0, 1.0, 0.0], device=images.device) / math.sqrt(3)
         grey = grey.ger(grey)  # [4, 4] projector on the luma axis
         matrix = eye.expand(n, 4, 4)
-        enabled = False
-        if mult["brightness"] > 0:
-            k = draws.keep(draws.normal([n]), [n], mult["brightness"])
+        if self.brightness > 0:
+            k = draws.keep(draws.normal([n]), self.brightness)
             b = k * self.brightness_std
             matrix = _matrix([[1, 0, 0, b], [0, 1, 0, b], [0, 0, 1, b], [0, 0, 0, 1]], like) @ matrix
             labels.append(k)
-            enabled = True
-        if mult["contrast"] > 0:
-            k = draws.keep(draws.normal([n]), [n], mult["contrast"])
+        if self.contrast > 0:
+            k = draws.keep(draws.normal([n]), self.contrast)
             c = k.mul(self.contrast_std).exp2()
             matrix = _matrix([[c, 0, 0, 0], [0, c, 0, 0], [0, 0, c, 0], [0, 0, 0, 1]], like) @ matrix
             labels.append(k)
-            enabled = True
-        if mult["lumaflip"] > 0:
-            k = draws.keep(draws.integers(2, [n, 1, 1]), [n, 1, 1], mult["lumaflip"])
+        if self.lumaflip > 0:
+            k = draws.keep(draws.integers(2, [n, 1, 1]), self.lumaflip)
             matrix = (eye - 2 * grey * k) @ matrix
             labels.append(k)
-            enabled = True
-        if mult["hue"] > 0:
+        if self.hue > 0:
             angle = draws.uniform([n]) * (math.pi * self.hue_max)
-            angle = draws.keep(angle, [n], mult["hue"])
+            angle = draws.keep(angle, self.hue)
             matrix = _rotate_luma(angle, like) @ matrix
             labels += [torch.stack([angle.cos() - 1, angle.sin()], dim=1)]
-            enabled = True
-        if mult["saturation"] > 0:
-            k = draws.keep(draws.normal([n, 1, 1]), [n, 1, 1], mult["saturation"])
+        if self.saturation > 0:
+            k = draws.keep(draws.normal([n, 1, 1]), self.saturation)
             matrix = (grey + (eye - grey) * k.mul(self.saturation_std).exp2()) @ matrix
             labels.append(k)
-            enabled = True
-        if not enabled:
+        if not max(self.brightness, self.contrast, self.lumaflip, self.hue, self.saturation) > 0:
             return images
         matrix = matrix.to(images.dtype)
         if channels == 3:
@@ -298,12 +261,12 @@ class _Draws:
     def integers(self, high, shape):
         return torch.randint(high, shape, **self.kwargs).to(self.device)
 
-    def keep_with_probability(self, value, shape, probability):
-        mask = torch.rand(shape, **self.kwargs).to(self.device) < probability
+    def keep_with_probability(self, value, probability, shape=None):
+        mask = torch.rand(shape or value.shape, **self.kwargs).to(self.device) < probability
         return torch.where(mask, value, torch.zeros_like(value))
 
-    def keep(self, value, shape, multiplier):
-        return self.keep_with_probability(value, shape, multiplier * self.p)
+    def keep(self, value, multiplier, shape=None):
+        return self.keep_with_probability(value, multiplier * self.p, shape)
 
 
 def _filter_axis(images, taps, axis, stride, padding):
@@ -322,7 +285,7 @@ def _upsample_axis(images, taps, axis):
     return _filter_axis(spread, taps.flip(0), axis, stride=1, padding=(len(taps) + 1) // 2)
 
 
-def resample_affine(images, inverse):
+def resample_affine(images: Tensor, inverse: Tensor) -> Tensor:
     """Apply a geometric transform to images [N, C, H, W], given as output-to-input maps `inverse` [N, 3, 3].
 
     Coordinates in pixels from the image centre, x right, y down; borders are mirrored. Resampling happens at twice

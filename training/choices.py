@@ -82,7 +82,7 @@ def augment_pipe(config: Any) -> Any:
     """EDM's augmentations (EDM appendix F.2) at the probability of --augment."""
     from training.augment import AugmentPipe
 
-    return AugmentPipe(p=config.augment, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
+    return AugmentPipe.edm(config.augment)
 
 
 def _process(config, common, references):

@@ -1,15 +1,18 @@
 """Pictures: uint8 tensors to PNG files, and labelled grids with a row per source."""
 
 import io
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
+import torch
 
 from dnnlib.util import atomic_write
 
 
-def to_pil(image):
+def to_pil(image: torch.Tensor | np.ndarray) -> PIL.Image.Image:
     """uint8 tensor or array [C, H, W] with 1 or 3 channels -> PIL image."""
     array = np.asarray(image)
     if array.shape[0] == 1:
@@ -17,14 +20,14 @@ def to_pil(image):
     return PIL.Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)), "RGB")
 
 
-def png_bytes(image):
+def png_bytes(image: torch.Tensor | np.ndarray) -> bytes:
     """The bytes of `image` [C, H, W] as an uncompressed PNG (as EDM2's tools write them)."""
     buffer = io.BytesIO()
     to_pil(image).save(buffer, format="png", compress_level=0, optimize=False)
     return buffer.getvalue()
 
 
-def save_grid(path, rows, titles=None):
+def save_grid(path: str | Path, rows: Sequence[Sequence[torch.Tensor]], titles: Sequence | None = None) -> None:
     """One PNG with a row of images per entry of `rows`, each row a sequence of uint8 [C, H, W]; written atomically.
 
     titles: text left of each row. Small images are enlarged to 32 pixels at least.
