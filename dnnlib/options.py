@@ -90,13 +90,7 @@ def flag(cls: type, name: str) -> str:
 
 def _click_type(annotation: Any) -> Any:
     words = str(annotation if isinstance(annotation, str) else getattr(annotation, "__name__", annotation))
-    kinds = {
-        "bool": click.BOOL,
-        "int": click.INT,
-        "float": cli.Float(infinite=True),
-        "list": cli.FLOATS,
-        "dict": cli.MAPPING,
-    }
+    kinds = dict(bool=click.BOOL, int=click.INT, float=cli.Float(infinite=True), list=cli.FLOATS, dict=cli.MAPPING)
     return next((kind for name, kind in kinds.items() if words.startswith(name)), click.STRING)
 
 

@@ -65,11 +65,11 @@ class Classifier:
         self.net = net.to(device).eval().requires_grad_(False)
         self.header = {name: header[name] for name in MEASURED if name in header}
         self.device = torch.device(device)
-        self.identity = f"{self.name}:{self._hash()}"
-
-    @property
-    def accuracy(self) -> float:
-        return self.header["accuracy"]
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.net.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        self.identity = f"{self.name}:{digest.hexdigest()[:16]}"
 
     def to(self, device: str | torch.device) -> Classifier:
         """Move the network; returns itself."""
@@ -95,13 +95,6 @@ class Classifier:
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """images uint8 [N, C, H, W] -> predicted sources [N] int64."""
         return self.classify(self.features(images))
-
-    def _hash(self):
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.net.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file that `load_classifier` reads; atomic."""
@@ -134,11 +127,11 @@ def _normalize(images):
     return images.float() / 127.5 - 1
 
 
-def _shift(x, generator, limit=SHIFT):
-    """Move every image by its own whole number of pixels, up to `limit`, edges repeated."""
+def _shift(x, generator):
+    """Move every image by its own whole number of pixels, up to SHIFT, edges repeated."""
     n, _, h, w = x.shape
-    x = torch.nn.functional.pad(x, [limit] * 4, mode="replicate")
-    dy, dx = torch.randint(0, 2 * limit + 1, (2, n), generator=generator).to(x.device)
+    x = torch.nn.functional.pad(x, [SHIFT] * 4, mode="replicate")
+    dy, dx = torch.randint(0, 2 * SHIFT + 1, (2, n), generator=generator).to(x.device)
     rows = dy[:, None] + torch.arange(h, device=x.device)
     cols = dx[:, None] + torch.arange(w, device=x.device)
     index = torch.arange(n, device=x.device)[:, None, None]

@@ -55,16 +55,7 @@ def load_references(path: str | os.PathLike) -> dict[str, FeatureSet]:
         if data[:2] == b"PK":
             return _from_npz(data)
         return _from_dict(pickles.load(data))
-    except (
-        zipfile.BadZipFile,
-        KeyError,
-        EOFError,
-        IndexError,
-        TypeError,
-        ValueError,
-        OverflowError,
-        MemoryError,
-    ) as error:
+    except (zipfile.BadZipFile, LookupError, EOFError, TypeError, ValueError, OverflowError, MemoryError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"'{path}' is no readable reference file ({reason})") from None
 

@@ -215,7 +215,7 @@ def write_report(
 
         judge = load_classifier(detector)
         num = judge.header["num_holdout"]
-        notes.append(f"Detector: {judge.accuracy:.1%} of {num} held-out images classified right.")
+        notes.append(f"Detector: {judge.header['accuracy']:.1%} of {num} held-out images classified right.")
     budgets = sorted({(r.tags["arm"], r.tags["images_trained"]) for r in rows if "images_trained" in r.tags})
     if budgets:
         notes.append("Training images per model: " + ", ".join(f"{n} ({arm})" for arm, n in budgets) + ".")

@@ -135,8 +135,8 @@ def test_gradient_in_the_matrices_is_the_endpoints():
     process = LinearProcess(Q, D)
 
     def with_grad():
-        process._Q, process._D = Q.clone().requires_grad_(), D.clone().requires_grad_()
-        return process._Q, process._D
+        process.Q, process.D = Q.clone().requires_grad_(), D.clone().requires_grad_()
+        return process.Q, process.D
 
     leaves = with_grad()
     # Exact expectation over x ~ N(0, v), differentiable: KL of the ends and the integral of the optimal error.

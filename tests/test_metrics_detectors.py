@@ -85,11 +85,11 @@ def test_lists_of_detectors():
 
 
 def test_classifier_learns_all_ten_digits(judge):
-    assert judge.accuracy >= 0.97
+    assert judge.header["accuracy"] >= 0.97
     images, labels = digits()
     kept, held = stratified_split(labels, 0.2, seed=0)
     right = judge.predict(torch.from_numpy(images[held])).numpy() == labels[held]
-    assert right.mean() == pytest.approx(judge.accuracy)  # measured on images it never saw
+    assert right.mean() == pytest.approx(judge.header["accuracy"])  # measured on images it never saw
     assert not set(kept) & set(held)
     assert np.bincount(labels[held]).min() >= 34  # every source is held out
 
@@ -109,7 +109,7 @@ def test_classifier_file_holds_tensors_and_json_only(judge, tmp_path):
     judge.save(path)
     again = load_classifier(path)
     assert again.identity == judge.identity
-    assert again.accuracy == judge.accuracy
+    assert again.header["accuracy"] == judge.header["accuracy"]
     images = torch.from_numpy(digits()[0][:40])
     assert torch.equal(again.features(images), judge.features(images))
     with safetensors.safe_open(path, "pt") as f:
@@ -179,7 +179,7 @@ def test_other_image_shapes(shape):
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 2
     images = (rng.integers(0, 60, (40, *shape)) + 150 * labels[:, None, None, None]).astype(np.uint8)
-    assert train_classifier(images, labels, epochs=4, width=8, features=16, batch_size=16).accuracy == 1
+    assert train_classifier(images, labels, epochs=4, width=8, features=16, batch_size=16).header["accuracy"] == 1
 
 
 def test_source_agreement():

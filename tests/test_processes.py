@@ -180,7 +180,7 @@ def test_gradient_in_the_matrices():
         for t in (1e-4, 0.1, 1.0):
             q, d = process.Q.clone().requires_grad_(), process.D.clone().requires_grad_()
             process_grad = LinearProcess(q, d)
-            process_grad._Q, process_grad._D = q, d
+            process_grad.Q, process_grad.D = q, d
             process_grad.snr(torch.tensor(t, dtype=torch.float64)).log().backward()
             step = mp.mpf("1e-30")
             for leaf, direction in ((q, [[0, -1], [1, 0]]), (d, [[0, 0], [0, 1]]), (d, [[1, 0], [0, 0]])):

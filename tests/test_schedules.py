@@ -31,7 +31,8 @@ def test_halved_schedule_drops_at_the_reference():
     assert halved_schedule(100_000, **arguments) == 0.01
     assert halved_schedule(100_001, **arguments) == pytest.approx(0.005, rel=1e-4)
     assert halved_schedule(400_000, **arguments) == pytest.approx(0.01 / (4 * 4) ** 0.5)
-    assert halved_schedule(0, 2048) == 0 and halved_schedule(5 * 10**6, 2048) == pytest.approx(0.005)
+    usual = (2048, 100e-4, 70e3, 10)
+    assert halved_schedule(0, *usual) == 0 and halved_schedule(5 * 10**6, *usual) == pytest.approx(0.005)
 
 
 def test_constant_and_cosine():

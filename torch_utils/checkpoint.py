@@ -103,8 +103,7 @@ def newest_sound(run_dir: str | Path) -> Path | None:
     """
     paths = list_checkpoints(run_dir)
     for path in reversed(paths):
-        why = damage(path)
-        if why is None:
+        if (why := damage(path)) is None:
             return path
         print(f"Warning: {path} is damaged ({why}); looking for an earlier checkpoint", file=sys.stderr)
     if paths:
@@ -123,8 +122,7 @@ def remove_old(run_dir: str | Path, keep: int) -> None:
     paths = list_checkpoints(run_dir)
     if keep < 1 or len(paths) <= keep:
         return
-    why = damage(paths[-1])
-    if why is not None:
+    if why := damage(paths[-1]):
         raise OSError(f"{paths[-1]} was written but {why}: check the disk; older checkpoints were kept")
     for path in paths[:-keep]:
         path.unlink(missing_ok=True)

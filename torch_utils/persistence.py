@@ -234,10 +234,7 @@ def read_header(path: str | Path, kind: str = FORMAT) -> dict:
 
 
 def load_snapshot(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    classes: dict[str, type] | None = None,
-    kind: str = FORMAT,
+    path: str | Path, device: str | torch.device = "cpu", classes: dict[str, type] | None = None, kind: str = FORMAT
 ) -> Snapshot:
     """Read a snapshot -> Snapshot with the network in eval mode on `device`, float32, gradients off.
 

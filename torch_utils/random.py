@@ -10,10 +10,12 @@ import functools
 import hashlib
 import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 Device = torch.device | str | None
+Shape = Sequence[int]
 
 
 def hash_seed(*values: int) -> int:
@@ -46,7 +48,7 @@ class StackedRandomGenerator:
     def __len__(self):
         return len(self.generators)
 
-    def _draw(self, function, size, dtype, device=None, **options):
+    def _draw(self, function, size, dtype=None, device=None, **options):
         """Stack `function(size[1:], generator=...)` over the seeds."""
         if not len(size) or size[0] != len(self):
             raise ValueError(f"size {tuple(size)}: the first dimension must be the number of seeds, {len(self)}")
@@ -54,26 +56,17 @@ class StackedRandomGenerator:
         draws = [function(tuple(size[1:]), generator=generator, **options) for generator in self.generators]
         return (torch.stack(draws) if draws else torch.empty(tuple(size), dtype=dtype)).to(device or self.device)
 
-    def randn(
-        self,
-        size: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-        device: Device = None,
-        layout: torch.layout = torch.strided,
-    ) -> torch.Tensor:
-        """Standard normal draws of shape `size`."""
-        return self._draw(torch.randn, size, dtype, device, layout=layout)
+    def randn(self, size: Shape, **options: Any) -> torch.Tensor:
+        """Standard normal draws of shape `size`. options: dtype, device, layout."""
+        return self._draw(torch.randn, size, **options)
 
     def randn_like(self, input: torch.Tensor) -> torch.Tensor:
         """Standard normal draws with the shape, type, layout and device of `input`."""
         return self.randn(input.shape, dtype=input.dtype, layout=input.layout, device=input.device)
 
-    def randint(
-        self, *args: int, size: Sequence[int], dtype: torch.dtype = torch.int64, device: Device = None
-    ) -> torch.Tensor:
-        """Integers below `args[0]`, or in `[args[0], args[1])`, of shape `size`."""
-        return self._draw(functools.partial(torch.randint, *args), size, dtype, device)
+    def randint(self, *args: int, size: Shape, dtype: torch.dtype = torch.int64, **options: Any) -> torch.Tensor:
+        """Integers below `args[0]`, or in `[args[0], args[1])`, of shape `size`. options: device, layout."""
+        return self._draw(functools.partial(torch.randint, *args), size, dtype, **options)
 
 
 Generator = torch.Generator | StackedRandomGenerator | None  # what every function that draws takes
@@ -91,9 +84,8 @@ def default_generator(device: Device = "cpu") -> torch.Generator:
 def child_generator(generator: Generator = None, device: Device = "cpu") -> torch.Generator | StackedRandomGenerator:
     """A generator derived from the present state of `generator`, which is left untouched.
 
-    What is drawn from the child, however much, changes nothing of what the parent yields. The same parent state gives
-    the same child. None derives from the global generator of `device`; a StackedRandomGenerator gives a
-    StackedRandomGenerator of children.
+    The same parent state gives the same child. None derives from the global generator of `device`; a
+    StackedRandomGenerator gives one of children.
     """
     if isinstance(generator, StackedRandomGenerator):
         child = StackedRandomGenerator(generator.device, [])
@@ -113,14 +105,14 @@ def _draw(function, shape, generator, device, dtype):
 
 
 def randn(
-    shape: Sequence[int], generator: Generator = None, device: Device = None, dtype: torch.dtype = torch.float32
+    shape: Shape, generator: Generator = None, device: Device = None, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Standard normal draws from any kind of generator, moved to `device` (default: the generator's, else the CPU)."""
     return _draw(torch.randn, shape, generator, device, dtype)
 
 
 def rand(
-    shape: Sequence[int], generator: Generator = None, device: Device = None, dtype: torch.dtype = torch.float32
+    shape: Shape, generator: Generator = None, device: Device = None, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Uniform draws on [0, 1) from any kind of generator, as `randn`."""
     return _draw(torch.rand, shape, generator, device, dtype)

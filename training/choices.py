@@ -35,21 +35,16 @@ _networks, _optim = _late("training.networks_edm"), _late("torch.optim")
 
 def _sizes(config) -> dict[str, Any]:
     """Sizes that all U-Nets take; those left out are the architecture's own."""
-    return given(
-        model_channels=config.channels,
-        channel_mult=config.channel_mult,
-        num_blocks=config.num_blocks,
-        attn_resolutions=config.attn_resolutions,
-    )
+    same = {name: getattr(config, name) for name in ("channel_mult", "num_blocks", "attn_resolutions")}
+    return given(model_channels=config.channels, **same)
 
 
 def _edm2(config, interface):
     from training.networks_edm2 import Precond
 
     options = dict(interface, use_fp16=config.fp16, sigma_data=config.sigma_data, dropout=config.dropout)
-    return Precond(
-        **options, **_sizes(config), **given(channels_per_head=config.channels_per_head), **config.net_options
-    )
+    options |= _sizes(config) | given(channels_per_head=config.channels_per_head)
+    return Precond(**options, **config.net_options)
 
 
 _SONG = dict(model_type="SongUNet", model_channels=128, channel_mult=[2, 2, 2], decoder_type="standard")

@@ -19,7 +19,6 @@ from torch_utils import random
 from torch_utils.persistence import persistent
 from torch_utils.random import Generator
 
-# ----------------------------------------------------------------------------
 # Random draws: `generator` is None, a torch.Generator, or an object with randn_like (one generator per sample).
 
 
@@ -35,11 +34,10 @@ def _rand_like(x, generator):
     return torch.special.ndtr(generator.randn_like(x).double()).to(x.dtype)  # a normal's own quantile is uniform
 
 
-# ----------------------------------------------------------------------------
-
-
 class Encoder:
     """Interface; subclasses are `@persistent`."""
+
+    log_scale = None  # log dz/dy of encoders that scale all values alike
 
     def init(self, device: str | torch.device) -> None:
         """Load what decoding needs onto `device`; called by the methods themselves where they need it."""
@@ -62,7 +60,10 @@ class Encoder:
 
     def log_abs_det(self, x: torch.Tensor) -> torch.Tensor:
         """log |det dz/dy| at final latents x: float64 [N], nats (see the module's convention)."""
-        raise ValueError(f"{type(self).__name__} has no bits/dim: its map from pixels to latents is not invertible")
+        if self.log_scale is None:
+            raise ValueError(f"{type(self).__name__} has no bits/dim: its map from pixels to latents is not invertible")
+        log_det = math.prod(x.shape[1:]) * self.log_scale
+        return torch.full([x.shape[0]], log_det, dtype=torch.float64, device=x.device)
 
     def __repr__(self):
         arguments = getattr(self, "init_kwargs", {})  # recorded by @persistent
@@ -74,17 +75,10 @@ class Encoder:
     __hash__ = None
 
 
-def _check_pixels(x, channels=range(1, 5)):
-    if x.ndim != 4 or x.dtype != torch.uint8 or x.shape[1] not in channels:
-        raise ValueError(
-            f"pixels must be uint8 [N,C,H,W] with {min(channels)}..{max(channels)} channels, "
-            f"got {x.dtype} {list(x.shape)}"
-        )
+def _check_pixels(x, low=1, high=4):
+    if x.ndim != 4 or x.dtype != torch.uint8 or not low <= x.shape[1] <= high:
+        raise ValueError(f"pixels must be uint8 [N,C,H,W] with {low}..{high} channels, got {x.dtype} {list(x.shape)}")
     return x
-
-
-def _constant_log_det(x, per_value):
-    return torch.full([x.shape[0]], math.prod(x.shape[1:]) * per_value, dtype=torch.float64, device=x.device)
 
 
 @persistent
@@ -105,23 +99,23 @@ class IdentityEncoder(Encoder):
 class StandardRGBEncoder(Encoder):
     """Grey or colour pixels scaled into [-1, 1]: z = x / 127.5 - 1 (EDM2). 1 to 4 channels."""
 
+    log_scale = math.log(256 / 127.5)
+
     def encode_latents(self, x: torch.Tensor, generator: Generator = None) -> torch.Tensor:
         return x.to(torch.float32) / 127.5 - 1
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         return (z.to(torch.float32) * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
-    def log_abs_det(self, x: torch.Tensor) -> torch.Tensor:
-        return _constant_log_det(x, math.log(256 / 127.5))
 
-
-# ----------------------------------------------------------------------------
 # Likelihoods: uniform dequantisation y = (x + U) / 256, then an invertible map z = f(y) (MDM, appendix on data).
 
 
 @persistent
 class UniformDequantizer(Encoder):
     """z = y = (x + U) / 256 with U uniform in [0, 1); U keeps 2^-12 from the ends so that float32 decodes exactly."""
+
+    log_scale = 0.0
 
     def encode_latents(self, x: torch.Tensor, generator: Generator = None) -> torch.Tensor:
         if x.dtype != torch.uint8:
@@ -132,9 +126,6 @@ class UniformDequantizer(Encoder):
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         return (self._inverse(z.to(torch.float32)) * 256).floor().clip(0, 255).to(torch.uint8)
-
-    def log_abs_det(self, x: torch.Tensor) -> torch.Tensor:
-        return _constant_log_det(x, 0.0)
 
     def _forward(self, y):  # y -> z
         return y
@@ -147,14 +138,13 @@ class UniformDequantizer(Encoder):
 class CenterEncoder(UniformDequantizer):
     """Dequantise, then z = 2 y - 1; log_abs_det = d log 2."""
 
+    log_scale = math.log(2)
+
     def _forward(self, y):
         return 2 * y - 1
 
     def _inverse(self, z):
         return (z + 1) / 2
-
-    def log_abs_det(self, x: torch.Tensor) -> torch.Tensor:
-        return _constant_log_det(x, math.log(2))
 
 
 @persistent
@@ -181,10 +171,6 @@ class LogitEncoder(UniformDequantizer):
         x = x.double().flatten(1)
         log_sigmoid = torch.nn.functional.logsigmoid
         return (math.log(1 - 2 * self.alpha) - log_sigmoid(x) - log_sigmoid(-x)).sum(1)
-
-
-# ----------------------------------------------------------------------------
-# VAE latents.
 
 
 @persistent
@@ -222,16 +208,14 @@ class StabilityVAEEncoder(Encoder):
     @torch.no_grad()
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:  # uint8 [N,3,H,W] -> float32 [N,8,H/8,W/8]
         self.init(x.device)
-        x = _check_pixels(x, channels=range(3, 4)).to(torch.float32) / 255
+        x = _check_pixels(x, low=3, high=3).to(torch.float32) / 255
         factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
         if x.shape[2] % factor or x.shape[3] % factor:
             raise ValueError(f"images of {x.shape[3]}x{x.shape[2]}: the VAE needs sides divisible by {factor}")
         posteriors = [self._vae.encode(part)["latent_dist"] for part in x.split(self.batch_size)]
         return torch.cat([torch.cat([p.mean, p.std], dim=1) for p in posteriors])
 
-    def encode_latents(
-        self, x: torch.Tensor, generator: Generator = None
-    ) -> torch.Tensor:  # float32 [N,8,h,w] -> float32 [N,4,h,w]
+    def encode_latents(self, x: torch.Tensor, generator: Generator = None) -> torch.Tensor:  # [N,8,h,w] -> [N,4,h,w]
         if x.ndim != 4 or x.shape[1] != 2 * self.scale.numel():
             raise ValueError(
                 f"raw latents must have {2 * self.scale.numel()} channels (posterior mean and standard deviation), "

@@ -32,15 +32,14 @@ def standard_hooks(run: "Run") -> dict:
         chosen["on_status"] = validation_hook(run.held_out)
     if run.config.grid:
         dataset = run.feed.dataset
-        chosen["on_snapshot"] = grid_hook(
-            sorted({int(k) for k in dataset.raw_labels}) if dataset.has_onehot_labels else None
-        )
+        sources = sorted({int(k) for k in dataset.raw_labels}) if dataset.has_onehot_labels else None
+        chosen["on_snapshot"] = grid_hook(sources)
     return chosen
 
 
-def validation_hook(dataset: Dataset, **options: int) -> Callable:
+def validation_hook(dataset: Dataset) -> Callable:
     """on_status hook: validation loss of the first average of the weights on `dataset`, on rank 0."""
-    held_out = HeldOut(dataset, **options) if dist.get_rank() == 0 else None
+    held_out = HeldOut(dataset) if dist.get_rank() == 0 else None
 
     def on_status(loop):
         if held_out is None:
@@ -48,18 +47,14 @@ def validation_hook(dataset: Dataset, **options: int) -> Callable:
         with loop.average() as average:
             result = held_out.denoising_loss(average.net, loop.encoder)
         fields = {"Loss/validation": result["loss"]}
-        fields.update({f"Loss/validation_sigma{s}": v for s, v in result["levels"].items()})
-        fields.update({f"Loss/validation_source{k}": v for k, v in result.get("sources", {}).items()})
-        return fields
+        fields |= {f"Loss/validation_sigma{s}": v for s, v in result["levels"].items()}
+        return fields | {f"Loss/validation_source{k}": v for k, v in result.get("sources", {}).items()}
 
     return on_status
 
 
-def grid_hook(sources: list[int] | None = None, num_steps: int = 18, seed: int = 0) -> Callable:
-    """on_snapshot hook: `samples-<kimg>.png` with a row per source, from the first average, on rank 0.
-
-    sources: label ids to show (None: the first ones).
-    """
+def grid_hook(sources: list[int] | None) -> Callable:
+    """on_snapshot hook: `samples-<kimg>.png` with a row per source (None: the first ones), from the first average."""
 
     @torch.no_grad()
     def on_snapshot(loop):
@@ -73,11 +68,11 @@ def grid_hook(sources: list[int] | None = None, num_steps: int = 18, seed: int =
             columns = max(1, min(GRID_COLUMNS, GRID_CHANNELS_TOTAL // (math.prod(shape) * GRID_ROWS)))
             rows = list(range(net.label_dim) if sources is None else sources)[:GRID_ROWS] or [None]
             for label in rows:
-                generator = StackedRandomGenerator(device, range(seed, seed + columns))
+                generator = StackedRandomGenerator(device, range(columns))
                 size = [columns, *shape]
                 noise = generator.randn(size, device=device) if kernel is None else kernel.unit_noise(size, generator)
                 onehot = None if label is None else torch.eye(net.label_dim, device=device)[[label] * columns]
-                pictures.append(loop.encoder.decode(heun(net, noise.to(device), onehot, num_steps=num_steps)).cpu())
+                pictures.append(loop.encoder.decode(heun(net, noise.to(device), onehot, num_steps=18)).cpu())
         titles = None if rows == [None] else rows
         save_grid(loop.run_dir / f"samples-{loop.kimg:07d}.png", pictures, titles)
 

@@ -60,7 +60,7 @@ def solve_posthoc_coefficients(
 
 
 class _Averages:
-    """Copies of a module, updated in place; buffers are copied when read."""
+    """Copies of a module, updated in place; buffers are copied when read. Subclasses give `betas`, the decay of each."""
 
     def __init__(self, module: torch.nn.Module, names: Sequence[str]) -> None:
         self.module = module
@@ -74,9 +74,6 @@ class _Averages:
         for average, beta in zip(self.copies, self.betas(cur_nimg, batch_size), strict=True):
             if source:
                 torch._foreach_lerp_(list(average.parameters()), source, 1 - beta)
-
-    def betas(self, cur_nimg: int, batch_size: int) -> list[float]:
-        raise NotImplementedError
 
     @torch.no_grad()
     def get(self) -> list[tuple[torch.nn.Module, str]]:
@@ -100,9 +97,8 @@ class PowerFunctionEMA(_Averages):
     """Power-function averages of the given relative stds (EDM2 sec. 3.1)."""
 
     def __init__(self, module: torch.nn.Module, stds: Sequence[float] = (0.050, 0.100)) -> None:
-        self.stds = [float(std) for std in stds]
-        self.exps = [float(std_to_exp(std)) for std in self.stds]
-        super().__init__(module, [f"{std:.3f}" for std in self.stds])
+        self.exps = [float(std_to_exp(std)) for std in stds]
+        super().__init__(module, [f"{std:.3f}" for std in stds])
 
     def betas(self, cur_nimg: int, batch_size: int) -> list[float]:
         return [(1 - batch_size / cur_nimg) ** (exp + 1) for exp in self.exps]

@@ -8,20 +8,11 @@ from itertools import product
 Mi = 2**20
 
 
-def _edm2(duration, channels, lr, decay, dropout, P_mean, P_std, **more):
-    return dict(
-        arch="edm2",
-        loss="edm2",
-        total_nimg=duration,
-        batch_size=2048,
-        channels=channels,
-        lr=lr,
-        decay=decay,
-        dropout=dropout,
-        P_mean=P_mean,
-        P_std=P_std,
-        **more,
-    )
+_EDM2_COLUMNS = ("total_nimg", "channels", "lr", "decay", "dropout", "P_mean", "P_std")
+
+
+def _edm2(*row, **more):
+    return dict(zip(_EDM2_COLUMNS, row, strict=True), arch="edm2", loss="edm2", batch_size=2048, **more)
 
 
 # EDM2 (arXiv 2312.02696), table 6. ImageNet-512 in VAE latents, ImageNet-64 in pixels.
@@ -77,9 +68,7 @@ for _system, _arch, _labels in product(("edm", "pfgmpp"), ("ddpmpp", "ncsnpp"), 
     _noise = dict(process="pfgmpp", aug_dim=2048.0) if _system == "pfgmpp" else {}
     PRESETS[f"{_system}-cifar10-{_arch}{_labels}"] = dict(_EDM, **_CIFAR, **_noise, arch=_arch, cond=bool(_labels))
 PRESETS["edm-ffhq64-ddpmpp"] = dict(_EDM, **_FFHQ, arch="ddpmpp", cond=False)  # FID 2.39
-PRESETS["pfgmpp-ffhq64-ddpmpp"] = dict(  # FID 2.43 at D=128
-    _EDM, **_FFHQ, arch="ddpmpp", cond=False, process="pfgmpp", aug_dim=128.0
-)
+PRESETS["pfgmpp-ffhq64-ddpmpp"] = dict(PRESETS["edm-ffhq64-ddpmpp"], process="pfgmpp", aug_dim=128.0)  # FID 2.43
 
 # Small enough for a CPU: 8x8 and 28x28 grey digits.
 _DIGITS = dict(

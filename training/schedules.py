@@ -19,9 +19,7 @@ def learning_rate_schedule(
     return lr
 
 
-def halved_schedule(
-    cur_nimg: float, batch_size: int, ref_lr: float = 100e-4, ref_batches: float = 70e3, rampup_Mimg: float = 10
-) -> float:
+def halved_schedule(cur_nimg: float, batch_size: int, ref_lr: float, ref_batches: float, rampup_Mimg: float) -> float:
     """The schedule of the multi-source experiments (Wang et al., ICML 2025, published code).
 
     As EDM2's, but lr halves suddenly at t = ref_batches and decays from there. The paper does not mention it.
@@ -30,16 +28,12 @@ def halved_schedule(
     return lr / 2 if ref_batches > 0 and cur_nimg > ref_batches * batch_size else lr
 
 
-def constant_schedule(
-    cur_nimg: float, batch_size: int, ref_lr: float = 100e-4, ref_batches: float = 0, rampup_Mimg: float = 10
-) -> float:
+def constant_schedule(cur_nimg: float, batch_size: int, ref_lr: float, ref_batches: float, rampup_Mimg: float) -> float:
     """Constant after the linear ramp-up."""
     return learning_rate_schedule(cur_nimg, batch_size, ref_lr, 0, rampup_Mimg)
 
 
-def cosine_schedule(
-    cur_nimg: float, batch_size: int, ref_lr: float = 100e-4, ref_batches: float = 70e3, rampup_Mimg: float = 10
-) -> float:
+def cosine_schedule(cur_nimg: float, batch_size: int, ref_lr: float, ref_batches: float, rampup_Mimg: float) -> float:
     """Half a cosine from ref_lr to 0 over ref_batches batches, times the linear ramp-up."""
     progress = min(cur_nimg / (ref_batches * batch_size), 1) if ref_batches > 0 else 0
     return learning_rate_schedule(cur_nimg, batch_size, ref_lr, 0, rampup_Mimg) * (1 + math.cos(math.pi * progress)) / 2
@@ -83,13 +77,7 @@ def ajest_learning_rate(
 
 
 def ajest_schedule(
-    cur_nimg: float,
-    batch_size: int,
-    ref_lr: float = 100e-4,
-    ref_batches: float = 70e3,
-    rampup_Mimg: float = 10,
-    *,
-    selection: dict,
+    cur_nimg: float, batch_size: int, ref_lr: float, ref_batches: float, rampup_Mimg: float, *, selection: dict
 ) -> float:
     """`ajest_learning_rate` of a run with batches of batch_size trained images. selection: the selector's `progress()`."""
     change = 0 if selection["beaten_at"] is None else selection["beaten_at"] + batch_size  # the step after the trigger

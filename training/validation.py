@@ -1,8 +1,5 @@
 """Denoising loss on held-out data at fixed noise levels and seeds: comparable between runs, arms and snapshots."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
 from torch_utils.random import seeded_generator
@@ -24,34 +21,27 @@ class HeldOut:
         self.seed = seed
 
     @torch.no_grad()
-    def denoising_loss(
-        self, net: torch.nn.Module, encoder: Encoder, noise_levels: Sequence[float] = NOISE_LEVELS, kernel: Any = None
-    ) -> dict:
+    def denoising_loss(self, net: torch.nn.Module, encoder: Encoder) -> dict:
         """Mean of |D(y + sigma n) - y|^2 (sigma^2 + sd^2) / (sigma sd)^2 per pixel, at each noise level (EDM's weight).
 
-        kernel: unit noise; None: Gaussian. The noise of image i depends on (seed, i) alone. Returns {"loss": mean over
-        levels and images, "levels": {sigma: mean}, "sources": {label: mean}} (sources only where the data has labels).
+        The noise of image i depends on (seed, i) alone. Returns {"loss": mean over levels and images, "levels":
+        {sigma: mean}, "sources": {label: mean}} (sources only where the data has labels).
         """
         device, sd, count = next(net.parameters()).device, net.sigma_data, len(self.images)
-        table = torch.zeros(count, len(noise_levels), dtype=torch.float64)
+        table = torch.zeros(count, len(NOISE_LEVELS), dtype=torch.float64)
         for start in range(0, count, BATCH):
             rows = slice(start, min(start + BATCH, count))
             generators = [seeded_generator("cpu", self.seed, 7, i) for i in range(rows.start, rows.stop)]
             raw = self.images[rows].to(device)
             clean = encoder.encode_latents(raw, seeded_generator(device, self.seed, 8, start))
             onehot = self.labels[rows].to(device) if self.labels.shape[1] and net.label_dim else None
-            for column, sigma in enumerate(noise_levels):
-                if kernel is None:
-                    noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators])
-                else:
-                    noise = torch.cat([kernel.unit_noise([1, *clean.shape[1:]], g) for g in generators])
+            for column, sigma in enumerate(NOISE_LEVELS):
+                noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators])
                 denoised = net(clean + sigma * noise.to(device), torch.full([len(clean)], sigma, device=device), onehot)
                 weight = (sigma**2 + sd**2) / (sigma * sd) ** 2
                 table[rows, column] = weight * (denoised - clean).double().square().flatten(1).mean(dim=1).cpu()
-        result = {
-            "loss": float(table.mean()),
-            "levels": {f"{s:g}": float(v) for s, v in zip(noise_levels, table.mean(0), strict=True)},
-        }
+        levels = {f"{s:g}": float(v) for s, v in zip(NOISE_LEVELS, table.mean(0), strict=True)}
+        result = {"loss": float(table.mean()), "levels": levels}
         if self.labels.shape[1]:
             ids = self.labels.argmax(dim=1)
             result["sources"] = {int(k): float(table[ids == k].mean()) for k in ids.unique()}

@@ -14,16 +14,10 @@ from training.processes.linear import LinearProcess
 from training.processes.named import ALDA, CLD, MALDA, VP, Learned
 from training.processes.pfgmpp import PFGMpp
 
-REGISTRY = {
-    "edm": EDM,
-    "pfgmpp": PFGMpp,
-    "vp": VP,
-    "cld": CLD,
-    "alda": ALDA,
-    "malda": MALDA,
-    "learned": Learned,
-    "linear": LinearProcess,
-}
+__all__ = ["ALDA", "CLD", "EDM", "MALDA", "VP", "GaussianKernel", "Learned", "LinearProcess", "PFGMpp", "Process"]
+__all__ += ["REGISTRY", "aug_dim", "get", "is_linear"]
+
+REGISTRY = dict(edm=EDM, pfgmpp=PFGMpp, vp=VP, cld=CLD, alda=ALDA, malda=MALDA, learned=Learned, linear=LinearProcess)
 
 
 def get(name: str, **options: object) -> GaussianKernel:
@@ -34,21 +28,3 @@ def get(name: str, **options: object) -> GaussianKernel:
         return REGISTRY[name](**options)
     except TypeError as error:
         raise ValueError(f"process {name!r}: {error}") from None
-
-
-__all__ = [
-    "ALDA",
-    "CLD",
-    "EDM",
-    "MALDA",
-    "REGISTRY",
-    "VP",
-    "GaussianKernel",
-    "Learned",
-    "LinearProcess",
-    "PFGMpp",
-    "Process",
-    "aug_dim",
-    "get",
-    "is_linear",
-]

@@ -9,7 +9,7 @@ import torch
 
 from torch_utils import random
 from torch_utils.persistence import persistent
-from torch_utils.random import Generator
+from torch_utils.random import Device, Generator, Shape
 from training.processes.states import apply_matrix
 
 Times = float | torch.Tensor  # forward times, of any batch shape [...]
@@ -45,11 +45,7 @@ class GaussianKernel:
     linear = False  # True: a Process
 
     def unit_noise(
-        self,
-        shape: Sequence[int],
-        generator: Generator = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
+        self, shape: Shape, generator: Generator = None, device: Device = None, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
         """Noise of unit scale and shape `shape` = [N, *data_shape]. device: default the generator's."""
         return random.randn(shape, generator, device, dtype)
@@ -92,9 +88,7 @@ class Process(GaussianKernel):
     def prepare(self, times: Sequence[float] | torch.Tensor) -> None:
         """Compute ahead what a solver needs at these times."""
 
-    def prior_covariance(
-        self, prior: str = "stationary", t: Times | None = None, sigma_data: float = 0.5
-    ) -> torch.Tensor:
+    def prior_covariance(self, prior: str, t: Times | None = None, sigma_data: float = 0.5) -> torch.Tensor:
         """[V, V] covariance of the start at time t (default T): "stationary", or "matched", C + sigma_data^2 m m'."""
         t = self.T if t is None else t
         if prior == "stationary":
@@ -106,13 +100,13 @@ class Process(GaussianKernel):
 
     def prior_sample(
         self,
-        shape: Sequence[int],
+        shape: Shape,
         generator: Generator = None,
         *,
         prior: str = "stationary",
         t: Times | None = None,
         sigma_data: float = 0.5,
-        device: str | torch.device | None = None,
+        device: Device = None,
         dtype: torch.dtype = torch.float64,
     ) -> torch.Tensor:
         """Draw a start state of shape [N, V, *data_shape] with the covariance `prior_covariance(prior, t, sigma_data)`.

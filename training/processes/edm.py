@@ -1,4 +1,4 @@
-"""EDM's variance-exploding process: y = x0 + sigma n, with time t = sigma."""
+"""EDM's variance-exploding process (Karras et al. 2022): y = x0 + sigma n, with time t = sigma."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from training.processes.states import expand
 
 @persistent
 class EDM(Process):
-    """du = sqrt(2 sigma) dW in time t = sigma: mean x0, standard deviation sigma (EDM, Karras et al. 2022, eq. 5-6).
-
-    One variable. Time runs from 0 to T = sigma_max, the prior is N(0, sigma_max^2). Raises ValueError unless
-    sigma_max > 0.
-    """
+    """du = sqrt(2 sigma) dW in time t = sigma in [0, sigma_max]: mean x0, standard deviation sigma (EDM, eq. 5-6)."""
 
     V = 1
 

@@ -5,8 +5,7 @@ Per data dimension the state is u = (x, v_1, ..., v_{V-1}) with
     du = A u beta(t) dt + sqrt(2 D beta(t)) dW,    A = -(Q + D) S^-1,
 
 Q skew-symmetric, D positive semi-definite, S the diagonal stationary covariance. The auxiliaries start as
-N(0, init_aux_var), independent of x0, and are integrated out: p(u_t | x0) = N(m x0, C). What u_t says about x0 is
-y = m' C^-1 u / snr ~ N(x0, sigma^2) with snr = m' C^-1 m = sigma^-2, so one EDM denoiser D(y; sigma) serves every process.
+N(0, init_aux_var), independent of x0, and are integrated out: p(u_t | x0) = N(m x0, C).
 """
 
 from __future__ import annotations
@@ -74,11 +73,12 @@ class LinearProcess(Process):
         beta: Sequence[float] = (0.1, 10.0),
         init_aux_var: float = 0.01,
     ):
-        self._Q, self._D = as_matrix("Q", Q), as_matrix("D", D)
-        self._setup(len(self._Q), S, beta, init_aux_var)
+        self.Q, self.D = as_matrix("Q", Q), as_matrix("D", D)
+        self._setup(len(self.Q), S, beta, init_aux_var)
 
     def _setup(self, V, S, beta, init_aux_var):
         """Everything but Q and D."""
+        self.V = V  # variables per data dimension
         try:
             S = torch.as_tensor([1.0] * V if S is None else S, dtype=torch.float64).detach().cpu()
         except (TypeError, ValueError):
@@ -99,7 +99,7 @@ class LinearProcess(Process):
         self._check()
 
     def _check(self):
-        Q, D, S, V = self.Q.detach(), self.D.detach(), self.S, self.V
+        Q, D, S = self.Q.detach(), self.D.detach(), self.S
         if not Q.shape == D.shape == S.shape:
             raise ValueError(f"Q {tuple(Q.shape)}, D {tuple(D.shape)} and S {tuple(S.shape)} must be of one size")
         if (Q + Q.mT).abs().max() > 1e-10 * (1 + Q.abs().max()):
@@ -115,30 +115,15 @@ class LinearProcess(Process):
         # Kalman's rank condition: C(t) is regular for t > 0 iff the noises, carried along by A, span the state.
         A = self.A.detach() / torch.linalg.matrix_norm(self.A.detach()).clamp_min(1e-300)
         reach = [torch.cat([numerics.psd_root(D) / D.abs().max().sqrt().clamp_min(1e-300), self.initial_root()], dim=1)]
-        for _ in range(V - 1):
+        for _ in range(self.V - 1):
             reach.append(A @ reach[-1])
-        if torch.linalg.matrix_rank(torch.cat(reach, dim=1), rtol=1e-13) < V:
+        if torch.linalg.matrix_rank(torch.cat(reach, dim=1), rtol=1e-13) < self.V:
             raise ValueError(
                 "no noise reaches some variable: C(t) is singular; give it noise of its own in D, or a coupling in Q"
             )
 
     def __repr__(self):
         return f"{type(self).__name__}(V={self.V}, beta={self.beta_range}, init_aux_var={self.init_aux_var:g})"
-
-    # The matrices: float64, on the CPU.
-
-    @property
-    def V(self) -> int:
-        """Number of variables per data dimension."""
-        return len(self.S)
-
-    @property
-    def Q(self) -> torch.Tensor:
-        return self._Q
-
-    @property
-    def D(self) -> torch.Tensor:
-        return self._D
 
     @property
     def A(self) -> torch.Tensor:
@@ -150,9 +135,7 @@ class LinearProcess(Process):
 
     def initial_root(self) -> torch.Tensor:
         """Root of the covariance at t = 0: diag(0, sqrt(init_aux_var), ...)."""
-        root = torch.full((self.V,), math.sqrt(self.init_aux_var), dtype=torch.float64)
-        root[0] = 0
-        return torch.diag(root)
+        return torch.diag(torch.tensor([0.0] + [math.sqrt(self.init_aux_var)] * (self.V - 1), dtype=torch.float64))
 
     def _version(self):
         """Changes whenever Q or D may have changed; None while a gradient is wanted."""
@@ -160,8 +143,6 @@ class LinearProcess(Process):
         if torch.is_grad_enabled() and (Q.requires_grad or D.requires_grad):
             return None
         return bytes(Q.detach().numpy().tobytes() + D.detach().numpy().tobytes())
-
-    # Time.
 
     def beta(self, t: Times) -> torch.Tensor:
         """beta(t), linear in t."""
@@ -177,8 +158,6 @@ class LinearProcess(Process):
         """Time t with int_0^t beta = B."""
         B, (low, high) = as_time(B), self.beta_range
         return torch.where(B > 0, 2 * B / (low + (low**2 + 2 * (high - low) * B).clamp_min(0).sqrt()), 0.0)
-
-    # Kernels.
 
     def _kernel_at(self, B):
         """Kernel for B [K] > 0, differentiable if Q or D are."""
@@ -208,7 +187,7 @@ class LinearProcess(Process):
         t = as_time(t).detach().cpu()
         version = self._version()
         key = (version, float(t)) if t.ndim == 0 and version is not None else None
-        if key is not None and key in self._cache:
+        if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
         if not bool(((t > 0) & (t <= 1 + 1e-9)).all()):
@@ -238,11 +217,10 @@ class LinearProcess(Process):
 
     def kernel(self, t: Times, hybrid: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         t = as_time(t)
-        B = self.beta_integral(t.cpu())
-        F, C = numerics.noise_covariance(self.A, self.D, B)
-        X = F @ self.initial_root()
+        F, C = numerics.noise_covariance(self.A, self.D, self.beta_integral(t.cpu()))
         if hybrid:
-            return F[..., 0].to(t.device), (C + X @ X.mT).to(t.device)
+            X = F @ self.initial_root()
+            F, C = F[..., 0], C + X @ X.mT
         return F.to(t.device), C.to(t.device)
 
     def cholesky(self, t: Times) -> torch.Tensor:
@@ -323,9 +301,7 @@ class LinearProcess(Process):
     def score(self, u: torch.Tensor, t: Times, denoised: torch.Tensor) -> torch.Tensor:
         parts, white = self._whiten(u, t)
         signal = denoised.reshape(len(u), 1, -1).to(torch.float64)  # [N, 1, d]
-        white = white - parts.a[..., None] * signal
-        score = -parts.W.mT @ white
-        return score.reshape(u.shape).to(u.dtype)
+        return (-parts.W.mT @ (white - parts.a[..., None] * signal)).reshape(u.shape).to(u.dtype)
 
     def drift(self, u: torch.Tensor, t: Times) -> torch.Tensor:
         return apply_matrix(self.A, u) * expand(self.beta(t), u).to(u.dtype)

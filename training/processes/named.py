@@ -29,9 +29,7 @@ class CLD(LinearProcess):
 
     def __init__(self, M: float = 1.0, beta: Sequence[float] = (0.1, 10.0), init_aux_var: float = 0.01):
         M = positive("M", M)
-        super().__init__(
-            Q=[[0, -1], [1, 0]], D=[[0, 0], [0, 2 * math.sqrt(M)]], S=[1, M], beta=beta, init_aux_var=init_aux_var
-        )
+        super().__init__([[0, -1], [1, 0]], [[0, 0], [0, 2 * math.sqrt(M)]], [1, M], beta, init_aux_var)
 
     @classmethod
     def published(cls, m_inv: float = 4.0, gamma: float = 0.04, beta0: float = 4.0, beta1: float = 0.0) -> CLD:
@@ -110,13 +108,8 @@ class Learned(LinearProcess, torch.nn.Module):
         speed = (torch.diagonal(D) / torch.diagonal(self.S)).sum() / len(d)
         return (q - q.mT) / speed, D / speed
 
-    @property
-    def Q(self) -> torch.Tensor:
-        return self._matrices()[0]
-
-    @property
-    def D(self) -> torch.Tensor:
-        return self._matrices()[1]
+    Q = property(lambda self: self._matrices()[0])
+    D = property(lambda self: self._matrices()[1])
 
 
 def positive(name: str, value: object) -> float:

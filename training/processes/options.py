@@ -46,11 +46,7 @@ def parse_options(text: str | dict | None) -> dict:
 
 
 def make_process(
-    name: str,
-    options: str | dict | None = None,
-    trained: object = None,
-    seed: int = 0,
-    learn: bool = False,
+    name: str, options: str | dict | None = None, trained: object = None, seed: int = 0, learn: bool = False
 ) -> processes.Process:
     """The process that `name` means: one of the registry, or a snapshot (file or run folder) whose process is taken.
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 
 import torch
 
 from torch_utils import random
 from torch_utils.persistence import persistent
-from torch_utils.random import Generator
+from torch_utils.random import Device, Generator, Shape
 from training.processes.base import GaussianKernel, number
+
+Noise = float | torch.Tensor  # noise level sigma, a number or [B]
 
 
 def log_kernel(squared_distance: torch.Tensor, sigma: torch.Tensor, N: int, D: float) -> torch.Tensor:
@@ -28,7 +29,7 @@ def log_kernel(squared_distance: torch.Tensor, sigma: torch.Tensor, N: int, D: f
 
 
 def posterior_weights(
-    x: torch.Tensor, data: torch.Tensor, sigma: float | torch.Tensor, D: float, mask: torch.Tensor | None = None
+    x: torch.Tensor, data: torch.Tensor, sigma: Noise, D: float, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Posterior [B, n] of the data points given noisy x: softmax of `log_kernel`, float64.
 
@@ -58,9 +59,7 @@ class PosteriorMean:
         self.labels, self.label_dim = labels, 0 if labels is None else labels.shape[1]
         self.sigma_data = float(self.data.std(unbiased=False))
 
-    def __call__(
-        self, x: torch.Tensor, sigma: float | torch.Tensor, class_labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, sigma: Noise, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         """D(x; sigma) in x's type."""
         weights = posterior_weights(x, self.data.to(x.device), sigma, self.D)
         if class_labels is not None and self.labels is not None:
@@ -76,33 +75,25 @@ class PFGMpp(GaussianKernel):
     The perturbation kernel p_r(x|y) ~ (|x-y|^2 + r^2)^(-(N+D)/2) at r = sigma sqrt(D) is the law of
     y + sigma g / sqrt(u), g ~ N(0, I_N), u ~ Gamma(D/2, rate D/2), one u per sample. D may be any number > 0, or inf
     (or "inf"), which is Gaussian. The mean of the training loss is finite for D > 2 only, its variance for D > 4.
-
-    Raises ValueError unless D > 0. Warns for D <= 4.
     """
 
     def __init__(self, D: float | str = 2048.0):
         self.D = self.aug_dim = number("D", D)
         if not self.D > 0:
             raise ValueError(f"D = {D}: the number of augmented dimensions must be > 0, or inf")
-        if self.D <= 2:
-            warnings.warn(f"D = {D}: the training loss has no finite mean for D <= 2", stacklevel=3)
-        elif self.D <= 4:
-            warnings.warn(f"D = {D}: the training loss has no finite variance for D <= 4", stacklevel=3)
+        if self.D <= 4:
+            what = "mean for D <= 2" if self.D <= 2 else "variance for D <= 4"
+            warnings.warn(f"D = {D}: the training loss has no finite {what}", stacklevel=3)
 
     def __repr__(self):
         return f"PFGMpp(D={self.D:g})"
 
     def unit_noise(
-        self,
-        shape: Sequence[int],
-        generator: Generator = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
+        self, shape: Shape, generator: Generator = None, device: Device = None, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """Noise of unit scale, as `GaussianKernel.unit_noise`.
+        """As `GaussianKernel.unit_noise`: the direction is drawn from `generator`, the radius from a child of it.
 
-        The Gaussian direction is drawn from `generator`, the radius from a child of it: the same seed shares its
-        direction, and everything drawn later, across all D. D = inf is bit-identical to the Gaussian.
+        So a seed shares its direction, and everything drawn later, across all D; D = inf is bit-identical to the Gaussian.
         """
         if math.isinf(self.D):
             return super().unit_noise(shape, generator, device, dtype)

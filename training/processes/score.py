@@ -56,11 +56,9 @@ class GivenScore:
     def __init__(self, net, process, labels=None):
         self.net, self.process, self.labels = net, process, labels
         self.sigma_data = float(getattr(net, "sigma_data", 0.5))
-        self.arguments = ()
-        if labels is not None:
-            parameters = inspect.signature(net.score).parameters
-            if len(parameters) >= 3 or any(p.kind == p.VAR_POSITIONAL for p in parameters.values()):
-                self.arguments = (labels,)
+        parameters = [] if labels is None else inspect.signature(net.score).parameters.values()
+        takes_labels = len(parameters) >= 3 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
+        self.arguments = (labels,) if takes_labels else ()
 
     def denoised(self, u, t):
         """Posterior mean of x0 [N, *data_shape] from the score (Tweedie): y + sigma^2 m' score."""

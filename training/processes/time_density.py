@@ -14,19 +14,19 @@ SAMPLINGS = ("uniform", "importance", "snr")
 WEIGHTINGS = ("likelihood", "reweightedv1", "reweightedv2")
 
 
-def importance_time(uniform: Times, process: Process, t_min: float, t_max: float = 1.0) -> torch.Tensor:
-    """Quantiles of MDM's importance density, beta(t) / (1 - e^-B(t)) on [t_min, t_max]; float64, exact inverse.
+def importance_time(uniform: Times, process: Process, t_min: float) -> torch.Tensor:
+    """Quantiles of MDM's importance density, beta(t) / (1 - e^-B(t)) on [t_min, 1]; float64, exact inverse.
 
     The same law for every process: it is that of VP. B(t) is the integral of beta. uniform: values in [0, 1].
     """
     uniform = as_time(uniform)
-    low, high = (process.beta_integral(t).expm1().log() for t in (t_min, t_max))
+    low, high = (process.beta_integral(t).expm1().log() for t in (t_min, 1.0))
     return process.beta_integral_inverse(torch.nn.functional.softplus(low + uniform * (high - low)))
 
 
-def importance_density(t: Times, process: Process, t_min: float, t_max: float = 1.0) -> torch.Tensor:
+def importance_density(t: Times, process: Process, t_min: float) -> torch.Tensor:
     """Density of `importance_time` at t."""
-    low, high = (process.beta_integral(value).expm1().log() for value in (t_min, t_max))
+    low, high = (process.beta_integral(value).expm1().log() for value in (t_min, 1.0))
     return process.beta(t) / -torch.expm1(-process.beta_integral(t)) / (high - low)
 
 
