@@ -59,12 +59,12 @@ def split_specs(text: str) -> list[str]:
     Where a path looks like that too, the longest argument that is a file is meant: no path breaks a list.
     """
     names = "|".join(map(re.escape, DETECTORS))
-    parts, specs = re.split(rf",\s*(?=(?:{names})\s*(?:[:,]|$))", text), []
+    parts, specs = re.split(rf",(?=\s*(?:{names})\s*(?:[:,]|$))", text), []
     while parts:
         name, colon, _ = parts[0].partition(":")
         longest = range(len(parts) if colon else 1, 1, -1)
         count = next((n for n in longest if os.path.isfile(",".join(parts[:n])[len(name) + 1 :])), 1)
-        specs.append(",".join(parts[:count]))
+        specs.append(",".join(parts[:count]).lstrip())
         parts = parts[count:]
     return specs
 

@@ -64,7 +64,7 @@ def files(tmp_path_factory):
 
 
 def test_detector_ref_calc(files, inside):
-    detector = files / "detector.safetensors"
+    detector = files / "sources=0,1-n=25, pixel:x" / "detector.safetensors"  # no path breaks a list
     options = (f"--holdout={files}/ref.zip", f"--dest={detector}", "--epochs=6")
     code, stdout, progress = inside("detector", f"--data={files}/train.zip", *options)
     trained = json.loads(stdout)

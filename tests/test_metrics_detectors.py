@@ -65,6 +65,7 @@ PATHS = [
     "sources: 0, 1/d e",
     " d ",
     "a,pixel/d",
+    "a, pixel:x/d",
     "a,pixel,b/d",
     "a,pixel:1,classifier:d",
 ]
