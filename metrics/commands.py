@@ -29,17 +29,8 @@ def start(device: str | None, alone: str | None = None) -> torch.device:
 
     alone: what happens in one process only, for the message of the ValueError where there are several.
     """
-    import torch
-
     from torch_utils import distributed
 
-    if device is not None:
-        try:
-            torch.device(device)
-        except RuntimeError:
-            raise ValueError(f"--device={device}: no such device; use cpu or cuda") from None
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device={device}: no GPU is available; use --device=cpu")
     click.get_current_context().call_on_close(distributed.shutdown)
     found = distributed.init(device)
     if alone is not None and distributed.get_world_size() > 1:
