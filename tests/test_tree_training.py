@@ -183,6 +183,11 @@ def test_sweep_compares_at_equal_steps_samples_and_time(tmp_path):
         if (r["comparison"], r["arm"]) == ("time", "baseline")
     ]
     assert f"| baseline | {np.mean(gain):+.4f} ± {np.std(gain, ddof=1) / 2**0.5:.4f} |" in text.split("Time: guided")[1]
+    stem = tmp_path / "reference"
+    (learner,) = stem.glob("learner-*")
+    learner.unlink()  # as if interrupted
+    tree_sweep.train_reference(base, tmp_path, 2, 64)
+    assert list(stem.glob("learner-*"))
     with pytest.raises(ValueError, match="nothing"):
         tree_sweep.run(base, ["nothing"], [0], tmp_path)
 

@@ -25,17 +25,12 @@ def thin(points, distance):
     return kept
 
 
-def _grid(view, size, device):
-    x, y = (torch.linspace(c - view["half"], c + view["half"], size, device=device) for c in view["centre"])
-    return x.cpu(), y.cpu(), torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [size, size, 2]
-
-
 def _values(view, log_density, sigma, size=400, device="cpu"):
     """(x, y, v): -sqrt(max log p - log p) on a square grid, v [size, size]."""
-    x, y, points = _grid(view, size, device)
+    x, y = (torch.linspace(c - view["half"], c + view["half"], size, device=device) for c in view["centre"])
     with torch.no_grad():
-        v = log_density(points, sigma).cpu()
-    return x, y, -(v.max() - v).clamp(min=0).sqrt()
+        v = log_density(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1), sigma).cpu()
+    return x.cpu(), y.cpu(), -(v.max() - v).clamp(min=0).sqrt()
 
 
 def _contour(axis, values, filled=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -38,60 +37,59 @@ SCORES = ["mandala_score", "classification_score"]
 COLUMNS = ["loss", "L2_metric", *SCORES, "guided_L2_metric", *(f"guided_{name}" for name in SCORES)]
 
 
-def train_reference(base: TreeConfig, outdir: str | Path, total_iter: int = 512, batch_size: int = 4096) -> str:
+def _finished(run_dir: Path) -> bool:
+    """Whether a run is complete; what an interrupted one left is removed."""
+    if list(run_dir.glob("learner-*.safetensors")):
+        return True
+    for old in [*run_dir.glob("network-snapshot-*"), *run_dir.glob("stats.jsonl")]:
+        old.unlink()
+    return False
+
+
+def train_reference(base: TreeConfig, outdir: Path, total_iter: int = 512, batch_size: int = 4096) -> str:
     """The guide: width 32, 512 steps of 4096 points, seed 0 (as published). Returns its snapshot."""
-    run_dir = Path(outdir) / "reference"
-    config = replace(base, dim=32, total_iter=total_iter, batch_size=batch_size, seed=0, snapshot_iter=0)
-    if not list(run_dir.glob("learner-*.safetensors")):
-        tree_training.train(config, run_dir)
+    run_dir = outdir / "reference"
+    if not _finished(run_dir):
+        size = dict(dim=32, total_iter=total_iter, batch_size=batch_size)
+        tree_training.train(replace(base, **size, seed=0, snapshot_iter=0), run_dir)
     return str(sorted(run_dir.glob("network-snapshot-*.safetensors"))[-1])
 
 
-def train_seed(
-    base: TreeConfig, seed: int, arms: Sequence[str], outdir: str | Path, reference: str, bar: tqdm | None = None
-) -> None:
+def train_seed(base: TreeConfig, seed: int, arms: list[str], outdir: Path, reference: str, bar=None) -> None:
     """Train all arms of one seed; their points and exact scores are computed once, before. Finished runs are kept."""
     memory = {}
     for arm in arms:
-        run_dir = Path(outdir) / f"{arm}-seed{seed}"
-        if not list(run_dir.glob("learner-*.safetensors")):
+        run_dir = outdir / f"{arm}-seed{seed}"
+        if not _finished(run_dir):
             if not memory:
                 tree_training.prepare(replace(base, seed=seed), memory)
-            for old in [*run_dir.glob("network-snapshot-*"), *run_dir.glob("stats.jsonl")]:
-                old.unlink()  # of an interrupted run
             options = {k: reference if v == "@guide" else v for k, v in ARMS[arm].items()}
-            config = replace(base, seed=seed, **options)
-            tree_training.train(config, run_dir, tree_metrics.validation_hook(base.cls, 4096, flow=False), memory)
+            hook = tree_metrics.validation_hook(base.cls, 4096, flow=False)
+            tree_training.train(replace(base, seed=seed, **options), run_dir, hook, memory)
         if bar is not None:
             bar.update()
 
 
-def history(run_dir: str | Path) -> list[dict]:
+def history(run_dir: Path) -> list[dict]:
     """The status lines of a run that have a snapshot, oldest first: dicts of stats.jsonl with `path` added."""
     lines = []
-    for text in (Path(run_dir) / "stats.jsonl").read_text(encoding="utf-8").splitlines():
+    for text in (run_dir / "stats.jsonl").read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
-        found = list(Path(run_dir).glob(f"network-snapshot-{int(line['Progress/kimg']):07d}-*.safetensors"))
+        found = list(run_dir.glob(f"network-snapshot-{int(line['Progress/kimg']):07d}-*.safetensors"))
         if found and line["Progress/kimg"]:
             lines.append({**line, "path": found[0]})
     return lines
 
 
 def measure(
-    arms: Sequence[str],
-    seeds: Sequence[int],
-    outdir: str | Path,
-    reference: str,
-    cls: str = "A",
-    num: int = 2048,
-    progress: Callable = iter,
+    arms: list[str], seeds: list[int], outdir: Path, reference: str, cls: str = "A", num: int = 2048, progress=iter
 ) -> list[dict]:
     """Rows {comparison, arm, seed, iteration, samples, candidates, cpu_sec, metrics ...} of all runs.
 
     Equal samples and equal time compare the snapshots nearest to what the shortest run of the same seed reached (as
     published, where it is the shortest of all runs): how busy the machine was while a seed ran then does not matter.
     """
-    runs = {(arm, seed): history(Path(outdir) / f"{arm}-seed{seed}") for arm in arms for seed in seeds}
+    runs = {(arm, seed): history(outdir / f"{arm}-seed{seed}") for arm in arms for seed in seeds}
     rows, paths = [], []
     for (arm, seed), lines in runs.items():
         for kind, key in KEYS.items():
@@ -105,45 +103,38 @@ def measure(
     found = cells.run(
         paths,
         lambda path: tree_metrics.evaluate(tree_training.load_toy(path), guide, cls=cls, num=num),
-        Path(outdir) / "cells",
+        outdir / "cells",
         identity=lambda path: [cells.digest(path), digest, cls, num],
         progress=progress,
     )
     return [row | scores for row, scores in zip(rows, found, strict=True)]
 
 
-def write_table(rows: list[dict], outdir: str | Path) -> list[Path]:
+def write_table(rows: list[dict], outdir: Path) -> list[Path]:
     """table.csv (one row per run and comparison) and table.md. Returns their paths.
 
     table.md has, for each comparison, means ± standard deviations over seeds, and means ± standard errors of the differences
     to the baseline of the same seed, which starts from the same weights and sees the same points.
     """
     seeds = len({row["seed"] for row in rows})
+    deviation, error = (f"(mean ± standard {kind} of {seeds} seeds)" for kind in ("deviation", "error"))
     text = []
     for kind, title in COMPARISONS.items():
         chosen = {}
         for row in rows:
             if row["comparison"] == kind:
                 chosen.setdefault(row["arm"], []).append(row)
-        parts = [(f"{title.capitalize()}** (mean ± standard deviation", _levels(chosen))]
+        text += [f"**{title.capitalize()}** {deviation}", _levels(chosen)]
         if "baseline" in chosen and seeds > 1:
             base = {row["seed"]: row for row in chosen["baseline"]}
-            changes = {
-                arm: [{c: row[c] - base[row["seed"]][c] for c in COLUMNS} for row in mine]
-                for arm, mine in chosen.items()
-                if arm != "baseline"
-            }
-            heading = f"{title.capitalize()}: difference to the baseline of the same seed** (mean ± standard error"
-            parts.append((heading, _paired(changes, COLUMNS)))
+            lines = {arm: mine for arm, mine in chosen.items() if arm != "baseline"}
+            text += [f"**{title.capitalize()}: difference to the baseline of the same seed** {error}"]
+            text += [_paired(lines, COLUMNS, lambda row, name: row[name] - base[row["seed"]][name])]  # noqa: B023
         if seeds > 1:
-            gains = {
-                arm: [{n: row[f"guided_{n}"] - row[n] for n in SCORES} for row in mine] for arm, mine in chosen.items()
-            }
-            heading = f"{kind.capitalize()}: guided minus unguided** (mean ± standard error"
-            parts.append((heading, _paired(gains, SCORES)))
-        text += [f"**{heading} of {seeds} seeds)\n\n{table}" for heading, table in parts]
-    files = [write_csv(Path(outdir) / "table.csv", rows)]
-    return [*files, write_text(Path(outdir) / "table.md", "\n\n".join(text) + "\n")]
+            text += [f"**{kind.capitalize()}: guided minus unguided** {error}"]
+            text += [_paired(chosen, SCORES, lambda row, name: row[f"guided_{name}"] - row[name])]
+    files = [write_csv(outdir / "table.csv", rows)]
+    return [*files, write_text(outdir / "table.md", "\n\n".join(text) + "\n")]
 
 
 def _levels(chosen):
@@ -160,11 +151,11 @@ def _levels(chosen):
     return markdown(["arm", "steps", "trained", "drawn", "CPU s", *map(_heading, COLUMNS)], lines)
 
 
-def _paired(differences, names):
-    """A line per arm: mean differences with standard errors."""
+def _paired(chosen, names, difference):
+    """A line per arm: means of difference(row, name) with standard errors."""
     lines = []
-    for arm, rows in differences.items():
-        found = [mean_and_error(row[name] for row in rows) for name in names]
+    for arm, rows in chosen.items():
+        found = [mean_and_error(difference(row, name) for row in rows) for name in names]
         lines.append([arm, *(f"{mean:+.4f} ± {error:.4f}" for mean, error in found)])
     return markdown(["arm", *map(_heading, names)], lines)
 
@@ -173,13 +164,11 @@ def _heading(name):
     return name.replace("_metric", "").replace("_score", "").replace("_", " ")
 
 
-def plot(
-    rows: list[dict], arms: Sequence[str], seeds: Sequence[int], outdir: str | Path, stem: str | Path
-) -> list[Path]:
+def plot(rows: list[dict], arms: list[str], seeds: list[int], outdir: Path, stem: str | Path) -> list[Path]:
     """One figure: loss against trained samples and CPU time, loss at equal samples, and mandala scores in all comparisons."""
     fig, axes = figures.figure(columns=3, rows=2, width=4.4, height=3.1)
     for arm in arms:
-        runs = [history(Path(outdir) / f"{arm}-seed{seed}") for seed in seeds]
+        runs = [history(outdir / f"{arm}-seed{seed}") for seed in seeds]
         for axis, key in ((axes[0, 0], "Progress/kimg"), (axes[0, 1], "Timing/cpu_sec")):
             x, y = [], []
             for lines in zip(*runs, strict=False):  # as far as the shortest run
@@ -224,8 +213,8 @@ def _train_in_process(arguments):
 
 def run(
     base: TreeConfig,
-    arms: Sequence[str],
-    seeds: Sequence[int],
+    arms: list[str],
+    seeds: list[int],
     outdir: str | Path,
     num: int = 2048,
     reference_iter: int = 512,
