@@ -5,34 +5,27 @@ import importlib.util
 import io
 import json
 import os
-import subprocess
-import sys
 import zipfile
 
-import click.testing
 import numpy as np
 import PIL.Image
 import pytest
 from sklearn.datasets import load_digits
+from small_runs import ROOT, one_line, python, run
 
 import dataset_tool
 from training.dataset import ImageFolderDataset, content_hash
 from training.dataset import convert as dataset_convert
 
-SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "dataset_tool.py")
 
-
-def run(*args, code=0):
-    """Exit code checked; stdout (code 0) or the error text."""
-    result = click.testing.CliRunner().invoke(dataset_tool.main, [str(a) for a in args])
-    assert result.exit_code == code, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.stdout if code == 0 else result.stderr
+def tool(*args):
+    """What a sub-command prints."""
+    return run(dataset_tool.main, *args).stdout
 
 
 def convert(*args, code=0):
-    text = run("convert", *args, code=code)
-    return json.loads(text) if code == 0 else text
+    """The summary of a conversion, or why it was refused."""
+    return json.loads(tool("convert", *args)) if code == 0 else one_line(dataset_tool.main, "convert", *args)
 
 
 def names_of(path):
@@ -58,18 +51,16 @@ def photos(tmp_path_factory):
 
 def test_the_command_a_user_types(tmp_path):
     dest = tmp_path / "digits.zip"
-    command = [sys.executable, SCRIPT, "convert", "--source=sklearn:digits", f"--dest={dest}"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["count"] == 1797
+    command = [ROOT / "dataset_tool.py", "convert", "--source=sklearn:digits", f"--dest={dest}"]
+    assert json.loads(python(*command, cwd=tmp_path).stdout)["count"] == 1797
     digits = load_digits()
     dataset = ImageFolderDataset(dest)
     assert dataset.image_shape == [1, 8, 8] and dataset.raw_labels.tolist() == digits.target.tolist()
     expected = np.floor(digits.images[77] * 255 / 16 + 0.5)  # 0..16 -> 0..255; no value lies on a half but 8 -> 127.5
     difference = np.abs(dataset[77][0][0] - expected)
     assert difference[digits.images[77] != 8].max() == 0 and difference.max() <= 1
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
+    again = python(*command, code=2)
+    assert again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
 
 
 @pytest.mark.parametrize("command", ["", "convert", "encode", "decode", "inspect"])
@@ -80,9 +71,7 @@ try: dataset_tool.main({[*command.split(), "--help"]!r})
 except SystemExit as e: assert e.code == 0
 assert not {{"torch", "sklearn", "diffusers"}} & set(sys.modules), "slow import"
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(SCRIPT))
-    assert result.returncode == 0, result.stderr
-    assert "python dataset_tool.py" in result.stdout
+    assert "python dataset_tool.py" in python("-c", code).stdout
 
 
 def test_container_is_edm2s(tmp_path, photos):
@@ -320,7 +309,7 @@ def test_inspect(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(image).save(folder / f"{i}.png")
     convert("--source", tmp_path / "s", "--dest", tmp_path / "d.zip", "--channels=1")
-    info = json.loads(run("inspect", tmp_path / "d.zip", "--json", "--hash"))
+    info = json.loads(tool("inspect", tmp_path / "d.zip", "--json", "--hash"))
     assert (info["count"], info["resolution"], info["channels"], info["num_classes"]) == (5, 4, 1, 2)
     assert info["images_per_source"] == {"0": 2, "1": 3}
     flat = images.reshape(5, -1).astype(np.float64)
@@ -330,9 +319,9 @@ def test_inspect(tmp_path):
     assert np.isclose(info["max_distance"], 8.0) and info["suggested"]["sigma_max"] == 8.0  # 16 pixels differ by 2.
     assert info["suggested"]["sigma_data"] == round(z.std(), 3)
     assert info["content_hash"] == ImageFolderDataset(tmp_path / "d.zip").content_hash()
-    text = run("inspect", tmp_path / "d.zip")
+    text = tool("inspect", tmp_path / "d.zip")
     assert "5 images, 1 x 4 x 4" in text and "sigma_max=8" in text
-    assert "no such file" in run("inspect", tmp_path / "none.zip", code=2)
+    assert "no such file" in one_line(dataset_tool.main, "inspect", tmp_path / "none.zip")
 
 
 def test_largest_distance_equals_scipy():
@@ -362,8 +351,8 @@ def test_encode_and_decode_latents(tmp_path):
     images, latents, back = (tmp_path / n for n in ["i.zip", "l.zip", "b.zip"])
     convert("--source=sklearn:digits", "--dest", images, "--per-source=1", "--resolution=32x32")
     common = ["--model-url", tmp_path / "vae", "--batch=4", "--device=cpu"]
-    assert json.loads(run("encode", "--source", images, "--dest", latents, *common, "--dry-run"))["count"] == 10
-    run("encode", "--source", images, "--dest", latents, *common)
+    assert json.loads(tool("encode", "--source", images, "--dest", latents, *common, "--dry-run"))["count"] == 10
+    tool("encode", "--source", images, "--dest", latents, *common)
     pixels, encoded = ImageFolderDataset(images), ImageFolderDataset(latents)
     assert names_of(latents) == [f"00000/img-mean-std-{i:08d}.npy" for i in range(10)]
     assert encoded.image_shape == [8, 4, 4] and encoded.raw_labels.tolist() == pixels.raw_labels.tolist()
@@ -374,15 +363,17 @@ def test_encode_and_decode_latents(tmp_path):
         expected = vae.decode(posterior.mean)["sample"].clamp(0, 1)[0] * 255
     parts = torch.cat([posterior.mean, posterior.std], dim=1)[0]
     torch.testing.assert_close(torch.from_numpy(encoded[6][0]), parts, atol=1e-5, rtol=1e-5)
-    run("decode", "--source", latents, "--dest", back, *common)
+    tool("decode", "--source", latents, "--dest", back, *common)
     decoded = ImageFolderDataset(back)
     assert decoded.image_shape == [3, 32, 32] and decoded.raw_labels.tolist() == pixels.raw_labels.tolist()
     assert np.abs(decoded[6][0] - expected.numpy()).max() <= 1.01  # Truncated to uint8.
-    assert "encode" in run("decode", "--source", images, "--dest", tmp_path / "x.zip", *common, code=2)
-    assert "encode takes images" in run("encode", "--source", latents, "--dest", tmp_path / "x.zip", *common, code=2)
+    assert "encode" in one_line(dataset_tool.main, "decode", "--source", images, "--dest", tmp_path / "x.zip", *common)
+    assert "encode takes images" in one_line(
+        dataset_tool.main, "encode", "--source", latents, "--dest", tmp_path / "x.zip", *common
+    )
     convert("--source", latents, "--dest", tmp_path / "sub.zip", "--sources=3")  # Latents are copied unchanged.
     subset = ImageFolderDataset(tmp_path / "sub.zip")
     row = int(np.flatnonzero(encoded.raw_labels == 3)[0])
     assert len(subset) == 1 and subset.label_dim == 10 and np.array_equal(subset[0][0], encoded[row][0])
-    info = json.loads(run("inspect", latents, "--json"))
+    info = json.loads(tool("inspect", latents, "--json"))
     assert info["latents"]["encoder"] == "StabilityVAEEncoder" and info["channels"] == 8

@@ -9,8 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from small_runs import ROOT, final_state, python, small_command, small_config
+from small_runs import ROOT, final_state, python, run, small_command, small_config
 
 import calculate_metrics
 import generate_images
@@ -79,10 +78,10 @@ def added():
         "--arch=pointwise --loss=tempered --preset=mine --channels=8",
     ],
 )
-def test_what_contributing_adds_trains_samples_and_scores(digits, tmp_path, added, options, capsys):
+def test_what_contributing_adds_trains_samples_and_scores(digits, tmp_path, added, options):
     short = ["--duration=256", "--status=0", "--checkpoint=0"]
     command = [*small_command(digits, tmp_path / "run"), *short, *options.split()]
-    assert not train_edm2.main(command, standalone_mode=False)
+    run(train_edm2.main, *command)
     snapshot = load_snapshot(tmp_path / "run")
     for word in options.split():
         name, value = word.lstrip("-").replace("-", "_").split("=")
@@ -95,12 +94,9 @@ def test_what_contributing_adds_trains_samples_and_scores(digits, tmp_path, adde
     assert isinstance(snapshot.encoder, added["HalfRange"]) == ("half-range" in options)
     more = ["--process=ring", "--solver=em"] if "ring" in options else []
     out = [f"--outdir={tmp_path / 'out'}", "--seeds=0-7", "--steps=2", "--class=balanced"]
-    generate_images.main([f"--net={tmp_path / 'run'}", *out, *more], standalone_mode=False)
+    run(generate_images.main, f"--net={tmp_path / 'run'}", *out, *more)
     score = ["calc", f"--images={tmp_path / 'out'}", f"--data={digits}", "--metrics=mean", "--distances=fd"]
-    capsys.readouterr()
-    calculate_metrics.cmdline.main(score, standalone_mode=False)
-    out = capsys.readouterr().out
-    assert json.loads(out[out.index("{") :])["metrics"]["mean"]["overall"]["count"] == 8
+    assert json.loads(run(calculate_metrics.cmdline, *score).stdout)["metrics"]["mean"]["overall"]["count"] == 8
 
 
 def test_a_kernel_of_ones_own_is_the_prior(digits, tmp_path, added):
@@ -140,7 +136,7 @@ def test_solver(tiny_net, added):
 
 
 def test_what_is_added_shows_in_the_help(added):
-    shown = CliRunner().invoke(train_edm2.main, ["--help"]).output
+    shown = run(train_edm2.main, "--help").output
     for name in ("rmsprop", "falling", "short", "half-range", "pointwise", "tempered"):
         assert re.search(rf"\|{name}\b", shown), name
 

@@ -2,41 +2,24 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
+from small_runs import python, run
 
 import calculate_metrics
 from generate_images import generate_images
 from torch_utils.persistence import save_snapshot
 from training.networks_edm2 import Precond
 
-SCRIPT = calculate_metrics.__file__
 
-
-def run(*args, launcher=()):
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    command = [sys.executable, *launcher, SCRIPT, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-
-
-@pytest.fixture
-def inside(capsys):
-    """The same without the time that a new interpreter takes: args -> (exit code, stdout, stderr)."""
-
-    def call(*args):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            calculate_metrics.cmdline([str(arg) for arg in args])
-        return stopped.value.code or 0, *capsys.readouterr()
-
-    return call
+def call(*args):
+    """(what is printed, progress and notices) of a sub-command."""
+    done = run(calculate_metrics.cmdline, *args)
+    return json.loads(done.stdout), done.stderr
 
 
 def write_zip(path, images, labels):
@@ -63,26 +46,22 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_detector_ref_calc(files, inside):
+def test_detector_ref_calc(files):
     detector = files / "sources=0,1-n=25, pixel:x" / "detector.safetensors"  # no path breaks a list
     options = (f"--holdout={files}/ref.zip", f"--dest={detector}", "--epochs=6")
-    code, stdout, progress = inside("detector", f"--data={files}/train.zip", *options)
-    trained = json.loads(stdout)
-    assert code == 0
+    trained, progress = call("detector", f"--data={files}/train.zip", *options)
     assert trained["num_holdout"] == 400
     assert 0.8 < trained["accuracy"] <= 1
     assert "epoch" in progress
 
     metrics = f"--metrics=pixel,classifier:{detector}"
-    _, stdout, notice = inside("ref", f"--data={files}/ref.zip", f"--dest={files}/sub/ref.pkl", metrics)
-    written = json.loads(stdout)
+    written, notice = call("ref", f"--data={files}/ref.zip", f"--dest={files}/sub/ref.pkl", metrics)
     assert "npz" in notice  # another suffix is replaced with a notice
     assert written["detectors"] == ["pixel", trained["detector"]]
     assert sum(written["source_counts"]) == written["num_images"] == 400
 
     common = (f"--ref={files}/sub/ref.npz", metrics, f"--train={files}/train.zip", "--splits=2")
-    _, stdout, progress = inside("calc", f"--images={files}/samples.zip", *common)
-    scores = json.loads(stdout)
+    scores, progress = call("calc", f"--images={files}/samples.zip", *common)
     assert "img/s" in progress
     judged = scores["metrics"][trained["detector"]]
     assert judged["overall"]["agreement"] > 0.8
@@ -92,9 +71,8 @@ def test_detector_ref_calc(files, inside):
     assert set(scores["metrics"]["pixel"]["sources"]) == {str(s) for s in range(10)}
     assert "agreement" not in scores["metrics"]["pixel"]["overall"]
 
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    done = run("calc", f"--images={files}/samples.zip", *common, "--batch=7", "--device=cpu", launcher=launcher)
-    assert done.returncode == 0, done.stderr
+    command = ["calculate_metrics.py", "calc", f"--images={files}/samples.zip", *common, "--batch=7", "--device=cpu"]
+    done = python(*command, processes=2)
     assert "img/s" in done.stderr
     twice = json.loads(done.stdout)["metrics"]
     for name in ("fd", "kid", "precision", "nearest_train", "fd_floor"):
@@ -102,16 +80,16 @@ def test_detector_ref_calc(files, inside):
             assert both["overall"][name] == pytest.approx(scores["metrics"][key]["overall"][name], rel=1e-4), name
 
 
-def test_reference_from_a_data_set_and_subset(files, inside):
+def test_reference_from_a_data_set_and_subset(files):
     common = (f"--images={files}/samples.zip", f"--data={files}/ref.zip", "--distances=fd", "--splits=0")
-    _, stdout, notice = inside("calc", *common, "--num=50", "--seed=3", "--no-per-source")
-    pixel = json.loads(stdout)["metrics"]["pixel"]
+    scores, notice = call("calc", *common, "--num=50", "--seed=3", "--no-per-source")
+    pixel = scores["metrics"]["pixel"]
     assert pixel["num_images"] == 50
     assert "sources" not in pixel
     assert "singular" in notice  # fewer images than features
 
 
-def test_gen_scores_what_generate_images_writes(files, inside):
+def test_gen_scores_what_generate_images_writes(files):
     net = Precond(
         8, 1, 10, model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], channels_per_head=8
     )
@@ -123,13 +101,11 @@ def test_gen_scores_what_generate_images_writes(files, inside):
     ):
         pass
     common = (f"--data={files}/ref.zip", "--seed=5", "--splits=0", "--batch=16")
-    code, stdout, progress = inside("calc", f"--images={files}/out", *common)
-    written = json.loads(stdout)["metrics"]["pixel"]
+    written = call("calc", f"--images={files}/out", *common)[0]["metrics"]["pixel"]
     options = ("--num=40", "--class=balanced", "--steps=3")
-    code, stdout, progress = inside("gen", f"--net={snapshot}", *options, *common)
-    assert code == 0
+    scores, progress = call("gen", f"--net={snapshot}", *options, *common)
     assert "gen" in progress
-    generated = json.loads(stdout)["metrics"]["pixel"]
+    generated = scores["metrics"]["pixel"]
     assert generated["num_images"] == 40
     assert generated["sources"]["3"]["count"] == 4
     assert generated["overall"]["fd"] > 1
@@ -164,22 +140,20 @@ REF = "--data={0}/ref.zip"
         ("--sources=1 needs --class=balanced", ("gen", f"--net={__file__}", REF, "--sources=1")),
     ],
 )
-def test_errors_are_one_line(files, inside, message, args):
+def test_errors_are_one_line(files, message, args):
     np.savez(files / "edm.npz", mu=np.zeros(4), sigma=np.eye(4))
     write_zip(files / "plain.zip", np.zeros((2, 8, 8), np.uint8), None)
-    code, stdout, stderr = inside(*(arg.format(files) for arg in args))
-    assert code == 2
-    assert stdout == ""
-    assert message.format(files) in stderr.splitlines()[-1]
+    done = run(calculate_metrics.cmdline, *(arg.format(files) for arg in args), code=2)
+    assert done.stdout == ""
+    assert message.format(files) in done.stderr.splitlines()[-1]
     assert not (files / "x.npz").exists()
 
 
 def test_error_from_the_shell(files):
-    done = run("calc", f"--images={files}/samples.zip")
-    assert done.returncode == 2
+    done = python("calculate_metrics.py", "calc", f"--images={files}/samples.zip", code=2)
     assert done.stdout == ""
     assert done.stderr.splitlines() == ["Error: give either --ref=FILE or --data=ZIP as the reference"]
 
 
 def test_help_shows_every_command():
-    assert all(name in run("--help").stdout for name in ("ref", "calc", "gen", "detector"))
+    assert all(name in run(calculate_metrics.cmdline, "--help").stdout for name in ("ref", "calc", "gen", "detector"))

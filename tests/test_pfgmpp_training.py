@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from small_runs import python
+from small_runs import python, run, small_command
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -101,12 +101,8 @@ def test_every_combination_trains(arch, precond, loss, D, digits, tmp_path):
 
 
 def test_the_snapshot_knows_D(digits, tmp_path):
-    train_edm2.main(
-        [f"--outdir={tmp_path}/run", f"--data={digits}", "--preset=digits8", "--channels=8", "--channels-per-head=8",
-         "--cres=1", "--batch=128", "--duration=1Ki", "--status=0", "--snapshot=1Ki", "--checkpoint=1Ki", "--grid=False",
-         "--process=pfgmpp", "--aug-dim=24.5"],
-        standalone_mode=False,
-    )  # fmt: skip
+    more = ["--cres=1", "--duration=1Ki", "--status=0", "--process=pfgmpp", "--aug-dim=24.5"]
+    run(train_edm2.main, *small_command(digits, tmp_path / "run", *more))
     snapshot = persistence.load_snapshot(tmp_path / "run/network-snapshot-0000001-0.100.safetensors")
     assert snapshot.process.D == 24.5 and snapshot.options["aug_dim"] == 24.5
     with pytest.raises(ValueError, match="--aug-dim: 24.5 -> 25.0"):
@@ -121,7 +117,7 @@ def test_stable_targets_with_accumulation_in_two_processes(digits, tmp_path):
         "--duration=48", "--status=16", "--snapshot=0", "--checkpoint=0", "--process=pfgmpp", "--aug-dim=16", "--stf=True",
         "--stf-refs=32", "--grid=False", "--rampup=0",
     ]  # fmt: skip
-    train_edm2.main([f"--outdir={tmp_path}/one", *options], standalone_mode=False)
+    run(train_edm2.main, f"--outdir={tmp_path}/one", *options)
     python("train_edm2.py", f"--outdir={tmp_path}/two", "--batch-gpu=3", *options, processes=2)
     one, two = (
         [json.loads(line)["Loss/loss"] for line in (tmp_path / name / "stats.jsonl").read_text().splitlines()[1:]]

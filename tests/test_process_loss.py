@@ -5,7 +5,7 @@ import math
 import pytest
 import scipy.integrate
 import torch
-from small_runs import small_config
+from small_runs import run, small_config
 
 import generate_images
 from torch_utils.persistence import load_snapshot
@@ -123,7 +123,7 @@ def test_learned_process_travels_with_the_snapshot(digits, tmp_path):
         "--process=learned",
         "--solver=sscs",
     ]
-    generate_images.main([*arguments, "--steps=2", "--device=cpu"], standalone_mode=False)
+    run(generate_images.main, *arguments, "--steps=2", "--device=cpu")
     assert len(list((tmp_path / "out").glob("*.png"))) == 3
 
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import scipy.stats
+from small_runs import one_line
 
 import calculate_metrics
 from metrics import report, report_grid, results, table
@@ -146,16 +147,14 @@ def add_detector(folder, name, factor):
         path.write_text(json.dumps({**content, "metrics": {"pixel": {"sources": sections}, name: {"sources": other}}}))
 
 
-def test_two_detectors_need_a_choice(tmp_path, noisy, capsys):
+def test_two_detectors_need_a_choice(tmp_path, noisy):
     """What stood last in the files used to be shown as if it were all."""
     scores = write_scores(tmp_path / "scores", noisy)
     first = report.write_report(scores, tmp_path / "one")
     add_detector(tmp_path / "scores", "classifier:abc", 100)
-    with pytest.raises(SystemExit) as stopped:
-        calculate_metrics.cmdline(["report", f"--scores={scores}", f"--dest={tmp_path}/out"])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1
-    assert "pixel, classifier:abc" in error and "--metric=NAME" in error and not (tmp_path / "out").exists()
+    command = (calculate_metrics.cmdline, "report", f"--scores={scores}", f"--dest={tmp_path}/out")
+    one_line(*command, says=["pixel, classifier:abc", "--metric=NAME"])
+    assert not (tmp_path / "out").exists()
     assert report.write_report(scores, tmp_path / "pixel", metric="pixel") == first
     for name in ("classifier", "classifier:abc"):
         other = report.write_report(scores, tmp_path / "other", metric=name)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_runs import one_line, run
 
 import generate_images
 from torch_utils import persistence
@@ -190,27 +191,27 @@ def snapshot(tiny_net, tmp_path):
     return path
 
 
-def run(snapshot, outdir, *options, code=0):
-    arguments = [f"--net={snapshot}", f"--outdir={outdir}", "--seeds=0-3", "--steps=3", *options]
-    with pytest.raises(SystemExit) as exit:
-        generate_images.main(arguments)
-    assert exit.value.code == code
+def generate(snapshot, outdir):
+    """The command line; for small_runs."""
+    return generate_images.main, f"--net={snapshot}", f"--outdir={outdir}", "--seeds=0-3", "--steps=3"
+
+
+def images(snapshot, outdir, *options):
+    run(*generate(snapshot, outdir), *options)
     return {path.name: path.read_bytes() for path in sorted(outdir.glob("*.png"))}
 
 
-def test_options_of_generate_images(snapshot, tmp_path, capsys):
-    base = run(snapshot, tmp_path / "a")
+def test_options_of_generate_images(snapshot, tmp_path):
+    base = images(snapshot, tmp_path / "a")
     assert len(base) == 4
-    assert run(snapshot, tmp_path / "b", "--aug-dim=64", "--inject-noise=0", "--quantize-policy=original") == base
-    noisy = run(snapshot, tmp_path / "c", "--inject-noise=0.4")
+    assert images(snapshot, tmp_path / "b", "--aug-dim=64", "--inject-noise=0", "--quantize-policy=original") == base
+    noisy = images(snapshot, tmp_path / "c", "--inject-noise=0.4")
     assert noisy != base
-    assert run(snapshot, tmp_path / "d", "--inject-noise=0.4", "--batch=1") == noisy
-    assert run(snapshot, tmp_path / "e", "--quantize-bits=2") != base
-    capsys.readouterr()
-    assert not run(snapshot, tmp_path / "f", "--aug-dim=128", code=2)
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and "--aug-dim=128" in error[0] and "D=64" in error[0]
-    assert not run(snapshot, tmp_path / "g", "--aug-dim=inf", code=2)
+    assert images(snapshot, tmp_path / "d", "--inject-noise=0.4", "--batch=1") == noisy
+    assert images(snapshot, tmp_path / "e", "--quantize-bits=2") != base
+    one_line(*generate(snapshot, tmp_path / "f"), "--aug-dim=128", says=["--aug-dim=128", "D=64"])
+    one_line(*generate(snapshot, tmp_path / "f"), "--aug-dim=inf")
+    assert not (tmp_path / "f").exists()
 
 
 def test_D_comes_from_the_snapshot(snapshot):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from small_runs import one_line, run
 
 import calculate_metrics
 from metrics import results
@@ -35,23 +36,18 @@ def nets(tiny_net, tmp_path):
     return paths
 
 
-def run(*arguments):
-    run_robustness.main([str(a) for a in arguments], standalone_mode=False)
-
-
 def read(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
-def test_grid_files_and_resumption(nets, tiny_net, digits, tmp_path, capsys, monkeypatch):
+def test_grid_files_and_resumption(nets, tiny_net, digits, tmp_path, monkeypatch):
     dest = tmp_path / "out"
     command = [*(f"--net={n}" for n in nets), f"--data={digits}", f"--dest={dest}", "--samplings=0,100", *GRID]
     measured = []
     measure = robustness.measure
     monkeypatch.setattr(robustness, "measure", lambda *a, **k: measured.append(a[1]) or measure(*a, **k))
-    run(*command)
-    files = json.loads(capsys.readouterr().out)["files"]
+    files = json.loads(run(run_robustness.main, *command).stdout)["files"]
     assert {f.rsplit("/", 1)[1] for f in files} == {
         *(f"robustness-{name}.{kind}" for name in ("alpha", "steps", "bits") for kind in ("csv", "png", "svg")), "summary.md",
     }  # fmt: skip
@@ -66,13 +62,12 @@ def test_grid_files_and_resumption(nets, tiny_net, digits, tmp_path, capsys, mon
     assert len(set(plain.values())) == 8
 
     measured.clear()
-    run(*command)
+    run(run_robustness.main, *command)
     assert not measured and rows["bits"] == read(dest / "robustness-bits.csv")
-    capsys.readouterr()
 
     # Another file under the same name is another network.
     persistence.save_snapshot(nets[0], tiny_net(label_dim=10, seed=5), process=processes.PFGMpp(16))
-    run(*command, "--experiments=alpha")
+    run(run_robustness.main, *command, "--experiments=alpha")
     assert len(measured) == 2 * 2
     fresh = {(r["net"], r["sampling"]): r["fd"] for r in read(dest / "robustness-alpha.csv") if float(r["value"]) == 0}
     assert {key for key in plain if plain[key] != fresh[key]} == {(str(nets[0]), "0"), (str(nets[0]), "100")}
@@ -142,9 +137,9 @@ def test_growth_is_compared_within_a_training_seed():
     assert robustness.forgiveness(rows[:-3], "alpha") == {}  # unequal numbers of trainings
 
 
-def test_dry_run_counts_the_grid(nets, capsys):
-    run(*(f"--net={n}" for n in nets), "--dest=nowhere", "--samplings=0,100", "--dry-run", *GRID)
-    assert json.loads(capsys.readouterr().out)["cells"] == 4 * 2 * 4
+def test_dry_run_counts_the_grid(nets):
+    command = [*(f"--net={n}" for n in nets), "--dest=nowhere", "--samplings=0,100", "--dry-run", *GRID]
+    assert json.loads(run(run_robustness.main, *command).stdout)["cells"] == 4 * 2 * 4
 
 
 @pytest.mark.parametrize(
@@ -152,12 +147,9 @@ def test_dry_run_counts_the_grid(nets, capsys):
     [(["--alpha=-1"], "--alpha"), (["--bits=0"], "--bits"), (["--steps=0"], "--steps"), (["--samplings=0,5"], "overlap"),
      (["--experiments=alpha,prune"], "prune"), (["--class=x"], "--class"), ([], "--data")],
 )  # fmt: skip
-def test_errors_are_one_line(nets, tmp_path, options, message, capsys):
-    with pytest.raises(SystemExit) as exit:
-        run_robustness.main([f"--net={nets[0]}", f"--dest={tmp_path}/out", "--num=12", *options])
-    assert exit.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and message in error[0]
+def test_errors_are_one_line(nets, tmp_path, options, message):
+    given = [f"--net={nets[0]}", f"--dest={tmp_path}/out", "--num=12"]
+    one_line(run_robustness.main, *given, *options, says=message)
     assert not (tmp_path / "out").exists()
 
 
@@ -169,7 +161,7 @@ def write_score(folder, checkpoint, sampling, fd, detector="pixel"):
     (folder / f"{checkpoint}-{sampling}-{detector}.json").write_text(json.dumps(content))
 
 
-def test_minimum_and_top_three(tmp_path, capsys):
+def test_minimum_and_top_three(tmp_path):
     """Each checkpoint counts with the lowest of its blocks; 2.0 and 1.9 of one checkpoint are not two of the top three."""
     for checkpoint, values in {
         "0000100": [2.0, 1.9],
@@ -179,8 +171,7 @@ def test_minimum_and_top_three(tmp_path, capsys):
     }.items():
         for sampling, fd in enumerate(values):
             write_score(tmp_path, checkpoint, str(sampling), fd)
-    calculate_metrics.cmdline.main(["best", f"--scores={tmp_path}/*.json"], standalone_mode=False)
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(run(calculate_metrics.cmdline, "best", f"--scores={tmp_path}/*.json").stdout)
     assert (found["min"], found["min_checkpoint"]) == (1.9, "0000100")
     assert found["top_mean"] == pytest.approx((1.9 + 2.1 + 2.5) / 3)
     assert found["top_checkpoints"] == ["0000100", "0000200", "0000300"]

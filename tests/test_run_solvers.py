@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from small_runs import one_line, run
 
 from metrics.classifier import train_classifier
 from simulations import run_solvers
@@ -12,10 +13,6 @@ from torch_utils.persistence import save_snapshot
 from training import processes
 from training.dataset import ImageFolderDataset, load_arrays
 from training.encoders import StandardRGBEncoder
-
-
-def run(*arguments):
-    run_solvers.main([str(a) for a in arguments], standalone_mode=False)
 
 
 def read(folder, name):
@@ -43,8 +40,9 @@ def test_no_arm_spends_more_than_it_was_given(cell):
 
 
 def test_points(tmp_path):
-    run("gaussian", "--nfe=4", "--arms=EDM Heun,CLD flow", f"--dest={tmp_path}")
+    run(run_solvers.main, "gaussian", "--nfe=4", "--arms=EDM Heun,CLD flow", f"--dest={tmp_path}")
     run(
+        run_solvers.main,
         "mixture",
         "--nfe=4",
         "--seeds=0-1",
@@ -54,10 +52,8 @@ def test_points(tmp_path):
         f"--dest={tmp_path}",
     )
     assert len(read(tmp_path, "gaussian")) == 1 + 3
-    with pytest.raises(ValueError, match="--grids: 'log' is unknown"):
-        run("mixture", "--grids=log", f"--dest={tmp_path}")
-    with pytest.raises(ValueError, match="--nfe=2: give at least 3"):
-        run("gaussian", "--nfe=10,2", f"--dest={tmp_path}")
+    one_line(run_solvers.main, "mixture", "--grids=log", f"--dest={tmp_path}", says="--grids: 'log' is unknown")
+    one_line(run_solvers.main, "gaussian", "--nfe=10,2", f"--dest={tmp_path}", says="--nfe=2: give at least 3")
     rows = read(tmp_path, "mixture")
     assert {(r["arm"], r["grid"]) for r in rows} == {("data", ""), ("VP EM", "uniform"), ("CLD RK45", "adaptive")}
     text = solvers_report.plot_solvers(tmp_path, tmp_path / "figure")
@@ -80,27 +76,24 @@ def test_images(tmp_path, tiny_net, digits):
         "--grids=uniform",
         "--per-source=8",
     ]
-    run(*command, "--seeds=0-0", "--arms=EDM Heun,learned EM")
+    run(run_solvers.main, *command, "--seeds=0-0", "--arms=EDM Heun,learned EM")
     first = read(tmp_path, "digits")
     assert len(first) == 6 and all(math.isfinite(row["error"]) for row in first)
-    run(*command, "--seeds=0-1", "--arms=EDM Heun,learned EM")
+    run(run_solvers.main, *command, "--seeds=0-1", "--arms=EDM Heun,learned EM")
     rows = read(tmp_path, "digits")
     assert rows[:6] == first and len(rows) == 12 and {row["seed"] for row in rows} == {0, 1}
-    with pytest.raises(ValueError, match="--per-source=9"):
-        run(*command, "--per-source=9")
-    with pytest.raises(ValueError, match="--arms"):
-        run(*command, "--arms=DDIM")
-    with pytest.raises(ValueError, match="--learned"):
-        run(*command, f"--learned={net}")
+    one_line(run_solvers.main, *command, "--per-source=9", says="--per-source=9")
+    one_line(run_solvers.main, *command, "--arms=DDIM", says="--arms")
+    one_line(run_solvers.main, *command, f"--learned={net}", says="--learned")
 
-    run("bound", *common, "--num=4", "--samples=1")
+    run(run_solvers.main, "bound", *common, "--num=4", "--samples=1")
     bits = read(tmp_path, "bound")
     by = {(row["draws"], row["process"], row["image"]): row["bits"] for row in bits}
     assert len({row["process"] for row in bits}) == 5 and len(by) == 2 * 5 * 4
     assert by["common", "learned", 0] == pytest.approx(by["common", "VP", 0], abs=1e-9)
     assert by["own", "learned", 0] != pytest.approx(by["own", "VP", 0], abs=1e-4)
 
-    run("plot", f"--dest={tmp_path}", f"--figure={tmp_path}/figure", f"--tables={tmp_path}/tables.md")
+    run(run_solvers.main, "plot", f"--dest={tmp_path}", f"--figure={tmp_path}/figure", f"--tables={tmp_path}/tables.md")
     text = (tmp_path / "tables.md").read_text()
     assert "| less EDM Heun |" in text and "less VP, own draws" in text
     assert (tmp_path / "figure-sources.png").is_file()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_runs import run
 
 from simulations import run_toy, toy_data
 from torch_utils.persistence import describe
@@ -45,15 +46,12 @@ def test_densities_are_those_of_the_samples(name):
     assert abs(values.mean() - entropy) < 4 * values.std() / len(x) ** 0.5 + 0.02
 
 
-def test_train_sample_plot(tmp_path, capsys):
-    run = tmp_path / "run"
+def test_train_sample_plot(tmp_path):
     process = ["--process=malda", "--process-options=V=2"]
     few = ["--dataset=diamond", "--steps=8", "--batch=128", "--channels=16"]
-    run_toy.main(["train", f"--outdir={run}", *few, *process], standalone_mode=False)
-    run_toy.main(
-        ["sample", f"--net={run}", "--solver=em", "--steps=5", "--num=32", f"--dest={tmp_path}/p.npz"],
-        standalone_mode=False,
-    )
+    run(run_toy.main, "train", f"--outdir={tmp_path}/run", *few, *process)
+    sampling = ["--solver=em", "--steps=5", "--num=32"]
+    run(run_toy.main, "sample", f"--net={tmp_path}/run", *sampling, f"--dest={tmp_path}/p.npz")
     found = np.load(tmp_path / "p.npz")
     assert (
         found["points"].shape == (32, 2)
