@@ -57,11 +57,8 @@ class Study:
             raise ValueError(f"--learned={self.learned} holds no learned process; train one with --process=learned")
         return process.requires_grad_(False)
 
-    def file(self, name: str) -> Path:
-        return Path(self.dest) / f"{name}.json"
-
     def write(self, name: str, rows: list[dict]) -> None:
-        write_text(self.file(name), json.dumps(rows, indent=1))
+        write_text(Path(self.dest) / f"{name}.json", json.dumps(rows, indent=1))
 
 
 WITHOUT_CELLS = ("nfes", "arms", "grids")
@@ -114,7 +111,7 @@ def digits(net, data, detector, seeds, per_source, **given):
     from training.dataset import ImageFolderDataset, load_arrays
 
     study = from_options(Study, given)
-    chosen, path = study.cells(), study.file("digits")
+    chosen, path = study.cells(), Path(study.dest) / "digits.json"
     rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     if any(row.get("per_source") != per_source for row in rows):
         found = f"{path} has rows of another number of samples"

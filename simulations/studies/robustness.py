@@ -4,11 +4,9 @@ PFGM++ (arXiv 2302.04265, sec. 5.3) claims that models with fewer augmented dime
 one snapshot, one sampling seed and one `Setting`; all cells share noise and labels of the same seeds.
 """
 
-from __future__ import annotations
-
 import glob
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -102,23 +100,22 @@ class Judge:
             self.reference = require_detectors(load_references(ref), self.detectors, ref)[self.identity]
         self.name = f"{Path(data or ref).name}:{self.reference.count()}"
 
-    def score(self, batches: Iterable, num_images: int) -> dict:
-        """{fd, fd_floor, fd_at_floor_size, agreement} of generated batches; agreement where the detector classifies."""
-        sizes = {"num_sources": self.reference.num_sources, "num_images": num_images}
-        found = collect(generated_batches(batches), self.detectors, **sizes)[self.identity]
-        result = compare(found, self.reference, detector=self.detector, per_source=False, measures=("fd",))["overall"]
-        return {name: result.get(name) for name in ("fd", "fd_floor", "fd_at_floor_size", "agreement")}
-
 
 def measure(model: Model, setting: Setting, judge: Judge, first: int, grid, device: str = "cpu") -> dict:
-    """Scores of one cell (see `Judge.score`), of the seeds from `first` on; the images exist in memory only."""
+    """Scores of the images of one cell, which exist in memory only: {fd, fd_floor, fd_at_floor_size, agreement}.
+
+    first: seed of the first image. agreement: None where the detector does not classify.
+    """
     net = model.snapshot.net
     batches = generate_images(
         quantize.quantize_weights(net, setting.bits, grid.policy), range(first, first + grid.num),
         encoder=model.snapshot.encoder, kernel=model.kernel, class_idx=grid.class_idx if net.label_dim else None,
         max_batch_size=grid.batch, sampler=samplers.noisy_heun(setting.alpha), num_steps=setting.steps, device=device,
     )  # fmt: skip
-    return judge.score(batches, grid.num)
+    sizes = {"num_sources": judge.reference.num_sources, "num_images": grid.num}
+    found = collect(generated_batches(batches), judge.detectors, **sizes)[judge.identity]
+    result = compare(found, judge.reference, detector=judge.detector, per_source=False, measures=("fd",))["overall"]
+    return {name: result.get(name) for name in ("fd", "fd_floor", "fd_at_floor_size", "agreement")}
 
 
 def run_grid(

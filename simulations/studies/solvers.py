@@ -1,7 +1,5 @@
 """One denoiser through many processes and solvers: error against the number of network evaluations (NFE)."""
 
-from __future__ import annotations
-
 import functools
 import math
 import time
