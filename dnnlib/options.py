@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from operator import ge, gt, le, lt
 from typing import Any
 
 import click
@@ -59,13 +60,9 @@ class Opt:
 
     def holds(self, value: float) -> bool:
         """Whether a number is within the bounds, and finite unless it need not be."""
-        return (
-            (math.isfinite(value) or (self.infinite and not math.isnan(value)))
-            and (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.below is None or value < self.below)
-        )
+        lower, upper = [(self.at_least, ge), (self.above, gt)], [(self.at_most, le), (self.below, lt)]
+        finite = math.isfinite(value) or (self.infinite and not math.isnan(value))
+        return finite and all(bound is None or holds(value, bound) for bound, holds in lower + upper)
 
 
 def opt(default: Any, help: str, *flags: str, **more: Any) -> Any:

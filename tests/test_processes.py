@@ -444,7 +444,7 @@ def test_published_weights():
     assert float(weight(cld, t, "reweightedv1")) == pytest.approx(float(2 * cld.beta(t) * gain**2 / l2))
     assert float(weight(cld, t)) == pytest.approx(float(2 * cld.beta(t) * gain**2))
     with pytest.raises(ValueError, match="not defined"):
-        NoiseLevels(EDM(), "importance")
-    edm, value = NoiseLevels(EDM()).draw(torch.tensor([0.2, 0.7]))
+        NoiseLevels(EDM(), "importance", "likelihood", 0.002)
+    edm, value = NoiseLevels(EDM(), "snr", "likelihood", 0.002).draw(torch.tensor([0.2, 0.7]))
     ratio = value * edm**2 * 0.25 / (edm**2 + 0.25)  # EDM's weight up to a constant
     assert float(ratio[0]) == pytest.approx(float(ratio[1]))

@@ -143,20 +143,11 @@ def save_snapshot(
     network's floating-point parameters (None: as they are). kind: what sort of file, for `read_header`. Other keywords go
     into the header: nimg, options, dataset, git_commit... Raises ValueError for a class that cannot be stored.
     """
-    header = {
-        "format": kind,
-        "version": VERSION,
-        "net": describe(net),
-        "encoder": describe(encoder),
-        "process": describe(process),
-        "torch": torch.__version__,
-        **header,
-    }
-    parameters = {name for name, _ in net.named_parameters()}
-    state = {}
-    for name, value in net.state_dict().items():
-        shorter = dtype is not None and name in parameters and value.is_floating_point()
-        state[f"net.{name}"] = value.to(dtype) if shorter else value
+    parts = {"net": describe(net), "encoder": describe(encoder), "process": describe(process)}
+    header = {"format": kind, "version": VERSION, **parts, "torch": torch.__version__, **header}
+    state = {f"net.{name}": value for name, value in net.state_dict().items()}
+    if dtype is not None:
+        state |= {f"net.{name}": p.to(dtype) for name, p in net.named_parameters() if p.is_floating_point()}
     if isinstance(process, torch.nn.Module):
         state.update({f"process.{name}": value for name, value in process.state_dict().items()})
     # safetensors refuses shared memory

@@ -10,7 +10,7 @@ from torch_utils import distributed as dist
 class Collector:
     """report(name, value) any number of times; means() gives {name: mean} over all ranks since the last call.
 
-    Non-finite samples are left out of the mean and counted: `nonfinite_share(name)` after `means()`. All ranks must
+    Non-finite samples are left out of the mean and counted: `nonfinite_share[name]` after `means()`. All ranks must
     know the same names; a rank that has nothing to report calls `report(name, [])`.
     """
 
@@ -19,7 +19,7 @@ class Collector:
         device = torch.device(device)
         self.device = device if device.type in ("cpu", "cuda") else torch.device("cpu")
         self.sums = {}
-        self.shares = {}
+        self.nonfinite_share = {}
 
     def report(self, name: str, value: float | Sequence[float] | torch.Tensor) -> None:
         """value: number or tensor of any shape; every element is one sample."""
@@ -36,10 +36,7 @@ class Collector:
         if not names:
             return {}
         table = dist.all_reduce_(torch.stack([self.sums[name] for name in names])).cpu()
-        self.shares = {n: float(bad / max(count + bad, 1)) for n, (count, _, bad) in zip(names, table, strict=True)}
+        rows = list(zip(names, table, strict=True))
+        self.nonfinite_share = {n: float(bad / max(count + bad, 1)) for n, (count, _, bad) in rows}
         self.sums = {name: torch.zeros_like(value) for name, value in self.sums.items()}
-        return {n: float(s / count) if count > 0 else None for n, (count, s, _) in zip(names, table, strict=True)}
-
-    def nonfinite_share(self, name: str) -> float:
-        """Share of non-finite samples of `name` before the last `means()`."""
-        return self.shares.get(name, 0.0)
+        return {n: float(s / count) if count > 0 else None for n, (count, s, _) in rows}

@@ -7,9 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from training.schedules import SCHEDULES
-
-__all__ = ["ARCHS", "EMAS", "ENCODERS", "LOSSES", "OPTIMIZERS", "PRECONDS", "SCHEDULES", "choose", "given"]
+from training.schedules import SCHEDULES as SCHEDULES  # one of the choices
 
 
 def given(**options: Any) -> dict[str, Any]:

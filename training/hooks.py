@@ -27,7 +27,7 @@ GRID_CHANNELS_TOTAL = 2**23  # elements of a grid; larger images get fewer colum
 
 def standard_hooks(run: "Run") -> dict:
     """The hooks of train_edm2.py for a training.setup.Run."""
-    chosen = {"stop_requested": StopOnSignal()}
+    chosen = {"stop_requested": stop_on_signal()}
     if run.held_out is not None:
         chosen["on_status"] = validation_hook(run.held_out)
     if run.config.grid:
@@ -79,18 +79,15 @@ def grid_hook(sources: list[int] | None) -> Callable:
     return on_snapshot
 
 
-class StopOnSignal:
+def stop_on_signal() -> Callable:
     """stop_requested hook: True once SIGTERM or SIGINT has arrived; a second SIGINT interrupts at once."""
+    arrived = []
 
-    def __init__(self) -> None:
-        self.requested = False
-        signal.signal(signal.SIGTERM, self._handle)
-        signal.signal(signal.SIGINT, self._handle)
-
-    def _handle(self, number, frame):
-        if self.requested and number == signal.SIGINT:
+    def handle(number, frame):
+        if arrived and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        arrived.append(number)
 
-    def __call__(self) -> bool:
-        return self.requested
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    return lambda: bool(arrived)

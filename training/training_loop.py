@@ -263,7 +263,7 @@ class TrainingLoop:
             torch.cuda.reset_peak_memory_stats()
         fields.update(self.stats.means())
         fields.update(self.selector.statistics() if hasattr(self.selector, "statistics") else {})
-        fields["Progress/nonfinite_loss_share"] = self.stats.nonfinite_share("Loss/loss")
+        fields["Progress/nonfinite_loss_share"] = self.stats.nonfinite_share.get("Loss/loss", 0.0)
         if fields.get("Progress/nonfinite_steps"):
             share = fields["Progress/nonfinite_steps"]
             dist.print0(f"Warning: {share:.1%} of the steps had non-finite gradients; these entries were set to zero")

@@ -99,22 +99,14 @@ class Process(GaussianKernel):
         return cov + sigma_data**2 * mean[..., :, None] * mean[..., None, :]
 
     def prior_sample(
-        self,
-        shape: Shape,
-        generator: Generator = None,
-        *,
-        prior: str = "stationary",
-        t: Times | None = None,
-        sigma_data: float = 0.5,
-        device: Device = None,
-        dtype: torch.dtype = torch.float64,
+        self, shape: Shape, generator: Generator = None, prior: str = "stationary", device: Device = None, **at: Times
     ) -> torch.Tensor:
-        """Draw a start state of shape [N, V, *data_shape] with the covariance `prior_covariance(prior, t, sigma_data)`.
+        """Draw a start state of shape [N, V, *data_shape]; at: t and sigma_data of `prior_covariance`.
 
         "matched" is where data of standard deviation sigma_data really is at t. Raises ValueError for another V.
         """
         if len(shape) < 2 or shape[1] != self.V:
             raise ValueError(f"shape {tuple(shape)}: this process has {self.V} variables, [N, {self.V}, ...]")
-        noise = random.randn(shape, generator, device, dtype)
-        root = torch.linalg.cholesky(self.prior_covariance(prior, t, sigma_data).detach())
+        noise = random.randn(shape, generator, device, torch.float64)
+        root = torch.linalg.cholesky(self.prior_covariance(prior, **at).detach())
         return apply_matrix(root, noise)

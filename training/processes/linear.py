@@ -22,6 +22,9 @@ from training.processes import numerics
 from training.processes.base import Process, Times, as_time, number
 from training.processes.states import apply_matrix, expand, flatten
 
+Matrix = torch.Tensor | Sequence
+Ends = Sequence[float]  # beta at t = 0 and t = 1
+
 
 class Kernel(NamedTuple):
     """p(u_t | x0) = N(m x0, C) at one or several times: the whitening W with W C W' = 1, and a = W m.
@@ -66,12 +69,7 @@ class LinearProcess(Process):
     """
 
     def __init__(
-        self,
-        Q: torch.Tensor | Sequence,
-        D: torch.Tensor | Sequence,
-        S: torch.Tensor | Sequence | None = None,
-        beta: Sequence[float] = (0.1, 10.0),
-        init_aux_var: float = 0.01,
+        self, Q: Matrix, D: Matrix, S: Matrix | None = None, beta: Ends = (0.1, 10.0), init_aux_var: float = 0.01
     ):
         self.Q, self.D = as_matrix("Q", Q), as_matrix("D", D)
         self._setup(len(self.Q), S, beta, init_aux_var)
@@ -165,7 +163,9 @@ class LinearProcess(Process):
         F, L = numerics.noise_root(A, D, B)
         small = (numerics.halvings(A, B) == 0)[..., None]  # [..., 1]; beyond, F_vv may be singular and T is 1
         T = torch.eye(self.V, dtype=torch.float64).repeat(*B.shape, 1, 1)
-        T[..., 0, 1:] = -torch.where(small, self._shear(F, small), 0.0)
+        inner = torch.where(small[..., None], F[..., 1:, 1:], torch.eye(self.V - 1, dtype=F.dtype))
+        shear = torch.linalg.solve(inner.mT, F[..., 0, 1:, None])[..., 0]  # w = F_xv F_vv^-1
+        T[..., 0, 1:] = -torch.where(small, shear, 0.0)
         X = T @ F @ start
         X[..., 0, :] = torch.where(small, 0.0, X[..., 0, :])
         L = numerics.lower_root(torch.cat([X, T @ L], dim=-1))
@@ -176,11 +176,6 @@ class LinearProcess(Process):
         both = torch.linalg.solve_triangular(L, torch.cat([T @ F[..., :1], T], dim=-1), upper=False)
         a = both[..., 0]
         return Kernel(F, T, L, both[..., 1:], a, a.square().sum(-1))
-
-    def _shear(self, F, small):
-        """w [..., V-1] = F_xv F_vv^-1 where `small`."""
-        inner = torch.where(small[..., None], F[..., 1:, 1:], torch.eye(self.V - 1, dtype=F.dtype))
-        return torch.linalg.solve(inner.mT, F[..., 0, 1:, None])[..., 0]
 
     def kernel_parts(self, t: Times) -> Kernel:
         """`Kernel` at t (any batch shape, t > 0), on the CPU; cached per time while no gradient is wanted."""

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
 from torch_utils.persistence import persistent
 from training.processes.base import number
-from training.processes.linear import LinearProcess
+from training.processes.linear import Ends, LinearProcess
 
 
 @persistent
 class VP(LinearProcess):
     """Variance preserving: dx = -x beta/2 dt + sqrt(beta) dW (DDPM; Song et al. 2021). One variable."""
 
-    def __init__(self, beta: Sequence[float] = (0.1, 10.0)):
+    def __init__(self, beta: Ends = (0.1, 10.0)):
         super().__init__(Q=[[0.0]], D=[[0.5]], beta=beta)
 
 
@@ -27,7 +26,7 @@ class CLD(LinearProcess):
     The defaults are MDM's; `CLD.published()` takes the CLD paper's own parameters.
     """
 
-    def __init__(self, M: float = 1.0, beta: Sequence[float] = (0.1, 10.0), init_aux_var: float = 0.01):
+    def __init__(self, M: float = 1.0, beta: Ends = (0.1, 10.0), init_aux_var: float = 0.01):
         M = positive("M", M)
         super().__init__([[0, -1], [1, 0]], [[0, 0], [0, 2 * math.sqrt(M)]], [1, M], beta, init_aux_var)
 
@@ -47,12 +46,7 @@ class ALDA(LinearProcess):
     """Accelerated Langevin diffusion (third-order Langevin; MDM, appendix), three variables."""
 
     def __init__(
-        self,
-        M: float = 1.0,
-        gamma: float = 1.0,
-        psi: float = 1.0,
-        beta: Sequence[float] = (0.1, 10.0),
-        init_aux_var: float = 0.01,
+        self, M: float = 1.0, gamma: float = 1.0, psi: float = 1.0, beta: Ends = (0.1, 10.0), init_aux_var: float = 0.01
     ):
         M, gamma, psi = positive("M", M), number("gamma", gamma), positive("psi", psi)
         Q = [[0, -M, 0], [M, 0, -gamma], [0, gamma, 0]]
@@ -63,7 +57,7 @@ class ALDA(LinearProcess):
 class MALDA(LinearProcess):
     """Modified ALDA (MDM): every pair of variables coupled, noise on every auxiliary. V = 2 is CLD."""
 
-    def __init__(self, V: int = 3, M: float = 1.0, beta: Sequence[float] = (0.1, 10.0), init_aux_var: float = 0.01):
+    def __init__(self, V: int = 3, M: float = 1.0, beta: Ends = (0.1, 10.0), init_aux_var: float = 0.01):
         V, M = count("V", V, 2), positive("M", M)
         upper = torch.ones(V, V, dtype=torch.float64).triu(1)
         D = torch.full((V,), 2 * math.sqrt(M), dtype=torch.float64)
@@ -85,12 +79,7 @@ class Learned(LinearProcess, torch.nn.Module):
     floor = 1e-3  # noise that every variable keeps
 
     def __init__(
-        self,
-        V: int = 2,
-        full: bool = False,
-        M: float = 1.0,
-        beta: Sequence[float] = (0.1, 10.0),
-        init_aux_var: float = 0.01,
+        self, V: int = 2, full: bool = False, M: float = 1.0, beta: Ends = (0.1, 10.0), init_aux_var: float = 0.01
     ):
         torch.nn.Module.__init__(self)
         V, M, self.full = count("V", V, 1), positive("M", M), bool(full)

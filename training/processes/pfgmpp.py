@@ -15,8 +15,6 @@ from torch_utils.persistence import persistent
 from torch_utils.random import Device, Generator, Shape
 from training.processes.base import GaussianKernel, number
 
-Noise = float | torch.Tensor  # noise level sigma, a number or [B]
-
 
 def log_kernel(squared_distance: torch.Tensor, sigma: torch.Tensor, N: int, D: float) -> torch.Tensor:
     """Log of the perturbation kernel up to a constant of x: -(N + D)/2 log(1 + |x - y|^2 / (D sigma^2)).
@@ -29,7 +27,7 @@ def log_kernel(squared_distance: torch.Tensor, sigma: torch.Tensor, N: int, D: f
 
 
 def posterior_weights(
-    x: torch.Tensor, data: torch.Tensor, sigma: Noise, D: float, mask: torch.Tensor | None = None
+    x: torch.Tensor, data: torch.Tensor, sigma: float | torch.Tensor, D: float, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Posterior [B, n] of the data points given noisy x: softmax of `log_kernel`, float64.
 
@@ -59,7 +57,9 @@ class PosteriorMean:
         self.labels, self.label_dim = labels, 0 if labels is None else labels.shape[1]
         self.sigma_data = float(self.data.std(unbiased=False))
 
-    def __call__(self, x: torch.Tensor, sigma: Noise, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, sigma: float | torch.Tensor, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """D(x; sigma) in x's type."""
         weights = posterior_weights(x, self.data.to(x.device), sigma, self.D)
         if class_labels is not None and self.labels is not None:

@@ -67,18 +67,10 @@ class NoiseLevels:
     """Noise levels of a process for training the reduced denoiser.
 
     sampling: "uniform" in t, "importance" (MDM's density), or "snr" (log(1 + sigma_data^2 snr) uniform: lowest
-    variance, and the only one that needs no time). weighting: see `weight`. t_min: default 1e-5, as the CLD paper;
-    for EDM sigma = 0.002.
+    variance, and the only one that needs no time). weighting: see `weight`.
     """
 
-    def __init__(
-        self,
-        process: Process,
-        sampling: str = "snr",
-        weighting: str = "likelihood",
-        t_min: float | None = None,
-        sigma_data: float = 0.5,
-    ):
+    def __init__(self, process: Process, sampling: str, weighting: str, t_min: float, sigma_data: float = 0.5):
         for name, value, known in (("sampling", sampling, SAMPLINGS), ("weighting", weighting, WEIGHTINGS)):
             if value not in known:
                 raise ValueError(f"{name} {value!r}: choose one of {', '.join(known)}")
@@ -86,7 +78,7 @@ class NoiseLevels:
         if not given and not (is_linear(process) and (sampling, weighting) == ("snr", "likelihood")):
             raise ValueError(f"{sampling} sampling with {weighting} weighting is not defined for {process!r}")
         self.process, self.sampling, self.weighting, self.sigma_data = process, sampling, weighting, float(sigma_data)
-        self.t_min = float(t_min if t_min is not None else 1e-5 if given else 0.002)
+        self.t_min = float(t_min)
         if not 0 < self.t_min < process.T:
             raise ValueError(f"t_min = {t_min}: give a time in (0, {process.T:g})")
 
