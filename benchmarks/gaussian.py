@@ -14,12 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch and numpy load
-
-import click  # noqa: E402
+import click
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch and numpy load
 
 
 def plain_sweep(tag: str) -> list[list[float]]:
@@ -55,9 +54,9 @@ def plain_sweep(tag: str) -> list[list[float]]:
             eye = torch.eye(D)
             for point, label in zip(x, y, strict=True):
                 truth = MultivariateNormal(means[label], eye).log_prob(point).exp()
-                for arm, fit in enumerate((single, multi)):
+                for side, fit in enumerate((single, multi)):
                     density = MultivariateNormal(fit[label], eye).log_prob(point).exp()
-                    totals[arm] += 0.5 * abs((density / truth).item() - 1) / config.test_size
+                    totals[side] += 0.5 * abs((density / truth).item() - 1) / config.test_size
         table.append([total / len(PAPER_SEEDS) for total in totals])
     return table
 
@@ -88,7 +87,7 @@ def main(tag: str, repeats: int, plain_only: bool) -> None:
         start = time.perf_counter()
         result = sweep(tag)
         times.append(time.perf_counter() - start)
-    got = np.stack([result.array(f"empirical_{arm}").mean(1) for arm in ("single", "multi")], axis=1)
+    got = np.stack([result.array(f"empirical_{side}").mean(1) for side in ("single", "multi")], axis=1)
     difference = float(np.abs(got - want).max())
     if difference > 1e-6:
         raise click.ClickException(f"the two sides differ by {difference}")

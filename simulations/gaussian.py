@@ -229,6 +229,7 @@ def summary_rows(result: Sweep, delta: float = 0.05, B: float | None = None) -> 
         seed = sum(result.seeds) / len(result.seeds)
         row = _head(result.tag, config, seed, floats=True)
         row |= _published(orders(config), (measured["single"][0], measured["multi"][0]))
+        sides = {"single": bound.single, "multi": bound.multi}
         row |= {
             "standard error of empirical single": measured["single"][1],
             "standard error of empirical multi": measured["multi"][1],
@@ -241,14 +242,10 @@ def summary_rows(result: Sweep, delta: float = 0.05, B: float | None = None) -> 
             "standard error of exact advantage": exact["advantage"][1],
             "expected TV of single": expected[0],
             "expected TV of multi": expected[1],
-            "sharp bound of single": bound.single.sharp,
-            "sharp bound of multi": bound.multi.sharp,
-            "published bound of single": bound.single.published,
-            "published bound of multi": bound.multi.published,
-            "sharp bound of single vacuous": int(bound.single.vacuous),
-            "sharp bound of multi vacuous": int(bound.multi.vacuous),
-            "published bound of single vacuous": int(bound.single.vacuous_published),
-            "published bound of multi vacuous": int(bound.multi.vacuous_published),
+            **{f"sharp bound of {name}": side.sharp for name, side in sides.items()},
+            **{f"published bound of {name}": side.published for name, side in sides.items()},
+            **{f"sharp bound of {name} vacuous": int(side.vacuous) for name, side in sides.items()},
+            **{f"published bound of {name} vacuous": int(side.vacuous_published) for name, side in sides.items()},
             "beta_sim": bound.beta_sim,
             "ratio": bound.ratio,
             "runs": len(outcomes),

@@ -20,7 +20,7 @@ AXES = {
 CURVES = ["Loss/loss", "Loss/validation", "Validation/ema_loss", "Validation/ema_L2_metric", "Selection/time_share"]
 
 
-def read_stats(run):
+def read_stats(run: str | Path) -> list[dict]:
     """The lines of a run's stats.jsonl (a folder, or the file). Raises ValueError for anything else."""
     path = Path(run) / "stats.jsonl" if Path(run).is_dir() else Path(run)
     try:
@@ -29,7 +29,7 @@ def read_stats(run):
         raise ValueError(f"{run}: no readable stats.jsonl ({str(err).splitlines()[0]}); give run folders") from err
 
 
-def draw(runs, keys, axes, log=True):
+def draw(runs: dict[str, list[dict]], keys: list[str], axes: list[str], log: bool = True):
     """Figure with a row per key and a column per axis; runs: {name: lines of stats.jsonl}."""
     from metrics import figures
 
@@ -46,11 +46,9 @@ def draw(runs, keys, axes, log=True):
             if log and values and min(values) > 0:
                 axis.set_yscale("log")
             axis.set(xlabel=label, ylabel=key)
-    handles = [line for axis in grid.flat for line in axis.get_lines()]
-    handles = {line.get_label(): line for line in handles}
-    grid[0, 0].legend(
-        [handles[name] for name in runs if name in handles], [n for n in runs if n in handles], fontsize=7
-    )
+    handles = {line.get_label(): line for axis in grid.flat for line in axis.get_lines()}
+    shown = {name: handles[name] for name in runs if name in handles}
+    grid[0, 0].legend(shown.values(), shown, fontsize=7)
     return fig
 
 
