@@ -1,5 +1,8 @@
 """Densities in the plane: train on points by the real loop, sample through any process and solver, plot."""
 
+if not __package__:
+    import _here
+
 import json
 from pathlib import Path
 
