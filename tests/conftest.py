@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_runs import run
 
 import dataset_tool
 from training.networks_edm2 import Precond
@@ -17,7 +18,7 @@ def convert_digits(dest, sources="0,1,2", per_source=16, **options):
     """A zip of 8x8 digits, made by the command a user would type."""
     arguments = ["convert", "--source=sklearn:digits", f"--sources={sources}", f"--per-source={per_source}"]
     more = [f"--{name}={value}" for name, value in options.items()]
-    dataset_tool.main([*arguments, f"--dest={dest}", *more], standalone_mode=False)
+    run(dataset_tool.main, *arguments, f"--dest={dest}", *more)
     return dest
 
 
