@@ -45,8 +45,6 @@ PENDING_IMPORTS = {
 PENDING_ARGUMENTS = {
     "training.generation.generate_images",
     "training.generation.run",
-    "training.likelihood.elbo",
-    "training.likelihood.ode_log_likelihood",
     "training.process_sampling.heun_in_sigma",
     "training.samplers.Problem.__init__",
     "training.samplers.heun_states",
@@ -56,9 +54,7 @@ PENDING_ARGUMENTS = {
 PENDING_TYPES = {
     "training.generation",
     "training.guidance",
-    "training.likelihood",
     "training.process_sampling",
-    "training.processes.score",
     "training.quantize",
     "training.samplers",
 }

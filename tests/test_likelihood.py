@@ -18,7 +18,7 @@ EXACT = {"net_dtype": torch.float64}
 class Gaussian:
     """Optimal denoiser of independent Gaussians with standard deviations STDS."""
 
-    sigma_data, sigma_max = 0.5, math.inf
+    sigma_data, sigma_min, sigma_max = 0.5, 0.0, math.inf
 
     def __call__(self, x, sigma, labels=None):
         sigma = torch.as_tensor(sigma).reshape(-1, 1)
@@ -244,7 +244,7 @@ def test_ode_likelihood_of_a_mixture():
     """Two modes in one dimension: the true density, float32 network, default tolerances."""
 
     class Mixture:
-        sigma_data = 0.6
+        sigma_data, sigma_min, sigma_max = 0.6, 0.0, math.inf
 
         def __call__(self, x, sigma, labels=None):
             var = 0.2**2 + torch.as_tensor(sigma).reshape(-1, 1) ** 2
@@ -279,7 +279,7 @@ def test_discretised_elbo_bounds_the_probability():
     low, high = -1 + 2 * 60 / 255, -1 + 2 * 190 / 255
 
     class TwoLevels:
-        sigma_data = 0.5
+        sigma_data, sigma_min, sigma_max = 0.5, 0.0, math.inf
 
         def __call__(self, x, sigma, labels=None):
             middle, half = (low + high) / 2, (high - low) / 2

@@ -17,7 +17,7 @@ GAUSS_VAR = 0.3
 class Gaussian:
     """Optimal denoiser of N(mean, var), computed in the input's type."""
 
-    sigma_data = 0.5
+    sigma_data, sigma_min, sigma_max = 0.5, 0.0, math.inf
 
     def __init__(self, mean=0.0, var=GAUSS_VAR):
         self.mean, self.var, self.calls = mean, var, 0
@@ -45,7 +45,7 @@ class Preconditioned(Gaussian):
 class Mixture:
     """Optimal denoiser of three narrow 2-D Gaussians, points as [N, 2, 1, 1]."""
 
-    sigma_data = 0.5
+    sigma_data, sigma_min, sigma_max = 0.5, 0.0, math.inf
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     means = torch.tensor([[0.6, 0.0], [-0.4, 0.5], [-0.4, -0.5]], dtype=torch.float64)
     var = 0.06**2

@@ -5,14 +5,17 @@ y = m' C^-1 u / snr at noise level sigma(t), which is all that the state says ab
 """
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from training.processes.base import is_linear
+from training.processes.base import Process, is_linear
 from training.processes.states import expand
 
 
-def require_linear(process):
+def require_linear(process: object) -> None:
     """Raises ValueError for a noise kernel that is no linear process (PFGM++)."""
     if not is_linear(process):
         raise ValueError(
@@ -28,13 +31,19 @@ class DenoiserScore:
     noise, is given back. So scores stay exact to noise levels below float32's resolution.
     """
 
-    def __init__(self, net, process, labels=None, net_dtype=torch.float32):
+    def __init__(
+        self,
+        net: Callable,
+        process: Process,
+        labels: Tensor | None = None,
+        net_dtype: torch.dtype = torch.float32,
+    ):
         self.net, self.process, self.labels, self.net_dtype = net, process, labels, net_dtype
-        self.sigma_data = float(getattr(net, "sigma_data", 0.5))
+        self.sigma_data = float(net.sigma_data)
 
-    def denoise(self, y, sigma):
+    def denoise(self, y: Tensor, sigma: Tensor) -> Tensor:
         """D(y; sigma) in y's type; y: [N, *data_shape], sigma: scalar or [N]."""
-        sigma = torch.as_tensor(sigma, device=y.device).expand(len(y))
+        sigma = sigma.to(y.device).expand(len(y))
         rounded = y.to(self.net_dtype)
         denoised = self.net(rounded, sigma.to(self.net_dtype), self.labels).to(y.dtype)
         if y.dtype == self.net_dtype:
@@ -42,36 +51,42 @@ class DenoiserScore:
         skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
         return denoised + expand(skip, y).to(y.dtype) * (y - rounded.to(y.dtype)).detach()
 
-    def denoised(self, u, t):
+    def denoised(self, u: Tensor, t: float | Tensor) -> Tensor:
         """Posterior mean of x0 [N, *data_shape] for the state u [N, V, *data_shape] at time t."""
         return self.denoise(*self.process.project(u, t))
 
-    def __call__(self, u, t):
+    def __call__(self, u: Tensor, t: float | Tensor) -> Tensor:
         return self.process.score(u, t, self.denoised(u, t))
 
 
 class GivenScore:
     """Score of a network that brings its own: `net.score(u, t)`, or `net.score(u, t, labels)` if it takes labels."""
 
-    def __init__(self, net, process, labels=None):
-        self.net, self.process, self.labels = net, process, labels
-        self.sigma_data = float(getattr(net, "sigma_data", 0.5))
+    def __init__(self, net: Any, process: Process | None, labels: Tensor | None = None):
+        self.net, self.process = net, process
         parameters = [] if labels is None else inspect.signature(net.score).parameters.values()
         takes_labels = len(parameters) >= 3 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
         self.arguments = (labels,) if takes_labels else ()
 
-    def denoised(self, u, t):
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of the data; what brings its score may do without where nobody asks."""
+        return float(self.net.sigma_data)
+
+    def denoised(self, u: Tensor, t: float | Tensor) -> Tensor:
         """Posterior mean of x0 [N, *data_shape] from the score (Tweedie): y + sigma^2 m' score."""
         y, sigma = self.process.project(u, t)
         mean = self.process.kernel(t)[0].detach().to(u)  # [..., V]
         shift = (mean[..., None, :] @ self(u, t).flatten(2))[:, 0].reshape(y.shape)
         return y + expand(sigma**2, y).to(y.dtype) * shift.to(y.dtype)
 
-    def __call__(self, u, t):
+    def __call__(self, u: Tensor, t: float | Tensor) -> Tensor:
         return self.net.score(u, t, *self.arguments).to(u.dtype)
 
 
-def make_score(net, process, labels=None, net_dtype=torch.float32):
+def make_score(
+    net: Any, process: Process, labels: Tensor | None = None, net_dtype: torch.dtype = torch.float32
+) -> DenoiserScore | GivenScore:
     """The score of `net` under `process`: callable (u, t) -> [N, V, *data_shape], with `.denoised(u, t)`.
 
     Raises ValueError if the process has no linear-process view (PFGM++ at finite D).
