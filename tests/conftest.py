@@ -28,6 +28,24 @@ def digits(tmp_path_factory):
     return convert_digits(tmp_path_factory.mktemp("digits") / "digits.zip")
 
 
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory):
+    """(folder, diffusers AutoencoderKL) of a small VAE with random weights that halves the sides."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 8],
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+    path = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(path)
+    return str(path), vae.eval()
+
+
 @pytest.fixture
 def tiny_net():
     """Function (label_dim, **options) -> Precond for 8x8 grey images with random weights, out_gain not zero."""

@@ -143,23 +143,6 @@ def test_vae_latents_formula():
         encoder.encode_latents(torch.zeros(1, 3, 2, 2))
 
 
-@pytest.fixture(scope="module")
-def tiny_vae(tmp_path_factory):
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=[8, 8],
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-    )
-    path = tmp_path_factory.mktemp("vae")
-    vae.save_pretrained(path)
-    return str(path), vae.eval()
-
-
 def test_vae_encode_and_decode_follow_edm2(tiny_vae):
     path, vae = tiny_vae
     encoder = encoders.StabilityVAEEncoder(vae_name=path, batch_size=2)
