@@ -6,8 +6,9 @@ JSON goes to stdout, progress to stderr. Runs plain or under torchrun.
 import click
 
 from dnnlib import EasyDict, cli
-from generate_images import process_options
+from dnnlib.options import options as fields
 from metrics import commands
+from training.sampling import ProcessChoice
 
 
 def _int(name, help, default=None, at_least=0):
@@ -150,7 +151,7 @@ def loss(**options):
 @cmdline.command()
 @_text("--net", "Network snapshot, or a run folder (its newest)", "FILE|DIR", required=True)
 @_text("--data", "Images", "DIR|ZIP", required=True)
-@process_options
+@fields(ProcessChoice)
 @_text("--method", "elbo, or ode (probability flow)", "NAME", "elbo", type=click.Choice(["elbo", "ode"]))
 @_text("--encoder", "center, logit or discrete (probability of the levels); default: the snapshot's", "NAME")
 @_int("--samples num_samples", "elbo: network evaluations per image", 8, at_least=1)

@@ -10,7 +10,8 @@ import click
 import numpy as np
 
 from dnnlib import atomic_write, cli
-from generate_images import process_options
+from dnnlib.options import options as fields
+from training.sampling import ProcessChoice
 
 EXAMPLES = """
 \b
@@ -43,7 +44,7 @@ def main():
 @main.command()
 @click.option("--dataset", metavar="NAME", default="multimodal_swissroll", help="Of simulations/toy_data.py")
 @click.option("--outdir", metavar="DIR", required=True, help="Run folder")
-@process_options
+@fields(ProcessChoice)
 @click.option("--time-sampling", type=click.Choice(["uniform", "importance", "snr"]), default="snr", help="Law of t")
 @click.option(
     "--weighting",
@@ -79,7 +80,7 @@ def _open(net, process, options):
 
 @main.command()
 @NET
-@process_options
+@fields(ProcessChoice)
 @SOLVER
 @GRID
 @PRIOR
@@ -100,7 +101,7 @@ def sample(net, process, process_options, time_grid, dest, **options):
 @main.command()
 @NET
 @click.option("--dataset", metavar="NAME", help="Default: what the network was trained on")
-@process_options
+@fields(ProcessChoice)
 @SOLVER
 @GRID
 @PRIOR

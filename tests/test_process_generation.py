@@ -1,12 +1,17 @@
 """Images through any process and solver: seeds, guidance, priors, and what cannot be combined."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
-from training import processes, samplers
+from torch_utils.persistence import save_snapshot
+from training import generation, processes, samplers
 from training.generation import generate_images
 from training.guidance import GuidedDenoiser
-from training.process_sampling import SOLVERS, choose
+from training.samplers import SOLVERS
+from training.sampling import Sampling, take
 
 MADE = {
     "edm": lambda: processes.EDM(), "vp": lambda: processes.get("vp"), "cld": lambda: processes.get("cld", M=0.25, beta=(4, 4)),
@@ -15,7 +20,9 @@ MADE = {
 
 
 def images(net, size, **options):
-    batches = list(generate_images(net, range(4), class_idx="balanced", max_batch_size=size, num_steps=3, **options))
+    batches = list(
+        generate_images(net, range(4), class_idx="balanced", max_batch_size=size, **{"num_steps": 3, **options})
+    )
     return torch.cat([b.images for b in batches]), torch.cat([b.noise for b in batches])
 
 
@@ -81,10 +88,67 @@ def test_own_solver_and_what_cannot_be(tiny_net):
     images(tiny_net(), 4, process=MADE["cld"](), kernel=processes.get("pfgmpp", D="inf"))
     with pytest.raises(ValueError, match="grid"):
         images(tiny_net(), 4, process=MADE["cld"](), grid="uniform")
-    assert choose()[0] is None and choose("edm", solver="heun")[0] is None
-    assert choose("cld", solver="em", t_min=1e-3, sigma_min=0.1)[1].get("sigma_min") is None
-    for options in (dict(process="nothing"), dict(solver="nothing"), dict(t_min=0.1), dict(time_grid="uniform")):
+
+
+def test_options_of_a_command_line(tiny_net, tmp_path):
+    """What sampling options mean, and what they refuse."""
+    path = tmp_path / "net.safetensors"
+    save_snapshot(path, tiny_net(3))
+
+    def made(**given):
+        return next(generation.batches(take({"net": str(path), "num_steps": 2, **given}), range(3))).images
+
+    given = {"net": "x", "solver": "em", "sigma_min": None, "other": 1}
+    assert take(given) == Sampling(net="x", solver="em") and given == {"other": 1}  # the rest is the command's own
+    assert take({"net": "x"}).plain and take({"net": "x", "process": "edm", "solver": "heun"}).plain
+    assert not take({"net": "x", "process_options": "sigma_max=50"}).plain
+    em = dict(process="cld", solver="em", t_min=1e-3)
+    assert torch.equal(made(**em, sigma_min=0.1), made(**em))  # t_min stands in for sigma_min
+    assert not torch.equal(made(gnet="null", guidance=2.0), made())
+    for options in (
+        dict(process="nothing"),
+        dict(solver="nothing"),
+        dict(t_min=0.1),
+        dict(time_grid="uniform"),
+        dict(time_grid="cubic", solver="em"),
+        dict(class_idx="first"),
+        dict(guidance=math.nan),
+        dict(inject_noise=0.1, process="cld"),
+        dict(quantize_bits=25),
+        dict(preset="nothing"),
+    ):
         with pytest.raises(ValueError, match="--"):
-            choose(**options)
+            made(**options)
     with pytest.warns(UserWarning, match="--half-step"):
-        choose("cld", solver="em", half_step="published")
+        take({"net": "x", "process": "cld", "solver": "em", "half_step": "published"})
+
+
+class Joint(Gauss):
+    """The same by a score of its own."""
+
+    def __init__(self, process):
+        self.process = process
+
+    def score(self, u, t):
+        y, sigma = self.process.project(u, t)
+        return self.process.score(u, t, Gauss()(y, sigma))
+
+
+def test_joint_networks_and_guides():
+    """Networks with different inputs guide each other: a guide that says the same changes nothing."""
+    process, options = MADE["cld"](), dict(encoder=Float(), sampler=SOLVERS["sscs"], num_steps=8)
+    nets = [Gauss(), Joint(process)]
+    plain = images(nets[0], 4, process=process, **options)[0]
+    for net, gnet in itertools.product(nets, nets):
+        more = dict(gnet=gnet, guidance=2.0, guidance_interval=(0.1, 5.0))
+        torch.testing.assert_close(images(net, 4, process=process, **options, **more)[0], plain, rtol=1e-3, atol=1e-3)
+
+
+def test_what_does_not_depend_on_the_batch_is_found_once(tiny_net, monkeypatch):
+    calls = []
+    found = samplers.endpoints
+    monkeypatch.setattr(samplers, "endpoints", lambda *args, **kwargs: calls.append(1) or found(*args, **kwargs))
+    for solver in SOLVERS.values():
+        options = dict(rtol=0.1, atol=0.1) if solver is SOLVERS["ode"] else {}
+        images(tiny_net(), 1, process=MADE["cld"](), sampler=solver, **options)
+    assert len(calls) == len(SOLVERS)

@@ -124,7 +124,7 @@ def test_many_bits_reproduce_the_network(tiny_net):
 class Linear:
     """D(x; sigma) = x / (1 + sigma^2): the denoiser of standard normal data. Counts its calls."""
 
-    label_dim, img_channels, img_resolution = 0, 1, 4
+    label_dim, sigma_data, sigma_min, sigma_max, img_channels, img_resolution = 0, 1.0, 0.0, math.inf, 1, 4
 
     def __init__(self):
         self.calls = 0

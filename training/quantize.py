@@ -1,20 +1,15 @@
-"""How much a sampler forgives: noise injected between its steps, and rounded weights (PFGM++, arXiv 2302.04265, sec. 5.3).
-
-The third experiment of that section, fewer steps, needs nothing but `num_steps`.
-"""
+"""Rounded weights: how much of their precision a sampler needs (PFGM++, arXiv 2302.04265, sec. 5.3)."""
 
 import copy
 import re
 
 import torch
 
-# --- noise ------------------------------------------------------------------------------------------------------------
+LEVEL = re.compile(r"(?:^|\.)(?:enc|dec)\.(\d+)x\d+_")  # a layer of a U-Net's resolution level
+ORIGINAL_EXEMPT = ("norm", "affine", "map", "32")
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-def quantize_tensor(x, bits):
+def quantize_tensor(x: torch.Tensor, bits: int) -> torch.Tensor:
     """x rounded to 2^bits levels between its minimum and maximum, as float of x's shape and type.
 
     The rule of the published experiment, in float32: scale = (max - min) / (2^bits - 1), zero point
@@ -33,10 +28,6 @@ def quantize_tensor(x, bits):
     zero = int((-low / scale).clamp(0, top))
     code = (zero + w / scale).clamp(0, top).round()
     return (scale * (code - zero)).to(x.dtype)
-
-
-LEVEL = re.compile(r"(?:^|\.)(?:enc|dec)\.(\d+)x\d+_")  # a layer of a U-Net's resolution level
-ORIGINAL_EXEMPT = ("norm", "affine", "map", "32")
 
 
 def _by_role(net):
@@ -61,7 +52,7 @@ def _original(net):
 POLICIES = {"role": _by_role, "original": _original}
 
 
-def quantized_names(net, policy="role"):
+def quantized_names(net: torch.nn.Module, policy: str = "role") -> list[str]:
     """Names of the parameters that a policy rounds; for the CIFAR-10 networks of EDM both policies name the same.
 
     Raises ValueError for an unknown policy, and for "role" on a network without inner resolution levels.
@@ -72,16 +63,15 @@ def quantized_names(net, policy="role"):
 
 
 @torch.no_grad()
-def quantize_weights(net, bits, policy="role"):
+def quantize_weights(net: torch.nn.Module, bits: int | None, policy: str = "role") -> torch.nn.Module:
     """A copy of `net` whose weights are rounded to `bits` bits, each tensor on its own; bits None: `net` itself.
 
     Activations stay as they are. policy: "role" or "original", see `quantized_names`.
     """
     if bits is None:
         return net
-    names = set(quantized_names(net, policy))
     net = copy.deepcopy(net)
-    for name, p in net.named_parameters():
-        if name in names:
-            p.copy_(quantize_tensor(p, bits))
+    for name in quantized_names(net, policy):
+        p = net.get_parameter(name)
+        p.copy_(quantize_tensor(p, bits))
     return net

@@ -3,13 +3,22 @@
 import functools
 import math
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, NamedTuple
 
 import scipy.integrate
 import torch
+from torch import Tensor
 
+from training.guidance import guided
+from training.processes import Process
 from training.processes.score import make_score, require_linear
 from training.processes.states import apply_matrix
+
+Draw = Callable[[Tensor], Tensor]  # standard normal noise in the shape of what it gets
+Labels = Tensor | None  # [N, K]
+Level = float | None
 
 
 class State(NamedTuple):
@@ -17,38 +26,40 @@ class State(NamedTuple):
 
     step: int
     time: float
-    state: torch.Tensor
+    state: Tensor
+
+
+def last_of(states: Iterator[State]) -> State:
+    """Run a generator of States to its end and return the last one."""
+    for state in states:
+        last = state
+    return last
 
 
 @torch.no_grad()
 def heun_states(
-    net,                            # denoiser net(x, sigma, labels)
-    noise,                          # unit noise [N, *data_shape], scaled by sigma_max inside
-    labels=None,                    # [N, K], or None
-    gnet=None,                      # guiding denoiser; needed if guidance != 1
-    num_steps=32,                   # N; evaluates the network 2 N - 1 times
-    sigma_min=0.002,                # lowest noise level but zero
-    sigma_max=80,                   # highest noise level
-    rho=7,                          # exponent of the grid
-    guidance=1,                     # D_g = G + guidance (D - G)
-    S_churn=0,                      # amount of stochasticity; 0 draws nothing
-    S_min=0,                        # churn only at noise levels in [S_min, S_max]
-    S_max=float("inf"),
-    S_noise=1,                      # scale of the added noise
-    dtype=torch.float32,            # of state and grid
-    randn_like=torch.randn_like,    # source of the churn noise
-):  # fmt: skip
+    net: Callable,  # denoiser net(x, sigma, labels)
+    noise: Tensor,  # unit noise [N, *data_shape], scaled by sigma_max inside
+    labels: Labels = None,  # [N, K]
+    gnet: Callable | None = None,  # guiding denoiser; needed if guidance != 1
+    num_steps: int = 32,  # N; evaluates the network 2 N - 1 times
+    sigma_min: float = 0.002,  # lowest noise level but zero
+    sigma_max: float = 80,  # highest noise level
+    rho: float = 7,  # exponent of the grid
+    guidance: float = 1,  # D_g = G + guidance (D - G)
+    S_churn: float = 0,  # amount of stochasticity; 0 draws nothing
+    S_min: float = 0,  # churn only at noise levels in [S_min, S_max]
+    S_max: float = float("inf"),
+    S_noise: float = 1,  # scale of the added noise
+    dtype: torch.dtype = torch.float32,  # of state and grid
+    randn_like: Draw = torch.randn_like,  # source of the churn noise
+) -> Iterator[State]:
     """Generator of `State`s of `heun`: the noise, then the image after every step; `time` is the noise level."""
     if num_steps < 1 or num_steps != int(num_steps):
         raise ValueError(f"num_steps = {num_steps}: at least one step is needed, and whole ones")
     if not 0 < sigma_min <= sigma_max:
         raise ValueError(f"sigma_min = {sigma_min}, sigma_max = {sigma_max}: need 0 < sigma_min <= sigma_max")
-    if guidance != 1 and gnet is None:
-        raise ValueError(f"guidance = {guidance} needs a guiding network (gnet)")
-
-    def denoise(x, sigma):
-        denoised = net(x, sigma, labels).to(dtype)
-        return denoised if guidance == 1 else gnet(x, sigma, labels).to(dtype).lerp(denoised, guidance)
+    net = guided(net, gnet, guidance)
 
     # EDM eq. 5. One step has sigma_max as its only noise level: the image is D(x, sigma_max).
     index = torch.arange(num_steps, dtype=dtype, device=noise.device)
@@ -66,47 +77,69 @@ def heun_states(
             sigma_hat = sigma + gamma * sigma
             x = x + (sigma_hat**2 - sigma**2).sqrt() * S_noise * randn_like(x)
             sigma = sigma_hat
-        slope = (x - denoise(x, sigma)) / sigma
+        slope = (x - net(x, sigma, labels).to(dtype)) / sigma
         x_next = x + (sigma_next - sigma) * slope
         if step < num_steps - 1:  # second order, except for the step to zero
-            slope_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
+            slope_next = (x_next - net(x_next, sigma_next, labels).to(dtype)) / sigma_next
             x_next = x + (sigma_next - sigma) * (0.5 * slope + 0.5 * slope_next)
         yield State(step + 1, levels[step + 1], x_next)
 
 
-def heun(
-    net, noise, labels=None, gnet=None, num_steps=32, sigma_min=0.002, sigma_max=80, rho=7, guidance=1,
-    S_churn=0, S_min=0, S_max=float("inf"), S_noise=1, dtype=torch.float32, randn_like=torch.randn_like,
-):  # fmt: skip
+@functools.wraps(heun_states, assigned=())
+def heun(*args: Any, **kwargs: Any) -> Tensor:
     """EDM's second-order Heun sampler (Karras et al. 2022, Algorithm 2) with guidance and churn, as in EDM2.
 
     Arguments as in `heun_states`. Returns images [N, *data_shape] of type `dtype`. Raises ValueError for less than
     one step, or guidance without a guiding network.
     """
-    states = heun_states(
-        net, noise, labels, gnet, num_steps, sigma_min, sigma_max, rho, guidance,
-        S_churn, S_min, S_max, S_noise, dtype, randn_like,
-    )  # fmt: skip
-    return last_of(states).state
+    return last_of(heun_states(*args, **kwargs)).state
 
 
-def last_of(states):
-    """Run a generator of States to its end and return the last one."""
-    for state in states:
-        last = state
-    return last
+def noisy_heun(alpha: float | None) -> Callable:
+    """`heun` with x += alpha sigma_i eps before each of its steps i (PFGM++, sec. 5.3); alpha 0 or None is `heun` itself.
+
+    eps comes from the sampler's `randn_like`, once per step, also before the last one: with per-sample generators it
+    depends on the sample's seed alone. Raises ValueError for a negative alpha.
+    """
+    if not alpha:
+        return heun
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"inject_noise={alpha}: give a number >= 0 (--inject-noise)")
+
+    @functools.wraps(heun)
+    def sampler(*args, randn_like=torch.randn_like, **kwargs):
+        for state in heun_states(*args, randn_like=randn_like, **kwargs):
+            if state.time > 0:  # the last state starts no step; the others are gone on from
+                state.state.add_(alpha * state.time * randn_like(state.state))
+        return state.state
+
+    return sampler
 
 
 # Solvers of linear processes (and of EDM as one of them). States u [N, V, *data_shape] are float64.
 
 
-def end_time(process):
+def end_time(process: Process) -> float:
     """Largest forward time: 1, for EDM sigma_max."""
     return getattr(process, "T", 1.0)
 
 
+def _own(net, name, otherwise):
+    """An attribute of a denoiser, which has all of the contract; what brings its score may do without."""
+    return float(getattr(net, name, otherwise) if hasattr(net, "score") else getattr(net, name))
+
+
 @torch.no_grad()
-def endpoints(net, process, *, grid="sigma", t_min=None, t_max=None, sigma_min=None, sigma_max=None):
+def endpoints(
+    net: Any,
+    process: Process,
+    *,
+    grid: str = "sigma",
+    t_min: Level = None,
+    t_max: Level = None,
+    sigma_min: Level = None,
+    sigma_max: Level = None,
+) -> tuple[float, float]:
     """(t_max, t_min) that a solver runs between, forward times.
 
     t_min: default t(sigma_min); sigma_min: default 0.002, or the network's if that is larger.
@@ -116,20 +149,21 @@ def endpoints(net, process, *, grid="sigma", t_min=None, t_max=None, sigma_min=N
     Warns if the data still shows at t_max (sigma < 10 sigma_data). Raises ValueError if t_min >= t_max.
     """
     require_linear(process)
-    top = float(process.sigma(end_time(process)))
+    end = end_time(process)
+    top = float(process.sigma(end))
     if t_max is None:
         if sigma_max is None:
-            sigma_max = min(80.0, float(getattr(net, "sigma_max", math.inf)))
+            sigma_max = min(80.0, _own(net, "sigma_max", math.inf))
         published = grid != "sigma" and t_min is not None
-        t_max = end_time(process) if published or sigma_max >= top else float(process.time(sigma_max))
+        t_max = end if published or sigma_max >= top else float(process.time(sigma_max))
     if t_min is None:
         if sigma_min is None:
-            sigma_min = max(0.002, float(getattr(net, "sigma_min", 0.0)))
+            sigma_min = max(0.002, _own(net, "sigma_min", 0.0))
         t_min = float(process.time(min(sigma_min, top)))
-    if not 0 < t_min < t_max <= end_time(process) * (1 + 1e-9):
-        raise ValueError(f"t_min = {t_min:g}, t_max = {t_max:g}: need 0 < t_min < t_max <= {end_time(process):g}")
-    reached, sigma_data = float(process.sigma(t_max)), float(getattr(net, "sigma_data", 0.5))
-    if reached < 10 * sigma_data:
+    if not 0 < t_min < t_max <= end * (1 + 1e-9):
+        raise ValueError(f"t_min = {t_min:g}, t_max = {t_max:g}: need 0 < t_min < t_max <= {end:g}")
+    reached = float(process.sigma(t_max))
+    if reached < 10 * _own(net, "sigma_data", 0.5):
         warnings.warn(
             f"{process!r} reaches only sigma = {reached:.3g} < 10 sigma_data: the start of sampling depends on the data",
             stacklevel=3,
@@ -139,18 +173,16 @@ def endpoints(net, process, *, grid="sigma", t_min=None, t_max=None, sigma_min=N
 
 @torch.no_grad()
 def time_grid(
-    net, process, num_steps, *, grid="sigma", t_min=None, t_max=None, sigma_min=None, sigma_max=None, rho=7.0
-):
-    """Forward times of `num_steps` steps, [num_steps + 1] decreasing float64, between `endpoints`.
+    net: Any, process: Process, num_steps: int, *, grid: str = "sigma", rho: float = 7.0, **ends: Level
+) -> Tensor:
+    """Forward times of `num_steps` steps, [num_steps + 1] decreasing float64, between `endpoints` (ends: its options).
 
     grid: "sigma" is EDM's in noise levels (exponent rho), "uniform" is linear in t, "quadratic" is
     t_min + (t_max - t_min) ((K - i) / K)^2, large steps first (CLD, MDM).
     """
     if num_steps is None or num_steps < 1:
         raise ValueError(f"num_steps = {num_steps}: at least one step is needed")
-    t_max, t_min = endpoints(
-        net, process, grid=grid, t_min=t_min, t_max=t_max, sigma_min=sigma_min, sigma_max=sigma_max
-    )
+    t_max, t_min = endpoints(net, process, grid=grid, **ends)
     left = 1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
     if grid == "uniform":
         times = t_min + (t_max - t_min) * left
@@ -165,286 +197,297 @@ def time_grid(
     return times
 
 
+ENDPOINT_OPTIONS = ("grid", "t_min", "t_max", "sigma_min", "sigma_max")
+
+
 @torch.no_grad()
-def start_state(net, process, shape, generator=None, *, prior="matched", device=None, times=None, **options):
+def start_state(
+    net: Any,
+    process: Process,
+    shape: Sequence[int],
+    generator: Any = None,
+    *,
+    prior: str = "matched",
+    device: str | torch.device | None = None,
+    times: Sequence[float] | Tensor | None = None,
+    **options: Any,
+) -> Tensor:
     """Latents [N, V, *data_shape] for the solvers below, at the time where they start.
 
     shape: that of the images, [N, *data_shape]. prior: "matched", N(0, C + sigma_data^2 m m') as the data really are
     at that time, or "stationary", N(0, S) as published, with its mismatch. times and options as given to the solver.
     """
-    options = {key: value for key, value in options.items() if key in ENDPOINT_OPTIONS}
-    t = float(times[0]) if times is not None else endpoints(net, process, **options)[0]
-    sigma_data = float(getattr(net, "sigma_data", 0.5))
+    ends = {key: value for key, value in options.items() if key in ENDPOINT_OPTIONS}
+    t = float(times[0]) if times is not None else endpoints(net, process, **ends)[0]
     shape = (shape[0], process.V, *shape[1:])
+    sigma_data = _own(net, "sigma_data", 0.5)
     return process.prior_sample(shape, generator, prior=prior, t=t, sigma_data=sigma_data, device=device)
 
 
-ENDPOINT_OPTIONS = ("grid", "t_min", "t_max", "sigma_min", "sigma_max")
+@dataclass
+class Plan:
+    """How a solver goes back: what does not depend on the batch, found once. `plan(latents, labels)` gives images.
 
+    denoise=True returns the denoiser's output at the last time, False the data variable of the last state. "mean" leaves
+    out the noise of the last step of Euler-Maruyama (MDM). "euler" takes num_steps - 1 steps and then one noise-free step
+    of the reverse SDE from t_min to 0 (CLD's published denoising, which costs a last draw). Raises ValueError for
+    impossible grids.
+    """
 
-class Problem:
-    """What the solvers share: the score, the times, the state, and how a run ends."""
+    net: Any  # denoiser, or anything with .score(u, t)
+    process: Process  # EDM or a linear process
+    _: KW_ONLY
+    num_steps: int | None = None  # steps, one network evaluation each, and one for denoise=True
+    times: Tensor | Sequence[float] | None = None  # explicit grid instead: decreasing forward times [num_steps + 1]
+    grid: str = "sigma"  # or "uniform", "quadratic", see time_grid
+    t_min: Level = None  # last time; default t(sigma_min)
+    denoise: bool | str = True
+    randn_like: Draw = torch.randn_like  # called with the state
+    t_max: Level = None  # first time; default t(sigma_max)
+    sigma_min: Level = None
+    sigma_max: Level = None
+    rho: float = 7.0
+    dtype: torch.dtype = torch.float64  # of the state
+    net_dtype: torch.dtype = torch.float32
 
-    def __init__(
-        self, net, process, latents, labels, num_steps, times, grid, t_min, denoise, randn_like,
-        *, t_max=None, sigma_min=None, sigma_max=None, rho=7.0, dtype=torch.float64, net_dtype=torch.float32,
-    ):  # fmt: skip
-        if denoise not in (True, False, "mean", "euler"):
-            raise ValueError(f"denoise {denoise!r}: choose True, False, mean or euler")
-        self.process, self.denoise, self.randn_like = process, denoise, randn_like
-        self.score = make_score(net, process, labels, net_dtype)
-        self.state = latents.to(dtype)
-        if times is None:
-            count = num_steps - 1 if denoise == "euler" and num_steps is not None else num_steps
-            times = time_grid(
-                net, process, count, grid=grid, t_min=t_min, t_max=t_max,
-                sigma_min=sigma_min, sigma_max=sigma_max, rho=rho,
-            )  # fmt: skip
-        self.times = torch.as_tensor(times, dtype=torch.float64).cpu()
-        steps = len(self.times) - 1
-        if self.times.ndim != 1 or steps < 1 or not (self.times.diff() < 0).all() or not self.times[-1] > 0:
+    @torch.no_grad()
+    def __post_init__(self) -> None:
+        require_linear(self.process)
+        if self.denoise not in (True, False, "mean", "euler"):
+            raise ValueError(f"denoise {self.denoise!r}: choose True, False, mean or euler")
+        if self.times is None:
+            count = self.num_steps - 1 if self.denoise == "euler" and self.num_steps is not None else self.num_steps
+            self.times = time_grid(self.net, self.process, count, rho=self.rho, **self.ends())
+        self.times = torch.as_tensor(self.times, dtype=torch.float64).cpu()
+        self.deltas = -self.times.diff()
+        steps = len(self.deltas)
+        if self.times.ndim != 1 or steps < 1 or not (self.deltas > 0).all() or not self.times[-1] > 0:
             raise ValueError("times: give at least two forward times, decreasing, the last one > 0")
-        if num_steps is not None and steps != num_steps - (denoise == "euler"):
-            raise ValueError(f"times has {len(self.times)} entries: {steps} steps, but num_steps = {num_steps}")
-
-    def states(self, step):
-        """States from `step(u, index) -> u`, which goes from times[index] to times[index + 1]."""
-        u = self.state
+        if self.num_steps is not None and steps != self.num_steps - (self.denoise == "euler"):
+            raise ValueError(f"times has {len(self.times)} entries: {steps} steps, but num_steps = {self.num_steps}")
         if hasattr(self.process, "prepare"):
             self.process.prepare(self.times)
+        self.setup()
+
+    def ends(self) -> dict[str, Any]:
+        """The options of `endpoints`."""
+        return {name: getattr(self, name) for name in ENDPOINT_OPTIONS}
+
+    def setup(self) -> None:
+        """Matrices of all steps."""
+
+    def step(self, u: Tensor, index: int) -> Tensor:
+        """The state at times[index + 1] from the one at times[index], by self.score(u, t) and self.noise(u)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def states(self, latents: Tensor, labels: Labels = None, randn_like: Draw | None = None) -> Iterator[State]:
+        """Generator of the states of one batch; the next begins when it has ended."""
+        self.score = make_score(self.net, self.process, labels, self.net_dtype)
+        self.randn_like = randn_like or self.randn_like
+        yield from self.way(latents.to(self.dtype))
+
+    def way(self, u: Tensor) -> Iterator[State]:
+        """The states from u on."""
         yield State(0, float(self.times[0]), u)
-        for index in range(len(self.times) - 1):
-            u = step(u, index)
+        for index in range(len(self.deltas)):
+            u = self.step(u, index)
             yield State(index + 1, float(self.times[index + 1]), u)
 
-    def reverse_drift(self, u, t, strength=1.0):
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, labels: Labels = None, randn_like: Draw | None = None) -> Tensor:
+        """Images [N, *data_shape] in latents' type."""
+        u, t = last_of(self.states(latents, labels, randn_like)).state, self.times[-1]
+        if self.denoise is True:
+            return self.score.denoised(u, t).to(latents.dtype)
+        if self.denoise == "euler":
+            u = u + self.reverse_drift(u, t) * t.to(u.dtype)
+            self.noise(u)  # the original draws here, to no effect
+        return u[:, 0].to(latents.dtype)
+
+    def noise(self, u: Tensor) -> Tensor:
+        """Standard normal noise like u."""
+        return self.randn_like(u).to(u)
+
+    def reverse_drift(self, u: Tensor, t: Tensor, strength: float = 1.0) -> Tensor:
         """Drift of the reverse SDE (strength 1) or of the probability-flow ODE (1/2), per unit of falling time."""
         G = self.process.diffusion(t)
         return apply_matrix(strength * G @ G.mT, self.score(u, t)) - self.process.drift(u, t)
 
-    def noise(self, u):
-        return self.randn_like(u).to(u)
 
-    def finish(self, last, dtype):
-        """Images [N, *data_shape] from the last State."""
-        u, t = last.state, self.times[-1]
-        if self.denoise is True:
-            return self.score.denoised(u, t).to(dtype)
-        if self.denoise == "euler":
-            u = u + self.reverse_drift(u, t) * t.to(u.dtype)
-            self.noise(u)  # the original draws here, to no effect
-        return u[:, 0].to(dtype)
+class Solver:
+    """A solver of the contract, made of a Plan: `solver(net, process, latents, labels, num_steps=...) -> images`.
 
-
-@torch.no_grad()
-def euler_maruyama_states(
-    net, process, latents, labels=None, *, num_steps=None, times=None, grid="sigma", t_min=None, denoise=True,
-    randn_like=torch.randn_like, **options,
-):  # fmt: skip
-    """Generator of the `State`s of `euler_maruyama`."""
-    problem = Problem(net, process, latents, labels, num_steps, times, grid, t_min, denoise, randn_like, **options)
-    yield from problem.states(euler_maruyama_step(problem))
-
-
-def euler_maruyama_step(problem):
-    times, deltas = problem.times, -problem.times.diff()
-    G = problem.process.diffusion(times[:-1]) * deltas.sqrt()[:, None, None]
-
-    def step(u, index):
-        u_next = u + problem.reverse_drift(u, times[index]) * deltas[index]
-        noise = problem.noise(u)
-        if problem.denoise == "mean" and index == len(deltas) - 1:
-            return u_next
-        return u_next + apply_matrix(G[index], noise)
-
-    return step
-
-
-@torch.no_grad()
-def euler_maruyama(
-    net,                            # denoiser, or anything with .score(u, t)
-    process,                        # EDM or a linear process
-    latents,                        # state at the start, [N, V, *data_shape], see start_state
-    labels=None,                    # [N, K], or None
-    *,
-    num_steps=None,                 # steps, one network evaluation each, and one for denoise=True
-    times=None,                     # explicit grid instead: decreasing forward times [num_steps + 1]
-    grid="sigma",                   # or "uniform", "quadratic", see time_grid
-    t_min=None,                     # last time; default t(sigma_min)
-    denoise=True,                   # see below
-    randn_like=torch.randn_like,    # called once per step with the state
-    **options,                      # t_max, sigma_min, sigma_max, rho; dtype (state, float64), net_dtype (float32)
-):  # fmt: skip
-    """Reverse SDE by Euler-Maruyama steps (CLD §7.3, MDM's sampler). Returns images [N, *data_shape] in latents' type.
-
-    denoise=True returns the denoiser's output at t_min, False the data variable of the last state. "mean" leaves out
-    the noise of the last step (MDM). "euler" takes num_steps - 1 steps and then one noise-free step of the reverse SDE
-    from t_min to 0 (CLD's published denoising, which costs a last draw). Raises ValueError for impossible grids.
+    latents: [N, V, *data_shape], see start_state; options: the fields of the plan. For many batches of the same options:
+    `plan = solver.plan(net, process, **options)`, then `plan(latents, labels)`.
     """
-    problem = Problem(net, process, latents, labels, num_steps, times, grid, t_min, denoise, randn_like, **options)
-    return problem.finish(last_of(problem.states(euler_maruyama_step(problem))), latents.dtype)
+
+    def __init__(self, kind: type[Plan], **fixed: Any) -> None:
+        self.kind, self.fixed, self.__doc__ = kind, fixed, kind.__doc__
+
+    def plan(self, net: Any, process: Process, **options: Any) -> Plan:
+        return self.kind(net, process, **options | self.fixed)
+
+    def states(
+        self, net: Any, process: Process, latents: Tensor, labels: Labels = None, **options: Any
+    ) -> Iterator[State]:
+        return self.plan(net, process, **options).states(latents, labels)
+
+    def __call__(self, net: Any, process: Process, latents: Tensor, labels: Labels = None, **options: Any) -> Tensor:
+        return self.plan(net, process, **options)(latents, labels)
 
 
-@torch.no_grad()
-def sscs_states(
-    net, process, latents, labels=None, *, num_steps=None, times=None, grid="sigma", t_min=None, denoise=True,
-    randn_like=torch.randn_like, half_step="exact", **options,
-):  # fmt: skip
-    """Generator of the `State`s of `sscs`."""
-    problem = Problem(net, process, latents, labels, num_steps, times, grid, t_min, denoise, randn_like, **options)
-    yield from problem.states(sscs_step(problem, half_step))
+class EulerMaruyama(Plan):
+    """Reverse SDE by Euler-Maruyama steps (CLD §7.3, MDM's sampler); draws once per step."""
+
+    def setup(self) -> None:
+        self.G = self.process.diffusion(self.times[:-1]) * self.deltas.sqrt()[:, None, None]
+
+    def step(self, u: Tensor, index: int) -> Tensor:
+        u_next = u + self.reverse_drift(u, self.times[index]) * self.deltas[index]
+        noise = self.noise(u)
+        if self.denoise == "mean" and index == len(self.deltas) - 1:
+            return u_next
+        return u_next + apply_matrix(self.G[index], noise)
 
 
-def sscs_step(problem, half_step):
-    if half_step not in ("exact", "published"):
-        raise ValueError(f"half_step {half_step!r}: choose exact or published")
-    process, t, t_next = problem.process, problem.times[:-1], problem.times[1:]
-    middle, precision = (t + t_next) / 2, process.precision()
-    first = process.splitting(t, middle)
-    if half_step == "exact":
-        second, power = process.splitting(middle, t_next), process.noise_power(t, t_next)
-    else:
-        G = process.diffusion(t)
-        second, power = first, G @ G.mT * (t - t_next)[:, None, None]
-
-    def half(u, flow, index):
-        return apply_matrix(flow[0][index], u) + apply_matrix(flow[1][index], problem.noise(u))
-
-    def step(u, index):
-        u = half(u, first, index)
-        kick = problem.score(u, t[index]) + apply_matrix(precision, u)
-        return half(u + apply_matrix(power[index], kick), second, index)
-
-    return step
-
-
-@torch.no_grad()
-def sscs(
-    net, process, latents, labels=None, *, num_steps=None, times=None, grid="sigma", t_min=None, denoise=True,
-    randn_like=torch.randn_like,    # called twice per step
-    half_step="exact",              # integrals of beta; "published": see below
-    **options,
-):  # fmt: skip
-    """Symmetric splitting sampler (CLD §4, SSCS) for any number of variables. Arguments as in `euler_maruyama`.
+@dataclass
+class SSCS(Plan):
+    """Symmetric splitting sampler (CLD §4) for any number of variables; draws twice per step.
 
     A step is A(delta/2) S(delta) A(delta/2): A is the exact Ornstein-Uhlenbeck flow with generator -(D - Q) S^-1, S
     the kick u += 2 D beta delta (score + S^-1 u), with the score at the time where the step starts. half_step="exact"
     integrates beta over each of the three; "published" uses the first half's integral twice and the starting beta in S,
     which is the same for constant beta and worse than Euler-Maruyama for many steps of a steep one.
     """
-    problem = Problem(net, process, latents, labels, num_steps, times, grid, t_min, denoise, randn_like, **options)
-    return problem.finish(last_of(problem.states(sscs_step(problem, half_step))), latents.dtype)
+
+    half_step: str = "exact"
+
+    def setup(self) -> None:
+        if self.half_step not in ("exact", "published"):
+            raise ValueError(f"half_step {self.half_step!r}: choose exact or published")
+        process, t, t_next = self.process, self.times[:-1], self.times[1:]
+        middle, self.precision = (t + t_next) / 2, process.precision()
+        self.first = self.second = process.splitting(t, middle)
+        if self.half_step == "exact":
+            self.second, self.power = process.splitting(middle, t_next), process.noise_power(t, t_next)
+        else:
+            G = process.diffusion(t)
+            self.power = G @ G.mT * self.deltas[:, None, None]
+
+    def step(self, u: Tensor, index: int) -> Tensor:
+        def half(u, flow):
+            return apply_matrix(flow[0][index], u) + apply_matrix(flow[1][index], self.noise(u))
+
+        u = half(u, self.first)
+        kick = self.score(u, self.times[index]) + apply_matrix(self.precision, u)
+        return half(u + apply_matrix(self.power[index], kick), self.second)
 
 
-@torch.no_grad()
-def probability_flow_states(
-    net, process, latents, labels=None, *, num_steps=None, times=None, grid="sigma", t_min=None, denoise=True,
-    randn_like=torch.randn_like, method="heun", rtol=1e-5, atol=1e-5, **options,
-):  # fmt: skip
-    """Generator of the `State`s of `probability_flow`."""
-    problem = Problem(net, process, latents, labels, num_steps, times, grid, t_min, denoise, randn_like, **options)
-    yield from flow_states(problem, method, rtol, atol)
+@dataclass
+class Flow(Plan):
+    """Probability-flow ODE du = [A u beta - D beta score] dt, integrated back; it draws nothing.
 
+    method="heun": fixed steps of second order, 2 evaluations each, in the frame that turns with Q, so only
+    -D beta (score + S^-1 u) is approximated; for EDM it is EDM's Heun. "rk45": SciPy's adaptive Runge-Kutta method of
+    order 5(4), where num_steps are the states reported, not the steps taken; default 1.
+    """
 
-def flow_states(problem, method, rtol, atol):
-    if method == "rk45":
-        return rk45_states(problem, rtol, atol)
-    if method != "heun":
-        raise ValueError(f"method {method!r}: choose heun or rk45")
+    method: str = "heun"
+    rtol: float = 1e-5  # rk45 only
+    atol: float = 1e-5
 
-    process, times, deltas = problem.process, problem.times, -problem.times.diff()
-    if not hasattr(process, "rotation"):
-        return problem.states(plain_heun_step(problem, times, deltas))
-    turns, precision, G = process.rotation(times[:-1], times[1:]), process.precision(), process.diffusion(times)
-    power = G @ G.mT / 2
+    def __post_init__(self) -> None:
+        if self.method not in ("heun", "rk45"):
+            raise ValueError(f"method {self.method!r}: choose heun or rk45")
+        if self.method == "rk45" and self.num_steps is None and self.times is None:
+            self.num_steps = 1
+        super().__post_init__()
 
-    def kick(u, index):
-        return apply_matrix(power[index], problem.score(u, times[index]) + apply_matrix(precision, u))
+    def setup(self) -> None:
+        process, times = self.process, self.times
+        self.turns = process.rotation(times[:-1], times[1:]) if hasattr(process, "rotation") else None
+        if self.turns is not None:
+            self.precision, G = process.precision(), process.diffusion(times)
+            self.power = G @ G.mT / 2
 
-    # In the frame that turns with Q only D's part is left, which vanishes where the state has its stationary law.
-    def step(u, index):
-        delta, turn, first = deltas[index], turns[index], kick(u, index)
+    def step(self, u: Tensor, index: int) -> Tensor:
+        delta, times = self.deltas[index], self.times
+        if self.turns is None:
+            first = self.reverse_drift(u, times[index], 0.5)
+            second = self.reverse_drift(u + delta * first, times[index + 1], 0.5)
+            return u + delta / 2 * (first + second)
+
+        def kick(u, index):
+            return apply_matrix(self.power[index], self.score(u, times[index]) + apply_matrix(self.precision, u))
+
+        # In the frame that turns with Q only D's part is left, which vanishes where the state has its stationary law.
+        turn, first = self.turns[index], kick(u, index)
         second = kick(apply_matrix(turn, u + delta * first), index + 1)
         return apply_matrix(turn, u + delta / 2 * first) + delta / 2 * second
 
-    return problem.states(step)
+    def way(self, u: Tensor) -> Iterator[State]:
+        if self.method == "heun":
+            yield from super().way(u)
+            return
+
+        def state(flat):
+            return torch.from_numpy(flat).reshape(u.shape).to(u)
+
+        def slope(t, flat):
+            return -self.reverse_drift(state(flat), torch.tensor(t, dtype=torch.float64), 0.5).cpu().numpy().ravel()
+
+        times, start = self.times.numpy(), u.cpu().numpy().ravel().astype("float64")
+        span = times[0], times[-1]
+        result = scipy.integrate.solve_ivp(slope, span, start, "RK45", times, rtol=self.rtol, atol=self.atol)
+        if not result.success:
+            raise RuntimeError(f"probability flow: {result.message}")
+        for index, (t, flat) in enumerate(zip(times, result.y.T, strict=True)):
+            yield State(index, float(t), state(flat.copy()))
 
 
-def plain_heun_step(problem, times, deltas):
-    """For processes that are not given by Q and D."""
+@dataclass
+class HeunInSigma(Plan):
+    """EDM's Heun sampler as a solver of any process, which enters by its range of noise levels and its prior only.
 
-    def step(u, index):
-        first = problem.reverse_drift(u, times[index], 0.5)
-        second = problem.reverse_drift(u + deltas[index] * first, times[index + 1], 0.5)
-        return u + deltas[index] / 2 * (first + second)
-
-    return step
-
-
-def rk45_states(problem, rtol, atol):
-    """States at problem.times from SciPy's adaptive Runge-Kutta method of order 5(4)."""
-    like = problem.state
-
-    def slope(t, flat):
-        u = torch.from_numpy(flat).reshape(like.shape).to(like)
-        return -problem.reverse_drift(u, torch.tensor(t, dtype=torch.float64), 0.5).cpu().numpy().ravel()
-
-    times = problem.times.numpy()
-    start = like.cpu().numpy().ravel().astype("float64")
-    result = scipy.integrate.solve_ivp(slope, (times[0], times[-1]), start, "RK45", times, rtol=rtol, atol=atol)
-    if not result.success:
-        raise RuntimeError(f"probability flow: {result.message}")
-    for index, (t, flat) in enumerate(zip(times, result.y.T, strict=True)):
-        yield State(index, float(t), torch.from_numpy(flat.copy()).reshape(like.shape).to(like))
-
-
-@torch.no_grad()
-def probability_flow(
-    net, process, latents, labels=None, *,
-    num_steps=None,                 # rk45: states reported, not steps taken; default 1
-    times=None, grid="sigma", t_min=None, denoise=True,
-    randn_like=torch.randn_like,    # not used: the flow is deterministic
-    method="heun",                  # fixed steps, 2 evaluations each, or "rk45": adaptive
-    rtol=1e-5, atol=1e-5,           # rk45 only
-    **options,
-):  # fmt: skip
-    """Probability-flow ODE du = [A u beta - D beta score] dt, integrated back. Arguments as in `euler_maruyama`.
-
-    heun: second order in the frame that turns with Q, so only -D beta (score + S^-1 u) is approximated; for EDM it is
-    EDM's Heun.
+    y = m' C^-1 u / snr is all that the state says about the image, and Heun in sigma is the probability flow of y.
+    Evaluates the network 2 num_steps - 1 times. denoise has no effect: the last step goes to noise level 0. Raises
+    ValueError for grids other than sigma.
     """
-    if method == "rk45" and num_steps is None and times is None:
-        num_steps = 1
-    problem = Problem(net, process, latents, labels, num_steps, times, grid, t_min, denoise, randn_like, **options)
-    return problem.finish(last_of(flow_states(problem, method, rtol, atol)), latents.dtype)
+
+    num_steps: int = 32
+    dtype: torch.dtype = torch.float32
+    S_churn: float = 0
+    S_min: float = 0
+    S_max: float = math.inf
+    S_noise: float = 1
+
+    @torch.no_grad()
+    def __post_init__(self) -> None:
+        if self.grid != "sigma" or self.times is not None:
+            raise ValueError("heun steps in noise levels: its grid is sigma; take em, sscs or flow for a grid in time")
+        self.times = endpoints(self.net, self.process, **self.ends())
+        self.sigma_max, self.sigma_min = (float(self.process.sigma(t)) for t in self.times)
+
+    def states(self, latents: Tensor, labels: Labels = None, randn_like: Draw | None = None) -> Iterator[State]:
+        y = (self.process.project(latents, self.times[0])[0] / self.sigma_max).float()
+        own = "num_steps", "sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", "dtype"
+        options = {name: getattr(self, name) for name in own}
+        return heun_states(self.net, y, labels, randn_like=randn_like or self.randn_like, **options)
+
+    def __call__(self, latents: Tensor, labels: Labels = None, randn_like: Draw | None = None) -> Tensor:
+        return last_of(self.states(latents, labels, randn_like)).state
 
 
-def inject_noise(states, alpha, randn_like=torch.randn_like):
-    """The states of a solver, with x += alpha sigma_i eps before each of its steps i, eps standard normal.
+euler_maruyama, sscs, probability_flow = Solver(EulerMaruyama), Solver(SSCS), Solver(Flow)
+euler_maruyama_states, sscs_states = euler_maruyama.states, sscs.states
+probability_flow_states = probability_flow.states
 
-    states: generator of `State`s whose `time` is the noise level, such as `heun_states`; the state it goes on from is
-    changed in place. randn_like: source of eps, called once per step, also before the last one.
-    """
-    for state in states:
-        if state.time > 0:  # the last state starts no step
-            state.state.add_(alpha * state.time * randn_like(state.state))
-        yield state
-
-
-def noisy_heun(alpha):
-    """`heun` with `inject_noise`, same signature; alpha 0 or None is `heun` itself.
-
-    eps comes from the sampler's `randn_like`: with per-sample generators it depends on the sample's seed alone. Raises
-    ValueError for a negative alpha.
-    """
-    if not alpha:
-        return heun
-    if not (alpha > 0 and math.isfinite(alpha)):
-        raise ValueError(f"inject_noise={alpha}: give a number >= 0 (--inject-noise)")
-
-    @functools.wraps(heun)
-    def sampler(net, noise, labels=None, gnet=None, *args, randn_like=torch.randn_like, **kwargs):
-        states = heun_states(net, noise, labels, gnet, *args, randn_like=randn_like, **kwargs)
-        return last_of(inject_noise(states, alpha, randn_like)).state
-
-    return sampler
+# A new solver is one more entry: a function of the contract, or the Solver of a Plan with its `step`.
+SOLVERS: dict[str, Callable] = {
+    "heun": Solver(HeunInSigma),
+    "em": euler_maruyama,
+    "sscs": sscs,
+    "ode": Solver(Flow, method="rk45", num_steps=None),
+    "flow": probability_flow,
+}

@@ -14,10 +14,10 @@ from metrics.table import mean_and_error
 from simulations import toy_data
 from torch_utils.random import StackedRandomGenerator, hash_seed, seeded_generator
 from training import likelihood, samplers
-from training.process_sampling import SOLVERS
 from training.processes import Learned, LinearProcess
 from training.processes.options import make_process
 from training.processes.states import expand
+from training.samplers import SOLVERS
 
 # name: (process, options, solver). All start from the matched prior and run between the same noise levels.
 PAPER_CLD = dict(M=0.25, beta=[4, 4])

@@ -1,0 +1,141 @@
+"""How to sample, every option once: for generate_images.py and `calculate_metrics.py gen`, and its part on the process for
+the commands that take a process. Imports no torch, so that help costs nothing; `generation.batches` does what they say.
+"""
+
+import functools
+import math
+import warnings
+from dataclasses import dataclass
+
+from dnnlib import cli, options
+from dnnlib.options import opt
+from training import presets
+
+process_opt = functools.partial(opt, group="Process")
+sampler_opt = functools.partial(opt, group="Sampler")
+guidance_opt = functools.partial(opt, group="Guidance")
+
+# Options that act in one solver only.
+OWN = {"sscs": ("half_step",), "ode": ("rtol", "atol"), "heun": ("S_churn", "S_min", "S_max", "S_noise")}
+
+
+@dataclass
+class ProcessChoice:
+    """Which process; `training.processes.options.make_process` makes it."""
+
+    process: str | None = process_opt(
+        None, "edm, vp, cld, alda, malda, learned, linear, or a snapshot whose process to take", metavar="NAME"
+    )
+    process_options: dict = process_opt(
+        {}, "Of the process: M=0.25,beta=4:4,init_aux_var=0.01; V=3; full=true; Q=0:-1;1:0 (lists by :, rows by ;)"
+    )
+
+
+@dataclass
+class Sampling(ProcessChoice):
+    """What is sampled, and how. Without process and solver, or with edm and heun, it is EDM2's sampler."""
+
+    net: str | None = opt(None, "Network snapshot, or a run folder (its newest)", metavar="SNAPSHOT")
+    preset: str | None = opt(None, "Published combination of --net, --gnet and --guidance", metavar="NAME")
+    class_idx: str | int | None = opt(
+        None, "Class label, or balanced: seed modulo sources; default: random per seed", "--class", metavar="N|balanced"
+    )
+    sources: list | None = opt(None, "With --class=balanced: cycle through these labels only", type=cli.INTS)
+    max_batch_size: int = opt(32, "Largest batch per process", "--batch", at_least=1)
+    aug_dim: float | None = opt(
+        None, "Refuse a snapshot that was not trained with this D of PFGM++", metavar="D", infinite=True
+    )
+    quantize_bits: int | None = opt(None, "Round weights to so many bits", metavar="B", at_least=1, at_most=24)
+    quantize_policy: str = opt(
+        "role", "Weights to round: inner resolution levels, or by name as published", choices=("role", "original")
+    )
+
+    num_steps: int = sampler_opt(32, "Sampling steps", "--steps", at_least=1)
+    sigma_min: float = sampler_opt(0.002, "Lowest noise level", "--sigma_min", above=0)
+    sigma_max: float = sampler_opt(80.0, "Highest noise level", "--sigma_max", above=0)
+    rho: float = sampler_opt(7.0, "Exponent of the time steps", above=0)
+    S_churn: float = sampler_opt(0.0, "Stochasticity strength", at_least=0)
+    S_min: float = sampler_opt(0.0, "Lowest noise level of churn", at_least=0)
+    S_max: float = sampler_opt(math.inf, "Highest noise level of churn", at_least=0, infinite=True)
+    S_noise: float = sampler_opt(1.0, "Noise inflation of churn")
+    inject_noise: float | None = sampler_opt(None, "Add ALPHA sigma eps before every step", metavar="ALPHA", at_least=0)
+
+    solver: str | None = process_opt(None, "heun, em, sscs, ode (adaptive RK45) or flow", metavar="NAME", shown="heun")
+    time_grid: str = process_opt("sigma", "Grid of steps", choices=("sigma", "uniform", "quadratic"))
+    prior: str = process_opt("matched", "Start of a process", choices=("matched", "stationary"))
+    t_min: float | None = process_opt(None, "Last time, instead of --sigma_min", above=0)
+    denoise: str = process_opt(
+        "yes", "End with the denoiser; the state; without the last noise (MDM); a noise-free step (CLD)",
+        choices=("yes", "no", "mean", "euler"),
+    )  # fmt: skip
+    half_step: str = process_opt("exact", "sscs: integrals of beta", choices=("exact", "published"))
+    rtol: float = process_opt(1e-5, "ode: relative tolerance", above=0)
+    atol: float = process_opt(1e-5, "ode: absolute tolerance", above=0)
+
+    gnet: str | None = guidance_opt(
+        None, "Guiding network; null: --net without its label; null-last: with its last label", metavar="SNAPSHOT"
+    )
+    guidance: float = guidance_opt(1.0, "Guidance strength; 1: none")
+    guidance_interval: list | None = guidance_opt(
+        None, "Guide only at noise levels in (LO, HI]", metavar="LO,HI", infinite=True
+    )
+
+    @property
+    def plain(self) -> bool:
+        """Whether EDM2's sampler runs, with the noise that the network was trained with, rather than a process."""
+        return self.process in (None, "edm") and self.solver in (None, "heun") and not self.process_options
+
+    def check(self) -> "Sampling":
+        """Fill in the preset and return self; ValueError for what cannot be together, warnings for what has no effect."""
+        if self.preset is not None:
+            row = presets.generation_preset(self.preset)
+            self.net, self.gnet = self.net or row["net"], self.gnet or row["gnet"]
+            self.guidance = row["guidance"] if self.guidance == 1 else self.guidance
+        if self.net is None:
+            raise ValueError("--net is missing: give a snapshot, or a --preset")
+        self._check_guidance()
+        if isinstance(self.class_idx, str) and self.class_idx != "balanced":
+            if not self.class_idx.isdecimal():
+                raise ValueError(f"--class={self.class_idx} is neither a class index nor 'balanced'")
+            self.class_idx = int(self.class_idx)
+        if self.sources and self.class_idx != "balanced":
+            raise ValueError(f"--sources={','.join(map(str, self.sources))} needs --class=balanced")
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"--sigma_min={self.sigma_min:g} must be below --sigma_max={self.sigma_max:g}")
+        if self.plain and (self.t_min is not None or self.time_grid != "sigma" or self.denoise != "yes"):
+            raise ValueError("--t-min, --time-grid and --denoise need --process or --solver (em, sscs, ode or flow)")
+        if self.inject_noise and not self.plain:
+            alpha = f"--inject-noise={self.inject_noise:g}"
+            raise ValueError(f"{alpha} is for EDM's own sampler: leave --process and --solver out")
+        for owner, names in OWN.items():
+            for name in names if owner != (self.solver or "heun") else ():
+                if getattr(self, name) != getattr(Sampling, name):
+                    flag = options.flag(Sampling, name)
+                    warnings.warn(f"{flag} has no effect with --solver={self.solver or 'heun'}", stacklevel=2)
+        return self
+
+    def _check_guidance(self):
+        if self.guidance != 1 and self.gnet is None:
+            message = f"--guidance={self.guidance} needs a guiding network: give --gnet"
+            raise ValueError(f"{message} (null: the network without label)")
+        if self.guidance == 1:
+            if self.gnet is not None and self.preset is None:
+                warnings.warn(f"--gnet={self.gnet} has no effect without --guidance", stacklevel=3)
+            self.gnet = None
+        if self.guidance_interval is not None and (self.gnet is None or len(self.guidance_interval) != 2):
+            raise ValueError("--guidance-interval=LO,HI needs two noise levels, --gnet and --guidance")
+
+    def solver_options(self) -> dict:
+        """Keywords of the solver: levels and steps, its own options, and of a process grid and end."""
+        names = ["num_steps", "sigma_min", "sigma_max", "rho", *OWN.get(self.solver or "heun", ())]
+        keywords = {name: getattr(self, name) for name in names}
+        if self.plain:
+            return keywords
+        denoise = {"yes": True, "no": False}.get(self.denoise, self.denoise)
+        return keywords | {"grid": self.time_grid, "t_min": self.t_min, "denoise": denoise}
+
+
+def take(given: dict) -> Sampling:
+    """The checked object of a command's options, which are taken out of `given`; what is None keeps its default."""
+    names = options.declared(Sampling)
+    return options.from_options(Sampling, {name: given.pop(name) for name in [*given] if name in names}).check()
