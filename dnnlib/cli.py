@@ -6,14 +6,13 @@ on stderr; set DNNLIB_TRACEBACK=1 to see where they come from.
 
 import math
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from dnnlib.util import parse_nimg, parse_seeds, reason
+from dnnlib.util import parse_integers, parse_nimg, parse_seeds, reason
 
 INTERRUPTED = 75  # exit code of a training that was stopped by a signal after writing a checkpoint (EX_TEMPFAIL)
 
@@ -61,17 +60,6 @@ class _Mapping(click.ParamType):
         return value if isinstance(value, dict) else str(value)
 
 
-def _integers(text):
-    values = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([-+]?[0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-        if not 0 <= last - first < 1_000_000:
-            raise ValueError(f"{text!r} is no comma-separated list of integers, ranges such as 0-4 included")
-        values.extend(range(first, last + 1))
-    return values
-
-
 def _numbers(text):
     try:
         return [float(part) for part in text.split(",")]
@@ -81,7 +69,7 @@ def _numbers(text):
 
 NIMG = _Parsed("nimg", parse_nimg)
 SEEDS = _Parsed("seeds", parse_seeds)
-INTS = _Parsed("ints", _integers)
+INTS = _Parsed("ints", parse_integers)
 FLOATS = _Parsed("floats", _numbers)
 MAPPING = _Mapping()
 WORKERS = click.IntRange(0, 256)  # processes: more would take the machine down before the first image

@@ -126,23 +126,31 @@ def format_nimg(nimg: int) -> str:
 
 
 MAX_SEEDS = 100_000_000
+_RANGE = re.compile(r"\s*([-+]?[0-9]{1,18})(?:([-+])([0-9]{1,18}))?\s*")
 
 
-def parse_seeds(text: str | int) -> list[int]:
-    """A list of seeds such as '0,3,16-19' (ranges inclusive) or '1000+50' (50 from 1000 on). Raises ValueError."""
-    seeds = []
-    for part in str(text).split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,18})(?:([-+])([0-9]{1,18}))?\s*", part)
+def parse_integers(text: str, what: str = "integers", most: int = 1_000_000) -> list[int]:
+    """A list such as '0,3,16-19' (ranges inclusive) or '1000+50' (50 from 1000 on). Raises ValueError."""
+    values = []
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part)
         if match is None:
-            raise ValueError(f"{text!r} is no list of seeds: give integers and ranges, such as 0,3,16-19 or 1000+50")
+            raise ValueError(f"{text!r} is no list of {what}: give integers and ranges, such as 0,3,16-19 or 1000+50")
         first = last = int(match[1])
         if match[2]:
             last = int(match[3]) if match[2] == "-" else first + int(match[3]) - 1
-        if last < first:
-            raise ValueError(f"{part.strip()!r} is an empty range of seeds: the first must not exceed the last")
-        if len(seeds) + last - first >= MAX_SEEDS:
-            raise ValueError(f"{part.strip()!r} is more than {MAX_SEEDS} seeds: split the work")
-        seeds.extend(range(first, last + 1))
+        if not 0 <= last - first < most - len(values):
+            why = "is an empty range" if last < first else f"makes them more than {most}"
+            raise ValueError(f"{text!r} is no list of {what}: {part.strip()!r} {why}")
+        values.extend(range(first, last + 1))
+    return values
+
+
+def parse_seeds(text: str | int) -> list[int]:
+    """`parse_integers` without negative ones. Raises ValueError."""
+    seeds = parse_integers(str(text), "seeds", MAX_SEEDS)
+    if min(seeds) < 0:
+        raise ValueError(f"{text!r} is no list of seeds: they are not negative")
     return seeds
 
 
