@@ -13,7 +13,7 @@ from training import likelihood, samplers
 from training.dataset import ArrayDataset
 from training.encoders import IdentityEncoder
 from training.feed import Feed
-from training.losses import LogNormalLoss, Objective
+from training.losses import EDM2Loss, Objective
 from training.losses.process import ProcessLoss
 from training.networks_toy import MLPDenoiser
 from training.phema import PowerFunctionEMA
@@ -54,7 +54,7 @@ def train(
     torch.manual_seed(hash_seed(seed, 0))
     net = MLPDenoiser(hidden_dim=hidden_dim, num_layers=4, sigma_data=sigma_data)
     if process == "edm":
-        loss = LogNormalLoss(P_mean=math.log(sigma_data) - 1.2, P_std=1.5, sigma_data=sigma_data, uncertainty=False)
+        loss = EDM2Loss(P_mean=math.log(sigma_data) - 1.2, P_std=1.5, sigma_data=sigma_data, uncertainty=False)
     else:
         made = make_process(process, process_options, seed=seed, learn=True)
         loss = ProcessLoss(made, sigma_data, **law)

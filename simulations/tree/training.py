@@ -20,7 +20,7 @@ from training import selection
 from training.encoders import IdentityEncoder
 from training.feed import Candidates, block_slices, share
 from training.guidance import GuidedDenoiser
-from training.losses import LogNormalLoss, Objective
+from training.losses import EDM2Loss, Objective
 from training.networks_toy import ToyModel
 from training.phema import PowerFunctionEMA
 from training.schedules import learning_rate_schedule
@@ -47,7 +47,7 @@ class TreeFeed:
             yield first, points.reshape(size, 2, 1, 1), points.new_zeros([size, 0])
 
 
-class TreeLoss(LogNormalLoss):
+class TreeLoss(EDM2Loss):
     """sigma^2 mean |score_true - score|^2 over the two coordinates, [N] (the toy loss of EDM2's autoguidance paper).
 
     With D = x + sigma^2 score this is mean |D_true - D|^2 / sigma^2: a denoising loss whose targets are the exact

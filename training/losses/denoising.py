@@ -40,7 +40,7 @@ class Draws(dict):
             return super().__getitem__(key)
         if isinstance(key, numbers.Integral):  # one example still has its axis
             key = [int(key)]
-        return Draws({name: None if value is None else value[key] for name, value in self.items()})
+        return Draws({name: value if value is None else value[key] for name, value in self.items()})
 
     def __len__(self):
         return next((len(value) for value in self.values() if value is not None), 0)
@@ -85,13 +85,15 @@ class DenoisingLoss(Loss):
     the noise-level density (`sample_sigma`) and the weight lambda (`weight`), or both at once (`draw_levels`).
     """
 
+    head = True  # the default of `uncertainty`
+
     def __init__(
         self,
         sigma_data: float = 0.5,  # standard deviation of the data the weight is made for
         kernel: object = None,  # unit noise; None: Gaussian
         augment: Callable | None = None,  # images, generator -> (images, augment_labels)
         label_dropout: float = 0.0,  # probability of replacing a label by zeros (for classifier-free guidance)
-        uncertainty: bool = True,  # use the network's log-variance u(sigma), EDM2 eq. 21; False: u = 0
+        uncertainty: bool | None = None,  # use the network's log-variance u(sigma), EDM2 eq. 21, or u = 0
         stable_targets: Callable | None = None,  # draws, generator -> targets; None: the images themselves
     ):
         super().__init__()
@@ -101,7 +103,7 @@ class DenoisingLoss(Loss):
         self.kernel = GaussianKernel() if kernel is None else kernel
         self.augment = augment
         self.label_dropout = label_dropout
-        self.uncertainty = uncertainty
+        self.uncertainty = self.head if uncertainty is None else uncertainty
         self.stable_targets = stable_targets
 
     def sample_sigma(self, n: int, generator: Generator, device: torch.device) -> Tensor:
@@ -151,11 +153,11 @@ def network_options(draws: Draws) -> dict:
     return {} if draws.augment_labels is None else {"augment_labels": draws.augment_labels}
 
 
-class LogNormalLoss(DenoisingLoss):
-    """ln sigma ~ N(P_mean, P_std^2), EDM's weight."""
+class EDM2Loss(DenoisingLoss):
+    """EDM2's loss with learned uncertainty (EDM2 eq. 14-21): ln sigma ~ N(P_mean, P_std^2), EDM's weight."""
 
-    def __init__(self, P_mean: float, P_std: float, sigma_data: float = 0.5, **kwargs: Any):
-        super().__init__(sigma_data=sigma_data, **kwargs)
+    def __init__(self, P_mean: float = -0.4, P_std: float = 1.0, sigma_data: float = 0.5, **kwargs: Any):
+        super().__init__(sigma_data, **kwargs)
         self.P_mean = P_mean
         self.P_std = P_std
 
@@ -163,42 +165,20 @@ class LogNormalLoss(DenoisingLoss):
         return (torch.randn([n], generator=generator, device=device) * self.P_std + self.P_mean).exp()
 
 
-class EDM2Loss(LogNormalLoss):
-    """EDM2's loss with learned uncertainty (EDM2 eq. 14-21)."""
-
-    def __init__(self, P_mean: float = -0.4, P_std: float = 1.0, sigma_data: float = 0.5, **kwargs: Any):
-        super().__init__(P_mean, P_std, sigma_data, **kwargs)
-
-
-class EDMLoss(LogNormalLoss):
+class EDMLoss(EDM2Loss):
     """EDM's loss (EDM table 1, column "ours"): no uncertainty head."""
 
-    def __init__(
-        self,
-        P_mean: float = -1.2,
-        P_std: float = 1.2,
-        sigma_data: float = 0.5,
-        uncertainty: bool = False,
-        **kwargs: Any,
-    ):
-        super().__init__(P_mean, P_std, sigma_data, uncertainty=uncertainty, **kwargs)
+    head = False
+
+    def __init__(self, P_mean: float = -1.2, P_std: float = 1.2, sigma_data: float = 0.5, **kwargs: Any):
+        super().__init__(P_mean, P_std, sigma_data, **kwargs)
 
 
 class VPLoss(DenoisingLoss):
     """The variance-preserving loss as EDM restates it (EDM table 1, column VP): t uniform, weight 1 / sigma^2."""
 
-    def __init__(
-        self,
-        beta_d: float = 19.9,
-        beta_min: float = 0.1,
-        epsilon_t: float = 1e-5,
-        uncertainty: bool = False,
-        **kwargs: Any,
-    ):
-        super().__init__(uncertainty=uncertainty, **kwargs)
-        self.beta_d = beta_d
-        self.beta_min = beta_min
-        self.epsilon_t = epsilon_t
+    head = False
+    beta_d, beta_min, epsilon_t = 19.9, 0.1, 1e-5
 
     def sample_sigma(self, n: int, generator: Generator, device: torch.device) -> Tensor:
         t = 1 + torch.rand([n], generator=generator, device=device) * (self.epsilon_t - 1)
@@ -211,10 +191,8 @@ class VPLoss(DenoisingLoss):
 class VELoss(DenoisingLoss):
     """The variance-exploding loss as EDM restates it (EDM table 1, column VE): log-uniform sigma, weight 1 / sigma^2."""
 
-    def __init__(self, sigma_min: float = 0.02, sigma_max: float = 100, uncertainty: bool = False, **kwargs: Any):
-        super().__init__(uncertainty=uncertainty, **kwargs)
-        self.sigma_min = sigma_min
-        self.sigma_max = sigma_max
+    head = False
+    sigma_min, sigma_max = 0.02, 100
 
     def sample_sigma(self, n: int, generator: Generator, device: torch.device) -> Tensor:
         u = torch.rand([n], generator=generator, device=device)
@@ -238,12 +216,13 @@ class Objective(torch.nn.Module):
     def forward(self, draws: Draws) -> Tensor:
         """The loss [N] or [N, *data_shape]. Raises ValueError for any other shape: broadcasting would train on garbage."""
         losses = self.loss.evaluate(self.net, draws)
-        images, shape = draws.get("images"), list(losses.shape)
-        if shape[:1] != [len(draws)] or (len(shape) > 1 and images is not None and losses.shape != images.shape):
-            whole = "" if images is None else f" or {list(images.shape)}"
+        shape, known = list(losses.shape), [[len(draws)]]
+        if "images" in draws:
+            known.append(list(draws.images.shape))
+        if shape not in known and ("images" in draws or shape[:1] != known[0]):
             raise ValueError(
-                f"the loss of {len(draws)} examples has shape {shape}: it must be [{len(draws)}]{whole}. A network "
-                f"must return the shape of its images; it gets sigma as [N]"
+                f"the loss of {len(draws)} examples has shape {shape}: it must be {' or '.join(map(str, known))}. "
+                "A network must return the shape of its images; it gets sigma as [N]"
             )
         return losses
 

@@ -30,6 +30,7 @@ class ProcessLoss(DenoisingLoss):
     times the learning rate, by the bound itself whatever the weighting. Raises ValueError for unknown laws.
     """
 
+    head = False
     weight = None  # a function of t, drawn with it
 
     def __init__(
@@ -40,11 +41,10 @@ class ProcessLoss(DenoisingLoss):
         weighting: str = "likelihood",
         t_min: float | None = None,
         lr_scale: float = 0.1,
-        uncertainty: bool = False,
         **kwargs: Any,
     ):
         kwargs.pop("kernel", None)  # a process makes Gaussian noise
-        super().__init__(sigma_data=sigma_data, uncertainty=uncertainty, **kwargs)
+        super().__init__(sigma_data, **kwargs)
         self.process, self.lr_scale = process, lr_scale
         self.time_sampling, self.weighting, self.t_min = time_sampling, weighting, t_min
         self.learned = isinstance(process, torch.nn.Module)
