@@ -15,63 +15,43 @@ from torch import Generator, Tensor
 
 # Low-pass decomposition taps of the symlet wavelet sym6; they sum to sqrt(2).
 SYM6 = (
-    0.015404109327027373,
-    0.0034907120842174702,
-    -0.11799011114819057,
-    -0.048311742585633,
-    0.4910559419267466,
-    0.787641141030194,
-    0.3379294217276218,
-    -0.07263752278646252,
-    -0.021060292512300564,
-    0.04472490177066578,
-    0.0017677118642428036,
-    -0.007800708325034148,
-)
+    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
+    0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
+    0.0017677118642428036, -0.007800708325034148,
+)  # fmt: skip
 LABEL_COLUMNS = {  # in the order of application
-    "xflip": 1,
-    "yflip": 1,
-    "rotate_int": 2,
-    "translate_int": 2,
-    "scale": 1,
-    "rotate_frac": 2,
-    "aniso": 2,
-    "translate_frac": 2,
-    "brightness": 1,
-    "contrast": 1,
-    "lumaflip": 1,
-    "hue": 2,
-    "saturation": 1,
-}
+    "xflip": 1, "yflip": 1, "rotate_int": 2, "translate_int": 2, "scale": 1, "rotate_frac": 2, "aniso": 2,
+    "translate_frac": 2, "brightness": 1, "contrast": 1, "lumaflip": 1, "hue": 2, "saturation": 1,
+}  # fmt: skip
 
 
-def _matrix(rows, like):
+def _matrix(rows, device):
     """Stack nested numbers and [N] tensors into [N, R, C] (or [1, R, C] when all are numbers)."""
-    flat = [torch.as_tensor(v, dtype=like.dtype, device=like.device) for row in rows for v in row]
+    flat = [torch.as_tensor(v, dtype=torch.float32, device=device) for row in rows for v in row]
     flat = torch.broadcast_tensors(*[v.reshape(-1) for v in flat])
     return torch.stack(flat, dim=-1).reshape(-1, len(rows), len(rows[0]))
 
 
-def _translate2d(tx, ty, like):
-    return _matrix([[1, 0, tx], [0, 1, ty], [0, 0, 1]], like)
+def _translate2d(tx, ty, device):
+    return _matrix([[1, 0, tx], [0, 1, ty], [0, 0, 1]], device)
 
 
-def _scale2d(sx, sy, like):
-    return _matrix([[sx, 0, 0], [0, sy, 0], [0, 0, 1]], like)
+def _scale2d(sx, sy, device):
+    return _matrix([[sx, 0, 0], [0, sy, 0], [0, 0, 1]], device)
 
 
-def _rotate2d(angle, like):
+def _rotate2d(angle, device):
     cos, sin = torch.cos(angle), torch.sin(angle)
-    return _matrix([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], like)
+    return _matrix([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], device)
 
 
-def _rotate_luma(angle, like):
+def _rotate_luma(angle, device):
     """4x4 rotation of colours by `angle` about the grey axis (1, 1, 1)/sqrt(3) (Rodrigues)."""
     v = 1 / math.sqrt(3)
     cos, sin = torch.cos(angle), torch.sin(angle)
     c, s = v * v * (1 - cos), v * sin
     rows = [[c + cos, c - s, c + s, 0], [c + s, c + cos, c - s, 0], [c - s, c + s, c + cos, 0], [0, 0, 0, 1]]
-    return _matrix(rows, like)
+    return _matrix(rows, device)
 
 
 @dataclass
@@ -129,14 +109,11 @@ class AugmentPipe:
         if images.ndim != 4:
             raise ValueError(f"images of shape {list(images.shape)} given; augmentation needs [N, C, H, W]")
         draws = _Draws(images, generator, self.p)
-        labels = []
+        labels = [torch.zeros([len(images), 0], device=images.device)]
         out = self._blit(images, draws, labels)
         out = self._geometry(out, draws, labels)
         out = self._colour(out, draws, labels)
-        if labels:
-            labels = torch.cat([label.to(torch.float32).reshape(len(images), -1) for label in labels], dim=1)
-        else:
-            labels = torch.zeros([len(images), 0], device=images.device)
+        labels = torch.cat([label.to(torch.float32).reshape(len(images), -1) for label in labels], dim=1)
         # The filters of an identity transform round in the last digit; p = 0 is to be the identity itself.
         return (images, labels) if self.p == 0 else (out, labels)
 
@@ -171,17 +148,17 @@ class AugmentPipe:
     def _geometry(self, images, draws, labels):
         """Affine steps, composed as one inverse map per image and executed by one band-limited resampling."""
         n, _, h, w = images.shape
-        like = torch.empty(0, device=images.device)  # float32
+        device = images.device
         inverse = torch.eye(3, device=images.device).expand(n, 3, 3)
         if self.scale > 0:
             k = draws.keep(draws.normal([n]), self.scale)
             s = k.mul(self.scale_std).exp2()
-            inverse = inverse @ _scale2d(1 / s, 1 / s, like)
+            inverse = inverse @ _scale2d(1 / s, 1 / s, device)
             labels.append(k)
         if self.rotate_frac > 0:
             angle = draws.uniform([n]) * (math.pi * self.rotate_frac_max)
             angle = draws.keep(angle, self.rotate_frac)
-            inverse = inverse @ _rotate2d(angle, like)
+            inverse = inverse @ _rotate2d(angle, device)
             labels += [torch.stack([angle.cos() - 1, angle.sin()], dim=1)]
         if self.aniso > 0:
             k = draws.normal([n])
@@ -189,12 +166,12 @@ class AugmentPipe:
             k = draws.keep(k, self.aniso)
             angle = draws.keep_with_probability(angle, self.aniso_rotate_prob)
             s = k.mul(self.aniso_std).exp2()
-            inverse = inverse @ _rotate2d(-angle, like) @ _scale2d(1 / s, s, like) @ _rotate2d(angle, like)
+            inverse = inverse @ _rotate2d(-angle, device) @ _scale2d(1 / s, s, device) @ _rotate2d(angle, device)
             labels += [torch.stack([k * angle.cos(), k * angle.sin()], dim=1)]
         if self.translate_frac > 0:
             k = draws.keep(draws.normal([2, n]), self.translate_frac, [1, n])
             shift = k * self.translate_frac_std
-            inverse = inverse @ _translate2d(-shift[0] * w, -shift[1] * h, like)
+            inverse = inverse @ _translate2d(-shift[0] * w, -shift[1] * h, device)
             labels.append(k.t())
         enabled = max(self.scale, self.rotate_frac, self.aniso, self.translate_frac) > 0
         return resample_affine(images, inverse) if enabled and self.p != 0 else images
@@ -202,7 +179,7 @@ class AugmentPipe:
     def _colour(self, images, draws, labels):
         """Colour steps, composed as one affine map of (R, G, B, 1) per image."""
         n, channels, h, w = images.shape
-        like = torch.empty(0, device=images.device)  # float32
+        device = images.device
         eye = torch.eye(4, device=images.device)
         grey = torch.tensor([1.0, 1.0, 1.0, 0.0], device=images.device) / math.sqrt(3)
         grey = grey.ger(grey)  # [4, 4] projector on the luma axis
@@ -210,12 +187,12 @@ class AugmentPipe:
         if self.brightness > 0:
             k = draws.keep(draws.normal([n]), self.brightness)
             b = k * self.brightness_std
-            matrix = _matrix([[1, 0, 0, b], [0, 1, 0, b], [0, 0, 1, b], [0, 0, 0, 1]], like) @ matrix
+            matrix = _matrix([[1, 0, 0, b], [0, 1, 0, b], [0, 0, 1, b], [0, 0, 0, 1]], device) @ matrix
             labels.append(k)
         if self.contrast > 0:
             k = draws.keep(draws.normal([n]), self.contrast)
             c = k.mul(self.contrast_std).exp2()
-            matrix = _matrix([[c, 0, 0, 0], [0, c, 0, 0], [0, 0, c, 0], [0, 0, 0, 1]], like) @ matrix
+            matrix = _matrix([[c, 0, 0, 0], [0, c, 0, 0], [0, 0, c, 0], [0, 0, 0, 1]], device) @ matrix
             labels.append(k)
         if self.lumaflip > 0:
             k = draws.keep(draws.integers(2, [n, 1, 1]), self.lumaflip)
@@ -224,7 +201,7 @@ class AugmentPipe:
         if self.hue > 0:
             angle = draws.uniform([n]) * (math.pi * self.hue_max)
             angle = draws.keep(angle, self.hue)
-            matrix = _rotate_luma(angle, like) @ matrix
+            matrix = _rotate_luma(angle, device) @ matrix
             labels += [torch.stack([angle.cos() - 1, angle.sin()], dim=1)]
         if self.saturation > 0:
             k = draws.keep(draws.normal([n, 1, 1]), self.saturation)
@@ -293,7 +270,6 @@ def resample_affine(images: Tensor, inverse: Tensor) -> Tensor:
     """
     h, w = images.shape[2:]
     g = inverse.to(torch.float32)
-    like = g
     taps = torch.tensor(SYM6, device=images.device, dtype=images.dtype)
     pad = len(SYM6) // 4  # 3 pixels at the original size
 
@@ -306,16 +282,16 @@ def resample_affine(images: Tensor, inverse: Tensor) -> Tensor:
     margin = margin.clamp(min=0).minimum(torch.tensor([w - 1.0, h - 1.0] * 2, device=images.device))
     left, top, right, bottom = (int(m) for m in margin.ceil().tolist())
     images = F.pad(images, [left, right, top, bottom], mode="reflect")
-    g = _translate2d((left - right) / 2, (top - bottom) / 2, like) @ g
+    g = _translate2d((left - right) / 2, (top - bottom) / 2, g.device) @ g
 
     for axis in (3, 2):
         images = _upsample_axis(images, taps, axis)
-    g = _scale2d(2, 2, like) @ g @ _scale2d(0.5, 0.5, like)
-    g = _translate2d(-0.5, -0.5, like) @ g @ _translate2d(0.5, 0.5, like)
+    g = _scale2d(2, 2, g.device) @ g @ _scale2d(0.5, 0.5, g.device)
+    g = _translate2d(-0.5, -0.5, g.device) @ g @ _translate2d(0.5, 0.5, g.device)
 
     out_h, out_w = (h + pad * 2) * 2, (w + pad * 2) * 2
     in_h, in_w = images.shape[2:]
-    g = _scale2d(2 / in_w, 2 / in_h, like) @ g @ _scale2d(out_w / 2, out_h / 2, like)
+    g = _scale2d(2 / in_w, 2 / in_h, g.device) @ g @ _scale2d(out_w / 2, out_h / 2, g.device)
     grid = F.affine_grid(g[:, :2], [images.shape[0], images.shape[1], out_h, out_w], align_corners=False)
     images = F.grid_sample(images, grid.to(images.dtype), mode="bilinear", padding_mode="zeros", align_corners=False)
 

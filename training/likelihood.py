@@ -34,12 +34,12 @@ def _gaussian_log_prob(residual, variance):
     return per_sample(-(residual.to(torch.float64) ** 2) / (2 * variance) - 0.5 * torch.log(2 * math.pi * variance))
 
 
-def discretised_log_prob(x: Tensor, mean: Tensor, std: Tensor, levels: int = 256) -> Tensor:
+def discretised_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log probability of the level that x is, for a Gaussian integrated over bins on [-1, 1], summed per sample.
 
-    x: one of the levels 2 k / (levels - 1) - 1, as pixels are encoded. The outermost bins are open.
+    x: one of the levels 2 k / 255 - 1, as pixels are encoded. The outermost bins are open.
     """
-    half = 1 / (levels - 1)
+    half = 1 / 255
     x, mean = x.to(torch.float64), mean.to(torch.float64)
     upper, lower = (x + half - mean) / std, (x - half - mean) / std
     flip = upper + lower > 0  # the tail that does not round to 1

@@ -70,9 +70,9 @@ def resample(x: Tensor, f: Sequence[float] = (1, 1), mode: str = "keep") -> Tens
 class MPFourier(torch.nn.Module):
     """Magnitude-preserving Fourier features (EDM2 eq. 75): [N] -> [N, num_channels]."""
 
-    def __init__(self, num_channels: int, bandwidth: float = 1):
+    def __init__(self, num_channels: int):
         super().__init__()
-        self.register_buffer("freqs", 2 * np.pi * torch.randn(num_channels) * bandwidth)
+        self.register_buffer("freqs", 2 * np.pi * torch.randn(num_channels))
         self.register_buffer("phases", 2 * np.pi * torch.rand(num_channels))
 
     def forward(self, x: Tensor) -> Tensor:

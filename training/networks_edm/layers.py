@@ -119,15 +119,15 @@ class Conv2d(torch.nn.Module):
 
 
 class GroupNorm(torch.nn.Module):
-    """Group normalisation with at least `min_channels_per_group` channels in every group."""
+    """Group normalisation in 32 groups, or fewer of at least 4 channels."""
 
-    def __init__(self, num_channels: int, num_groups: int = 32, min_channels_per_group: int = 4, eps: float = 1e-5):
+    def __init__(self, num_channels: int, eps: float = 1e-5):
         super().__init__()
-        self.num_groups = min(num_groups, num_channels // min_channels_per_group)
+        self.num_groups = min(32, num_channels // 4)
         if self.num_groups < 1 or num_channels % self.num_groups:
             raise ValueError(
-                f"{num_channels} channels cannot be split into groups of at least {min_channels_per_group}; "
-                f"choose model_channels as a multiple of 32 (or of {min_channels_per_group} below 128)"
+                f"{num_channels} channels cannot be split into groups of at least 4; "
+                "choose model_channels as a multiple of 32 (or of 4 below 128)"
             )
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(num_channels))
@@ -140,16 +140,14 @@ class GroupNorm(torch.nn.Module):
 class PositionalEmbedding(torch.nn.Module):
     """x [N] -> [N, num_channels]: cosines, then sines, of geometrically spaced frequencies."""
 
-    def __init__(self, num_channels: int, max_positions: int = 10000, endpoint: bool = False):
+    def __init__(self, num_channels: int, endpoint: bool = False):
         super().__init__()
-        self.num_channels = num_channels
-        self.max_positions = max_positions
-        self.endpoint = endpoint
+        self.num_channels, self.endpoint = num_channels, endpoint
 
     def forward(self, x: Tensor) -> Tensor:
         half = self.num_channels // 2
-        freqs = torch.arange(half, dtype=torch.float32, device=x.device) / (half - (1 if self.endpoint else 0))
-        freqs = (1 / self.max_positions) ** freqs
+        freqs = torch.arange(half, dtype=torch.float32, device=x.device) / (half - self.endpoint)
+        freqs = (1 / 10000) ** freqs
         x = x.ger(freqs.to(x.dtype))  # [N, C/2]
         return torch.cat([x.cos(), x.sin()], dim=1)
 
