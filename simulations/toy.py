@@ -24,146 +24,119 @@ from training.selection import IdentitySelector
 from training.setup import Run
 from training.training_loop import Periods
 
-STATES = {
-    "em": samplers.euler_maruyama_states,
-    "sscs": samplers.sscs_states,
-    "flow": samplers.probability_flow_states,
-}
+NUM_POINTS = 1 << 15  # of a data set that is trained on
+TOLERANCE = dict(probe="exact", rtol=1e-3, atol=1e-3)  # of likelihoods
 
 
-def train(
-    dataset,  # name in toy_data.TOY_DATA
-    outdir,  # run folder
-    process="edm",  # or a linear process: its noise levels and weight; a learned one is trained along
-    process_options=None,
-    steps=2000,  # of `batch` points each
-    batch=512,
-    num_points=1 << 15,  # points of the data set
-    hidden_dim=128,
-    lr=2e-3,
-    seed=0,
-    **law,  # of a linear process: time_sampling, weighting, t_min
-):
+def train(c, outdir):
     """Train an MLPDenoiser on points [N, 2, 1, 1] by the project's own loop; returns the TrainingLoop.
 
-    Snapshots, stats.jsonl and checkpoints lie in `outdir`. Raises ValueError for unknown names.
+    c: run_toy.Training. Snapshots, stats.jsonl and checkpoints lie in `outdir`. Raises ValueError for unknown names.
     """
-    points = toy_data.get(dataset)(num_points, seeded_generator("cpu", seed, 3))
-    data = ArrayDataset(points.reshape(-1, 2, 1, 1).numpy(), name=dataset)
+    points = toy_data.get(c.dataset)(NUM_POINTS, seeded_generator("cpu", c.seed, 3))
+    data = ArrayDataset(points.reshape(-1, 2, 1, 1).numpy(), name=c.dataset)
     sigma_data = float(points.std(dim=0).square().mean().sqrt())
-    torch.manual_seed(hash_seed(seed, 0))
-    net = MLPDenoiser(hidden_dim=hidden_dim, num_layers=4, sigma_data=sigma_data)
+    torch.manual_seed(hash_seed(c.seed, 0))
+    net, process = MLPDenoiser(hidden_dim=c.hidden_dim, num_layers=4, sigma_data=sigma_data), c.process or "edm"
     if process == "edm":
         loss = EDM2Loss(P_mean=math.log(sigma_data) - 1.2, P_std=1.5, sigma_data=sigma_data, uncertainty=False)
     else:
-        made = make_process(process, process_options, seed=seed, learn=True)
-        loss = ProcessLoss(made, sigma_data, **law)
+        made = make_process(process, c.process_options, seed=c.seed, learn=True)
+        loss = ProcessLoss(made, sigma_data, time_sampling=c.time_sampling, weighting=c.weighting, t_min=c.t_min)
     objective = Objective(net, loss)
-    optimizer = torch.optim.Adam(objective.param_groups(), lr=lr, betas=(0.9, 0.99))
-    total, period = steps * batch, math.lcm(batch, 1024)
-    options = dict(dataset=dataset, process=process, steps=steps, batch=batch, lr=lr, seed=seed)
+    total, period = c.steps * c.batch, math.lcm(c.batch, 1024)
+    options = dict(dataset=c.dataset, process=process, steps=c.steps, batch=c.batch, lr=c.lr, seed=c.seed)
     return Run(
         objective,
-        Feed(data, seed=seed, block=batch),
+        Feed(data, seed=c.seed, block=c.batch),
         IdentityEncoder(),
         IdentitySelector(),
-        optimizer,
+        torch.optim.Adam(objective.param_groups(), lr=c.lr, betas=(0.9, 0.99)),
         PowerFunctionEMA(objective, [0.05]),
-        lambda nimg: learning_rate_schedule(nimg, batch, lr, steps / 4, 0),
-        Periods(total, 0, batch * max(1, steps // 10), period * max(1, total // period), 0),
-        batch_size=batch,
-        seed=seed,
-        header=dict(options=options, dataset=dict(path=dataset, label_dim=0)),
+        lambda nimg: learning_rate_schedule(nimg, c.batch, c.lr, c.steps / 4, 0),
+        Periods(total, 0, c.batch * max(1, c.steps // 10), period * max(1, total // period), 0),
+        batch_size=c.batch,
+        seed=c.seed,
+        header=dict(options=options, dataset=dict(path=c.dataset, label_dim=0)),
     ).start(outdir)
 
 
 @torch.no_grad()
-def trajectories(net, process, solver="sscs", num=2048, steps=100, grid="quadratic", prior="matched", seed=0, **ends):
+def trajectories(net, process, o):
     """(points [num, 2], times [steps + 1], states [steps + 1, num, V, 2]) through a linear process, seeded.
 
-    The points are the denoiser's output at the last time. Raises ValueError for an unknown solver.
+    o: run_toy.Way. The points are the denoiser's output at the last time.
     """
-    if solver not in STATES:
-        raise ValueError(f"--solver={solver} is unknown here: choose {', '.join(STATES)}")
-    generator = seeded_generator("cpu", seed, 5)
-    ends = dict(grid=grid, **ends)
-    start = samplers.start_state(net, process, (num, 2, 1, 1), generator, prior=prior, **ends)
-
-    def randn_like(u):
-        return torch.randn(u.shape, generator=generator, dtype=u.dtype)
-
-    run = list(STATES[solver](net, process, start, num_steps=steps, randn_like=randn_like, **ends))
+    generator = seeded_generator("cpu", o.seed, 5)
+    start = samplers.start_state(net, process, (o.num, 2, 1, 1), generator, prior=o.prior, grid=o.time_grid)
+    randn_like = lambda u: torch.randn(u.shape, generator=generator, dtype=u.dtype)
+    options = dict(num_steps=o.steps, grid=o.time_grid, randn_like=randn_like)
+    run = list(samplers.SOLVERS[o.solver].states(net, process, start, **options))
     points = make_score(net, process).denoised(run[-1].state, torch.tensor(run[-1].time, dtype=torch.float64))
     states = torch.stack([s.state.flatten(2) for s in run])
     return points.flatten(1).float(), np.array([s.time for s in run]), states
 
 
-def measures(net, process, dataset, points, seed=0, num=256):
+def measures(net, process, dataset, points, seed):
     """{"sliced_w2", "sliced_w2_floor", "elbo", "elbo_error", "ode", "truth"}: sample quality and nats per point."""
     fresh = [toy_data.get(dataset)(len(points), seeded_generator("cpu", seed, k)) for k in (8, 9)]
-    result = {"sliced_w2": sliced_wasserstein(points, fresh[0]), "sliced_w2_floor": sliced_wasserstein(*fresh)}
-    x, generator = fresh[0][:num].reshape(-1, 2, 1, 1), seeded_generator("cpu", seed, 10)
+    x, generator = fresh[0][:256].reshape(-1, 2, 1, 1), seeded_generator("cpu", seed, 10)
     with torch.no_grad():
         bound = likelihood.elbo(net, process, x, num_samples=16, generator=generator)
-    flow = likelihood.ode_log_likelihood(net, process, x, probe="exact", rtol=1e-3, atol=1e-3)
-    result.update(elbo=float(bound.mean()), elbo_error=float(bound.std() / len(x) ** 0.5), ode=float(flow.mean()))
+    result = {
+        "sliced_w2": sliced_wasserstein(points, fresh[0]),
+        "sliced_w2_floor": sliced_wasserstein(*fresh),
+        "elbo": float(bound.mean()),
+        "elbo_error": float(bound.std() / len(x) ** 0.5),
+        "ode": float(likelihood.ode_log_likelihood(net, process, x, **TOLERANCE).mean()),
+    }
     truth = toy_data.logp(dataset)
     return result | ({"truth": float(truth(x.flatten(1)).mean())} if truth else {})
 
 
-def plot(net, process, dataset, stem, solver="sscs", num=2048, steps=100, side=40, seed=0, **options):
+def _mesh(reach, side):
+    """Points [side^2, 2] of a square grid, rows of equal y."""
+    return torch.cartesian_prod(*[torch.linspace(-reach, reach, side)] * 2).flip(1)
+
+
+def plot(net, process, dataset, stem, o, side=40, sigma=0.15):
     """Six panels at `stem`.png: samples on data, trajectories of x and of v, score field, densities. Returns measures."""
-    points, times, states = trajectories(net, process, solver, num, steps, seed=seed, **options)
-    found = measures(net, process, dataset, points, seed)
-    data = toy_data.get(dataset)(num, seeded_generator("cpu", seed, 8))
+    points, times, states = trajectories(net, process, o)
+    found = measures(net, process, dataset, points, o.seed)
+    data = toy_data.get(dataset)(o.num, seeded_generator("cpu", o.seed, 8))
     reach = float(data.abs().max()) * 1.15
     fig, axes = figures.figure(3, 3.1, 2.9, rows=2)
-    _scatter(axes[0, 0], data, points, reach, found)
-    _paths(axes[0, 1], times, states[:, :24, 0], "data variable $x_1$")
-    if process.V > 1:
-        _paths(axes[0, 2], times, states[:, :24, 1], "auxiliary variable $v_1$")
-    else:
-        axes[0, 2].set_axis_off()
-    grid = torch.linspace(-reach, reach, side)
-    cells = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), dim=-1).reshape(-1, 2)
-    _score_field(axes[1, 0], net, reach)
-    flow = likelihood.ode_log_likelihood(
-        net, process, cells.reshape(-1, 2, 1, 1), probe="exact", rtol=1e-3, atol=1e-3, sigma_min=0.01
-    )
-    truth = toy_data.logp(dataset)
-    for axis, values, title in (
-        (axes[1, 1], flow, "model density (probability flow)"),
-        (axes[1, 2], truth(cells) if truth else None, "true density" if truth else "histogram of data"),
-    ):
-        if values is None:
-            many = toy_data.get(dataset)(1 << 16, seeded_generator("cpu", seed, 11))
-            image = torch.histogramdd(many.double(), [side, side], range=[-reach, reach] * 2).hist.T
+
+    axes[0, 0].scatter(*data.T, s=1, color=figures.NEUTRAL, alpha=0.5)
+    axes[0, 0].scatter(*points.T, s=1, color=figures.LINE["single"], alpha=0.5)
+    title = f"samples over data (grey), sliced $W_2$ {found['sliced_w2']:.3f}"  # a legend would hide points somewhere
+    axes[0, 0].set(xlim=(-reach, reach), ylim=(-reach, reach), title=title, aspect="equal")
+    for axis, i, title in ((axes[0, 1], 0, "data variable $x_1$"), (axes[0, 2], 1, "auxiliary variable $v_1$")):
+        if i < process.V:
+            axis.plot(times, states[:, :24, i, 0], linewidth=0.6)
+            axis.set(xlabel="time $t$ (sampling runs to the left)", title=title)
         else:
-            image = values.reshape(side, side).exp()
-        axis.imshow(image.sqrt(), origin="lower", extent=(-reach, reach, -reach, reach), cmap="viridis", aspect="equal")
+            axis.set_axis_off()
+
+    x = _mesh(reach, 21)
+    with torch.no_grad():
+        score = (net(x.reshape(-1, 2, 1, 1), torch.tensor(sigma)).flatten(1) - x) / sigma**2
+    size = score.norm(dim=1, keepdim=True)
+    axes[1, 0].quiver(*x.T, *(score / size * size.sqrt()).T, color=figures.LINE["multi"])
+    axes[1, 0].set(title=rf"score at $\sigma$ = {sigma:g}", aspect="equal")
+
+    x = _mesh(reach, side)
+    flow = likelihood.ode_log_likelihood(net, process, x.reshape(-1, 2, 1, 1), sigma_min=0.01, **TOLERANCE)
+    images = {"model density (probability flow)": flow.reshape(side, side).exp()}
+    if truth := toy_data.logp(dataset):
+        images["true density"] = truth(x).reshape(side, side).exp()
+    else:
+        many = toy_data.get(dataset)(1 << 16, seeded_generator("cpu", o.seed, 11)).double()
+        images["histogram of data"] = torch.histogramdd(many, [side, side], range=[-reach, reach] * 2).hist.T
+    extent = (-reach, reach, -reach, reach)
+    for axis, (title, image) in zip(axes[1, 1:], images.items(), strict=True):
+        axis.imshow(image.sqrt(), origin="lower", extent=extent, cmap="viridis", aspect="equal")
         axis.set_title(title)
         axis.grid(False)
     figures.save(fig, stem, dpi=110)
     return found
-
-
-def _scatter(axis, data, points, reach, found):
-    axis.scatter(*data.T, s=1, color=figures.NEUTRAL, alpha=0.5)
-    axis.scatter(*points.T, s=1, color=figures.LINE["single"], alpha=0.5)
-    title = f"samples over data (grey), sliced $W_2$ {found['sliced_w2']:.3f}"  # a legend would hide points somewhere
-    axis.set(xlim=(-reach, reach), ylim=(-reach, reach), title=title, aspect="equal")
-
-
-def _paths(axis, times, states, title):
-    axis.plot(times, states[:, :, 0], linewidth=0.6)
-    axis.set(xlabel="time $t$ (sampling runs to the left)", title=title)
-
-
-def _score_field(axis, net, reach, sigma=0.15):
-    grid = torch.linspace(-reach, reach, 21)
-    x = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), dim=-1).reshape(-1, 2)
-    with torch.no_grad():
-        score = (net(x.reshape(-1, 2, 1, 1), torch.tensor(sigma)).flatten(1) - x) / sigma**2
-    arrows = score / score.norm(dim=1, keepdim=True) * score.norm(dim=1, keepdim=True).sqrt()
-    axis.quiver(*x.T, *arrows.T, color=figures.LINE["multi"])
-    axis.set(title=rf"score at $\sigma$ = {sigma:g}", aspect="equal")
