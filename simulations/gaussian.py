@@ -141,7 +141,7 @@ class Sweep:
         return np.array([[getattr(o, name) for o in row] for row in self.outcomes])
 
 
-def sweep_configs(tag: str, values: Sequence[float] | None = None, **fixed) -> tuple[GaussianConfig, ...]:
+def sweep_configs(tag: str, values: Sequence[float] | None = None, **fixed: float) -> tuple[GaussianConfig, ...]:
     """The cells of the sweep over `tag` ("K", "n" or "sim"); `values` default to the published ones.
 
     Raises:
@@ -160,7 +160,7 @@ def sweep(
     values: Sequence[float] | None = None,
     seeds: Sequence[int] = PAPER_SEEDS,
     progress: Callable[[list], Iterable] = iter,
-    **fixed,
+    **fixed: float,
 ) -> Sweep:
     """Run a whole sweep: every value with every seed (each run re-seeds, so noise is common across `sim`).
 

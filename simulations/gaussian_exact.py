@@ -14,6 +14,7 @@ import functools
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import betainc, erf, gammaln
 
 _NODES = np.arange(-420, 421) / 10.0  # log tan t; the trapezoidal rule converges exponentially in it
@@ -22,12 +23,12 @@ _LOG_INV_SIN2 = np.logaddexp(0.0, -2.0 * _NODES)  # -log sin^2 t
 _MAX_WINDOW = 2000  # more counts than this: polynomial in n_k instead of one quadrature per count
 
 
-def tv_unit_gaussians(distance):
+def tv_unit_gaussians(distance: ArrayLike) -> np.ndarray:
     """TV(N(a, I), N(b, I)) = erf(|a - b| / (2 sqrt 2)) from the distance |a - b| (any shape)."""
     return erf(np.asarray(distance, dtype=np.float64) / (2.0 * math.sqrt(2.0)))
 
 
-def expected_tv_student(count, d: int):
+def expected_tv_student(count: ArrayLike, d: int) -> np.ndarray:
     """E TV when all d mean entries have variance 1/count: 2 T_d(sqrt(d / (4 count))) - 1, with Student's t CDF T_d.
 
     `count` may be an array; a count of 0 gives 1.
@@ -35,7 +36,7 @@ def expected_tv_student(count, d: int):
     return betainc(0.5, d / 2.0, 1.0 / (1.0 + 4.0 * np.asarray(count, dtype=np.float64)))
 
 
-def expected_tv_given_counts(count, n: int, d: int, d1: int):
+def expected_tv_given_counts(count: ArrayLike, n: int, d: int, d1: int) -> np.ndarray:
     """E TV when d1 mean entries have variance 1/count and d - d1 have variance 1/n, independently.
 
     Integral over t in [0, pi/2] of (2/pi) (1 - (1 + 1/(4 count sin^2 t))^(-d1/2) (1 + 1/(4 n sin^2 t))^(-(d-d1)/2)).

@@ -62,7 +62,8 @@ def train(outdir, val, test, viz, dry_run, **given):
         print(json.dumps(asdict(config), indent=2))
         print("Dry run; exiting.")
         return
-    hook = tree_metrics.validation_hook(config.cls, device=config.device) if val else None
+    points = tree_metrics.Points(config.cls, num=512, device=config.device)
+    hook = tree_metrics.validation_hook(points) if val else None
     loop = tree_training.train(config, outdir, hook)
     ema = loop.ema.get()[0][0].net
     if test:
@@ -101,13 +102,13 @@ def _resolve(use_guide, random, acid, early, late, **fields):
 @click.option("--levels", is_flag=True, help="Also the loss per noise level")
 @SEED
 @DEVICE
-def test(**options):
+def test(cls, num, seed, device, **options):
     """Measure snapshots. stdout: JSON, with what the exact mixture itself scores under `floor`."""
     from simulations.tree import metrics as tree_metrics
     from torch_utils import distributed
 
-    distributed.init(options["device"])
-    print(json.dumps(tree_metrics.test(**options), indent=2))
+    distributed.init(device)
+    print(json.dumps(tree_metrics.test(tree_metrics.Points(cls, num, seed, device), **options), indent=2))
 
 
 @main.command()
@@ -126,9 +127,7 @@ def plot(net, gnet, guidance, cls, save, seed, device):
     from torch_utils import distributed
 
     distributed.init(device)
-    figure = tree_plots.autoguidance_figure(
-        load_toy(net, device), load_toy(gnet, device), guidance, cls, seed, device=device
-    )
+    figure = tree_plots.autoguidance_figure(load_toy(net, device), load_toy(gnet, device), guidance, cls, seed, device)
     print_files(figures.save(figure, save))
 
 

@@ -15,6 +15,7 @@ from simulations.tree import metrics as tree_metrics
 from simulations.tree import plots as tree_plots
 from simulations.tree import sweep as tree_sweep
 from simulations.tree import training as tree_training
+from simulations.tree.metrics import Points
 from simulations.tree.training import TreeConfig, TreeFeed, TreeLoss, load_toy, train
 from training.networks_toy import ToyModel
 
@@ -55,7 +56,7 @@ def test_loss_is_the_published_score_matching_loss():
 
 def test_training_learns(tmp_path):
     config = replace(SMALL, dim=64, layers=4, total_iter=150, snapshot_iter=150, batch_size=512)
-    train(config, tmp_path, tree_metrics.validation_hook(num=512, flow=False))
+    train(config, tmp_path, tree_metrics.validation_hook(Points(num=512), flow=False))
     lines = stats(tmp_path)
     assert lines[-1]["Validation/ema_loss"] < 0.5 * lines[0]["Validation/ema_loss"]
 
@@ -63,7 +64,7 @@ def test_training_learns(tmp_path):
 def test_training_selects_and_counts(tmp_path):
     memory = {}
     config = replace(SMALL, total_iter=30)
-    train(config, tmp_path / "baseline", tree_metrics.validation_hook(num=128, flow=False), memory)
+    train(config, tmp_path / "baseline", tree_metrics.validation_hook(Points(num=128), flow=False), memory)
     lines = stats(tmp_path / "baseline")
     assert lines[-1]["Progress/kimg"] == 30 * 0.256 and lines[-1]["Progress/iteration"] == 30
     reference = str(tmp_path / "baseline")
@@ -109,13 +110,13 @@ def test_batches_of_early_and_late_runs(tmp_path, when, sizes):
 def test_metrics_of_the_truth_itself():
     """The exact mixture scores 0 in loss and distance; on the outer branches .187 and .479 are its floors (AJEST)."""
     exact = tree.ground_truth("A").denoiser()
-    found = tree_metrics.evaluate(exact, num=1024, external=True)
+    found = tree_metrics.evaluate(exact, Points(num=1024), external=True)
     assert found["loss"] < 1e-6 and found["L2_metric"] == 0
     assert found["out_loss"] == pytest.approx(0.187, abs=0.03) and found["out_L2_metric"] == pytest.approx(
         0.479, abs=0.06
     )
     assert found["mandala_score"] > 0.97 and found["classification_score"] > 0.98
-    same = tree_metrics.evaluate(exact, exact, num=64, guidance=3.0)
+    same = tree_metrics.evaluate(exact, Points(num=64), exact, guidance=3.0)
     assert same["guided_L2_metric"] == pytest.approx(same["L2_metric"], abs=1e-4)  # guided by itself
 
 
@@ -123,11 +124,11 @@ def test_metrics_of_an_untrained_network():
     """gain 0: the score is that of N(0, s^2 + sigma^2), a closed form in float64."""
     net = ToyModel(hidden_dim=8).eval()
     mixture = tree.ground_truth("A", dtype=torch.float64)
-    _, draws = tree_metrics._points("A", 0, 256, 1, 0.3, "cpu")
+    _, draws = tree_metrics._draws(Points(num=256), 0.3)
     x = (draws.images + draws.noise).flatten(1).double()
     assert bool((draws.sigma == 0.3).all())
     expected = 0.09 * (mixture.score(x, 0.3) + x / 0.34).square().mean()
-    assert tree_metrics.average_loss(net, num=256, level=0.3) == pytest.approx(float(expected), rel=1e-4)
+    assert tree_metrics.average_loss(net, Points(num=256), level=0.3) == pytest.approx(float(expected), rel=1e-4)
     start = torch.tensor([[1.0, -2.0], [0.5, 0.1]])
     path = tree_metrics.trajectories(net, start, sigma_max=1.0, num_steps=64)
     assert path.shape == (65, 2, 2)

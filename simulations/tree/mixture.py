@@ -5,12 +5,15 @@ noise of standard deviation sigma. Pais et al. 2025 (arXiv 2509.15267) for the m
 Densities use log-sum-exp and closed-form 2x2 inverses, so that they are finite everywhere.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 ORIGIN = (0.0030, 0.0325)
 SCALE = (1.3136, 1.3844)
@@ -52,7 +55,7 @@ def _branch(rnd, cls, depth, pos, angle):
 
 
 @functools.cache
-def components():
+def components() -> tuple[Component, ...]:
     """All 2032 components: class A (initial angle pi/4), then B (5 pi/4), from one random stream."""
     rnd = np.random.RandomState(SEED)
     start = np.array(ORIGIN)
@@ -66,7 +69,7 @@ class GaussianMixture(torch.nn.Module):
     Buffers phi [K] (sums to 1), mu [K, 2], Sigma [K, 2, 2]. Points x are [..., 2]; sigma >= 0 is a scalar or [...].
     """
 
-    def __init__(self, phi, mu, Sigma, dtype=torch.float32):
+    def __init__(self, phi: ArrayLike, mu: ArrayLike, Sigma: ArrayLike, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         phi = np.asarray(phi, dtype=np.float64)
         self.register_buffer("phi", torch.tensor(phi / phi.sum(), dtype=dtype))
@@ -103,15 +106,15 @@ class GaussianMixture(torch.nn.Module):
         out = torch.cat(parts)
         return out.reshape(x.shape[:-1] + out.shape[1:])
 
-    def logp(self, x, sigma=0):
+    def logp(self, x: ArrayLike, sigma: ArrayLike = 0) -> torch.Tensor:
         """Log-density [...] of the mixture smoothed by sigma."""
         return self._evaluate(lambda logs, gx, gy: logs.logsumexp(dim=1), x, sigma)
 
-    def pdf(self, x, sigma=0):
+    def pdf(self, x: ArrayLike, sigma: ArrayLike = 0) -> torch.Tensor:
         """Density [...]."""
         return self.logp(x, sigma).exp()
 
-    def score(self, x, sigma=0):
+    def score(self, x: ArrayLike, sigma: ArrayLike = 0) -> torch.Tensor:
         """Gradient of logp [..., 2]."""
 
         def mean(logs, gx, gy):
@@ -120,7 +123,9 @@ class GaussianMixture(torch.nn.Module):
 
         return self._evaluate(mean, x, sigma)
 
-    def sample(self, shape, sigma=0, generator=None):
+    def sample(
+        self, shape: int | tuple, sigma: ArrayLike = 0, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
         """Points [*shape, 2]: all component indices are drawn first, then all normals (EDM2's order)."""
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         device = self.mu.device
@@ -133,7 +138,7 @@ class GaussianMixture(torch.nn.Module):
         rotated = (Q.transpose(-1, -2) @ noise[..., None])[..., 0]  # Q' noise
         return self.mu[index] + (Q @ (spread * rotated)[..., None])[..., 0]
 
-    def denoiser(self, sigma_data=0.5):
+    def denoiser(self, sigma_data: float = 0.5) -> ExactDenoiser:
         """The exact denoiser of this mixture, net(x [N, 2, 1, 1], sigma, labels) -> [N, 2, 1, 1], for every solver."""
         return ExactDenoiser(self, sigma_data)
 
@@ -143,7 +148,7 @@ class ExactDenoiser(torch.nn.Module):
 
     label_dim, img_channels, img_resolution, sigma_min, sigma_max = 0, 2, 1, 0.0, float("inf")
 
-    def __init__(self, mixture, sigma_data=0.5):
+    def __init__(self, mixture: GaussianMixture, sigma_data: float = 0.5) -> None:
         super().__init__()
         self.mixture = mixture
         self.sigma_data = sigma_data
@@ -156,7 +161,9 @@ class ExactDenoiser(torch.nn.Module):
         return (denoised, denoised.new_zeros([len(x), 1, 1, 1])) if return_logvar else denoised
 
 
-def ground_truth(classes="A", min_depth=0, dtype=torch.float32, device="cpu"):
+def ground_truth(
+    classes: str = "A", min_depth: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> GaussianMixture:
     """The tree of the given classes ("A", "B" or "AB") as a GaussianMixture.
 
     min_depth restricts it to the outer branches (AJEST's external branches: class A, min_depth 5). Raises ValueError
@@ -188,7 +195,7 @@ def _hits(samples, classes):
     return inside, ground_truth(classes, dtype=torch.float64).logp(inside) >= LEVEL
 
 
-def mandala_score(samples, classes="A"):
+def mandala_score(samples: ArrayLike, classes: str = "A") -> float:
     """Share of grid cells holding a sample on the tree, among all cells that hold a sample (AJEST's "unique" score).
 
     samples [N, 2]. A precision over occupied cells of side 0.03, no coverage: it falls with the number of samples (the
@@ -202,7 +209,7 @@ def mandala_score(samples, classes="A"):
     return len(key[hit].unique()) / occupied if occupied else 0.0
 
 
-def classification_score(samples, classes="A"):
+def classification_score(samples: ArrayLike, classes: str = "A") -> float:
     """Share of all samples [N, 2] that lie on the tree: log p >= -2.12 inside the window (AJEST's "non-unique" score)."""
     samples = _points(samples)
     return int(_hits(samples, classes)[1].sum()) / len(samples)

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from metrics import figures
 from simulations import tree
+from simulations.configs import TreeConfig
 from simulations.tree import metrics as tree_metrics
 from simulations.tree.training import load_toy
 
@@ -16,7 +18,7 @@ FILL, LINE, MARK = "#8FBC8F", "#2F6B2F", "#333333"
 LEVELS = np.linspace(-2.12, 0, 9)  # of -sqrt(max log p - log p); the lowest encloses about 99 % of the mass
 
 
-def thin(points, distance):
+def thin(points: torch.Tensor, distance: float) -> list[int]:
     """Indices of points [N, 2] kept greedily, in order, so that any two are at least `distance` apart."""
     kept = []
     for i, point in enumerate(points):
@@ -54,9 +56,17 @@ def _paths(axis, path):
 
 
 def autoguidance_figure(
-    net, gnet, guidance=3.0, cls="A", seed=1, size=400, num_wide=1 << 14, num_zoom=1 << 12, device="cpu"
-):
-    """The 2 x 4 panels as a matplotlib figure.
+    net: torch.nn.Module,
+    gnet: torch.nn.Module,
+    guidance: float = 3.0,
+    cls: str = "A",
+    seed: int = 1,
+    device: str = "cpu",
+    size: int = 400,  # of the pictures of densities
+    num_wide: int = 1 << 14,  # points
+    num_zoom: int = 1 << 12,
+) -> Figure:
+    """The 2 x 4 panels.
 
     Row 1: samples of the truth, of the network, of the guided network, and the network's trajectories. Row 2: densities
     of network and guide, their ratio (what guidance climbs), and guided trajectories. Networks are ToyModels.
@@ -102,19 +112,19 @@ def autoguidance_figure(
     return fig
 
 
-def samples_figure(points, cls="A", size=400):
+def samples_figure(points: torch.Tensor, cls: str = "A") -> Figure:
     """One panel: points [N, 2] over the ground truth."""
     fig, axis = figures.figure(width=4.0, height=4.0)
     view = WIDE if cls == "A" else dict(centre=(0.0, 0.0), half=1.7)
-    _contour(axis, _values(view, tree.ground_truth(cls).logp, 0, size))
+    _contour(axis, _values(view, tree.ground_truth(cls).logp, 0))
     axis.scatter(*points.cpu().T, s=0.6, color=MARK, lw=0, rasterized=True)
     _frame(axis, view, f"{len(points)} samples")
     return fig
 
 
-def write_samples(config, outdir, net, num=1 << 13):
+def write_samples(config: TreeConfig, outdir: str | Path, net: torch.nn.Module, num: int = 1 << 13) -> None:
     """samples.png and .svg of a run: points of its averaged network, guided if the run has a guide."""
     guide = load_toy(config.guide, config.device) if config.guide else None
     weight = config.guidance if guide else 1.0
-    points = tree_metrics.samples(net, config.cls, num, gnet=guide, guidance=weight, device=config.device)
+    points = tree_metrics.samples(net, tree_metrics.Points(config.cls, num, device=config.device), guide, weight)
     figures.save(samples_figure(points, config.cls), Path(outdir) / "samples")

@@ -64,7 +64,7 @@ def train_seed(base: TreeConfig, seed: int, arms: list[str], outdir: Path, refer
             if not memory:
                 tree_training.prepare(replace(base, seed=seed), memory)
             options = {k: reference if v == "@guide" else v for k, v in ARMS[arm].items()}
-            hook = tree_metrics.validation_hook(base.cls, 4096, flow=False)
+            hook = tree_metrics.validation_hook(tree_metrics.Points(base.cls, 4096), flow=False)
             tree_training.train(replace(base, seed=seed, **options), run_dir, hook, memory)
         if bar is not None:
             bar.update()
@@ -102,7 +102,7 @@ def measure(
     guide, digest = tree_training.load_toy(reference), cells.digest(persistence.resolve(reference))
     found = cells.run(
         paths,
-        lambda path: tree_metrics.evaluate(tree_training.load_toy(path), guide, cls=cls, num=num),
+        lambda path: tree_metrics.evaluate(tree_training.load_toy(path), tree_metrics.Points(cls, num), guide),
         outdir / "cells",
         identity=lambda path: [cells.digest(path), digest, cls, num],
         progress=progress,
