@@ -8,7 +8,7 @@ import click
 from dnnlib import EasyDict, cli
 from dnnlib.options import options as fields
 from metrics import commands
-from training.sampling import ProcessChoice
+from training.sampling import ProcessChoice, Sampling
 
 
 def _int(name, help, default=None, at_least=0):
@@ -101,22 +101,9 @@ def calc(**options):
     commands.calc(EasyDict(options))
 
 
-def _parse_class(ctx, param, value):
-    if value is None or value == "balanced":
-        return value
-    if not value.isdigit():
-        raise click.BadParameter(f"'{value}': give a source id (0, 1, ...) or balanced")
-    return int(value)
-
-
 @cmdline.command()
-@_text("--net", "Network snapshot, or a run folder (its newest)", "FILE|DIR", required=True)
 @_int(NUM, "Images to generate, with seeds SEED to SEED + NUM - 1", 50000, at_least=2)
-@_text("--class class_idx", "Source id, or balanced; default: random per seed", "INT|balanced", callback=_parse_class)
-@_text("--sources", "With --class=balanced: cycle through these ids only", "LIST", type=cli.INTS)
-@_int("--steps", "Sampling steps", 32, at_least=1)
-@_text("--gnet", "Guiding network", "FILE")
-@_text("--guidance", "Guidance strength; 1: none", "FLOAT", 1.0, type=cli.Float())
+@fields(Sampling, skip=("max_batch_size",))
 @COMPARE
 def gen(**options):
     """Generate images from a snapshot and score them; nothing is written."""

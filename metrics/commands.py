@@ -195,24 +195,19 @@ def calc(o: EasyDict) -> None:
 def gen(o: EasyDict) -> None:
     """Generate images from a snapshot and score them."""
     from metrics.features import collect, generated_batches, progress_bar
-    from training.generation import generate_images
+    from training import generation, sampling
 
-    for option, path in (("--net", o.net), ("--gnet", o.gnet)):
-        if path is not None and "://" not in path and not os.path.exists(path):
+    given = sampling.take(o)
+    given.max_batch_size = o.batch
+    for option, path in (("--net", given.net), ("--gnet", given.gnet)):
+        if not (path is None or path in generation.NULL_GUIDES or "://" in path or os.path.exists(path)):
             raise ValueError(f"{option}={path}: no such file; give a snapshot")
-    if (o.guidance == 1) != (o.gnet is None):
-        raise ValueError(f"--guidance={o.guidance:g} and --gnet go together: give both or none")
-    sampler = {"num_steps": o.steps} | ({} if o.gnet is None else {"gnet": o.gnet, "guidance": o.guidance})
-    if o.sources and o.class_idx != "balanced":
-        raise ValueError(f"--sources={','.join(map(str, o.sources))} needs --class=balanced")
     prepared = prepare(o)
-    seeds = range(o.seed, o.seed + o.num)
-    sampler |= {"class_idx": o.class_idx, "sources": o.sources, "max_batch_size": o.batch}
-    batches = generated_batches(generate_images(o.net, seeds, device=prepared.device, **sampler))
+    batches = generated_batches(generation.batches(given, range(o.seed, o.seed + o.num), prepared.device))
     num_sources = max(reference.num_sources for reference in prepared.references.values())
     with progress_bar(o.num, "gen") as progress:
         samples = collect(batches, prepared.detectors, num_sources=num_sources, num_images=o.num, progress=progress)
-    score(o.net, samples, prepared, o)
+    score(given.net, samples, prepared, o)
 
 
 def detector(o: EasyDict) -> None:

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from small_runs import python, run
 
 import calculate_metrics
-from generate_images import generate_images
+import generate_images
 from torch_utils.persistence import save_snapshot
 from training.networks_edm2 import Precond
 
@@ -89,27 +89,38 @@ def test_reference_from_a_data_set_and_subset(files):
     assert "singular" in notice  # fewer images than features
 
 
-def test_gen_scores_what_generate_images_writes(files):
+CLD = "--process=cld --process-options=M=0.25,beta=4:4 --solver=sscs --time-grid=quadratic --prior=stationary"
+
+
+@pytest.mark.parametrize(
+    "options", ["", f"{CLD} --half-step=published", "--gnet=null --guidance=1.5 --inject-noise=0.1"]
+)
+def test_gen_scores_what_generate_images_writes(files, tmp_path, options):
+    """With every option of sampling."""
     net = Precond(
         8, 1, 10, model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], channels_per_head=8
     )
     net.unet.out_gain.data.fill_(1)  # an untrained network starts at zero
-    snapshot = files / "network-snapshot-0000000-0.100.safetensors"
+    snapshot = tmp_path / "network-snapshot-0000000-0.100.safetensors"
     save_snapshot(snapshot, net.eval())
-    for _ in generate_images(
-        snapshot, range(5, 45), files / "out", class_idx="balanced", max_batch_size=16, num_steps=3
-    ):
-        pass
-    common = (f"--data={files}/ref.zip", "--seed=5", "--splits=0", "--batch=16")
-    written = call("calc", f"--images={files}/out", *common)[0]["metrics"]["pixel"]
-    options = ("--num=40", "--class=balanced", "--steps=3")
-    scores, progress = call("gen", f"--net={snapshot}", *options, *common)
+    options = (f"--net={snapshot}", "--class=balanced", "--steps=3", "--batch=16", "--device=cpu", *options.split())
+    assert run(generate_images.main, *options, f"--outdir={tmp_path}/out", "--seeds=5-44").exit_code == 0
+    common = (f"--data={files}/ref.zip", "--seed=5", "--splits=0")
+    written = call("calc", f"--images={tmp_path}/out", "--batch=16", *common)[0]["metrics"]["pixel"]
+    scores, progress = call("gen", "--num=40", *options, *common)
     assert "gen" in progress
     generated = scores["metrics"]["pixel"]
     assert generated["num_images"] == 40
     assert generated["sources"]["3"]["count"] == 4
     assert generated["overall"]["fd"] > 1
     assert generated == written
+    declared = {flag for param in generate_images.main.params for flag in param.opts}
+    assert declared - {flag for param in calculate_metrics.cmdline.commands["gen"].params for flag in param.opts} == {
+        "--outdir",
+        "--subdirs",
+        "--seeds",
+        "--grid",
+    }
 
 
 IMAGES = "--images={0}/samples.zip"
