@@ -93,10 +93,10 @@ class PlainStep:
             noisy = images + torch.randn_like(images) * sigma
             weight = (sigma**2 + config.sigma_data**2) / (sigma * config.sigma_data) ** 2
             if config.loss == "edm2":
-                denoised, logvar = self.net(noisy, sigma, labels, return_logvar=True)
+                denoised, logvar = self.net(noisy, sigma.flatten(), labels, return_logvar=True)
                 loss = weight / logvar.exp() * (denoised - images) ** 2 + logvar
             else:
-                loss = weight * (self.net(noisy, sigma, labels) - images) ** 2
+                loss = weight * (self.net(noisy, sigma.flatten(), labels) - images) ** 2
             (loss.sum() / config.batch_size).backward()
         for p in self.net.parameters():
             if p.grad is not None:

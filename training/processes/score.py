@@ -32,11 +32,7 @@ class DenoiserScore:
     """
 
     def __init__(
-        self,
-        net: Callable,
-        process: Process,
-        labels: Tensor | None = None,
-        net_dtype: torch.dtype = torch.float32,
+        self, net: Callable, process: Process, labels: Tensor | None = None, net_dtype: torch.dtype = torch.float32
     ):
         self.net, self.process, self.labels, self.net_dtype = net, process, labels, net_dtype
         self.sigma_data = float(net.sigma_data)

@@ -28,18 +28,17 @@ class Scorer:
         scope: str = "global",  # "global": candidates of all processes; "rank": of this one
         score_scale: float = 1.0,
         cheap: str | None = None,
-        features: Callable | None = None,  # Draws -> [B, F]; None: the clean images
     ):
         self.wanted = requirements_of(function)
         self.count_only = getattr(function, "count_only", False)
         self.reference, self.scope, self.score_scale, self.cheap = reference, scope, score_scale, cheap
-        self.features = features or (lambda draws: draws.images.flatten(1))
 
     @torch.no_grad()
     def __call__(self, objective: Objective, parts: Sequence[Draws], compare: bool = False) -> dict[str, torch.Tensor]:
         """{name: [B, ...]} in data order: sigma, source (label ids, -1 without one), and what the function declares.
 
-        compare: both losses, whatever it declares. The learner's is left out where the function only counts.
+        Features are the clean images. compare: both losses, whatever it declares; else the learner's is left out where the
+        function only counts.
         """
         device = next(objective.parameters()).device
         scores = {
@@ -47,7 +46,7 @@ class Scorer:
             "sigma": self._gather([_sigma(draws) for draws in parts], device),
         }
         if "features" in self.wanted:
-            scores["features"] = self._gather([self.features(d).float() for d in parts], device, wide=True)
+            scores["features"] = self._gather([d.images.flatten(1).float() for d in parts], device, wide=True)
         if "labels" in self.wanted:
             scores["labels"] = self._gather([d.labels.float() for d in parts], device, wide=True)
         nets = {} if self.count_only and not compare else {"learner_loss": objective.net}

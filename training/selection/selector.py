@@ -1,9 +1,4 @@
-"""Selectors: from candidates to the examples that are trained on.
-
-A selection function is f(learner_loss [B], ..., *, size, generator) -> indices [size], distinct, on the input's device. It
-receives by name whichever of learner_loss, reference_loss, features, labels, sigma it declares; what it needs is read
-from its signature. Adding one is writing that function.
-"""
+"""Selectors: from candidates to the examples that are trained on."""
 
 import inspect
 import math
@@ -63,8 +58,7 @@ class LossSelector(IdentitySelector):
     def __init__(
         self,
         function: Callable,  # selection function
-        reference: Callable
-        | None = None,  # denoiser in eval mode; for functions that declare reference_loss, early, late
+        reference: Callable | None = None,  # denoiser in eval mode, where the function or `when` compares with one
         filter_ratio: float = 0.8,  # share of the candidates that is discarded
         scope: str = "global",  # one choice over all processes; "rank": each process among its own candidates
         score_scale: float = 1.0,  # factor on the losses
@@ -72,7 +66,6 @@ class LossSelector(IdentitySelector):
         select_from: int = 0,  # select only from so many images on ...
         select_until: float = math.inf,  # ... and before so many
         cheap: str | None = None,  # "half", "lowres" or "levels": cheaper scores, see Scorer; None: exact ones
-        features: Callable | None = None,  # Draws -> [B, F] for functions that declare them; None: the clean images
         options: dict | None = None,  # further keywords of the function
     ):
         if not 0 <= filter_ratio < 1:
@@ -85,7 +78,7 @@ class LossSelector(IdentitySelector):
             raise ValueError(f"--select-cheap={cheap} is none of {', '.join(CHEAP)}")
         self.function, self.options, self.scope = function, options or {}, scope
         _check_choice(function, reference is not None, when, self.options)
-        self.scorer = Scorer(function, reference, scope, score_scale, cheap, features)
+        self.scorer = Scorer(function, reference, scope, score_scale, cheap)
         self.ratio = 1 / (1 - Fraction(str(filter_ratio)))  # candidates per trained image, exactly
         self.when, self.select_from, self.select_until = when, select_from, select_until
         self.beaten_at = None  # images trained on when the learner first beat the reference
