@@ -217,7 +217,7 @@ HELP = """
 import os, runpy, sys, traceback
 from contextlib import redirect_stdout
 root, without, *files = sys.argv[1:]
-inside = lambda path: path is not None and os.path.realpath(path).startswith(root + os.sep)
+inside = lambda path: (path or "").startswith(root + os.sep) and "site-packages" not in path
 sys.path[:] = [p for p in sys.path if p and os.path.realpath(p) != root and "__editable__" not in p]
 sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
 start = list(sys.path)

@@ -13,6 +13,7 @@ from training import generation, likelihood, processes, setup
 from training.config import make_config
 from training.losses.process import ProcessLoss
 from training.processes.options import make_process, named, parse_options
+from training.sampling import Sampling
 
 S = 0.6  # standard deviation of the data
 
@@ -159,4 +160,4 @@ def test_the_matrix_D_of_a_process_is_no_number_of_dimensions(digits, tmp_path):
     (batch,) = generation.generate_images(tmp_path / "run", seeds=[0], num_steps=2, S_churn=5)
     assert batch.images.shape == (1, 1, 8, 8)
     with pytest.raises(ValueError, match="--aug-dim=128 contradicts the snapshot, trained with D=inf"):
-        generation.check_aug_dim(processes.get("cld"), 128)
+        next(generation.batches(Sampling(net=str(tmp_path / "run"), aug_dim=128.0), [0], "cpu"))
