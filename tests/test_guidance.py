@@ -9,7 +9,6 @@ from training.guidance import (
     GuidedDenoiser,
     GuidedScore,
     NullLabels,
-    guidance_weight,
     guided,
 )
 from training.networks_edm import EDMPrecond
@@ -86,12 +85,6 @@ def test_interval_is_open_below_and_closed_above_per_sample():
     assert gnet.calls == calls
     guided(x, 2.0)
     assert gnet.calls == calls + 1
-
-
-def test_weight_of_levels():
-    sigma = torch.tensor([0.01, 0.1, 1.0, 10.0, 100.0], dtype=torch.float64)
-    assert guidance_weight(sigma, 3.0, (0.1, 10)).tolist() == [1, 1, 3, 3, 1]
-    assert guidance_weight(sigma, 3.0) == 3 and guidance_weight(0.5, 1, (0, 1)) == 1
 
 
 @pytest.mark.parametrize("null, shift", [("zero", 0), ("last", 3)])

@@ -1,5 +1,6 @@
 """Images from a network: seeds in, batches of uint8 pixels out, and files with their labels beside them."""
 
+import functools
 import inspect
 import json
 import math
@@ -38,8 +39,7 @@ def generate_images(
     sources: Sequence[int] | None = None,  # ids that "balanced" cycles through; None: all
     subdirs: bool = False,  # a folder for every 1000 seeds
     max_batch_size: int = 32,
-    process: processes.Process
-    | None = None,  # EDM or a linear process to sample through; None: heun in noise levels, as EDM2
+    process: Any = None,  # EDM or a linear process to sample through; None: heun in noise levels, as EDM2
     device: str | torch.device = "cpu",
     **sampling: Any,  # see below
 ) -> Iterator[EasyDict]:
@@ -94,14 +94,8 @@ def _way_back(
         options = _known_levels(net, sampler, options)
         if options.get("S_churn") and processes.aug_dim(kernel) != math.inf:
             warnings.warn("churn adds Gaussian noise, which is not derived for finite D of PFGM++", stacklevel=3)
-
-        def start(size, generator):
-            return (processes.GaussianKernel() if kernel is None else kernel).unit_noise(size, generator).to(device)
-
-        def run(noise, labels, randn_like):
-            return sampler(net, noise, labels, randn_like=randn_like, **options)
-
-        return start, run
+        unit_noise = (kernel or processes.GaussianKernel()).unit_noise
+        return lambda *draw: unit_noise(*draw).to(device), functools.partial(sampler, net, **options)
     require_gaussian(kernel, process)
     options = _known_levels(net, samplers.heun, options)
     sampler = sampler or samplers.SOLVERS["heun"]
@@ -109,16 +103,10 @@ def _way_back(
         run = sampler.plan(net, process, **options)
         times = run.times
     else:
+        run = functools.partial(sampler, net, process, **options)
         ends = {name: options[name] for name in samplers.ENDPOINT_OPTIONS if name in options}
         times = options.get("times", samplers.endpoints(net, process, **ends))
-
-        def run(noise, labels, randn_like):
-            return sampler(net, process, noise, labels, randn_like=randn_like, **options)
-
-    def start(size, generator):
-        return samplers.start_state(net, process, size, generator, prior=prior, device=device, times=times)
-
-    return start, run
+    return functools.partial(samplers.start_state, net, process, prior=prior, device=device, times=times), run
 
 
 def _known_levels(net, sampler: Callable, options):

@@ -11,24 +11,26 @@ Denoisers and scores at the same state mix alike: the score is affine in the den
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from training.processes import Process
 from training.processes.score import make_score
+from training.processes.states import expand
 
 NULL_LABELS = ("zero", "last")
+Level = float | Tensor  # noise level or time, scalar or [N]
+Labels = Tensor | None  # [N, K]
+Interval = Sequence[float] | None  # low < sigma <= high
+
 FORWARDED = ("label_dim", "sigma_data", "sigma_min", "sigma_max", "img_channels", "img_resolution")
 
 
 def guided(
-    net: Callable,
-    gnet: Callable | None,
-    guidance: float = 1.0,
-    interval: Sequence[float] | None = None,
-    process: Process | None = None,
+    net: Any, gnet: Any, guidance: float = 1.0, interval: Interval = None, process: Process | None = None
 ) -> Any:
     """`net` guided by `gnet`: a denoiser, or a score of `process` where one of them brings its own; weight 1: `net`."""
     if guidance == 1:
@@ -38,19 +40,13 @@ def guided(
     return GuidedDenoiser(net, gnet, guidance, interval)
 
 
-def guidance_weight(
-    sigma: float | torch.Tensor, guidance: float = 1.0, interval: Sequence[float] | None = None
-) -> float | torch.Tensor:
-    """Weight w at noise level sigma (scalar or [N]): guidance for low < sigma <= high of the interval, else 1.
-
-    Returns a float if the weight is the same everywhere, else a float64 tensor in sigma's shape.
-    """
+def _mix(main, guide, sigma, guidance, interval):
+    """G + w (D - G) for D = `main` [N, ...], G = `guide()`; outside the interval D itself, without G if all N are there."""
     if guidance == 1 or interval is None:
-        return float(guidance)
-    sigma = torch.as_tensor(sigma)
-    sigma = sigma.to(torch.float32 if sigma.device.type == "mps" else torch.float64)
+        return main if guidance == 1 else guide().lerp(main, guidance)
+    sigma = torch.as_tensor(sigma).cpu().double()
     inside = (sigma > interval[0]) & (sigma <= interval[1])
-    return torch.where(inside, torch.full_like(sigma, guidance), torch.ones_like(sigma))
+    return torch.where(expand(inside, main), guide().lerp(main, guidance), main) if inside.any() else main
 
 
 def _check(net, gnet, guidance, interval):
@@ -79,19 +75,6 @@ def _forward_attributes(wrapper, net):
             setattr(wrapper, name, getattr(net, name))
 
 
-def _blend(weight, main, guide):
-    """guide + w (main - guide) for w a float or a tensor [N] or []; exactly `main` where w = 1."""
-    if not torch.is_tensor(weight):
-        return guide.lerp(main, weight)
-    weight = weight.to(device=main.device, dtype=main.dtype)
-    weight = weight.reshape(weight.shape + (1,) * (main.ndim - weight.ndim)) if weight.ndim else weight
-    return torch.where(weight == 1, main, guide.lerp(main, weight))
-
-
-def _acts(weight):
-    return bool((weight != 1).any()) if torch.is_tensor(weight) else weight != 1
-
-
 class GuidedDenoiser(torch.nn.Module):
     """Denoiser G + w(sigma) (D - G) of two denoisers, in the images' type; attributes of the main network are its own.
 
@@ -103,10 +86,10 @@ class GuidedDenoiser(torch.nn.Module):
 
     def __init__(
         self,
-        net: Callable,  # main denoiser
-        gnet: Callable | None = None,  # guide; None needs guidance = 1
+        net: Any,  # main denoiser
+        gnet: Any = None,  # guide; None needs guidance = 1
         guidance: float = 1.0,  # w; 1: no guidance
-        interval: Sequence[float] | None = None,  # (low, high) noise levels between which to guide; None: all
+        interval: Interval = None,  # (low, high) noise levels between which to guide; None: all
     ) -> None:
         super().__init__()
         _check(net, gnet, guidance, interval)
@@ -116,22 +99,16 @@ class GuidedDenoiser(torch.nn.Module):
         self.net, self.gnet, self.guidance, self.interval = net, gnet, guidance, interval
 
     def forward(
-        self,
-        x: torch.Tensor,
-        sigma: float | torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        return_logvar: bool = False,
-        **kwargs: Any,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        main_kwargs = {**kwargs, "return_logvar": True} if return_logvar else kwargs
-        denoised = self.net(x, sigma, class_labels, **main_kwargs)
-        weight = guidance_weight(sigma, self.guidance, self.interval)
-        if not _acts(weight):
-            return denoised
-        denoised, logvar = denoised if return_logvar else (denoised, None)
-        guide = self.gnet(x, sigma, class_labels, **kwargs)
-        denoised = _blend(weight, denoised.to(x.dtype), guide.to(x.dtype))
-        return (denoised, logvar) if return_logvar else denoised
+        self, x: Tensor, sigma: Level, class_labels: Labels = None, return_logvar: bool = False, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        found = self.net(x, sigma, class_labels, **(kwargs | {"return_logvar": True} if return_logvar else kwargs))
+        main, *logvar = found if return_logvar else (found,)
+
+        def guide():
+            return self.gnet(x, sigma, class_labels, **kwargs).to(x.dtype)
+
+        denoised = _mix(main.to(x.dtype), guide, sigma, self.guidance, self.interval)
+        return (denoised, *logvar) if return_logvar else denoised
 
 
 class GuidedScore:
@@ -141,25 +118,15 @@ class GuidedScore:
     place of a network. Arguments as of GuidedDenoiser.
     """
 
-    def __init__(
-        self,
-        net: Callable,
-        gnet: Callable,
-        process: Process,
-        guidance: float = 1.0,
-        interval: Sequence[float] | None = None,
-    ) -> None:
+    def __init__(self, net: Any, gnet: Any, process: Process, guidance: float = 1.0, interval: Interval = None) -> None:
         _check(net, gnet, guidance, interval)
         _forward_attributes(self, net)
         self.net, self.gnet, self.process, self.guidance, self.interval = net, gnet, process, guidance, interval
 
-    def score(self, u: torch.Tensor, t: float | torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+    def score(self, u: Tensor, t: Level, class_labels: Labels = None) -> Tensor:
         """u [N, V, *data_shape], t scalar or [N] -> [N, V, *data_shape]."""
-        score = make_score(self.net, self.process, class_labels)(u, t)
-        weight = guidance_weight(self.process.sigma(t), self.guidance, self.interval)
-        if not _acts(weight):
-            return score
-        return _blend(weight, score, make_score(self.gnet, self.process, class_labels)(u, t))
+        main, guide = (make_score(net, self.process, class_labels) for net in (self.net, self.gnet))
+        return _mix(main(u, t), lambda: guide(u, t), self.process.sigma(t), self.guidance, self.interval)
 
 
 class NullLabels(torch.nn.Module):
@@ -168,7 +135,7 @@ class NullLabels(torch.nn.Module):
     null="zero": the zero vector, which label dropout trains. null="last": one-hot of the last class, reserved for it.
     """
 
-    def __init__(self, net: torch.nn.Module, null: str = "zero") -> None:
+    def __init__(self, net: Any, null: str = "zero") -> None:
         super().__init__()
         if null not in NULL_LABELS:
             raise ValueError(f"null label {null!r} is none of {', '.join(NULL_LABELS)}")
@@ -181,8 +148,8 @@ class NullLabels(torch.nn.Module):
         self.net, self.null = net, null
 
     def forward(
-        self, x: torch.Tensor, sigma: float | torch.Tensor, class_labels: torch.Tensor | None = None, **kwargs: Any
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        self, x: Tensor, sigma: Level, class_labels: Labels = None, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
         labels = torch.zeros([len(x), self.label_dim], device=x.device)
         if self.null == "last":
             labels[:, -1] = 1

@@ -469,6 +469,7 @@ class HeunInSigma(Plan):
         self.times = endpoints(self.net, self.process, **self.ends())
         self.sigma_max, self.sigma_min = (float(self.process.sigma(t)) for t in self.times)
 
+    @torch.no_grad()
     def states(self, latents: Tensor, labels: Labels = None, randn_like: Draw | None = None) -> Iterator[State]:
         y = (self.process.project(latents, self.times[0])[0] / self.sigma_max).float()
         own = "num_steps", "sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", "dtype"
