@@ -119,11 +119,6 @@ def noisy_heun(alpha: float | None) -> Callable:
 # Solvers of linear processes (and of EDM as one of them). States u [N, V, *data_shape] are float64.
 
 
-def end_time(process: Process) -> float:
-    """Largest forward time: 1, for EDM sigma_max."""
-    return getattr(process, "T", 1.0)
-
-
 def _own(net, name, otherwise):
     """An attribute of a denoiser, which has all of the contract; what brings its score may do without."""
     return float(getattr(net, name, otherwise) if hasattr(net, "score") else getattr(net, name))
@@ -149,7 +144,7 @@ def endpoints(
     Warns if the data still shows at t_max (sigma < 10 sigma_data). Raises ValueError if t_min >= t_max.
     """
     require_linear(process)
-    end = end_time(process)
+    end = getattr(process, "T", 1.0)
     top = float(process.sigma(end))
     if t_max is None:
         if sigma_max is None:
@@ -163,7 +158,7 @@ def endpoints(
     if not 0 < t_min < t_max <= end * (1 + 1e-9):
         raise ValueError(f"t_min = {t_min:g}, t_max = {t_max:g}: need 0 < t_min < t_max <= {end:g}")
     reached = float(process.sigma(t_max))
-    if reached < 10 * _own(net, "sigma_data", 0.5):
+    if reached < 10 * _own(net, "sigma_data", 0.0):
         warnings.warn(
             f"{process!r} reaches only sigma = {reached:.3g} < 10 sigma_data: the start of sampling depends on the data",
             stacklevel=3,
@@ -220,8 +215,8 @@ def start_state(
     ends = {key: value for key, value in options.items() if key in ENDPOINT_OPTIONS}
     t = float(times[0]) if times is not None else endpoints(net, process, **ends)[0]
     shape = (shape[0], process.V, *shape[1:])
-    sigma_data = _own(net, "sigma_data", 0.5)
-    return process.prior_sample(shape, generator, prior=prior, t=t, sigma_data=sigma_data, device=device)
+    known = {"sigma_data": float(net.sigma_data)} if prior == "matched" else {}
+    return process.prior_sample(shape, generator, prior=prior, t=t, device=device, **known)
 
 
 @dataclass
