@@ -65,9 +65,10 @@ class Sampling(ProcessChoice):
     prior: str = process_opt("matched", "Start of a process", choices=("matched", "stationary"))
     t_min: float | None = process_opt(None, "Last time, instead of --sigma_min", above=0)
     denoise: str = process_opt(
-        "yes", "End with the denoiser; the state; without the last noise (MDM); a noise-free step (CLD)",
+        "yes",
+        "End with the denoiser; the state; without the last noise (MDM); a noise-free step (CLD)",
         choices=("yes", "no", "mean", "euler"),
-    )  # fmt: skip
+    )
     half_step: str = process_opt("exact", "sscs: integrals of beta", choices=("exact", "published"))
     rtol: float = process_opt(1e-5, "ode: relative tolerance", above=0)
     atol: float = process_opt(1e-5, "ode: absolute tolerance", above=0)
