@@ -19,6 +19,9 @@ A run line may start with `torchrun --standalone --nproc_per_node=2`: the step t
 
 import concurrent.futures
 import contextlib
+import fnmatch
+import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -32,16 +35,30 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from tqdm import tqdm
 
-from dnnlib.util import reason, write_text
+from dnnlib.util import reason
 
 ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
 LAUNCHER = "torchrun"
+LAUNCHER_OPTIONS = {"standalone"}  # what may stand between torchrun and the script: switches, and options with a value
+LAUNCHER_VALUES = {
+    "nproc_per_node",
+    "nnodes",
+    "node_rank",
+    "master_addr",
+    "master_port",
+    "rdzv_backend",
+    "rdzv_endpoint",
+}
+# Options that name what a command writes; of a script its own.
+OUTPUTS = {"dest", "outdir", "figure", "tables", "save", "results-dir", "figures-dir"}
+SCRIPT_OUTPUTS = {"dataset_tool.py": {"holdout"}}
+REPLACED = "replaced"  # folder of outputs that a step made before its command or inputs changed
 
 
 @dataclass
@@ -49,25 +66,86 @@ class Step:
     """One command line: a script and its arguments, or `torchrun` with options before them. Steps with the same `stage`
     are independent of each other.
 
-    A `summary` reads what other steps wrote: it is done again whenever one of them was.
+    needs: the earlier steps whose outputs its command line names. A `summary` reads what other steps wrote: it is done
+    again whenever one of them was.
     """
 
     name: str
     argv: list[str]
     stage: int
     summary: bool = False
+    needs: list = field(default_factory=list)
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
-        """Identity of the command line: a step with another one is not done."""
-        return hashlib.sha256(json.dumps(self.argv).encode()).hexdigest()
+        """Identity: the command line, the files from outside that it names, and the identities of the steps it needs."""
+        outside = {path: _stamp(path) for path in sorted(self.reads) if os.path.isfile(path)}
+        return _digest([self.argv, outside, [step.key for step in self.needs]])
 
     @property
     def script(self) -> str:
-        """The script of the command line."""
+        """The script of the command line. Raises ValueError where the launcher would start anything else."""
         if self.argv[0] != LAUNCHER:
             return self.argv[0]
-        return next((word for word in self.argv if word.endswith(".py")), LAUNCHER)
+        words = iter(self.argv[1:])
+        for word in words:
+            name, equals, _ = word.removeprefix("--").replace("-", "_").partition("=")
+            if not word.startswith("-"):
+                return word
+            if name in LAUNCHER_VALUES:
+                equals or next(words, None)
+            elif name not in LAUNCHER_OPTIONS or equals:
+                known = ", ".join(sorted(LAUNCHER_OPTIONS | LAUNCHER_VALUES))
+                raise ValueError(f"step {self.name}: {word} is no option for {LAUNCHER} here; known: {known}")
+        raise ValueError(f"step {self.name}: {LAUNCHER} starts no script")
+
+    @functools.cached_property
+    def writes(self) -> set[str]:
+        """Paths (files, folders, or stems of files) that the command line says it writes."""
+        names = OUTPUTS | SCRIPT_OUTPUTS.get(self.script, set())
+        options = (word[2:].partition("=") for word in self.argv if word.startswith("--"))
+        return {os.path.normpath(value) for name, _, value in options if name in names and value}
+
+    @functools.cached_property
+    def reads(self) -> set[str]:
+        """All that may be a path in the command line and is not written by it; `%s` stands for anything."""
+        found = set()
+        for word in self.argv[1:]:
+            value = word.partition("=")[2] if word.startswith("--") else word
+            found |= {value, value.partition(":")[2], *re.split(r"[,:]", value)}
+        return {os.path.normpath(path.replace("%s", "*")) for path in found if path} - self.writes
+
+
+def _digest(content):
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _stamp(path):
+    """What tells one version of a file from outside the experiment from another."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _names(written, path, root):
+    """Whether `path` (perhaps a pattern) names something at, in, around or beside `written`; the root only itself."""
+    if root in (written, path):
+        return written == path
+    pairs = zip(written.split(os.sep), path.split(os.sep), strict=False)  # one may go deeper
+    return all(w == p or fnmatch.fnmatch(w, p) or p.startswith(w + ".") for w, p in pairs)
+
+
+def _link(steps, root):
+    """Fill in what each step needs: earlier steps that write what it names."""
+    root = os.path.normpath(root)
+    for step in steps:
+        named = step.reads | step.writes
+        step.needs = [
+            other
+            for other in steps
+            if other.stage < step.stage and any(_names(w, path, root) for w in other.writes for path in named)
+        ]
+        made = {w for other in step.needs for w in other.writes}
+        step.reads = {p for p in step.reads if not any(_names(w, p, root) for w in made)}  # the rest is from outside
 
 
 def _fill(template, values, where):
@@ -174,6 +252,9 @@ def load(path: str | Path, budget: str | None = None, overrides: dict | None = N
     double = next((n for n in names if names.count(n) > 1), None)
     if double is not None:
         raise ValueError(f"{path}: two steps are called {double!r}: put what differs into the name")
+    for step in steps:
+        step.script  # noqa: B018 (raises for what may not be started)
+    _link(steps, settings["out"])
     return settings, steps
 
 
@@ -181,12 +262,48 @@ def _marker(out, step):
     return Path(out) / "steps" / f"{step.name}.json"
 
 
-def is_done(out: str | Path, step: Step) -> bool:
-    """Whether this very command line has been completed."""
+def _read_marker(out, step):
     try:
-        return json.loads(_marker(out, step).read_text(encoding="utf-8"))["key"] == step.key
+        marker = json.loads(_marker(out, step).read_text(encoding="utf-8"))
+        return marker if isinstance(marker["key"], str) else None
     except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _files(step):
+    """{path: size} of everything that a step's outputs consist of now."""
+    found = {}
+    for path in sorted(step.writes):
+        if os.path.isdir(path):
+            found |= {str(p): p.stat().st_size for p in sorted(Path(path).rglob("*")) if p.is_file()}
+        else:
+            beside = [path, *glob.glob(glob.escape(path) + ".*")]
+            found |= {p: os.path.getsize(p) for p in beside if os.path.isfile(p)}
+    return found
+
+
+def is_done(out: str | Path, step: Step) -> bool:
+    """Whether this very command line has been completed on these inputs, and what it wrote is still there."""
+    marker = _read_marker(out, step)
+    if marker is None:
         return False
+    if "files" not in marker:  # written by an earlier version, which knew the command line only
+        return marker["key"] == _digest(step.argv)
+    sizes = marker["files"]
+    return marker["key"] == step.key and all(os.path.isfile(p) and os.path.getsize(p) == n for p, n in sizes.items())
+
+
+def _set_aside(out, step):
+    """Before a step is done again: what it wrote moves to <out>/replaced, so that nothing old stays in its place."""
+    if _read_marker(out, step) is None:
+        return  # never finished: the command itself resumes
+    root, target = os.path.normpath(out), Path(out) / REPLACED / f"{step.name}-{int(time.time() * 1e3)}"
+    for path in sorted(step.writes):
+        for place in [path, *glob.glob(glob.escape(path) + ".*")]:
+            if place != root and os.path.lexists(place):
+                target.mkdir(parents=True, exist_ok=True)
+                os.replace(place, target / os.path.basename(place))
+    _marker(out, step).unlink(missing_ok=True)
 
 
 def execute(out: str | Path, step: Step, load_scripts: Callable[[], dict], threads: int | None = None) -> str | None:
@@ -216,8 +333,9 @@ def execute(out: str | Path, step: Step, load_scripts: Callable[[], dict], threa
             return f"step {step.name}: {message or type(err).__name__} (see {log})"
     if code:
         return f"step {step.name} ended with code {code} (see {log})"
-    record = {"key": step.key, "argv": step.argv, "seconds": round(time.time() - start, 3)}
-    write_text(_marker(out, step), json.dumps(record))
+    record = {"key": step.key, "argv": step.argv, "seconds": round(time.time() - start, 3), "files": _files(step)}
+    with atomic_write(_marker(out, step), "w") as file:
+        json.dump(record, file)
     return None
 
 
@@ -263,9 +381,13 @@ def run(
     unknown = next((s for s in steps if s.script not in load_scripts()), None)
     if unknown is not None:
         raise ValueError(f"step {unknown.name} runs {unknown.script}; known scripts: {', '.join(load_scripts())}")
-    todo = [step for step in steps if not is_done(out, step)]
-    if todo:
-        todo = [step for step in steps if step in todo or step.summary]
+    names = {step.name for step in steps if not is_done(out, step)}
+    for step in steps:  # in order: what needs a step that is done again is done again
+        if names and (step.summary or names & {other.name for other in step.needs}):
+            names.add(step.name)
+    todo = [step for step in steps if step.name in names]
+    for step in todo:
+        _set_aside(out, step)
     bar = tqdm(total=len(steps), initial=len(steps) - len(todo), unit="step", disable=not progress, file=sys.stderr)
     with contextlib.ExitStack() as stack:
         stack.enter_context(bar)

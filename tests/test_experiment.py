@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 import re
 
 import click
@@ -19,15 +20,15 @@ budgets:
   single: {sources: [7]}
 steps:
   - name: all
-    run: note.py --text={{sources,}} --to={{out}}/all
+    run: note.py --text={{sources,}} --dest={{out}}/all
   - name: one-{{source}}
     foreach: {source: sources}
-    run: note.py --text={{source}}:{{n}} --to={{out}}/one-{{source}}
+    run: note.py --text={{source}}:{{n}} --dest={{out}}/one-{{source}}
   - name: pair-{{source}}-{{a}}
     foreach: {source: [5], pair: pairs}
-    run: note.py --text="{{a}} {{b}} {{source}}" --to={{out}}/pair-{{a}}
+    run: note.py --text="{{a}} {{b}} {{source}}" --dest={{out}}/pair-{{a}}
   - name: table
-    run: note.py --text=TABLE --to={{out}}/table.md
+    run: note.py --text=TABLE --dest={{out}}/table.md
 """
 
 
@@ -40,7 +41,7 @@ def file(tmp_path):
 
 @click.command()
 @click.option("--text")
-@click.option("--to")
+@click.option("--dest", "to")
 def note(text, to):
     """A script that notes what it was told, and fails on demand."""
     if text == "fail":
@@ -123,9 +124,10 @@ def test_steps_run_once_and_again_when_their_command_changes(file, tmp_path):
     _, steps = experiment.load(file, overrides={"n": 60})
     assert [experiment.is_done(out, step) for step in steps] == [True, False, False, False, True, True, True]
     experiment.run(steps, settings["out"], load_scripts, progress=False)
-    assert (out / "one-0").read_text() == "0:50\n0:60\n" and (out / "all").read_text() == "0,1,2\n"
+    assert (out / "one-0").read_text() == "0:60\n" and (out / "all").read_text() == "0,1,2\n"
+    assert [path.read_text() for path in (out / "replaced").glob("one-0-*/one-0")] == ["0:50\n"]  # nothing is lost
     marker = json.loads((out / "steps" / "one-0.json").read_text())
-    assert marker["argv"] == ["note.py", "--text=0:60", f"--to={out}/one-0"]
+    assert marker["argv"] == ["note.py", "--text=0:60", f"--dest={out}/one-0"]
     assert (out / "logs" / "one-0.log").is_file()
 
 
@@ -185,7 +187,7 @@ def test_a_step_in_several_processes(tmp_path):
     assert log.startswith("torchrun") and "said by 0" in log and "said by 1" in log
     assert "step who-3 ended with code 1" in experiment.execute(settings["out"], bad, dict)
     assert not experiment.is_done(settings["out"], bad)
-    with pytest.raises(ValueError, match="runs torchrun; known scripts"):
+    with pytest.raises(ValueError, match="runs nothing; known scripts"):
         experiment.run([experiment.Step("a", ["torchrun", "nothing"], 0)], tmp_path, dict)
 
 
@@ -251,12 +253,78 @@ def test_wrong_files_are_one_line(tmp_path, text, message):
 def test_a_summary_is_done_again_whenever_another_step_was(tmp_path):
     path = tmp_path / "demo.yaml"
     path.write_text(
-        "settings: {n: 1}\nsteps:\n  - {name: work, run: 'note.py --text={n} --to={out}/work'}\n"
-        "  - {name: sum, summary: true, run: 'note.py --text=SUM --to={out}/sum'}\n"
+        "settings: {n: 1}\nsteps:\n  - {name: work, run: 'note.py --text={n} --dest={out}/work'}\n"
+        "  - {name: sum, summary: true, run: 'note.py --text=SUM --dest={out}/sum'}\n"
     )
     lines = []
     for n in (1, 1, 2):
         settings, steps = experiment.load(path, overrides={"n": n, "out": str(tmp_path / "out")})
         experiment.run(steps, settings["out"], load_scripts, progress=False)
-        lines.append((tmp_path / "out" / "sum").read_text().count("SUM"))
-    assert lines == [1, 1, 2]
+        lines.append(len(list((tmp_path / "out" / "replaced").glob("sum-*"))))
+    assert lines == [0, 0, 1]
+
+
+CHAIN = """
+settings: {text: one}
+steps:
+  - {name: a, run: "copy.py --text={text} --dest={out}/a.txt"}
+  - {name: other, run: "copy.py --text=other --dest={out}/other"}
+  - {name: b, run: "copy.py --source=kind:{out}/a.txt,more --dest={out}/b"}
+  - {name: c, run: "copy.py --source={out}/b*/x --dest={out}/c"}
+  - {name: outside, run: "copy.py --source=FILE --dest={out}/outside"}
+"""
+
+
+@click.command()
+@click.option("--text", default="")
+@click.option("--source")
+@click.option("--dest")
+def copy(text, source, dest):
+    """Writes a file, or a file into a folder."""
+    dest = pathlib.Path(dest)
+    target = dest if dest.suffix else dest / "x"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text + str(source))
+
+
+def test_what_reads_a_changed_output_is_done_again(tmp_path):
+    """A changed setting, a deleted file and a changed input redo exactly what depends on them."""
+    path, given, out = tmp_path / "e.yaml", tmp_path / "given", tmp_path / "out"
+    given.write_text("first")
+    path.write_text(CHAIN.replace("FILE", str(given)))
+    done = []
+
+    def ran(**settings):
+        _, steps = experiment.load(path, overrides={**settings, "out": str(out)})
+        before = {s.name: experiment.is_done(out, s) for s in steps}
+        assert {s.name: [n.name for n in s.needs] for s in steps} == dict(a=[], other=[], b=["a"], c=["b"], outside=[])
+        times = {s.name: (out / "steps" / f"{s.name}.json").stat().st_mtime_ns for s in steps if before[s.name]}
+        experiment.run(steps, out, lambda: {"copy.py": copy}, progress=False)
+        assert all(experiment.is_done(out, s) for s in steps)
+        after = {s.name: (out / "steps" / f"{s.name}.json").stat().st_mtime_ns for s in steps}
+        done.append(after)
+        return sorted(name for name in after if after[name] != times.get(name))
+
+    assert ran() == ["a", "b", "c", "other", "outside"] and ran() == []
+    assert ran(text="two") == ["a", "b", "c"]
+    (out / "b" / "x").unlink()
+    assert ran(text="two") == ["b", "c"]
+    (out / "other" / "x").write_text("changed by hand")
+    assert ran(text="two") == ["other"]
+    given.write_text("second, longer")
+    assert ran(text="two") == ["outside"]
+    assert ran(text="one") == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--no-python /bin/sh -c 'x'", "--module", "-m", "--standalone=/bin/sh", "--run-path", "--nproc_per_node 2"],
+)
+def test_a_step_starts_scripts_of_the_project_only(tmp_path, options):
+    path = tmp_path / "x.yaml"
+    path.write_text(f'steps: [{{name: a, run: "torchrun {options} train_edm2.py"}}]\n')
+    if "nproc" in options:
+        assert experiment.load(path)[1][0].script == "train_edm2.py"
+        return
+    result = invoke(path, f"--out={tmp_path}/out")
+    assert result.exit_code == 2 and result.stderr.startswith("Error: step a: ") and not (tmp_path / "out").exists()
