@@ -109,8 +109,11 @@ def _read_config(ctx, param, paths):
                 option.multiple or isinstance(option.type, (_Parsed, _Mapping))
             ):
                 raise click.BadParameter(f"{path}: {name} takes one value, not {value!r}", ctx, param)
+            if value == "":
+                raise click.BadParameter(f"{path}: {name} is empty: give a value, or leave it out", ctx, param)
             if value is not None:  # null: not given
-                merged[option.name] = str(value) if isinstance(value, (int, float)) else value
+                text = isinstance(value, (int, float, str))
+                merged[option.name] = expand_home(str(value)) if text else value
     ctx.default_map = merged
     return paths
 
@@ -179,13 +182,17 @@ class Command(_OneLineErrors, click.Command):
             with formatter.section(heading):
                 formatter.write_dl(records)
 
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        ctx = super().make_context(*args, **kwargs)
-        for param in self.params:
-            value = ctx.params.get(param.name)
-            if value == "" or (isinstance(value, tuple) and "" in value):
-                raise click.BadParameter("is empty: give a value, or leave it out", ctx, param)
-        return ctx
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Words of the command line: an empty value is refused, `~` is the home folder after = too, where no shell says so."""
+        for word in args:
+            if re.fullmatch(r"-[-\w]*=", word) or not word:
+                raise click.UsageError(f"{word[:-1] or 'an argument'} is empty: give a value, or leave it out", ctx)
+        return super().parse_args(ctx, [expand_home(word) for word in args])
+
+
+def expand_home(text: str) -> str:
+    """`~/` at the start of a value, or of an entry of a list, as the home folder."""
+    return re.sub(r"(^|=|,|:)~(?=/|$)", lambda match: match[1] + os.path.expanduser("~"), text)
 
 
 class Group(_OneLineErrors, click.Group):

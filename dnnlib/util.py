@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -103,6 +104,37 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_json(path: str | Path, value: object) -> Path:
     """Write strict JSON atomically; returns its path. Raises ValueError for NaN or infinity."""
     return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+LOCK_NAME = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold `folder` (made if need be) for this process; the end of the process, however it comes, lets go.
+
+    Advisory (flock): on network file systems without it, and where there is no fcntl, nothing is held. Raises ValueError
+    that says who holds it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(Path(folder) / LOCK_NAME, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise ValueError(f"{folder} is being written by {holder}: wait for it, or give another folder") from None
+        except OSError as err:  # a file system without locks
+            print(f"Warning: {folder} cannot be locked ({err.strerror}): start one command at a time on it", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 _NIMG = re.compile(r"([0-9]{1,18})(Ki|Mi|Gi|)")
