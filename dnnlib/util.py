@@ -122,19 +122,30 @@ def locked(folder: str | Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with open(Path(folder) / LOCK_NAME, "a+", encoding="utf-8") as file:
+    path = Path(folder) / LOCK_NAME
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end of the block)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read(200).strip() or "another process"
+            file.close()
             raise ValueError(f"{folder} is being written by {holder}: wait for it, or give another folder") from None
         except OSError as err:  # a file system without locks
-            print(f"Warning: {folder} cannot be locked ({err.strerror}): start one command at a time on it", file=sys.stderr)
+            print(f"Warning: {folder} cannot be locked ({err.strerror}): one command at a time", file=sys.stderr)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break  # and not a file that its last holder has removed
+        file.close()
+    with file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 _NIMG = re.compile(r"([0-9]{1,18})(Ki|Mi|Gi|)")

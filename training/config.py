@@ -148,6 +148,11 @@ class TrainingConfig:
         values = dataclasses.asdict(self)
         return values if self.aug_dim is None or math.isfinite(self.aug_dim) else {**values, "aug_dim": "inf"}
 
+    def fixed(self) -> dict[str, Any]:
+        """The options that a resumed run must not change."""
+        free = {"preset"} | {name for name, own in options.declared(TrainingConfig).items() if own.free}
+        return {name: value for name, value in self.to_dict().items() if name not in free}
+
 
 def option_name(name: str) -> str:
     """The command-line option of a field."""
@@ -182,28 +187,31 @@ def make_config(preset: str | None = None, **given: Any) -> TrainingConfig:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines 'option: old -> new' for the options that a resumed run must not change.
 
-    An option that one side does not know has its default there: the run is older, or newer, than the option.
+    An option that one side does not know has its default there: the run is older, or newer, than the option. Data are the
+    same if their content is, wherever they lie; by their path, where the run is older than that knowledge.
     """
-    defaults = TrainingConfig().to_dict()
-    free = {"preset"} | {name for name, own in options.declared(TrainingConfig).items() if own.free}
+    defaults = TrainingConfig().fixed()
+    contents = old.get("data_content"), new.get("data_content")
     lines = []
-    for name in sorted({*old, *new} - free):
+    if None not in contents and contents[0] != contents[1]:
+        lines.append(f"--data: other images than before ({old.get('data')} -> {new.get('data')})")
+    for name in sorted({*old, *new} & defaults.keys() - ({"data"} if None not in contents else set())):
         a, b = (json.loads(json.dumps(side.get(name, defaults.get(name)))) for side in (old, new))
         if a != b:
             lines.append(f"{option_name(name)}: {a} -> {b}")
     return lines
 
 
-def check_same_run(run_dir: str | Path, config: TrainingConfig) -> None:
-    """Raises ValueError if `run_dir` holds a run with other options than `config`."""
+def check_same_run(run_dir: str | Path, identity: dict[str, Any]) -> None:
+    """Raises ValueError if `run_dir` holds a run with other options than `identity` (see setup.Run)."""
     path = Path(run_dir) / "training_options.json"
     if not path.is_file():
         return
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as err:
+        changed = differences(old, identity)
+    except (ValueError, AttributeError, TypeError) as err:
         raise ValueError(f"{path}: not readable ({err}); choose another --outdir") from err
-    changed = differences(old, config.to_dict())
     if changed:
         raise ValueError(
             f"--outdir={run_dir} holds a run with other options ({'; '.join(changed)}): "

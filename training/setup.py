@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from dnnlib import Logger, cli
-from dnnlib.util import reason, write_json
+from dnnlib.util import locked, reason, write_json
 from torch_utils import checkpoint, persistence
 from torch_utils import distributed as dist
 from torch_utils.random import hash_seed
 from training import encoders, losses, processes, selection
 from training.choices import ARCHS, EMAS, ENCODERS, LOSSES, OPTIMIZERS, SCHEDULES, augment_pipe, choose, given
-from training.config import TrainingConfig, check_same_run, has_own_levels
+from training.config import TrainingConfig, check_same_run, differences, has_own_levels
 from training.dataset import Dataset, ImageFolderDataset
 from training.feed import Feed
 from training.processes.options import make_process
@@ -50,6 +50,7 @@ class Run:
     snapshot_dtype: torch.dtype | None = None  # storage type of parameters in snapshots; None: as they are
     config: TrainingConfig | None = None  # where the parts came from
     held_out: Dataset | None = None  # for the validation loss
+    identity: dict = field(default_factory=dict)  # plain data: what a resumed run must share with this one
 
     def check(self, outdir: str | Path, resume: str | None = None) -> None:
         """Raises ValueError for what would fail later: parts that snapshots cannot describe, another run in `outdir`, an
@@ -57,9 +58,13 @@ class Run:
         """
         self.objective.description(), persistence.describe(self.encoder)
         if self.config is not None:
-            check_same_run(outdir, self.config)
-        if resume is not None:
-            checkpoint.load(resume, mmap=True)  # the format; whether it fits this network shows later
+            check_same_run(outdir, self.identity)
+        if resume is not None:  # whether its tensors fit shows when they are loaded
+            changed = differences(checkpoint.load(resume, mmap=True).get("options") or self.identity, self.identity)
+            if changed:
+                raise ValueError(
+                    f"--resume={resume} is of a run with other options ({'; '.join(changed)}): give the same"
+                )
 
     def start(self, outdir: str | Path, hooks: dict | None = None, resume: str | None = None) -> TrainingLoop:
         """Train in the folder `outdir`; returns the finished loop.
@@ -75,7 +80,7 @@ class Run:
             outdir.mkdir(parents=True, exist_ok=True)
             checkpoint.remove_leftovers(outdir)
             if self.config is not None:
-                write_json(outdir / "training_options.json", self.config.to_dict())
+                write_json(outdir / "training_options.json", self.config.to_dict() | self.identity)
                 net = self.objective.net
                 interface = {name: getattr(net, name) for name in ("img_resolution", "img_channels", "label_dim")}
                 print(f"Network: {sum(p.numel() for p in net.parameters()):,} parameters, {interface}", flush=True)
@@ -258,6 +263,7 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
         snapshot_dtype=torch.float16 if config.snapshot_fp16 else None,
         config=config,
         held_out=held_out,
+        identity=config.fixed() | {"data_content": dataset.fingerprint()},
     )
 
 
@@ -324,9 +330,7 @@ def train_command(
     try:
         run = build(config, device)
         run.check(outdir, resume)
-        if first:
-            Path(outdir).mkdir(parents=True, exist_ok=True)
-        with Logger(Path(outdir) / "log.txt") if first else nullcontext():
+        with locked(outdir) if first else nullcontext(), Logger(Path(outdir) / "log.txt") if first else nullcontext():
             return _watched(run, outdir, resume, standard_hooks(run))
     finally:
         dist.shutdown()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MAX_BAD_STEPS = 100  # consecutive steps without one finite gradient, after which training stops
 
 
+REMEDY = "look at the data (dataset_tool.py inspect), lower --lr or --ls, or train with --fp16=False"
 STATUS = (  # of the status line: word, statistic, format
     ("kimg", "Progress/kimg", "9.1f"),
     ("sec/tick", "Timing/sec_per_tick", "8.2f"),
@@ -116,6 +117,7 @@ class TrainingLoop:
     def state_dict(self) -> dict:
         """Everything a resumed run needs, as plain types."""
         return {
+            "options": self.parts.identity,
             "state": dataclasses.asdict(self.state),
             "objective": dict(self.objective.state_dict()),  # a plain dict: modules may put anything into its _metadata
             "optimizer": self.optimizer.state_dict(),
@@ -235,8 +237,7 @@ class TrainingLoop:
         self.optimizer.step()
         if self.state.cur_nimg // self.batch_size % MAX_BAD_STEPS == 0 and int(self.bad_steps) >= MAX_BAD_STEPS:
             raise TrainingFailed(
-                f"the last {int(self.bad_steps)} steps had non-finite gradients, at {self.kimg} kimg: "
-                f"lower --lr or --ls, or train with --fp16=False"
+                f"the last {int(self.bad_steps)} steps had non-finite gradients, at {self.kimg} kimg: {REMEDY}"
             )
 
     # --- status ------------------------------------------------------------------------------------------------------
@@ -319,6 +320,9 @@ class TrainingLoop:
                 bar.update(self.batch_size)
         finally:
             bar.close()
+        steps = (state.cur_nimg - start) // self.batch_size
+        if int(self.bad_steps) >= steps:
+            raise TrainingFailed(f"all {steps} steps had non-finite gradients: nothing was learned; {REMEDY}")
         return state
 
 
