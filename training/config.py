@@ -31,6 +31,7 @@ class TrainingConfig:
 
     data: str = _data("", "Data set (see dataset_tool.py)", metavar="ZIP|DIR")
     preset: str = ""  # where the defaults came from; for the record
+    data_content: str | None = None  # fingerprint of the data, filled in when they are opened
     cond: bool = _data(True, "Class-conditional training")
     xflip: bool = _data(False, "Add mirrored copies of all images")
     max_images: int | None = _data(None, "Use so many images of the data set", at_least=1)
@@ -195,7 +196,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     lines = []
     if None not in contents and contents[0] != contents[1]:
         lines.append(f"--data: other images than before ({old.get('data')} -> {new.get('data')})")
-    for name in sorted({*old, *new} & defaults.keys() - ({"data"} if None not in contents else set())):
+    for name in sorted(defaults.keys() - {"data_content", *(["data"] if None not in contents else [])}):
         a, b = (json.loads(json.dumps(side.get(name, defaults.get(name)))) for side in (old, new))
         if a != b:
             lines.append(f"{option_name(name)}: {a} -> {b}")

@@ -80,7 +80,7 @@ class Run:
             outdir.mkdir(parents=True, exist_ok=True)
             checkpoint.remove_leftovers(outdir)
             if self.config is not None:
-                write_json(outdir / "training_options.json", self.config.to_dict() | self.identity)
+                write_json(outdir / "training_options.json", self.config.to_dict())
                 net = self.objective.net
                 interface = {name: getattr(net, name) for name in ("img_resolution", "img_channels", "label_dim")}
                 print(f"Network: {sum(p.numel() for p in net.parameters()):,} parameters, {interface}", flush=True)
@@ -227,6 +227,7 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
     """All parts of the run that `config` describes, data opened once; nothing is written. Raises ValueError."""
     device = torch.device(device)
     dataset = open_dataset(config)
+    config.data_content = dataset.fingerprint()
     encoder = choose_encoder(dataset, config.encoder)
     interface = interface_of(dataset, encoder)
     held_out = ImageFolderDataset(config.val_data, use_labels=config.cond) if config.val_data else None
@@ -263,7 +264,7 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
         snapshot_dtype=torch.float16 if config.snapshot_fp16 else None,
         config=config,
         held_out=held_out,
-        identity=config.fixed() | {"data_content": dataset.fingerprint()},
+        identity=config.fixed(),
     )
 
 

@@ -90,6 +90,10 @@ class Container:
         except ZIP_ERRORS as err:
             raise ValueError(f"{self.path}: cannot read {name} ({err}){self.remedy}") from err
 
+    def checksum(self, name: str) -> int:
+        """CRC-32 of the content of one file; of a zip from its directory, without reading the file."""
+        return zlib.crc32(self.read(name)) if self.is_folder else self._zip().getinfo(name).CRC
+
     def meta(self) -> dict:
         """The content of dataset.json as `parse_meta` gives it; empty where there is none."""
         where = f"{self.path}/{LABELS_FILE}"
@@ -119,6 +123,8 @@ def load_npy(data: bytes, name: str) -> np.ndarray:
     if not isinstance(array, np.ndarray) or array.ndim < 2 or array.size == 0 or array.dtype.kind not in "uif":
         raise ValueError(f"{name} must hold numbers of shape [C,H,W]")
     array = array.reshape(-1, *array.shape[-2:])
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinity; leave it out")
     return array if array.dtype == np.uint8 else array.astype(np.float32)
 
 
