@@ -41,7 +41,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from dnnlib.util import reason
+from dnnlib.util import reason, write_json
 
 ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
 LAUNCHER = "torchrun"
@@ -334,8 +334,7 @@ def execute(out: str | Path, step: Step, load_scripts: Callable[[], dict], threa
     if code:
         return f"step {step.name} ended with code {code} (see {log})"
     record = {"key": step.key, "argv": step.argv, "seconds": round(time.time() - start, 3), "files": _files(step)}
-    with atomic_write(_marker(out, step), "w") as file:
-        json.dump(record, file)
+    write_json(_marker(out, step), record)
     return None
 
 

@@ -62,9 +62,7 @@ class Run:
         if resume is not None:  # whether its tensors fit shows when they are loaded
             changed = differences(checkpoint.load(resume, mmap=True).get("options") or self.identity, self.identity)
             if changed:
-                raise ValueError(
-                    f"--resume={resume} is of a run with other options ({'; '.join(changed)}): give the same"
-                )
+                raise ValueError(f"--resume={resume}: does not fit, its options are others ({'; '.join(changed)})")
 
     def start(self, outdir: str | Path, hooks: dict | None = None, resume: str | None = None) -> TrainingLoop:
         """Train in the folder `outdir`; returns the finished loop.
