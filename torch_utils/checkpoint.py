@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -77,7 +78,7 @@ def damage(path: str | Path) -> str | None:
 def load(path: str | Path, mmap: bool = False) -> dict:
     """Read a checkpoint to the CPU, executing nothing. Raises ValueError for a missing, damaged or foreign file.
 
-    A file without a checksum beside it (a copy) is taken as it is. mmap: leave the tensors on the disk until used.
+    A file without a checksum beside it (a copy) is checked by the archive's own. mmap: leave tensors on the disk until used.
     """
     path = Path(path)
     if not path.is_file():
@@ -85,6 +86,10 @@ def load(path: str | Path, mmap: bool = False) -> dict:
     if _wanted(path) and (why := damage(path)):
         raise ValueError(f"{path}: damaged ({why}); resume from an earlier one")
     try:
+        if not _wanted(path):
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    raise ValueError(f"damaged at {bad}")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as err:  # zip, pickle and storage errors have no common base
         raise ValueError(f"{path}: not a readable checkpoint ({reason(err)})") from err
