@@ -6,6 +6,7 @@ on stderr; set DNNLIB_TRACEBACK=1 to see where they come from.
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
