@@ -103,8 +103,8 @@ def calc(**options):
 
 @cmdline.command()
 @_int(NUM, "Images to generate, with seeds SEED to SEED + NUM - 1", 50000, at_least=2)
-@fields(Sampling, skip=("max_batch_size",))
 @COMPARE
+@fields(Sampling, skip=["max_batch_size"])
 def gen(**options):
     """Generate images from a snapshot and score them; nothing is written."""
     commands.gen(EasyDict(options))

@@ -100,10 +100,9 @@ class Prepared(NamedTuple):
     detectors: dict[str, object]
     references: dict[str, FeatureSet]
     training: dict[str, FeatureSet] | None
-    device: torch.device
 
 
-def prepare(o: EasyDict) -> Prepared:
+def prepare(o: EasyDict, device: torch.device) -> Prepared:
     """Open what calc and gen compare samples with; refuses before any long work."""
     from metrics.evaluate import MEASURES
     from metrics.features import collect_dataset, progress_bar
@@ -116,7 +115,6 @@ def prepare(o: EasyDict) -> Prepared:
         known = ", ".join(MEASURES)
         raise ValueError(f"--distances={','.join(o.distances)}: unknown distance '{unknown}'; known: {known}")
     check_writable(o.dest)
-    device = start(o.device)
     detectors = open_detectors(o.metrics, device)
 
     def collect(path, option):
@@ -128,7 +126,7 @@ def prepare(o: EasyDict) -> Prepared:
         references = collect(o.data, "--data")
     else:
         references = require_detectors(load_references(o.ref), detectors, o.ref)
-    return Prepared(detectors, references, collect(o.train, "--train") if o.train else None, device)
+    return Prepared(detectors, references, collect(o.train, "--train") if o.train else None)
 
 
 def score(name: str, samples: dict[str, FeatureSet], prepared: Prepared, o: EasyDict) -> None:
@@ -185,7 +183,7 @@ def calc(o: EasyDict) -> None:
     dataset = open_images(o.images, "--images")
     if o.num is not None and o.num > len(dataset):
         raise ValueError(f"--num={o.num}: {o.images} holds {len(dataset)} images; generate more or lower --num")
-    prepared = prepare(o)
+    prepared = prepare(o, start(o.device))
     options = {"num": o.num, "seed": o.seed, "batch_size": o.batch, "workers": o.workers}
     with progress_bar(o.num or len(dataset), "images") as progress:
         samples = collect_dataset(dataset, prepared.detectors, progress=progress, **options)
@@ -197,17 +195,18 @@ def gen(o: EasyDict) -> None:
     from metrics.features import collect, generated_batches, progress_bar
     from training import generation, sampling
 
-    given = sampling.take(o)
-    given.max_batch_size = o.batch
-    for option, path in (("--net", given.net), ("--gnet", given.gnet)):
+    chosen = sampling.take(o)
+    chosen.max_batch_size = o.batch
+    for option, path in (("--net", chosen.net), ("--gnet", chosen.gnet)):
         if not (path is None or path in generation.NULL_GUIDES or "://" in path or os.path.exists(path)):
             raise ValueError(f"{option}={path}: no such file; give a snapshot")
-    prepared = prepare(o)
-    batches = generated_batches(generation.batches(given, range(o.seed, o.seed + o.num), prepared.device))
+    device = start(o.device)
+    batches = generated_batches(generation.batches(chosen, range(o.seed, o.seed + o.num), device))
+    prepared = prepare(o, device)
     num_sources = max(reference.num_sources for reference in prepared.references.values())
     with progress_bar(o.num, "gen") as progress:
         samples = collect(batches, prepared.detectors, num_sources=num_sources, num_images=o.num, progress=progress)
-    score(given.net, samples, prepared, o)
+    score(chosen.net, samples, prepared, o)
 
 
 def detector(o: EasyDict) -> None:

@@ -89,38 +89,43 @@ def test_reference_from_a_data_set_and_subset(files):
     assert "singular" in notice  # fewer images than features
 
 
-CLD = "--process=cld --process-options=M=0.25,beta=4:4 --solver=sscs --time-grid=quadratic --prior=stationary"
+SAMPLERS = {
+    "plain": [],
+    "churn": ["--S_churn=10", "--S_noise=1.01", "--rho=5", "--sigma_max=20"],
+    "interval": ["--gnet=null", "--guidance=2", "--guidance-interval=0.1,5"],
+    "process": ["--process=cld", "--process-options=M=0.25,beta=4:4", "--solver=sscs", "--time-grid=quadratic"],
+    "rounded": ["--quantize-bits=4", "--inject-noise=0.1", "--sources=3,4"],
+}
 
 
-@pytest.mark.parametrize(
-    "options", ["", f"{CLD} --half-step=published", "--gnet=null --guidance=1.5 --inject-noise=0.1"]
-)
-def test_gen_scores_what_generate_images_writes(files, tmp_path, options):
-    """With every option of sampling."""
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_gen_scores_what_generate_images_writes(files, tmp_path, sampler):
+    """Whatever the options: gen takes every one that says how to sample."""
     net = Precond(
         8, 1, 10, model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], channels_per_head=8
     )
     net.unet.out_gain.data.fill_(1)  # an untrained network starts at zero
     snapshot = tmp_path / "network-snapshot-0000000-0.100.safetensors"
     save_snapshot(snapshot, net.eval())
-    options = (f"--net={snapshot}", "--class=balanced", "--steps=3", "--batch=16", "--device=cpu", *options.split())
-    assert run(generate_images.main, *options, f"--outdir={tmp_path}/out", "--seeds=5-44").exit_code == 0
-    common = (f"--data={files}/ref.zip", "--seed=5", "--splits=0")
-    written = call("calc", f"--images={tmp_path}/out", "--batch=16", *common)[0]["metrics"]["pixel"]
-    scores, progress = call("gen", "--num=40", *options, *common)
+    options = [f"--net={snapshot}", "--class=balanced", "--steps=3", "--batch=16", *sampler]
+    run(generate_images.main, *options, f"--outdir={tmp_path}/out", "--seeds=5+40")
+    common = (f"--data={files}/ref.zip", "--seed=5", "--splits=0", "--batch=16")
+    written = call("calc", f"--images={tmp_path}/out", *common)[0]["metrics"]["pixel"]
+    scores, progress = call("gen", *options, "--num=40", *common[:-1])
     assert "gen" in progress
     generated = scores["metrics"]["pixel"]
     assert generated["num_images"] == 40
-    assert generated["sources"]["3"]["count"] == 4
+    assert generated["sources"]["3"]["count"] == (20 if "--sources=3,4" in sampler else 4)
     assert generated["overall"]["fd"] > 1
     assert generated == written
-    declared = {flag for param in generate_images.main.params for flag in param.opts}
-    assert declared - {flag for param in calculate_metrics.cmdline.commands["gen"].params for flag in param.opts} == {
-        "--outdir",
-        "--subdirs",
-        "--seeds",
-        "--grid",
-    }
+
+
+def test_gen_has_every_option_of_sampling():
+    declared, gen = (
+        {flag for param in command.params for flag in param.opts}
+        for command in (generate_images.main, calculate_metrics.cmdline.commands["gen"])
+    )
+    assert declared - gen == {"--outdir", "--subdirs", "--seeds", "--grid"}
 
 
 IMAGES = "--images={0}/samples.zip"
