@@ -82,15 +82,11 @@ def compare(
         values, counts = np.unique(verdicts["samples"][0], return_counts=True)
         result["predicted"] = {str(v): int(c) for v, c in zip(values, counts, strict=True)}
     if per_source and samples.num_sources and (reference.num_sources or verdicts):
-        known = [s for s in range(max(samples.num_sources, reference.num_sources)) if _count(samples, s)]
-        known += [s for s in range(reference.num_sources) if _count(reference, s) and s not in known]
-        result["sources"] = {str(s): _section(samples, reference, s, **options) for s in sorted(known)}
+        ids = range(max(samples.num_sources, reference.num_sources))
+        known = [s for s in ids if samples.count(s) or reference.count(s)]
+        result["sources"] = {str(s): _section(samples, reference, s, **options) for s in known}
         result["mean"] = _mean([section for section in result["sources"].values() if section["count"]])
     return result
-
-
-def _count(features, source):
-    return features.count(source) if source is None or source < features.num_sources else 0
 
 
 def _verdicts(samples, reference, detector):
@@ -106,7 +102,7 @@ def _verdicts(samples, reference, detector):
 
 
 def _section(samples, reference, source, *, seed, splits, k, measures, verdicts, train):
-    m, n = _count(samples, source), _count(reference, source)
+    m, n = samples.count(source), reference.count(source)
     section = {"count": m, "reference_count": n}
     x = samples.rows(source) if m else None
     y = reference.rows(source) if n else None
@@ -125,7 +121,7 @@ def _section(samples, reference, source, *, seed, splits, k, measures, verdicts,
         key = "agreement" if name == "samples" else "agreement_reference"
         section[key] = source_agreement(predicted, labels).get("overall" if source is None else source)
     if train is not None:
-        z = train.rows(source) if _count(train, source) else None
+        z = train.rows(source) if train.count(source) else None
         near = lambda rows: None if rows is None or z is None else float(nearest_distance(rows, z).mean())
         section |= {"nearest_train": near(x), "nearest_train_reference": near(y)}
     return section

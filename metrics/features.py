@@ -39,7 +39,7 @@ class FeatureSet:
 
     def count(self, source: int | None = None) -> int | None:
         """Images of one source or of all; None where a foreign file does not say."""
-        return self.statistics.count(source)
+        return self.statistics.count(source) if source is None or source < self.num_sources else 0
 
     def rows(self, source: int | None = None) -> np.ndarray | None:
         """Features of one source or of all images, [n, F]; None where they were not kept."""
