@@ -144,8 +144,8 @@ def _link(steps, root):
             for other in steps
             if other.stage < step.stage and any(_names(w, path, root) for w in other.writes for path in named)
         ]
-        made = {w for other in step.needs for w in other.writes}
-        step.reads = {p for p in step.reads if not any(_names(w, p, root) for w in made)}  # the rest is from outside
+        inside = root + os.sep
+        step.reads = {path for path in step.reads if not (path + os.sep).startswith(inside)}  # the rest is from outside
 
 
 def _fill(template, values, where):
