@@ -270,10 +270,10 @@ def _read_marker(out, step):
         return None
 
 
-def _files(step):
-    """{path: size} of everything that a step's outputs consist of now."""
+def _files(out, step):
+    """{path: size} of everything that a step's outputs consist of now; the experiment's own folder says nothing of one."""
     found = {}
-    for path in sorted(step.writes):
+    for path in sorted(step.writes - {os.path.normpath(out)}):
         if os.path.isdir(path):
             found |= {str(p): p.stat().st_size for p in sorted(Path(path).rglob("*")) if p.is_file()}
         else:
@@ -333,7 +333,7 @@ def execute(out: str | Path, step: Step, load_scripts: Callable[[], dict], threa
             return f"step {step.name}: {message or type(err).__name__} (see {log})"
     if code:
         return f"step {step.name} ended with code {code} (see {log})"
-    record = {"key": step.key, "argv": step.argv, "seconds": round(time.time() - start, 3), "files": _files(step)}
+    record = {"key": step.key, "argv": step.argv, "seconds": round(time.time() - start, 3), "files": _files(out, step)}
     write_json(_marker(out, step), record)
     return None
 
