@@ -31,11 +31,8 @@ def small_command(data, outdir, *more):
 def run(command, *arguments, code=0):
     """A click command as a user types it, without the time that a new interpreter takes; checks the code (or: one of)."""
     result = CliRunner().invoke(command, [str(a) for a in arguments])
-    assert result.exit_code in (code if isinstance(code, tuple) else [code]), (
-        result.exit_code,
-        result.output,
-        result.exception,
-    )
+    codes = code if isinstance(code, tuple) else [code]
+    assert result.exit_code in codes, (result.exit_code, result.output, result.exception)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 

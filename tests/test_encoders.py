@@ -119,8 +119,7 @@ def test_per_sample_normals_dequantise_uniformly():
     assert scipy_stats.kstest(u.flatten().numpy(), "uniform").pvalue > 1e-3
 
 
-# ----------------------------------------------------------------------------
-# VAE.
+# --- VAE --------------------------------------------------------------------------------------------------------------
 
 
 def test_vae_constants():
@@ -168,8 +167,7 @@ def test_missing_vae_is_one_line(tmp_path):
     assert "\n" not in str(err.value) and "--model-url" in str(err.value)
 
 
-# ----------------------------------------------------------------------------
-# Specs.
+# --- Specs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -35,8 +35,7 @@ def _shards(path, matches):
     return [os.path.join(path, n) for n in sorted(names, key=natural_key)] if all(map(matches, names)) else []
 
 
-# ----------------------------------------------------------------------------
-# CIFAR-10 and CIFAR-100, python version.
+# --- CIFAR-10 and CIFAR-100, python version ---------------------------------------------------------------------------
 
 
 def _load_plain_pickle(data, name):
@@ -97,8 +96,7 @@ def _is_cifar_part(name):
     return re.fullmatch(r"data_batch_\d+|train|batches\.meta|meta", name) is not None
 
 
-# ----------------------------------------------------------------------------
-# MNIST and its relatives: idx files.
+# --- MNIST and its relatives: idx files -------------------------------------------------------------------------------
 
 
 def _mnist(path):
@@ -131,8 +129,7 @@ def read_idx(path: str, dimensions: int) -> np.ndarray:
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
 
 
-# ----------------------------------------------------------------------------
-# npz shards: downsampled ImageNet.
+# --- npz shards: downsampled ImageNet ---------------------------------------------------------------------------------
 
 
 def _npz_shards(path):
@@ -162,8 +159,7 @@ def _npz_shards(path):
     )
 
 
-# ----------------------------------------------------------------------------
-# TFRecords, without TensorFlow.
+# --- TFRecords, without TensorFlow ------------------------------------------------------------------------------------
 
 
 def _tfrecords(path):
@@ -298,8 +294,7 @@ def _image_of_example(features, name):
     return PIL.Image.fromarray(raw[0] if shape[0] == 1 else np.ascontiguousarray(raw.transpose(1, 2, 0)))
 
 
-# ----------------------------------------------------------------------------
-# LMDB (with the lmdb package).
+# --- LMDB (with the lmdb package) -------------------------------------------------------------------------------------
 
 
 def _lmdb(path):
@@ -340,8 +335,7 @@ def _lmdb(path):
     return ImageSource(base_name(path), len(keys), read, describe=describe)
 
 
-# ----------------------------------------------------------------------------
-# Tiny ImageNet.
+# --- Tiny ImageNet ----------------------------------------------------------------------------------------------------
 
 
 def _tiny_imagenet(path):

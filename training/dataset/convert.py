@@ -26,8 +26,7 @@ from training.dataset.sources import open_source
 
 _NO_DESTINATION = (".tar", ".tgz", ".gz", ".7z", ".rar", ".npz", ".npy", ".png", ".jpg", ".json")
 
-# ----------------------------------------------------------------------------
-# Crops (EDM2 dataset tool). Each takes and returns a PIL image; center-crop-wide may return None: skipped.
+# --- Crops (EDM2 dataset tool). Each takes and returns a PIL image; center-crop-wide may return None: skipped ---------
 
 
 def _lanczos(image, size):
@@ -99,8 +98,7 @@ def make_transform(transform: str | None, resolution: tuple[int, int] | None) ->
     return lambda image: TRANSFORMS[transform](image, width, height)
 
 
-# ----------------------------------------------------------------------------
-# Choosing images.
+# --- Choosing images --------------------------------------------------------------------------------------------------
 
 
 def _class_indices(labels, options):
@@ -162,8 +160,7 @@ def permute_labels(labels: Sequence | None, sources: Sequence[int] | None, seed:
     return labels.tolist()
 
 
-# ----------------------------------------------------------------------------
-# Writing.
+# --- Writing ----------------------------------------------------------------------------------------------------------
 
 
 def check_dest(dest: str | os.PathLike, overwrite: bool = False) -> None:
@@ -273,8 +270,7 @@ def dataset_writer(dest: str | os.PathLike, overwrite: bool, source: ImageSource
         raise
 
 
-# ----------------------------------------------------------------------------
-# Commands.
+# --- Commands ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,8 +44,7 @@ def open_source(spec: str | os.PathLike) -> ImageSource:
     )
 
 
-# ----------------------------------------------------------------------------
-# Folders and zips.
+# --- Folders and zips -------------------------------------------------------------------------------------------------
 
 
 def _list_images(files):
@@ -89,8 +88,7 @@ def _list_images(files):
     )
 
 
-# ----------------------------------------------------------------------------
-# Digits from installed packages.
+# --- Digits from installed packages -----------------------------------------------------------------------------------
 
 
 def _open_sklearn_digits():
