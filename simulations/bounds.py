@@ -26,6 +26,7 @@ identity sqrt(1 - (K-1)/K beta_sim), and that is what `arm_bound` returns.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Callable
@@ -39,13 +40,6 @@ class _Record:
         if not isinstance(name, str) or name.startswith("_") or not hasattr(self, name):
             raise KeyError(name)
         return getattr(self, name)
-
-    def keys(self) -> list[str]:
-        return [f.name for f in dataclasses.fields(self)]
-
-    def as_dict(self) -> dict[str, object]:
-        """Nested plain types, for JSON."""
-        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,17 +86,6 @@ class Bound(_Record):
         raise AttributeError(f"Bound has no {name!r}; it has {', '.join(self.__dataclass_fields__)}")
 
 
-def eq12(log_n: float, n: float, delta: float, eps: float) -> float:
-    """Eq. 12: the bound for a class with log bracketing number `log_n` at bracket size `eps`."""
-    q = log_n + math.log(1.0 / delta)
-    return 0.5 * math.sqrt((eps + 4.0) * eps + 2.0 * (eps + 2.0) * (eps + 2.0 * q / n))
-
-
-def theorem32(log_n: float, n: float, delta: float) -> float:
-    """Theorem 3.2: 3 sqrt((log N + log(1/delta)) / n), N the bracketing number at 1/n."""
-    return 3.0 * math.sqrt((log_n + math.log(1.0 / delta)) / n)
-
-
 def general_bound(
     log_n: float, n: float, delta: float, log_n_single: float | None = None, eps: float | None = None
 ) -> Bound:
@@ -112,15 +95,11 @@ def general_bound(
     Returns params = order = ell = 0 and ratio = sqrt(log_n / log_n_single); beta_sim is 0, because one pair of numbers does
     not tell K.
     """
-    _check(n=n, delta=delta)
     log_n_single = log_n if log_n_single is None else log_n_single
-    for name, value in (("log_n", log_n), ("log_n_single", log_n_single)):
-        if not _finite(value) or value < 0:
-            raise ValueError(f"{name}={value} must be a finite number >= 0")
-    eps = _bracket(eps, n)
-    sides = [_side(0, value, value, n, delta, eps) for value in (log_n, log_n_single)]
+    eps = _check(eps, n=n, delta=delta, log_n=log_n, log_n_single=log_n_single)
+    sides = [(0, value, value) for value in (log_n, log_n_single)]
     ratio = math.sqrt(log_n / log_n_single) if log_n_single else 1.0
-    return _bound("general", *sides, n, delta, eps, (0.0, 0.0), 0.0, ratio)
+    return _bound("general", sides, n, delta, eps, (0.0, 0.0), 0.0, ratio)
 
 
 def gaussian_bound(
@@ -132,10 +111,9 @@ def gaussian_bound(
 
     The box [-B, B] must hold every true mean entry.
     """
-    _check(K=K, n=n, delta=delta, d=d, B=B)
+    eps = _check(eps, K=K, n=n, delta=delta, d=d, B=B)
     if d1 != int(d1) or not 0 <= d1 <= d:
         raise ValueError(f"d1={d1} must be a whole number within [0, d={d}]")
-    eps = _bracket(eps, n)
     step = eps / (1.0 + d)
     if corrected:
         step = min(step, _largest_gaussian_step(d, eps))
@@ -167,10 +145,9 @@ def arm_bound(
     D, M, de: sequence length, vocabulary, embedding width; L, W, S, B: affine layers of the MLP, its largest width
     (>= D and M), non-zero parameters and largest absolute parameter.
     """
-    _check(K=K, n=n, delta=delta, D=D, M=M, de=de, L=L, W=W, S=S, B=B)
+    eps = _check(eps, K=K, n=n, delta=delta, D=D, M=M, de=de, L=L, W=W, S=S, B=B)
     if max(D, M) > W:
         raise ValueError(f"W={W} must be >= max(D={D}, M={M}): width includes the input and the output")
-    eps = _bracket(eps, n)
     base = math.log(24.0 * math.e * D * (L + 3)) + (L + 2) * math.log(max(B, 1.0)) + L * math.log(W + 1.0)
     ell = base - math.log(eps) + (math.log(de) if corrected else 0.0)
     shared = S + D + (D + M) * de
@@ -201,10 +178,9 @@ def ebm_bound(
     de: width of the source embedding; L, W, S, B: affine layers of the MLP, its largest width, non-zero parameters and
     largest absolute parameter. The data dimension D is only used to check W >= D + de.
     """
-    _check(K=K, n=n, delta=delta, de=de, L=L, W=W, S=S, B=B)
+    eps = _check(eps, K=K, n=n, delta=delta, de=de, L=L, W=W, S=S, B=B)
     if D is not None and D + de > W:
         raise ValueError(f"W={W} must be >= D + de = {D + de}: width includes the input")
-    eps = _bracket(eps, n)
     base = math.log(12.0 * math.e * (L + 1)) + (L + 1) * math.log(max(B, 1.0)) + L * math.log(W + 1.0)
     extra = _patterns(positions, S) if corrected else 0.0
     params, ells = (S + K * de, K * (S + de)), (base - math.log(eps), base + math.log(n))
@@ -227,29 +203,19 @@ def solve_n(target: float, value: Callable[[int], float], largest: int = 10**18)
     """
     if not target > 0:
         raise ValueError(f"target-tv={target} must be > 0")
-    high = 1
-    while value(high) > target:
-        if high >= largest:
-            raise ValueError(f"target-tv={target} is not reached below n={largest:.0e}; raise the target")
-        high = min(2 * high, largest)
-    low = high // 2  # value(low) > target, or low == 0
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if value(middle) <= target else (middle, high)
-    return high
+    found = 1 + bisect.bisect_left(range(1, largest), True, key=lambda n: value(n) <= target)
+    if value(found) > target:
+        raise ValueError(f"target-tv={target} is not reached below n={largest:.0e}; raise the target")
+    return found
 
 
 def _largest_gaussian_step(d: int, eps: float) -> float:
     """Largest grid step eta whose bracket gap (1 - eta)^(-d/2) exp(d (1 - eta) eta / 2) - 1 is <= eps."""
-    target = math.log1p(eps)
-
-    def log_gap(eta: float) -> float:
-        return -0.5 * d * math.log1p(-eta) + 0.5 * d * (1.0 - eta) * eta
-
-    low, high = 0.0, 1.0 - 1e-12
+    target, low, high = math.log1p(eps), 0.0, 1.0 - 1e-12
     for _ in range(200):
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if log_gap(middle) <= target else (low, middle)
+        log_gap = -0.5 * d * math.log1p(-middle) + 0.5 * d * (1.0 - middle) * middle
+        low, high = (middle, high) if log_gap <= target else (low, middle)
     return low
 
 
@@ -263,41 +229,36 @@ def _patterns(positions: int | None, S: int) -> float:
 
 def _family(model, K, n, delta, eps, params, ells, beta_sim, extra=0.0) -> Bound:
     """params: of multi and single; ells: behind the sharp and the published form; extra: nats per network."""
-    multi, single = (
-        _side(p, p * ells[0] + count * extra, p * ells[1], n, delta, eps)
-        for p, count in zip(params, (1, K), strict=True)
-    )
-    return _bound(model, multi, single, n, delta, eps, ells, beta_sim, math.sqrt(1.0 - (K - 1) / K * beta_sim))
+    sides = [(p, p * ells[0] + count * extra, p * ells[1]) for p, count in zip(params, (1, K), strict=True)]
+    return _bound(model, sides, n, delta, eps, ells, beta_sim, math.sqrt(1.0 - (K - 1) / K * beta_sim))
 
 
-def _side(params: int, log_n: float, log_n_published: float, n: float, delta: float, eps: float) -> Side:
-    sharp, published = eq12(log_n, n, delta, eps), theorem32(log_n_published, n, delta)
-    return Side(params, log_n, log_n_published, sharp, published, math.sqrt(params / n), sharp >= 1.0, published >= 1.0)
-
-
-def _bound(model, multi, single, n, delta, eps, ells, beta_sim, ratio) -> Bound:
+def _bound(model, sides, n, delta, eps, ells, beta_sim, ratio) -> Bound:
+    """sides: (params, log_n, log_n_published) of multi and single."""
+    multi, single = (_side(*side, n, delta, eps) for side in sides)
     ratios = ratio, multi.sharp / single.sharp, multi.published / single.published
     return Bound(model, multi, single, n, delta, eps, *ells, beta_sim, *ratios)
 
 
-def _bracket(eps: float | None, n: float) -> float:
-    eps = 1.0 / n if eps is None else eps
-    if not _finite(eps) or not 0.0 < eps <= 1.0:
-        raise ValueError(f"eps={eps} must lie within (0, 1]")
-    return eps
+def _side(params: int, log_n: float, log_n_published: float, n: float, delta: float, eps: float) -> Side:
+    q, q_published = (value + math.log(1.0 / delta) for value in (log_n, log_n_published))
+    sharp = 0.5 * math.sqrt((eps + 4.0) * eps + 2.0 * (eps + 2.0) * (eps + 2.0 * q / n))
+    published = 3.0 * math.sqrt(q_published / n)
+    return Side(params, log_n, log_n_published, sharp, published, math.sqrt(params / n), sharp >= 1.0, published >= 1.0)
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
-
-
-def _check(**values: float) -> None:
-    for name, value in values.items():
-        if not _finite(value):
+def _check(eps: float | None, **values: float) -> float:
+    """The bracket size, by default 1/n. Raises ValueError for an argument out of range."""
+    for name, value in (values if eps is None else values | {"eps": eps}).items():
+        if not isinstance(value, Real) or not math.isfinite(value):
             raise ValueError(f"{name}={value} must be a finite number")
-        if name == "delta" and not 0.0 < value <= 0.5:
-            raise ValueError(f"delta={value} must lie within (0, 0.5]")
-        if name == "B" and value <= 0:
-            raise ValueError(f"B={value} must be > 0")
-        if name not in ("delta", "B") and (value < 1 or value != int(value)):
-            raise ValueError(f"{name}={value} must be a whole number >= 1")
+        ranges = {
+            "delta": (0.0 < value <= 0.5, "lie within (0, 0.5]"),
+            "eps": (0.0 < value <= 1.0, "lie within (0, 1]"),
+            "B": (value > 0, "be > 0"),
+            **dict.fromkeys(("log_n", "log_n_single"), (value >= 0, "be a finite number >= 0")),
+        }
+        holds, rule = ranges.get(name, (value >= 1 and value == int(value), "be a whole number >= 1"))
+        if not holds:
+            raise ValueError(f"{name}={value} must {rule}")
+    return 1.0 / values["n"] if eps is None else eps

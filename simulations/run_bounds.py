@@ -3,6 +3,7 @@
 if not __package__:
     import _here
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -84,12 +85,9 @@ def main(model, n, delta, eps, as_published, target_tv, solve_for, out, **option
         report["n"] = _required(model, target_tv, evaluate, used)
     else:
         bound = evaluate(n)
-        report |= bound.as_dict() | {"vacuous": bound.vacuous}
+        report |= dataclasses.asdict(bound) | {"vacuous": bound.vacuous}
         if model == "gaussian":
-            from simulations.gaussian_exact import expected_tv
-
-            single, multi = expected_tv(used["K"], n, used["d"], used["d1"])
-            report["expected_tv"] = {"multi": multi, "single": single}
+            report["expected_tv"] = _expected(used, n)
     if out:
         write_json(out, report)
     print(json.dumps(report, indent=2))
@@ -111,19 +109,23 @@ def _complete(model, used):
         used["S"] = sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
 
 
+def _expected(used, n):
+    """The Gaussian's exact expected error."""
+    from simulations.gaussian_exact import expected_tv
+
+    single, multi = expected_tv(used["K"], n, used["d"], used["d1"])
+    return {"multi": multi, "single": single}
+
+
 def _required(model, target, evaluate, used):
     """{"multi": {"sharp": n, ...}, "single": ...}; the Gaussian also by its exact expected error."""
     report = {
         side: {f: bounds.solve_n(target, lambda m, a=side, f=f: evaluate(m)[a][f]) for f in ("sharp", "published")}
         for side in ("multi", "single")
     }
-    if model == "gaussian":
-        from simulations.gaussian_exact import expected_tv
-
-        for index, side in ((1, "multi"), (0, "single")):
-            report[side]["expected_tv"] = bounds.solve_n(
-                target, lambda m, i=index: expected_tv(used["K"], m, used["d"], used["d1"])[i], largest=10**9
-            )
+    for side in report if model == "gaussian" else ():
+        expected = lambda m, a=side: _expected(used, m)[a]
+        report[side]["expected_tv"] = bounds.solve_n(target, expected, largest=10**9)
     return report
 
 
