@@ -1,35 +1,14 @@
 """Turn any image collection into one data set, encode it into VAE latents, and look at what is inside."""
 
-import functools
 import json
 import os
-import re
 
 import click
 
 from dnnlib import cli
-
-
-def one_process(function):
-    """Refuse to run several times over under torchrun."""
-
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise click.UsageError("dataset_tool.py runs as one process: start it without torchrun")
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-def parse_resolution(_ctx, _param, value):
-    """'32x32' or '32,32' -> (32, 32)."""
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d+)[x,](\d+)", value)
-    if not match or min(int(g) for g in match.groups()) < 1:
-        raise click.BadParameter(f"{value!r} is no resolution: give WIDTHxHEIGHT, such as 32x32")
-    return int(match[1]), int(match[2])
+from dnnlib.options import options
+from training.choices import given
+from training.dataset.convert import Conversion, LatentOptions
 
 
 def progress(items, text):
@@ -52,43 +31,22 @@ def main():
         --resolution=512x512 --transform=center-crop-dhariwal
     python dataset_tool.py encode --source=img512.zip --dest=img512-sd.zip
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise click.UsageError("dataset_tool.py runs as one process: start it without torchrun")
 
 
-COUNT = click.IntRange(min=1)
-SEED = click.IntRange(0, 2**32 - 1)
-VAE = "stabilityai/sd-vae-ft-mse"
-CROPS = ["center-crop", "center-crop-wide", "center-crop-dhariwal", "pad"]
+SOURCE = click.option("--source", help="Data set to read", metavar="PATH", required=True)
+DEST = click.option("--dest", help="Data set to write", metavar="DIR|ZIP", required=True)
+OVERWRITE = click.option("--overwrite", help="Replace existing data sets", is_flag=True)
+DRY_RUN = click.option("-n", "--dry-run", help="Print what would be written", is_flag=True)
 
 
 @main.command()
 @click.option("--source", help="Folder, archive or package", metavar="PATH|PACKAGE:NAME", required=True)
-@click.option("--dest", help="Data set to write", metavar="DIR|ZIP", required=True)
-@click.option("--sources", help="Keep these class indices only, e.g. 0,3,5-7; ids stay as they are", type=cli.INTS)
-@click.option("--per-source", help="Images per source, without replacement [default: all]", metavar="INT", type=COUNT)
-@click.option(
-    "--subset-seed", help="Seed of the order that --per-source takes images from", metavar="INT", type=SEED, default=0
-)
-@click.option("--holdout", help="Second data set: what --per-source leaves over", metavar="DIR|ZIP")
-@click.option("--max-images", help="Only the first so many images (of the chosen sources)", metavar="INT", type=COUNT)
-@click.option(
-    "--shuffle-labels",
-    help="Permute labels among the chosen sources with this seed (a control: sources made alike)",
-    metavar="SEED",
-    type=SEED,
-)
-@click.option(
-    "--resolution", help="Size of the images written [default: as they are]", metavar="WxH", callback=parse_resolution
-)
-@click.option("--transform", help="Crop mode [default: resize]", type=click.Choice(CROPS))
-@click.option(
-    "--channels",
-    help="auto: RGB, but digits and grey data sets stay grey",
-    type=click.Choice(["auto", "1", "3"]),
-    default="auto",
-)
-@click.option("--overwrite", help="Replace existing data sets", is_flag=True)
-@click.option("-n", "--dry-run", help="Print what would be written", is_flag=True)
-@one_process
+@DEST
+@options(Conversion)
+@OVERWRITE
+@DRY_RUN
 def convert(**options):
     """Write a folder, archive or packaged collection as one data set.
 
@@ -105,30 +63,18 @@ def convert(**options):
     """
     from training.dataset.convert import convert as run
 
-    summary = run(progress=progress, **options)
+    summary = run(progress=progress, **given(**options))
     if summary["unlabelled"]:
         click.echo(f"Warning: {summary['unlabelled']} images have no label, so labels are null", err=True)
     click.echo(json.dumps(summary))
 
 
-def latents_options(function):
-    """Options that encode and decode share."""
-    options = [
-        click.option("--model-url", help="VAE: local folder or hub name", metavar="PATH|NAME", default=VAE),
-        click.option("--source", help="Data set to read", metavar="PATH", required=True),
-        click.option("--dest", help="Data set to write", metavar="DIR|ZIP", required=True),
-        click.option("--max-images", help="Only the first so many images", metavar="INT", type=COUNT),
-        click.option("--batch", help="Images per call of the VAE", metavar="INT", type=COUNT, default=8),
-        click.option("--device", help="Where the VAE runs [default: a GPU where there is one]", metavar="DEVICE"),
-        click.option("--overwrite", help="Replace an existing data set", is_flag=True),
-        click.option("-n", "--dry-run", help="Print what would be written", is_flag=True),
-    ]
-    return functools.reduce(lambda made, option: option(made), reversed(options), function)
-
-
 @main.command()
-@latents_options
-@one_process
+@SOURCE
+@DEST
+@options(LatentOptions, skip=["sample_seed"])
+@OVERWRITE
+@DRY_RUN
 def encode(**options):
     """Encode a data set of images into VAE latents (8 channels: posterior mean and standard deviation).
 
@@ -138,18 +84,15 @@ def encode(**options):
     """
     from training.dataset.latents import encode_dataset
 
-    click.echo(json.dumps(encode_dataset(progress=progress, **options)))
+    click.echo(json.dumps(encode_dataset(progress=progress, **given(**options))))
 
 
 @main.command()
-@latents_options
-@click.option(
-    "--sample-seed",
-    help="Draw from the posterior with this seed [default: its mean]",
-    metavar="INT",
-    type=click.IntRange(min=0),
-)
-@one_process
+@SOURCE
+@DEST
+@options(LatentOptions)
+@OVERWRITE
+@DRY_RUN
 def decode(**options):
     """Decode a data set of VAE latents into pictures.
 
@@ -158,7 +101,7 @@ def decode(**options):
     """
     from training.dataset.latents import decode_dataset
 
-    click.echo(json.dumps(decode_dataset(progress=progress, **options)))
+    click.echo(json.dumps(decode_dataset(progress=progress, **given(**options))))
 
 
 @main.command()
@@ -171,10 +114,9 @@ def decode(**options):
     type=click.IntRange(min=2),
     default=2000,
 )
-@click.option("--max-images", help="Look at a random subset of this size", metavar="INT", type=COUNT)
+@click.option("--max-images", help="Look at a random subset of this size", metavar="INT", type=cli.COUNT)
 @click.option("--seed", help="Seed of the sample", metavar="INT", type=click.IntRange(0, 2**31 - 1), default=0)
 @click.option("--hash", "with_hash", help="Also print a hash of images and labels", is_flag=True)
-@one_process
 def inspect(path, as_json, **options):
     """Count, shape, images per source, mean, std, largest distance, suggested sigma_data and sigma_max.
 

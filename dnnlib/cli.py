@@ -68,11 +68,20 @@ def _numbers(text):
         raise ValueError(f"{text!r} is no comma-separated list of numbers") from None
 
 
+def _size(text):
+    match = re.fullmatch(r"0*([1-9]\d*)[x,]0*([1-9]\d*)", text)
+    if not match:
+        raise ValueError(f"{text!r} is no resolution: give WIDTHxHEIGHT, such as 32x32")
+    return int(match[1]), int(match[2])
+
+
 NIMG = _Parsed("nimg", parse_nimg)
 SEEDS = _Parsed("seeds", parse_seeds)
 INTS = _Parsed("ints", parse_integers)
 FLOATS = _Parsed("floats", _numbers)
+SIZE = _Parsed("size", _size)
 MAPPING = _Mapping()
+COUNT = click.IntRange(min=1)
 WORKERS = click.IntRange(0, 256)  # processes: more would take the machine down before the first image
 STRINGS = _Parsed("names", lambda text: [part for part in text.split(",") if part])
 

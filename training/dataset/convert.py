@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -17,10 +18,12 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import click
 import numpy as np
 import PIL.Image
 
-from dnnlib import atomic_write
+from dnnlib import atomic_write, cli
+from dnnlib.options import opt
 from training.dataset.format import LABELS_FILE, ImageSource, extension
 from training.dataset.sources import open_source
 
@@ -273,22 +276,52 @@ def dataset_writer(dest: str | os.PathLike, overwrite: bool, source: ImageSource
 # --- Commands ---------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Conversion:
-    """Which images `convert` takes, and what it makes of them."""
+_count, _seed = functools.partial(opt, type=cli.COUNT), functools.partial(opt, type=click.IntRange(0, 2**32 - 1))
 
-    sources: Sequence[int] | None = None  # class indices to keep; None keeps all
-    per_source: int | None = None  # images per source; None keeps all
-    subset_seed: int = 0  # of the per-source order
-    holdout: str | os.PathLike | None = None  # second destination: what per_source leaves over
-    max_images: int | None = None  # use only the first so many images (of the chosen sources)
-    shuffle_labels: int | None = None  # seed: permute the labels among the chosen sources' images (a control)
-    resolution: tuple[int, int] | None = None  # (W, H); None leaves sizes as they are
-    transform: str | None = None  # one of TRANSFORMS; None resizes
-    channels: str = "auto"  # "auto", "1" or "3"; auto: RGB (EDM2), but grey where the source is grey by nature
+
+@dataclasses.dataclass(frozen=True)
+class _Writing:
+    """What all that write a data set share."""
+
     overwrite: bool = False
     dry_run: bool = False
     progress: Callable[[Iterable, str], Iterable] = lambda items, text: items
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion(_Writing):
+    """Which images `convert` takes, and what it makes of them."""
+
+    sources: Sequence[int] | None = opt(
+        None, "Keep these class indices only, e.g. 0,3,5-7; ids stay as they are", type=cli.INTS
+    )
+    per_source: int | None = _count(None, "Images per source, without replacement [default: all]", metavar="INT")
+    subset_seed: int = _seed(0, "Seed of the order that --per-source takes images from", metavar="INT")
+    holdout: str | os.PathLike | None = opt(None, "Second data set: what --per-source leaves over", metavar="DIR|ZIP")
+    max_images: int | None = _count(None, "Only the first so many images (of the chosen sources)", metavar="INT")
+    shuffle_labels: int | None = _seed(
+        None, "Permute labels among the chosen sources with this seed (a control: sources made alike)", metavar="SEED"
+    )
+    resolution: tuple[int, int] | None = opt(
+        None, "Size of the images written [default: as they are]", type=cli.SIZE, metavar="WxH"
+    )
+    transform: str | None = opt(None, "Crop mode [default: resize]", type=click.Choice(list(TRANSFORMS)))
+    channels: str = opt(
+        "auto", "auto: RGB, but digits and grey data sets stay grey", type=click.Choice(["auto", "1", "3"])
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentOptions(_Writing):
+    """What encoding and decoding share (training/dataset/latents.py)."""
+
+    model_url: str = opt("stabilityai/sd-vae-ft-mse", "VAE: local folder or hub name", metavar="PATH|NAME")
+    max_images: int | None = _count(None, "Only the first so many images", metavar="INT")
+    batch: int = _count(8, "Images per call of the VAE", metavar="INT")
+    sample_seed: int | None = opt(
+        None, "Draw from the posterior with this seed [default: its mean]", metavar="INT", type=click.IntRange(min=0)
+    )
+    device: str | None = opt(None, "Where the VAE runs [default: a GPU where there is one]", metavar="DEVICE")
 
 
 def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **options: object) -> dict:

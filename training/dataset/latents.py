@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Callable, Iterable
 
 import numpy as np
 import PIL.Image
 import torch
 
 from training import encoders
-from training.dataset.convert import check_dest, dataset_writer
+from training.dataset.convert import LatentOptions, check_dest, dataset_writer
 from training.dataset.sources import open_source
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentOptions:
-    """What encoding and decoding share."""
-
-    model_url: str = "stabilityai/sd-vae-ft-mse"  # VAE: local folder or name on the hub
-    max_images: int | None = None  # use only the first so many images
-    batch: int = 8  # images per VAE call
-    sample_seed: int | None = None  # decode: draw latents from the posterior with this seed; None takes its mean
-    device: str | None = None  # None: a GPU where there is one
-    overwrite: bool = False
-    dry_run: bool = False
-    progress: Callable[[Iterable, str], Iterable] = lambda items, text: items
 
 
 def encode_dataset(source: str, dest: str, **options: object) -> dict:
