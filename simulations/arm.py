@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from simulations.configs import ArmConfig, Rule
-from simulations.mle import MLP, Outcome, compare, fit, mixed_fields
+from simulations.mle import MLP, Conditional, Outcome, compare, fit, mixed_fields
 
 
 def ground_truth(config: ArmConfig, seed: int) -> np.ndarray:
@@ -94,7 +94,7 @@ def prefix_tokens(prefix: torch.Tensor, depth: torch.Tensor, D: int, M: int) -> 
     return prefix[:, None] // M**power % M
 
 
-class ARM(torch.nn.Module):
+class ARM(Conditional):
     """p(x_d | x_<d, y) of the theory paper, Sec. 4.2.
 
     Label and token embeddings in [0, 1]^de; row d of the stacked sequence (label, x_1, ..., x_{D-1}) becomes the scalar
@@ -103,6 +103,8 @@ class ARM(torch.nn.Module):
     forward(source [R], tokens [R, D - 1], depth [R]) -> log-probabilities of the next token [R, M], where `depth` tokens
     are known (position depth + 1).
     """
+
+    embeddings = ("labels", "vocabulary")
 
     def __init__(self, K: int, D: int, M: int = 2, de: int = 64, W: int = 64, L: int = 5) -> None:
         super().__init__()
@@ -120,13 +122,6 @@ class ARM(torch.nn.Module):
         place = torch.arange(self.D - 1, device=depth.device)
         seen = table[place, tokens] * (place < depth[:, None])  # [R, D - 1]
         return torch.log_softmax(self.mlp(torch.cat([label[:, None], seen], dim=1)), dim=1)
-
-    def project(self, bound: float) -> None:
-        """Clip to the parameter space: embeddings to [0, 1], everything else to [-bound, bound]."""
-        for parameter in self.parameters():
-            parameter.clamp_(-bound, bound)
-        self.labels.clamp_(0, 1)
-        self.vocabulary.clamp_(0, 1)
 
     @torch.no_grad()
     def table(self, source: int, rows: int = 1 << 16) -> np.ndarray:
@@ -150,21 +145,15 @@ def tv(p: np.ndarray, q: np.ndarray) -> float:
 
 def run_cell(config: ArmConfig, rule: Rule, seed: int) -> Outcome:
     """Draw sources and data, fit one multi-source and K single-source networks by the same rule, measure exactly."""
-    K, D, M = config.K, config.D, config.M
+    D, M = config.D, config.M
     tables = ground_truth(config, seed)
     codes, sources = sample(tables, config.n, seed)
 
-    def train(source):
-        own = codes if source is None else codes[sources == source]
-        if not len(own):
-            return None
-        labels, count = (sources, K) if source is None else (np.zeros_like(own), 1)
-        data = Prefixes(own, labels, count, D, M)
+    def train(own, labels, count):
+        data = Prefixes(codes[own], labels, count, D, M)
         return fit(lambda: ARM(count, D, M, config.de, config.W, config.L), data.nll, len(data), rule, seed)
 
-    def histogram(source):
-        own = codes[sources == source]
-        return np.bincount(own, minlength=M**D) / len(own)
+    def histogram(own):
+        return np.bincount(codes[own], minlength=M**D) / len(own)
 
-    uniform = np.full(M**D, 1 / M**D)
-    return compare(tables, uniform, tv, train, lambda model, label: model.table(label), histogram)
+    return compare(tables, np.full(M**D, 1 / M**D), tv, sources, train, ARM.table, histogram)

@@ -8,6 +8,7 @@ likelihood needs no sampling, and total variation is an integral as well.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from simulations.configs import EbmConfig, Rule
-from simulations.mle import MLP, Outcome, compare, fit, mixed_fields
+from simulations.mle import MLP, Conditional, Outcome, compare, fit, mixed_fields
 
 
 def quadrature(D: int, panels: int, nodes: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -23,10 +24,8 @@ def quadrature(D: int, panels: int, nodes: int = 2) -> tuple[np.ndarray, np.ndar
     x, w = np.polynomial.legendre.leggauss(nodes)
     axis = ((np.arange(panels)[:, None] + (x + 1) / 2) / panels).reshape(-1)
     weight = np.tile(w / (2 * panels), panels)
-    if D == 1:
-        return axis[:, None], weight
-    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
-    return grid, np.outer(weight, weight).reshape(-1)
+    grid = np.stack(np.meshgrid(*[axis] * D, indexing="ij"), axis=-1).reshape(-1, D)
+    return grid, functools.reduce(np.outer, [weight] * D).reshape(-1)
 
 
 TV_PANELS = {1: 2048, 2: 128}  # errors far below those between seeds
@@ -79,7 +78,7 @@ class Truth:
         return np.concatenate(accepted)[:count]
 
 
-class EBM(torch.nn.Module):
+class EBM(Conditional):
     """energy(x [r, D], source [r]) -> [r]; p(x | y) = exp(-energy) / Z_y. Label embeddings in [0, 1]^de."""
 
     def __init__(self, K: int, D: int, de: int, W: int, L: int) -> None:
@@ -104,12 +103,6 @@ class EBM(torch.nn.Module):
         log_z = torch.logsumexp(self.log_weights - energy, dim=1)  # [sources present]
         return (self.energy(x, source) + log_z[inverse]).mean()
 
-    def project(self, bound: float) -> None:
-        """Clip to the parameter space: embeddings to [0, 1], everything else to [-bound, bound]."""
-        for parameter in self.parameters():
-            parameter.clamp_(-bound, bound)
-        self.labels.clamp_(0, 1)
-
     @torch.no_grad()
     def log_density(self, x: np.ndarray, source: int, panels: int) -> np.ndarray:
         """log p(x | source) in float64 at x [G, D], normalised on a grid of `panels` per axis; 512 are exact to 1e-6."""
@@ -126,36 +119,25 @@ class EBM(torch.nn.Module):
 
 def run_cell(config: EbmConfig, rule: Rule, seed: int) -> Outcome:
     """Draw sources and data, fit one multi-source and K single-source networks by the same rule, measure by quadrature."""
-    K, D = config.K, config.D
-    truth = Truth(config, seed)
+    D, truth = config.D, Truth(config, seed)
     x, sources = truth.sample(config.n, seed)
     points, weights = quadrature(D, TV_PANELS[D])
-    densities = np.exp([truth.log_density(points, k) for k in range(K)])  # [K, G]
+    densities = np.exp([truth.log_density(points, k) for k in range(config.K)])  # [K, G]
 
     def tv(p, q):
         return 0.5 * float(np.abs(p - q) @ weights)
 
-    def train(source):
-        own = x if source is None else x[sources == source]
-        if not len(own):
-            return None
-        labels, count = (sources, K) if source is None else (np.zeros(len(own), dtype=np.int64), 1)
-        data, labels = torch.from_numpy(own).float(), torch.from_numpy(labels)
+    def train(own, labels, count):
+        data, labels = torch.from_numpy(x[own]).float(), torch.from_numpy(labels)
         build = lambda: EBM(count, D, config.de, config.W, config.L)
         return fit(build, lambda model, index: model.nll(data[index], labels[index]), len(data), rule, seed)
 
     def density(model, label):
         return np.exp(model.log_density(points, label, TV_PANELS[D]))
 
-    def histogram(source):
-        return _histogram(x[sources == source], points)
+    def histogram(own):  # about 2 n^(1/(D + 2)) bins per axis
+        bins = max(1, round(2 * len(own) ** (1 / (D + 2))))
+        cell = lambda z: np.ravel_multi_index(np.minimum((z * bins).astype(int), bins - 1).T, [bins] * D)
+        return np.bincount(cell(x[own]), minlength=bins**D)[cell(points)] * bins**D / len(own)
 
-    return compare(densities, np.ones(len(points)), tv, train, density, histogram)
-
-
-def _histogram(x: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Density of x [n, D] at points [G, D] from about 2 n^(1/(D + 2)) bins per axis."""
-    n, D = x.shape
-    bins = max(1, round(2 * n ** (1 / (D + 2))))
-    cell = lambda z: np.ravel_multi_index(np.minimum((z * bins).astype(int), bins - 1).T, [bins] * D)
-    return np.bincount(cell(x), minlength=bins**D)[cell(points)] * bins**D / n
+    return compare(densities, np.ones(len(points)), tv, sources, train, density, histogram)

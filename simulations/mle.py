@@ -18,6 +18,19 @@ import torch
 from simulations.configs import ArmConfig, EbmConfig, Rule
 
 
+class Conditional(torch.nn.Module):
+    """A network that is told the source; all of its parameters are bounded."""
+
+    embeddings = ("labels",)  # names of the parameters that lie in [0, 1]
+
+    def project(self, bound: float) -> None:
+        """Clip to the parameter space, in place: embeddings to [0, 1], everything else to [-bound, bound]."""
+        for name, parameter in self.named_parameters():
+            parameter.clamp_(-bound, bound)
+            if name in self.embeddings:
+                parameter.clamp_(0, 1)
+
+
 class MLP(torch.nn.Module):
     """L affine layers with ReLU between (class F(L, W, S, B) of the theory paper, dense).
 
@@ -158,18 +171,19 @@ def compare(
     truth: np.ndarray,  # densities or probabilities of the K sources [K, G]
     uniform: np.ndarray,  # of the uniform distribution [G]
     tv: Callable,  # total variation of two of these
-    train: Callable,  # (source, or None for all together) -> Fit, or None for a source without data
-    density: Callable,  # (model, label) -> [G]; a network of one source has the label 0
-    histogram: Callable,  # source -> observed frequencies [G]
+    sources: np.ndarray,  # of all samples [n]
+    train: Callable,  # (which samples [b], their labels [b], number of labels) -> Fit
+    density: Callable,  # (model, label) -> [G]
+    histogram: Callable,  # which samples [b] -> observed frequencies [G]
 ) -> Outcome:
-    """One network for all sources against one for each."""
-    multi = train(None)
-    errors, steps, frequencies = [], [], []
+    """One network for all sources against one for each; a source without data counts as TV = 1."""
+    multi = train(np.arange(len(sources)), sources, len(truth))
+    errors, steps, frequencies = np.ones(len(truth)), [], np.ones(len(truth))
     for k, p in enumerate(truth):
-        single = multi if len(truth) == 1 else train(k)  # one source: the same data, network, rule and seed
-        errors.append(1.0 if single is None else tv(density(single.model, 0), p))
-        frequencies.append(1.0 if single is None else tv(histogram(k), p))
-        if single is not None:
+        own = np.flatnonzero(sources == k)
+        if len(own):  # with one source: the same data, network, rule and seed
+            single = multi if len(truth) == 1 else train(own, np.zeros_like(own), 1)
+            errors[k], frequencies[k] = tv(density(single.model, 0), p), tv(histogram(own), p)
             steps.append(single.steps)
     average = truth.mean(axis=0)
     return Outcome(
