@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
-from metrics.table import mean_and_error
 from simulations.bounds import gaussian_bound
 from simulations.configs import GaussianConfig
 from simulations.gaussian_exact import expected_tv, tv_unit_gaussians
+from simulations.sweeps import SIDES, moments
 
 PAPER_SEEDS = (3, 33, 520, 2025, 25731)
 PAPER_SWEEPS = {"K": (1, 3, 5, 10, 15), "n": (100, 300, 500, 1000, 5000), "sim": (0.0, 0.3, 0.5, 0.7, 1.0)}
@@ -45,86 +45,54 @@ def simulate(config: GaussianConfig, seed: int, block_elements: int = _BLOCK_ELE
     K, n, D, d1 = config.K, config.n, config.D, config.d1
     generator = torch.Generator().manual_seed(seed)
     probs = torch.full([K], 1.0 / K)
-    mean = np.zeros([K, D])
-    mean[:, :d1] = np.arange(1, K + 1)[:, None]
-    buffer = _buffer(D, max(n, config.test_size), block_elements)
+
+    def draw(size):
+        labels = torch.multinomial(probs, size, replacement=True, generator=generator)
+        counts = np.bincount(labels.numpy(), minlength=K)
+        return counts, _draw_sources(counts, D, d1, block_elements, generator)
 
     # Fit.
-    counts = _counts(probs, n, generator)
-    sums = np.zeros([K, D])
-    for x, sources, starts, _ in _blocks(counts, D, d1, buffer, generator):
-        sums[sources] += np.add.reduceat(x, starts, axis=0, dtype=np.float64)  # [len(sources), D]
+    counts, parts = draw(n)
+    mean, sums = np.zeros([K, D]), np.zeros([K, D])
+    mean[:, :d1] = np.arange(1, K + 1)[:, None]
+    for k, x in parts:
+        sums[k] += x.sum(axis=0, dtype=np.float64)
     seen = counts > 0
     single = sums / np.maximum(counts, 1)[:, None] - mean  # [K, D], error of the estimated means
     multi = single.copy()
     multi[:, d1:] = sums[:, d1:].sum(axis=0) / n  # the shared true mean is zero
-    known_multi = seen if d1 > 0 else np.ones_like(seen)
 
     # Exact error of the fit.
     errors = np.stack([single, multi])  # [2, K, D]
-    known = np.stack([seen, known_multi])  # [2, K]
+    known = np.stack([seen, seen if d1 > 0 else np.ones_like(seen)])  # [2, K]
     square = np.einsum("akd,akd->ak", errors, errors)
     tv = np.where(known, tv_unit_gaussians(np.sqrt(square)), 1.0).mean(axis=1)
 
     # The published estimate of it.
-    test_counts = _counts(probs, config.test_size, generator)
-    total = np.zeros(2)
-    for x, _, _, label in _blocks(test_counts, D, d1, buffer, generator):
-        z = x - mean[label]  # [r, D] float64
-        for side in range(2):
-            log_ratio = np.einsum("rd,rd->r", z, errors[side, label]) - 0.5 * square[side, label]
-            total[side] += np.where(known[side, label], 0.5 * np.abs(np.expm1(log_ratio)), 1.0).sum()
-    empirical = total / config.test_size
-    return Outcome(
-        *(float(v) for v in empirical), *(float(v) for v in tv), int(K - seen.sum()), int(K - known_multi.sum())
-    )
+    found = []
+    for k, x in draw(config.test_size)[1]:
+        log_ratio = np.einsum("rd,ad->ar", x - mean[k], errors[:, k]) - 0.5 * square[:, k, None]
+        found.append(np.where(known[:, k, None], 0.5 * np.abs(np.expm1(log_ratio)), 1.0))  # [2, r]
+    empirical = np.concatenate(found, axis=1).sum(axis=1) / config.test_size
+    return Outcome(*empirical.tolist(), *tv.tolist(), *(~known).sum(axis=1).tolist())
 
 
-def _counts(probs: torch.Tensor, size: int, generator: torch.Generator) -> np.ndarray:
-    labels = torch.multinomial(probs, size, replacement=True, generator=generator)
-    return np.bincount(labels.numpy(), minlength=len(probs))
+def _draw_sources(
+    counts: np.ndarray, D: int, d1: int, block_elements: int, generator: torch.Generator
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (source, its points or a part of them, [r, D] float32), sources ascending.
 
-
-def _buffer(D: int, rows: int, block_elements: int) -> torch.Tensor:
-    # A multiple of 16 rows, because torch fills normals in blocks of 16; 16 rows more for a remainder below one block.
-    limit = max(16, block_elements // D // 16 * 16)
-    return torch.empty([min(rows, limit) + 16, D])
-
-
-def _blocks(
-    counts: np.ndarray, D: int, d1: int, buffer: torch.Tensor, generator: torch.Generator
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield (x [r, D] float32, sources [s], first row of each source [s], source of each row [r]), sources ascending.
-
-    A source is drawn in one call of shape (count, D) if it fits into the buffer, else in pieces of a multiple of 16
-    numbers with at least 16 in the last: torch then returns the same numbers as in one call.
+    A source is drawn in one call of shape (count, D) if that is at most `block_elements`, else in pieces of a multiple of
+    16 numbers with at least 16 in the last: torch, which fills normals in blocks of 16, then returns the same numbers.
     """
-    view, rows = buffer.numpy(), len(buffer) - 16
-    pieces: list[tuple[int, int]] = []  # (source, rows)
-    used = 0
-
-    def block():
-        sources = np.array([k for k, _ in pieces])
-        lengths = np.array([length for _, length in pieces])
-        label = np.repeat(sources, lengths)
-        view[:used, :d1] += (label + 1).astype(np.float32)[:, None]
-        return view[:used], sources, np.cumsum(lengths) - lengths, label
-
-    for k, count in enumerate(counts.tolist()):
-        left = count
+    rows = max(16, block_elements // D // 16 * 16)
+    for k, left in enumerate(counts.tolist()):
         while left:
-            if used and used + left > rows:
-                yield block()
-                pieces, used = [], 0
-            piece = left if left <= rows else rows // 16 * 16
-            if 0 < (left - piece) * D < 16:
-                piece = left
-            buffer[used : used + piece].normal_(generator=generator)
-            pieces.append((k, piece))
-            used += piece
+            piece = left if left <= rows or (left - rows) * D < 16 else rows
+            x = torch.randn([piece, D], generator=generator).numpy()
+            x[:, :d1] += np.float32(k + 1)
+            yield k, x
             left -= piece
-    if used:
-        yield block()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,16 +161,9 @@ def seed_rows(result: Sweep) -> list[dict[str, object]]:
     rows = []
     for config, outcomes in zip(result.configs, result.outcomes, strict=True):
         for seed, o in zip(result.seeds, outcomes, strict=True):
-            order = orders(config)
-            row = _head(result.tag, config, seed) | _published(order, (o.empirical_single, o.empirical_multi))
-            row |= {
-                "exact TV of single": o.tv_single,
-                "exact TV of multi": o.tv_multi,
-                "sources without estimate (single)": o.empty_single,
-                "sources without estimate (multi)": o.empty_multi,
-                "test size": config.test_size,
-            }
-            rows.append(row)
+            row = _head(result.tag, config, seed) | _published(config, o.empirical_single, o.empirical_multi)
+            row |= {f"exact TV of {side}": getattr(o, f"tv_{side}") for side in SIDES}
+            rows.append(row | _empty([o]) | {"test size": config.test_size})
     return rows
 
 
@@ -225,45 +186,35 @@ def summary_rows(result: Sweep, delta: float = 0.05, B: float | None = None) -> 
             )
         bound = gaussian_bound(config.K, config.n, config.D, config.d1, config.K if B is None else B, delta)
         expected = expected_tv(config.K, config.n, config.D, config.d1)
-        measured, exact = (_moments(outcomes, kind) for kind in ("empirical", "tv"))
+        measured, exact = (moments(outcomes, field) for field in ("empirical_{}", "tv_{}"))
         seed = sum(result.seeds) / len(result.seeds)
         row = _head(result.tag, config, seed, floats=True)
-        row |= _published(orders(config), (measured["single"][0], measured["multi"][0]))
-        sides = {"single": bound.single, "multi": bound.multi}
+        row |= _published(config, *(measured[side][0] for side in SIDES))
         row |= {
-            "standard error of empirical single": measured["single"][1],
-            "standard error of empirical multi": measured["multi"][1],
+            **{f"standard error of empirical {side}": measured[side][1] for side in SIDES},
             "standard error of advantage": measured["advantage"][1],
-            "exact TV of single": exact["single"][0],
-            "exact TV of multi": exact["multi"][0],
-            "standard error of exact single": exact["single"][1],
-            "standard error of exact multi": exact["multi"][1],
+            **{f"exact TV of {side}": exact[side][0] for side in SIDES},
+            **{f"standard error of exact {side}": exact[side][1] for side in SIDES},
             "exact advantage (abs)": exact["advantage"][0],
             "standard error of exact advantage": exact["advantage"][1],
-            "expected TV of single": expected[0],
-            "expected TV of multi": expected[1],
-            **{f"sharp bound of {name}": side.sharp for name, side in sides.items()},
-            **{f"published bound of {name}": side.published for name, side in sides.items()},
-            **{f"sharp bound of {name} vacuous": int(side.vacuous) for name, side in sides.items()},
-            **{f"published bound of {name} vacuous": int(side.vacuous_published) for name, side in sides.items()},
+            **{f"expected TV of {side}": value for side, value in zip(SIDES, expected, strict=True)},
+            **{f"sharp bound of {side}": bound[side].sharp for side in SIDES},
+            **{f"published bound of {side}": bound[side].published for side in SIDES},
+            **{f"sharp bound of {side} vacuous": int(bound[side].vacuous) for side in SIDES},
+            **{f"published bound of {side} vacuous": int(bound[side].vacuous_published) for side in SIDES},
             "beta_sim": bound.beta_sim,
             "ratio": bound.ratio,
             "runs": len(outcomes),
             "runs with a source without data": sum(o.empty_single > 0 for o in outcomes),
-            "sources without estimate (single)": sum(o.empty_single for o in outcomes),
-            "sources without estimate (multi)": sum(o.empty_multi for o in outcomes),
+            **_empty(outcomes),
             "test size": config.test_size,
         }
         rows.append(row)
     return rows
 
 
-def _moments(outcomes: Sequence[Outcome], kind: str) -> dict[str, tuple[float, float]]:
-    """Mean and standard error of both estimators' errors and of their difference."""
-    pairs = [(getattr(o, f"{kind}_single"), getattr(o, f"{kind}_multi")) for o in outcomes]
-    single, multi = zip(*pairs, strict=True)
-    found = {"single": single, "multi": multi, "advantage": [s - m for s, m in pairs]}
-    return {name: mean_and_error(values) for name, values in found.items()}
+def _empty(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    return {f"sources without estimate ({side})": sum(getattr(o, f"empty_{side}") for o in outcomes) for side in SIDES}
 
 
 def _head(tag: str, config: GaussianConfig, seed: float, floats: bool = False) -> dict[str, object]:
@@ -272,12 +223,13 @@ def _head(tag: str, config: GaussianConfig, seed: float, floats: bool = False) -
     return {tag: getattr(config, tag), "seed": seed} | {k: float(v) if floats else v for k, v in rest.items()}
 
 
-def _published(order: tuple[float, float], empirical: tuple[float, float]) -> dict[str, object]:
+def _published(config: GaussianConfig, single: float, multi: float) -> dict[str, object]:
+    order = orders(config)
     return {
         "theoretical TV bound of single": order[0],
         "theoretical TV bound of multi": order[1],
         "theoretical advantage (abs)": order[0] - order[1],
-        "empirical TV of single": empirical[0],
-        "empirical TV of multi": empirical[1],
-        "advantage (abs)": empirical[0] - empirical[1],
+        "empirical TV of single": single,
+        "empirical TV of multi": multi,
+        "advantage (abs)": single - multi,
     }

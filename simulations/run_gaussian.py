@@ -3,7 +3,7 @@
 if not __package__:
     import _here
 
-import sys
+import functools
 
 import click
 
@@ -52,6 +52,8 @@ def main(tag, results_dir, seeds, num_seeds, values, delta, box, **given):
             raise click.UsageError(f"--values={values} must be whole numbers for --tag={tag}")
         varied[tag] = values if tag == "sim" else [int(v) for v in values]
 
+    from tqdm import tqdm
+
     from simulations import gaussian  # late: torch takes seconds to import, --help should not
 
     seeds = list(range(num_seeds)) if num_seeds else seeds or gaussian.PAPER_SEEDS
@@ -61,7 +63,8 @@ def main(tag, results_dir, seeds, num_seeds, values, delta, box, **given):
         gaussian.sweep_configs(name, varied[name], **fixed)  # all are checked before any runs
     files = []
     for name in tags:
-        result = gaussian.sweep(name, varied[name], seeds, _progress(name), **fixed)
+        progress = functools.partial(tqdm, desc=name, unit="run", disable=None)  # shown on a terminal only
+        result = gaussian.sweep(name, varied[name], seeds, progress, **fixed)
         rows = gaussian.summary_rows(result, delta, box)
         files.append(write_csv(results_dir / name / f"results_{name}.csv", rows))
         files.append(write_csv(results_dir / name / f"results_{name}_seeds.csv", gaussian.seed_rows(result)))
@@ -69,14 +72,6 @@ def main(tag, results_dir, seeds, num_seeds, values, delta, box, **given):
         if empty:
             click.echo(f"{name}: {empty} source(s) had no data; each counts as TV = 1 (see the columns)", err=True)
     sweeps.print_files(files)
-
-
-def _progress(name):
-    if not sys.stderr.isatty():
-        return iter
-    from tqdm import tqdm
-
-    return lambda runs: tqdm(runs, desc=name, unit="run")
 
 
 if __name__ == "__main__":

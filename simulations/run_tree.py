@@ -10,7 +10,7 @@ import click
 from dnnlib import cli
 from dnnlib.options import options
 from simulations.configs import TreeConfig
-from simulations.sweeps import RESULTS_DIR, figure_stem, print_files
+from simulations.sweeps import figure_stem, place, print_files
 
 EXAMPLES = """
 \b
@@ -32,11 +32,10 @@ CLASSES = click.option("--cls", type=click.Choice(["A", "B", "AB"]), default="A"
 GUIDANCE = click.option("--guidance", type=cli.Float(), default=3.0, help="Guidance weight")
 SEED = click.option("--seed", type=click.IntRange(min=0), default=1)
 DEVICE = click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu, ...")
-RUN = "simulations/results/tree/run"
 
 
 @main.command()
-@click.option("--outdir", metavar="DIR", default=str(RESULTS_DIR / "tree" / "run"), show_default=RUN, help="Run folder")
+@place("--outdir", at="results/tree/run", type=click.STRING, metavar="DIR", help="Run folder")
 @options(TreeConfig)
 @click.option("--guidance/--no-guidance", "use_guide", default=None, help="Use --guide; default: if it is given")
 @click.option("--selection", "random", is_flag=True, help="Same as --select=random")

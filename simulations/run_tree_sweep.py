@@ -9,7 +9,7 @@ import click
 
 from dnnlib import cli
 from simulations.run_tree import CLASSES, DEVICE
-from simulations.sweeps import RESULTS_DIR, print_files
+from simulations.sweeps import place, print_files
 
 EXAMPLES = """
 \b
@@ -23,7 +23,6 @@ Examples:
 
 
 ARMS = "baseline,random,jest,ajest,early-ajest,diverse"
-OUTDIR = RESULTS_DIR / "tree-sweep"
 
 
 @cli.command(epilog=EXAMPLES)
@@ -37,7 +36,7 @@ OUTDIR = RESULTS_DIR / "tree-sweep"
 @click.option("--n-samples", type=click.IntRange(min=1), default=2048, help="Samples behind each score")
 @CLASSES
 @click.option("--jobs", type=click.IntRange(min=1), default=1, help="Seeds side by side; makes times noisy")
-@click.option("--outdir", metavar="DIR", default=str(OUTDIR), show_default="simulations/results/tree-sweep")
+@place("--outdir", at="results/tree-sweep", type=click.STRING, metavar="DIR")
 @click.option("--figure", metavar="STEM", help="Figure; default: <outdir>/selection-tree")
 @DEVICE
 @click.option("-n", "--dry-run", is_flag=True, help="Print the runs and stop")

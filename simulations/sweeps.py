@@ -19,13 +19,12 @@ from simulations.bounds import Bound
 from simulations.configs import Rule
 
 HERE = Path(__file__).resolve().parent
-RESULTS_DIR = HERE / "results"  # beside the scripts, so that commands work from any folder
-FIGURES_DIR = HERE / "figures"
 FOLDER = click.Path(file_okay=False, path_type=Path)
 DELTA = click.option(
     "--delta", type=cli.Float(0, 0.5, min_open=True), default=0.05, help="The bounds may fail with this probability"
 )
 SIDES = ("single", "multi")
+REFERENCES = ("histogram", "pooled", "uniform")  # errors that need no network
 
 
 def decorators(chosen: Iterable[Callable]) -> Callable:
@@ -33,50 +32,37 @@ def decorators(chosen: Iterable[Callable]) -> Callable:
     return lambda function: functools.reduce(lambda f, decorator: decorator(f), reversed(list(chosen)), function)
 
 
+def place(*flags: str, at: str | None, type: click.ParamType = FOLDER, **more: object) -> Callable:
+    """An option for where things lie, by default `at` this place beside the scripts, so that commands work from any folder."""
+    return click.option(*flags, type=type, default=at and HERE / at, show_default=at and f"simulations/{at}", **more)
+
+
 def results_dir(folder: str | None, help: str) -> Callable:
     """--results-dir, by default `folder` of simulations/results."""
-    default = None if folder is None else RESULTS_DIR / folder
-    shown = folder and f"simulations/results/{folder}"
-    return click.option("--results-dir", "--results_dir", type=FOLDER, default=default, show_default=shown, help=help)
+    return place("--results-dir", "--results_dir", at=folder and f"results/{folder}", help=help)
 
 
 def values_options(tags: Sequence[str]) -> Callable:
     """--K-values and so on."""
-    chosen = [
-        click.option(
-            f"--{t}-values",
-            f"{t}_values",
-            type=cli.FLOATS if t == "sim" else cli.INTS,
-            help=f"Values of {t} if it varies",
-        )
-        for t in tags
-    ]
-    return decorators(chosen)
+    kinds = {tag: cli.FLOATS if tag == "sim" else cli.INTS for tag in tags}
+    return decorators(
+        click.option(f"--{tag}-values", f"{tag}_values", type=kind, help=f"Values of {tag} if it varies")
+        for tag, kind in kinds.items()
+    )
 
 
 def figure_stem(flag: str, name: str) -> Callable:
     """Where one figure goes, by default `name` in simulations/figures; its suffix may be left out."""
-    return click.option(
-        flag, type=click.Path(path_type=Path), metavar="FILE", default=FIGURES_DIR / name,
-        show_default=f"simulations/figures/{name}", help="Figure, written as .png and .svg",
-        callback=lambda ctx, param, path: path.with_suffix("") if path.suffix in (".png", ".svg") else path,
-    )  # fmt: skip
+    stem = lambda ctx, param, path: path.with_suffix("") if path.suffix in (".png", ".svg") else path
+    kind, help = click.Path(path_type=Path), "Figure, written as .png and .svg"
+    return place(flag, at=f"figures/{name}", type=kind, metavar="FILE", help=help, callback=stem)
 
 
 def figure_options(folder: str, script: str) -> Callable:
     """Where a plot command reads and writes, and the resolution."""
-    chosen = [
-        results_dir(folder, f"Where {script} wrote"),
-        click.option(
-            "--figures-dir",
-            type=FOLDER,
-            default=FIGURES_DIR,
-            show_default="simulations/figures",
-            help="For the figures",
-        ),
-        click.option("--dpi", type=click.IntRange(50, 1200), default=200, help="Resolution of the PNG"),
-    ]
-    return decorators(chosen)
+    figures_dir = place("--figures-dir", at="figures", help="For the figures")
+    dpi = click.option("--dpi", type=click.IntRange(50, 1200), default=200, help="Resolution of the PNG")
+    return decorators([results_dir(folder, f"Where {script} wrote"), figures_dir, dpi])
 
 
 def sweep_options(config: type, budgets: Mapping) -> Callable:
@@ -131,7 +117,7 @@ def run(
 
     torch.set_num_threads(given["threads"])
     plan, given = budgets[given["budget"]], {k: v for k, v in given.items() if v is not None}
-    folder = given.get("results_dir") or RESULTS_DIR / experiment / given["budget"]
+    folder = given.get("results_dir") or HERE / "results" / experiment / given["budget"]
     seeds = given.get("seeds", plan["seeds"])
     own, rule = ({k: given[k] for k in kind.__dataclass_fields__ if k in given} for kind in (config_type, Rule))
     rule = Rule(**plan["rule"] | rule)
@@ -154,7 +140,9 @@ def run(
             bounds = bound(config, found[0], rule.bound, given["delta"])
             rows.append(_head(tag, config) | _summary(found, bounds))
             if published is not None:
-                rows[-1] |= _published(published[tag].get(getattr(config, tag)))
+                single, multi = published[tag].get(getattr(config, tag), ("", ""))
+                rows[-1] |= {"published TV of single": single, "published TV of multi": multi}
+                rows[-1]["published ratio"] = multi / single if multi else ""
             per_seed += [_head(tag, config, seed) | dataclasses.asdict(o) for seed, o in zip(seeds, found, strict=True)]
         files.append(write_csv(folder / tag / f"results_{tag}.csv", rows))
         files.append(write_csv(folder / tag / f"results_{tag}_seeds.csv", per_seed))
@@ -169,32 +157,28 @@ def _head(tag: str, config, seed: int | None = None) -> dict[str, object]:
 
 def _summary(outcomes: Sequence, bound: Bound) -> dict[str, object]:
     """Means and standard errors over seeds of one cell, beside the prediction."""
-    single, multi = (mean_and_error(getattr(o, side) for o in outcomes) for side in SIDES)
-    gain = mean_and_error(o.single - o.multi for o in outcomes)
-    row = {
+    found = moments(outcomes)
+    single, multi = (found[side][0] for side in SIDES)
+    return {
         "seeds": len(outcomes),
-        "TV of single": single[0],
-        "TV of multi": multi[0],
-        "advantage (abs)": gain[0],
-        "standard error of single": single[1],
-        "standard error of multi": multi[1],
-        "standard error of advantage": gain[1],
-        "measured ratio": multi[0] / single[0] if single[0] else 1.0,
+        **{f"TV of {side}": found[side][0] for side in SIDES},
+        "advantage (abs)": found["advantage"][0],
+        **{f"standard error of {name}": error for name, (_, error) in found.items()},
+        "measured ratio": multi / single if single else 1.0,
         "predicted ratio": bound.ratio,
         "beta_sim": bound.beta_sim,
-        "sharp bound of single": bound.single.sharp,
-        "sharp bound of multi": bound.multi.sharp,
+        **{f"sharp bound of {side}": bound[side].sharp for side in SIDES},
         "sharp bound of multi vacuous": int(bound.multi.vacuous),
         "sources without data": sum(o.empty for o in outcomes),
+        **{f"TV of {name}": mean_and_error(getattr(o, name) for o in outcomes)[0] for name in REFERENCES},
     }
-    for name in ("histogram", "pooled", "uniform"):
-        row[f"TV of {name}"] = mean_and_error(getattr(o, name) for o in outcomes)[0]
-    return row
 
 
-def _published(pair: tuple[float, float] | None) -> dict[str, object]:
-    keys = ("published TV of single", "published TV of multi", "published ratio")
-    return dict(zip(keys, ("", "", "") if pair is None else (*pair, pair[1] / pair[0]), strict=True))
+def moments(outcomes: Sequence, field: str = "{}") -> dict[str, tuple[float, float]]:
+    """{"single", "multi", "advantage"}: mean and standard error of both errors (fields of an outcome) and their difference."""
+    single, multi = ([getattr(o, field.format(side)) for o in outcomes] for side in SIDES)
+    found = (single, multi, [s - m for s, m in zip(single, multi, strict=True)])
+    return {name: mean_and_error(values) for name, values in zip((*SIDES, "advantage"), found, strict=True)}
 
 
 def figure_command(experiment: str, all_tags: list[str]) -> click.Command:
@@ -263,16 +247,11 @@ def _curve(axis, rows, tag, y, error, published, label, style) -> float:
 
 
 def _legend(fig, axes, names, columns) -> None:
-    handles = {}
-    for axis in axes.ravel():
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
+    handles = {handle.get_label(): handle for axis in axes.flat for handle in axis.get_legend_handles_labels()[0]}
     order = [f"{name}{kind}" for name in names for kind in (" (± standard error)", ", published", ", predicted")]
-    labels = [label for label in order if label in handles]
-    fig.legend(
-        [handles[label] for label in labels], labels, loc="outside upper center", ncols=columns, fontsize=8.5,
-        columnspacing=1.3, handlelength=1.9,
-    )  # fmt: skip
+    shown = {label: handles[label] for label in order if label in handles}
+    style = dict(loc="outside upper center", ncols=columns, fontsize=8.5, columnspacing=1.3, handlelength=1.9)
+    fig.legend(shown.values(), shown, **style)
 
 
 def _ratio_error(row: Mapping) -> float:
