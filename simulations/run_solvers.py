@@ -3,14 +3,13 @@
 if not __package__:
     import _here
 
-import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from dnnlib import cells, cli
+from dnnlib import cli
 from dnnlib.options import from_options, opt, options
 from dnnlib.util import write_text
 
@@ -39,32 +38,20 @@ class Study:
     learned: str | None = opt(None, "Snapshot of the learned process [random matrices]", metavar="FILE|DIR")
     dest: str = opt("results/linear", "Where the rows go", metavar="DIR")
 
-    def cells(self) -> list[tuple[str, str, float]]:
-        """See solvers.cells."""
-        from simulations.studies import solvers
-
-        return solvers.cells(self.nfes, self.grids, self.arms)
-
-    def process(self):
-        """The learned process, or None. Raises ValueError if its snapshot holds none."""
-        from torch_utils.persistence import load_snapshot
-        from training.processes import Learned
-
-        if self.learned is None:
-            return None
-        process = load_snapshot(self.learned).process
-        if not isinstance(process, Learned):
-            raise ValueError(f"--learned={self.learned} holds no learned process; train one with --process=learned")
-        return process.requires_grad_(False)
-
-    def write(self, name: str, rows: list[dict]) -> None:
-        write_text(Path(self.dest) / f"{name}.json", json.dumps(rows, indent=1))
-
 
 WITHOUT_CELLS = ("nfes", "arms", "grids")
 SEEDS = click.option("--seeds", type=cli.SEEDS, default="0-3", help="Sampling seeds")
 NET = click.option("--net", metavar="FILE|DIR", required=True, help="Snapshot of a network on small images")
 DATA = click.option("--data", metavar="ZIP", required=True, help="Held-out images")
+
+
+def measure(name: str, given: dict, *arguments) -> None:
+    """Write the rows of one experiment to DEST/NAME.json."""
+    from simulations.studies import solvers  # late: torch takes seconds to import, --help should not
+
+    study = from_options(Study, given)
+    rows = solvers.EXPERIMENTS[name](study, *arguments)
+    write_text(Path(study.dest) / f"{name}.json", json.dumps(rows, indent=1))
 
 
 @cli.group(epilog=EXAMPLES)
@@ -76,10 +63,7 @@ def main():
 @options(Study)
 def gaussian(**given):
     """N(0.3, 0.25): the exact Wasserstein error of every fixed-step solver, without Monte Carlo."""
-    from simulations.studies import solvers
-
-    study = from_options(Study, given)
-    study.write("gaussian", solvers.exact_rows(study.cells(), study.process()))
+    measure("gaussian", given)
 
 
 @main.command()
@@ -88,10 +72,7 @@ def gaussian(**given):
 @options(Study)
 def mixture(seeds, num, **given):
     """Nine Gaussians with their exact denoiser: sliced Wasserstein error."""
-    from simulations.studies import solvers
-
-    study = from_options(Study, given)
-    study.write("mixture", solvers.mixture_rows(study.cells(), seeds, num, study.process()))
+    measure("mixture", given, seeds, num)
 
 
 @main.command()
@@ -103,36 +84,7 @@ def mixture(seeds, num, **given):
 @options(Study)
 def digits(net, data, detector, seeds, per_source, **given):
     """A trained denoiser: Frechet distance per source. Finished cells are kept, and so are other rows in the file."""
-    from tqdm import tqdm
-
-    from metrics.detectors import get_detectors
-    from simulations.studies import solvers
-    from torch_utils import persistence
-    from training.dataset import ImageFolderDataset, load_arrays
-
-    study = from_options(Study, given)
-    chosen, path = study.cells(), Path(study.dest) / "digits.json"
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    if any(row.get("per_source") != per_source for row in rows):
-        found = f"{path} has rows of another number of samples"
-        raise ValueError(f"--per-source={per_source}: {found}; take another --dest")
-    dataset = ImageFolderDataset(data)
-    images, labels = load_arrays(dataset)
-    ids = labels.argmax(dim=1)
-    heldout = {int(k): images[ids == k] for k in ids.unique()}
-    ((name, judge),) = get_detectors(f"classifier:{detector}").items()
-    snapshot, process = persistence.load_snapshot(net), study.process()
-    inputs = [per_source, name, dataset.content_hash()]
-    inputs += [cells.digest(persistence.resolve(file)) for file in (net, study.learned) if file]
-    found = cells.run(
-        [(seed, cell) for seed in seeds for cell in chosen],
-        lambda seed, cell: solvers.digit_rows(snapshot, judge.features, heldout, cell, seed, per_source, process),
-        Path(study.dest) / "digits",
-        identity=lambda seed, cell: [seed, cell, inputs],
-        progress=functools.partial(tqdm, unit="cell"),
-    )
-    rows = {(solvers.cell_of(row), row["seed"], row["source"]): row for row in [*rows, *sum(found, [])]}
-    study.write("digits", list(rows.values()))
+    measure("digits", given, net, data, detector, seeds, per_source)
 
 
 @main.command()
@@ -144,14 +96,7 @@ def digits(net, data, detector, seeds, per_source, **given):
 @options(Study, WITHOUT_CELLS)
 def bound(net, data, samples, num, seed, **given):
     """Bits/dim through every process between the same ends: once with draws of their own, once with common ones."""
-    from simulations.studies import solvers
-    from torch_utils.persistence import load_snapshot
-    from training.dataset import ImageFolderDataset, load_arrays
-
-    study, net = from_options(Study, given), load_snapshot(net).net
-    images, labels = (part[:num] for part in load_arrays(ImageFolderDataset(data)))
-    labels = labels if net.label_dim else None
-    study.write("bound", solvers.bound_rows(net, images.float() / 127.5 - 1, labels, samples, seed, study.process()))
+    measure("bound", given, net, data, num, samples, seed)
 
 
 @main.command()

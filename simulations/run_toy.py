@@ -51,19 +51,6 @@ class Way(ProcessChoice):
     num: int = opt(2048, "Points", at_least=1)
     seed: int = opt(0, "Of everything random", at_least=0)
 
-    def open(self, net):
-        """The snapshot of a network of points, and the process that it is sampled through."""
-        from torch_utils.persistence import load_snapshot
-        from training.processes import is_linear
-        from training.processes.options import make_process
-
-        snapshot = load_snapshot(net)
-        if snapshot.net.img_channels != 2 or snapshot.net.img_resolution != 1:
-            raise ValueError(f"--net={net}: not a network of points; train one with run_toy.py train")
-        if self.process is None and not self.process_options and is_linear(snapshot.process):
-            return snapshot, snapshot.process
-        return snapshot, make_process(self.process or "cld", self.process_options, trained=snapshot.process)
-
 
 @cli.group(epilog=EXAMPLES)
 def main():
@@ -89,7 +76,7 @@ def sample(net, dest, **given):
     from simulations import toy
 
     way = from_options(Way, given)
-    snapshot, process = way.open(net)
+    snapshot, process = toy.open_points(net, way)
     points, times, states = toy.trajectories(snapshot.net, process, way)
     with atomic_write(dest) as file:
         np.savez(file, points=points.numpy(), times=times, states=states.float().numpy())
@@ -105,7 +92,7 @@ def plot(net, dataset, figure, **given):
     from simulations import toy
 
     way = from_options(Way, given)
-    snapshot, process = way.open(net)
+    snapshot, process = toy.open_points(net, way)
     dataset = dataset or snapshot.header.get("dataset", {}).get("path", "")
     print(json.dumps(toy.plot(snapshot.net, process, dataset, figure, way), indent=2))
 

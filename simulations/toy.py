@@ -8,6 +8,7 @@ import torch
 from metrics import figures
 from simulations import toy_data
 from simulations.studies.solvers import sliced_wasserstein
+from torch_utils.persistence import load_snapshot
 from torch_utils.random import hash_seed, seeded_generator
 from training import likelihood, samplers
 from training.dataset import ArrayDataset
@@ -17,6 +18,7 @@ from training.losses import EDM2Loss, Objective
 from training.losses.process import ProcessLoss
 from training.networks_toy import MLPDenoiser
 from training.phema import PowerFunctionEMA
+from training.processes import is_linear
 from training.processes.options import make_process
 from training.processes.score import make_score
 from training.schedules import learning_rate_schedule
@@ -59,6 +61,16 @@ def train(c, outdir):
         seed=c.seed,
         header=dict(options=options, dataset=dict(path=c.dataset, label_dim=0)),
     ).start(outdir)
+
+
+def open_points(net, o):
+    """The snapshot of a network of points, and the process that it is sampled through. o: run_toy.Way."""
+    snapshot = load_snapshot(net)
+    if snapshot.net.img_channels != 2 or snapshot.net.img_resolution != 1:
+        raise ValueError(f"--net={net}: not a network of points; train one with run_toy.py train")
+    if o.process is None and not o.process_options and is_linear(snapshot.process):
+        return snapshot, snapshot.process
+    return snapshot, make_process(o.process or "cld", o.process_options, trained=snapshot.process)
 
 
 @torch.no_grad()

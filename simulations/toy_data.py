@@ -32,11 +32,6 @@ def _grid(reach, pitch, std, turn=((1.0, 0.0), (0.0, 1.0)), weights=None):
     return tree.GaussianMixture([1 / len(centers)] * len(centers) if weights is None else weights, centers, covariance)
 
 
-def diamond():
-    """Nine Gaussians of standard deviation 0.04 on a 3 x 3 grid of pitch 0.5, turned by 45 degrees."""
-    return _grid(1, 0.5, 0.04, torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64) / math.sqrt(2))
-
-
 def mixture():
     """Nine Gaussians of standard deviation 0.05 with weights 1 to 9, on a tilted grid of pitch 0.6."""
     return _grid(1, 0.6, 0.05, ((0.8, -0.6), (0.6, 0.8)), range(1, 10))
@@ -60,7 +55,7 @@ def rings_logp(x):
 
 # name: function without arguments -> mixture with .sample, .logp and .denoiser; each is one of TOY_DATA too.
 MIXTURES = {
-    "diamond": diamond,
+    "diamond": lambda: _grid(1, 0.5 / math.sqrt(2), 0.04, ((1.0, -1.0), (1.0, 1.0))),  # pitch 0.5, at 45 degrees
     "25gaussians": lambda: _grid(2, 0.4, 0.03),
     "mixture": mixture,
     "tree": lambda: tree.ground_truth("A"),

@@ -1,19 +1,26 @@
 """One denoiser through many processes and solvers: error against the number of network evaluations (NFE)."""
 
 import functools
+import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from dnnlib.cells import digest
+from dnnlib.cells import run as run_cells
+from metrics.detectors import get_detectors
 from metrics.distances import frechet_distance
 from metrics.table import mean_and_error
 from simulations import toy_data
+from torch_utils import persistence
 from torch_utils.random import StackedRandomGenerator, hash_seed, seeded_generator
 from training import likelihood, samplers
+from training.dataset import ImageFolderDataset, load_arrays
 from training.processes import Learned, LinearProcess
 from training.processes.options import make_process
 from training.processes.states import expand
@@ -31,8 +38,8 @@ ARMS = {
     "CLD RK45": ("cld", PAPER_CLD, "ode"),
     "MALDA EM": ("malda", dict(V=3), "em"),
     "MALDA SSCS": ("malda", dict(V=3), "sscs"),
-    "learned EM": ("learned", dict(V=2), "em"),
-    "learned SSCS": ("learned", dict(V=2), "sscs"),
+    "learned EM": ("learned", {}, "em"),
+    "learned SSCS": ("learned", {}, "sscs"),
 }
 RUN = {**SOLVERS, "churn": functools.partial(SOLVERS["heun"], S_churn=30, S_min=0.05, S_max=50)}  # Heun with noise
 IN_SIGMA = ("heun", "churn")  # solvers with one grid only
@@ -67,22 +74,28 @@ def cells(nfes: Sequence[int], grids: Sequence[str] = GRIDS, arms: Sequence[str]
     ]
 
 
-def arm_process(arm: str, learned: Learned | None = None) -> LinearProcess:
-    """The process of an arm. learned: stands in for the one that `learned` arms have, whose matrices are random."""
-    name, options, _ = ARMS[arm]
-    if name == "learned" and learned is not None:
-        return learned
-    process = make_process(name, options, learn=True)
-    return process.requires_grad_(False) if isinstance(process, Learned) else process
+def open_study(study) -> tuple[list[tuple[str, str, float]], Learned | None]:
+    """(cells, learned process or None) of a run_solvers.Study. Raises ValueError for a snapshot without such a process."""
+    chosen = cells(study.nfes, study.grids, study.arms)
+    if study.learned is None:
+        return chosen, None
+    process = persistence.load_snapshot(study.learned).process
+    if not isinstance(process, Learned):
+        raise ValueError(f"--learned={study.learned} holds no learned process; train one with --process=learned")
+    return chosen, process
 
 
 @torch.no_grad()
 def sample(
     net: torch.nn.Module, cell: tuple, shape: tuple, seed: int, labels=None, learned: Learned | None = None
 ) -> tuple[torch.Tensor, int]:
-    """(samples [N, *data_shape], network evaluations) of a cell, with all draws from one seed."""
+    """(samples [N, *data_shape], network evaluations) of a cell, with all draws from one seed.
+
+    learned: stands in for the process of `learned` arms, whose matrices are random.
+    """
     arm, grid, budget = cell
-    solver, process, generator = ARMS[arm][2], arm_process(arm, learned), seeded_generator("cpu", seed, 5)
+    name, options, solver = ARMS[arm]
+    process, generator = make_process(name, options, trained=learned, learn=True), seeded_generator("cpu", seed, 5)
     if grid == "adaptive":
         ends, options = dict(ENDS, grid="sigma"), dict(rtol=budget, atol=budget)
     else:
@@ -124,19 +137,21 @@ class Affine(torch.nn.Module):
         return self.mean + (y - self.mean) / (1 + sigma**2 / self.sigma_data**2)
 
 
+@torch.no_grad()
 def exact_error(cell: tuple, learned: Learned | None = None) -> float:
     """2-Wasserstein distance between the law of `Affine` and the exact one that an arm samples for it: no Monte Carlo.
 
     Every fixed-step solver is affine in its normal draws for a Gaussian: one run with unit vectors for draws gives the law.
     """
     arm, grid, nfe = cell
-    solver, process, net = ARMS[arm][2], arm_process(arm, learned), Affine()
+    name, options, solver = ARMS[arm]
+    process, net = make_process(name, options, trained=learned, learn=True), Affine()
     steps, ends = steps_for(solver, nfe), dict(ENDS, grid=grid)
     calls = steps * {"em": 1, "sscs": 2, "churn": 1}.get(solver, 0)
     units = torch.eye(1 + process.V * (1 + calls), dtype=torch.float64)[:, 1:]  # row 0: the mean
     draws = iter(units.reshape(len(units), 1 + calls, process.V, 1).unbind(1))
     t_max = samplers.endpoints(net, process, **ends)[0]
-    root = torch.linalg.cholesky(process.prior_covariance("matched", t_max, net.sigma_data).detach())
+    root = torch.linalg.cholesky(process.prior_covariance("matched", t_max, net.sigma_data))
     precision = {"dtype" if solver in IN_SIGMA else "net_dtype": torch.float64}
     start, randn_like = root @ next(draws), lambda u: next(draws).reshape(u.shape).to(u)
     out = RUN[solver](net, process, start, num_steps=steps, randn_like=randn_like, **precision, **ends)
@@ -144,14 +159,16 @@ def exact_error(cell: tuple, learned: Learned | None = None) -> float:
     return math.hypot(float(out[0]) - net.mean, float((out[1:] - out[0]).norm()) - net.sigma_data)
 
 
-def exact_rows(chosen: list, learned: Learned | None = None) -> list[dict]:
-    """Rows of `exact_error` for the chosen cells, see `row`; RK45, whose steps depend on the state, is left out."""
+def exact_rows(study) -> list[dict]:
+    """Rows of `exact_error` for the cells of a study; RK45, whose steps depend on the state, is left out."""
+    chosen, learned = open_study(study)
     fixed = [cell for cell in chosen if cell[1] != "adaptive"]
     return [row(cell, cell[2], 0, exact_error(cell, learned)) for cell in tqdm(fixed, unit="cell")]
 
 
-def mixture_rows(chosen: list, seeds: Sequence[int], num: int, learned: Learned | None = None) -> list[dict]:
-    """Rows of the chosen cells: sliced W2 to fresh exact samples, and the seconds of sampling; arm "data" is the floor."""
+def mixture_rows(study, seeds: Sequence[int], num: int) -> list[dict]:
+    """Rows of a study: sliced W2 to fresh exact samples, and the seconds of sampling; arm "data" is the floor."""
+    chosen, learned = open_study(study)
     truth = toy_data.mixture()
     net = truth.denoiser(0.5)
     exact = [truth.sample((num,), generator=seeded_generator("cpu", hash_seed(s, 6))) for s in [*seeds, 10**6]]
@@ -166,24 +183,41 @@ def mixture_rows(chosen: list, seeds: Sequence[int], num: int, learned: Learned 
 
 
 @torch.no_grad()
-def digit_rows(
-    snapshot, features: Callable, heldout: dict, cell: tuple, seed: int, per_source: int, learned: Learned | None = None
-) -> list[dict]:
-    """Rows of a cell and a sampling seed: Frechet distance per source in `features`.
+def digit_rows(study, path: str, data: str, detector: str, seeds: Sequence[int], per_source: int) -> list[dict]:
+    """Rows of a study per source: Frechet distance to the images of `data` in the features of a classifier.
 
-    snapshot: torch_utils.persistence.Snapshot; features: callable uint8 images -> [N, F]; heldout: {source: uint8 images}.
+    Other rows of the file stay, and finished cells are kept. Raises ValueError for a file of another number of samples.
     """
+    (chosen, learned), dest = open_study(study), Path(study.dest) / "digits.json"
+    rows = json.loads(dest.read_text(encoding="utf-8")) if dest.is_file() else []
+    if any(row.get("per_source") != per_source for row in rows):
+        found = f"{dest} has rows of another number of samples"
+        raise ValueError(f"--per-source={per_source}: {found}; take another --dest")
+    ((name, judge),) = get_detectors(f"classifier:{detector}").items()
 
-    def moments(images):
-        seen = torch.as_tensor(features(images)).double()
-        return seen.mean(0), seen.T.cov()
+    def moments(images, ids):
+        features = {k: torch.as_tensor(judge.features(images[ids == k])).double() for k in ids.unique().tolist()}
+        return {k: (seen.mean(0), seen.T.cov()) for k, seen in features.items()}
 
-    net, ids = snapshot.net, torch.tensor(sorted(heldout)).repeat_interleave(per_source)
+    dataset, snapshot = ImageFolderDataset(data), persistence.load_snapshot(path)
+    images, labels = load_arrays(dataset)
+    heldout = moments(images, labels.argmax(dim=1))
+    net, ids = snapshot.net, torch.tensor([*heldout]).repeat_interleave(per_source)
     shape = (len(ids), net.img_channels, net.img_resolution, net.img_resolution)
-    images, nfe = sample(net, cell, shape, seed, torch.eye(net.label_dim)[ids], learned)
-    images = snapshot.encoder.decode(images)
-    errors = {k: frechet_distance(*moments(images[ids == k]), *moments(heldout[k])) for k in sorted(heldout)}
-    return [row(cell, nfe, seed, error, source=k, per_source=per_source) for k, error in errors.items()]
+    inputs = [per_source, name, dataset.content_hash()]
+    inputs += [digest(persistence.resolve(file)) for file in (path, study.learned) if file]
+
+    def work(seed, cell):
+        images, nfe = sample(net, cell, shape, seed, torch.eye(net.label_dim)[ids], learned)
+        found = moments(snapshot.encoder.decode(images), ids)
+        errors = {k: frechet_distance(*found[k], *heldout[k]) for k in heldout}
+        return [row(cell, nfe, seed, error, source=k, per_source=per_source) for k, error in errors.items()]
+
+    found = run_cells(
+        [(seed, cell) for seed in seeds for cell in chosen], work, dest.with_suffix(""),
+        identity=lambda seed, cell: [seed, cell, inputs], progress=functools.partial(tqdm, unit="cell"),
+    )  # fmt: skip
+    return list({(cell_of(row), row["seed"], row["source"]): row for row in [*rows, *sum(found, [])]}.values())
 
 
 def summarise(rows: Sequence[dict]) -> dict[tuple, tuple[float, float]]:
@@ -217,12 +251,15 @@ def differences(rows: Sequence[dict]) -> dict[tuple, tuple[float, float]]:
 
 
 @torch.no_grad()
-def bound_rows(net, x: torch.Tensor, labels, num_samples: int, seed: int, learned: Learned | None = None) -> list[dict]:
+def bound_rows(study, net: str, data: str, num: int, num_samples: int, seed: int) -> list[dict]:
     """Rows {process, image, bits, sigma_min, sigma_max, draws} of the ELBO with a 256-level decoder, between the same ends.
 
-    x: [N, *data_shape] on [-1, 1]. Matched prior; sigma from 0.002 to the least sigma(T) of the processes: the named
-    ones, one with random matrices, and the learned one if there is. draws: "common" to all processes, or each its "own".
+    Of the first `num` images. Matched prior; sigma from 0.002 to the least sigma(T) of the processes: the named ones, one
+    with random matrices, and the learned one if there is. draws: "common" to all processes, or each its "own".
     """
+    net, (_, learned) = persistence.load_snapshot(net).net, open_study(study)
+    images, labels = (part[:num] for part in load_arrays(ImageFolderDataset(data)))
+    x, labels = images.float() / 127.5 - 1, labels if net.label_dim else None
     generator = torch.Generator().manual_seed(0)
     q, b = (torch.randn(3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     processes = {
@@ -244,3 +281,7 @@ def bound_rows(net, x: torch.Tensor, labels, num_samples: int, seed: int, learne
             same = {"sigma_min": parts["sigma_min"], "sigma_max": parts["sigma_max"], "draws": draws}
             rows += [dict(process=name, image=i, bits=value, **same) for i, value in enumerate(bits)]
     return rows
+
+
+# Of run_solvers.py: the rows of a study, and of what else its command takes.
+EXPERIMENTS = {"gaussian": exact_rows, "mixture": mixture_rows, "digits": digit_rows, "bound": bound_rows}

@@ -47,7 +47,7 @@ def loss_statistics(
     loss = EDM2Loss(P_mean, P_std, net.sigma_data, kernel=kernel or GaussianKernel(), uncertainty=False)
     stable = StableTargets(draw, num_references, aug_dim(kernel))
     exact = PosteriorMean(clean, aug_dim(kernel), labels)
-    found, sigma = defaultdict(lambda: ([], [])), []  # per target: losses and its spread
+    found, sigma = defaultdict(list), []  # per target: losses and its spread, [2, n]
     for start in range(0, num, batch):
         generator = seeded_generator(device, seed, 1, start)
         draws = loss.draw(*draw(min(batch, num - start), generator), generator)
@@ -56,13 +56,12 @@ def loss_statistics(
         for name, target in (("image", draws.images), ("stable", stable(draws, generator))):
             losses = loss.evaluate(net, Draws({**draws, "targets": target}))
             spread = expand(draws.weight, center) * (target - center).square()
-            for parts, values in zip(found[name], (losses, spread), strict=True):
-                parts.append(values.double().flatten(1).mean(1).cpu())
+            found[name].append(torch.stack([v.double().flatten(1).mean(1).cpu() for v in (losses, spread)]))
     sigma, rows = torch.cat(sigma), []
     for levels, (low, high) in RANGES.items():
         mask = (sigma >= low) & (sigma < high)
         for target, parts in found.items():
-            losses, spread = (torch.cat(part)[mask] for part in parts)
+            losses, spread = torch.cat(parts, dim=1)[:, mask]
             if len(losses) > 1:
                 row = {"levels": levels, "target": target, "count": len(losses), "mean": float(losses.mean())}
                 rows.append({**row, "variance": float(losses.var()), "target_variance": float(spread.mean())})
