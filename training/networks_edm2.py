@@ -260,21 +260,66 @@ class UNet(torch.nn.Module):
         return self.out_conv(x, gain=self.out_gain)
 
 
-def label_matrix(class_labels: Tensor | None, label_dim: int, device: torch.device) -> Tensor | None:
-    """Labels [N, label_dim] float32; [1, label_dim] zeros where none are given, None for unconditional networks."""
-    if label_dim == 0:
-        return None
-    if class_labels is None:
-        return torch.zeros([1, label_dim], device=device)
-    return class_labels.to(torch.float32).reshape(-1, label_dim)
+class Preconditioned(torch.nn.Module):
+    """What preconditioned denoisers share: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM eq. 7).
+
+    Subclasses make F and give `log_variance`. A conditional network given no labels uses a zero vector, which is a trained
+    null label only with label dropout.
+    """
+
+    body = "model"  # the attribute that holds F
+    reduced_dtype = "float16"
+    sigma_min, sigma_max = 0.0, math.inf
+
+    def __init__(self, img_resolution: int, img_channels: int, label_dim: int, use_fp16: bool, sigma_data: float):
+        super().__init__()
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels
+        self.label_dim = label_dim
+        self.use_fp16 = use_fp16
+        self.sigma_data = sigma_data
+
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(c_skip, c_out, c_in, c_noise) for sigma [N, 1, 1, 1]; EDM's own (EDM table 1, last column)."""
+        total = sigma**2 + self.sigma_data**2
+        return self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
+
+    def log_variance(self, sigma: Tensor, num: int) -> Tensor:
+        """u(sigma) [num, 1, 1, 1] or [1, 1, 1, 1] for sigma [N, 1, 1, 1]."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        force_fp32: bool = False,
+        return_logvar: bool = False,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Denoise x [N, C, R, R] at noise level sigma ([N] or scalar, > 0), labels [N, K] one-hot or soft, or None.
+
+        Returns x0_hat [N, C, R, R] float32, and with `return_logvar` also u(sigma) [N, 1, 1, 1]. options: those of F.
+        """
+        x = x.to(torch.float32)
+        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
+        if class_labels is None:
+            class_labels = torch.zeros([1, self.label_dim], device=x.device)
+        labels = class_labels.to(torch.float32).reshape(-1, self.label_dim) if self.label_dim else None
+        reduced = self.use_fp16 and not force_fp32 and x.device.type == "cuda"
+        dtype = getattr(torch, self.reduced_dtype) if reduced else torch.float32
+
+        c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
+        output = getattr(self, self.body)((c_in * x).to(dtype), c_noise.flatten(), labels, **options)
+        denoised = c_skip * x + c_out * output[:, : self.img_channels].to(torch.float32)
+        return (denoised, self.log_variance(sigma, len(x))) if return_logvar else denoised
 
 
 @persistent
-class Precond(torch.nn.Module):
-    """Preconditioned denoiser with learned uncertainty: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise).
+class Precond(Preconditioned):
+    """EDM2's denoiser with learned uncertainty: EDM's preconditioning, log-variance u(sigma) (EDM2 eq. 21)."""
 
-    EDM (arXiv 2206.00364) table 1 for the preconditioning, EDM2 eq. 21 for the log-variance u(sigma).
-    """
+    body = "unet"
 
     def __init__(
         self,
@@ -287,49 +332,13 @@ class Precond(torch.nn.Module):
         reduced_dtype: str = "float16",  # what use_fp16 means: "float16" or "bfloat16"
         **unet_kwargs: Any,
     ):
-        super().__init__()
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, sigma_data)
         if reduced_dtype not in ("float16", "bfloat16"):
             raise ValueError(f"reduced_dtype={reduced_dtype!r} is none of float16, bfloat16")
-        self.img_resolution = img_resolution
-        self.img_channels = img_channels
-        self.label_dim = label_dim
-        self.use_fp16 = use_fp16
         self.reduced_dtype = reduced_dtype
-        self.sigma_data = sigma_data
-        self.sigma_min = 0.0
-        self.sigma_max = float("inf")
         self.unet = UNet(img_resolution, img_channels, label_dim, **unet_kwargs)
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1, kernel=[])
 
-    def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        class_labels: Tensor | None = None,
-        force_fp32: bool = False,
-        return_logvar: bool = False,
-        **unet_kwargs: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Denoise x [N, C, R, R] at noise level sigma ([N] or scalar, > 0), labels [N, K] one-hot or soft, or None.
-
-        Returns x0_hat [N, C, R, R] float32, and with `return_logvar` also u(sigma) [N, 1, 1, 1].
-        """
-        x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
-        class_labels = label_matrix(class_labels, self.label_dim, x.device)
-        reduced = self.use_fp16 and not force_fp32 and x.device.type == "cuda"
-        dtype = getattr(torch, self.reduced_dtype) if reduced else torch.float32
-
-        variance = sigma**2 + self.sigma_data**2
-        c_skip = self.sigma_data**2 / variance
-        c_out = sigma * self.sigma_data / variance.sqrt()
-        c_in = 1 / variance.sqrt()
-        c_noise = sigma.flatten().log() / 4
-
-        f_x = self.unet((c_in * x).to(dtype), c_noise, class_labels, **unet_kwargs)
-        denoised = c_skip * x + c_out * f_x.to(torch.float32)
-        if return_logvar:
-            logvar = self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
-            return denoised, logvar
-        return denoised
+    def log_variance(self, sigma: Tensor, num: int) -> Tensor:
+        return self.logvar_linear(self.logvar_fourier(sigma.flatten().log() / 4)).reshape(-1, 1, 1, 1)

@@ -16,12 +16,35 @@ class MPSiLU(torch.nn.Module):
 
 
 class _PointDenoiser(torch.nn.Module):
-    """What denoisers of points share: the attributes of the denoiser contract."""
+    """What denoisers of points share: the attributes and the call of the denoiser contract.
+
+    net(x [N, in_dim, 1, 1], sigma [N] or scalar, class_labels [N, label_dim] or None, return_logvar) -> [N, in_dim, 1, 1]
+    and, on request, the log-variance [N, 1, 1, 1]. Labels None mean the zero vector; further keywords are ignored.
+    """
 
     label_dim = 0
     img_resolution = 1
     sigma_min = 0.0
     sigma_max = float("inf")
+
+    def __init__(self):
+        super().__init__()
+        self.logvar = None  # ln(sigma)/4 [N, 1] -> log-variance [N, 1]; None: zero
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_logvar: bool = False,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1).expand(len(x), 1)
+        denoised = self.denoise(x.to(torch.float32).flatten(1), sigma, class_labels).reshape(x.shape)
+        if not return_logvar:
+            return denoised
+        logvar = torch.zeros_like(sigma) if self.logvar is None else self.logvar(sigma.log() / 4)
+        return denoised, logvar.reshape(-1, 1, 1, 1)
 
 
 @persistent
@@ -55,29 +78,14 @@ class ToyModel(_PointDenoiser):
             x = x if graph and x.requires_grad else x.detach().requires_grad_(True)
             return torch.autograd.grad(self.logp(x, sigma).sum(), x, create_graph=graph)[0]
 
-    def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        class_labels: Tensor | None = None,
-        return_logvar: bool = False,
-        **kwargs: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Denoiser [N, 2, 1, 1]; labels and further keywords are ignored, the log-variance is zero."""
-        points = x.to(torch.float32).flatten(1)  # [N, 2]
-        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1).expand(len(x))
-        score = self.point_score(points, sigma, graph=torch.is_grad_enabled())
-        denoised = (points + sigma[:, None] ** 2 * score).reshape(x.shape)
-        return (denoised, denoised.new_zeros([len(x), 1, 1, 1])) if return_logvar else denoised
+    def denoise(self, points: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Denoised points [N, 2] for sigma [N, 1]; differentiable where gradients are wanted."""
+        return points + sigma**2 * self.point_score(points, sigma[:, 0], graph=torch.is_grad_enabled())
 
 
 @persistent
 class MLPDenoiser(_PointDenoiser):
-    """Residual MLP with EDM preconditioning for points [N, in_dim, 1, 1], optionally conditional and uncertain.
-
-    net(x, sigma [N] or scalar, class_labels [N, label_dim] or None, return_logvar) -> [N, in_dim, 1, 1] and, on request,
-    the log-variance [N, 1, 1, 1] (zero without logvar_channels). Labels None mean the zero vector.
-    """
+    """Residual MLP with EDM preconditioning for points [N, in_dim, 1, 1], optionally conditional and uncertain."""
 
     def __init__(
         self,
@@ -103,7 +111,6 @@ class MLPDenoiser(_PointDenoiser):
         self.out = torch.nn.Linear(hidden_dim, in_dim)
         torch.nn.init.zeros_(self.out.weight)
         torch.nn.init.zeros_(self.out.bias)
-        self.logvar = None
         if logvar_channels:
             last = torch.nn.Linear(logvar_channels, 1)
             torch.nn.init.zeros_(last.weight)
@@ -113,20 +120,10 @@ class MLPDenoiser(_PointDenoiser):
         freqs = torch.logspace(math.log10(2 * math.pi / 40), math.log10(2 * math.pi * 4), hidden_dim // 2)
         self.register_buffer("freqs", freqs)
 
-    def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        class_labels: Tensor | None = None,
-        return_logvar: bool = False,
-        **kwargs: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        points = x.to(torch.float32).flatten(1)  # [N, in_dim]
-        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1).expand(len(x), 1)
+    def denoise(self, points: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Denoised points [N, in_dim] for sigma [N, 1]."""
         variance = sigma**2 + self.sigma_data**2
-        c_noise = sigma.log() / 4  # [N, 1]
-
-        angle = c_noise * self.freqs
+        angle = sigma.log() / 4 * self.freqs
         emb = self.map_noise(torch.cat([angle.cos(), angle.sin()], dim=1))  # [N, hidden]
         if self.map_label is not None and class_labels is not None:
             labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
@@ -135,11 +132,5 @@ class MLPDenoiser(_PointDenoiser):
         h = self.map_x(points / variance.sqrt())
         for norm, inner, outer in zip(self.norms, self.inner, self.outer, strict=True):
             h = h + outer(torch.nn.functional.silu(inner(torch.cat([norm(h), emb], dim=1))))
-        output = self.out(h)
-
-        denoised = self.sigma_data**2 / variance * points + sigma * self.sigma_data / variance.sqrt() * output
-        denoised = denoised.reshape(x.shape)
-        if not return_logvar:
-            return denoised
-        logvar = torch.zeros_like(sigma) if self.logvar is None else self.logvar(c_noise)
-        return denoised, logvar.reshape(-1, 1, 1, 1)
+        skip, scale = self.sigma_data**2 / variance, sigma * self.sigma_data / variance.sqrt()
+        return skip * points + scale * self.out(h)

@@ -5,7 +5,7 @@ a given seed initialises a network alike.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def require(name: str, value: str, known: Collection[str]) -> None:
+    """Raises ValueError unless `value` is one of the known ones."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(known)}")
+
+
 def init_tensor(shape: Sequence[int], mode: str, fan_in: int, fan_out: int) -> Tensor:
     """Random initial values: Glorot ("xavier") or He ("kaiming"), uniform or normal."""
-    if mode == "xavier_uniform":
-        return math.sqrt(6 / (fan_in + fan_out)) * (torch.rand(*shape) * 2 - 1)
-    if mode == "xavier_normal":
-        return math.sqrt(2 / (fan_in + fan_out)) * torch.randn(*shape)
-    if mode == "kaiming_uniform":
-        return math.sqrt(3 / fan_in) * (torch.rand(*shape) * 2 - 1)
-    if mode == "kaiming_normal":
-        return math.sqrt(1 / fan_in) * torch.randn(*shape)
-    raise ValueError(
-        f"init_mode={mode!r} is unknown; choose from xavier_uniform, xavier_normal, kaiming_uniform, kaiming_normal"
-    )
+    require("init_mode", mode, ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal"))
+    fan = (fan_in + fan_out) / 2 if mode.startswith("xavier") else fan_in
+    if mode.endswith("uniform"):
+        return math.sqrt(3 / fan) * (torch.rand(*shape) * 2 - 1)
+    return math.sqrt(1 / fan) * torch.randn(*shape)
 
 
 class Linear(torch.nn.Module):
@@ -90,31 +90,25 @@ class Conv2d(torch.nn.Module):
         taps = taps.ger(taps)[None, None] / taps.sum().square()  # [1, 1, n, n]
         self.register_buffer("resample_filter", taps if up or down else None)
 
-    def _upsample(self, x, padding):
-        kernel = self.resample_filter.to(x.dtype).mul(4).tile([x.shape[1], 1, 1, 1])
-        return F.conv_transpose2d(x, kernel, groups=x.shape[1], stride=2, padding=padding)
-
-    def _downsample(self, x, padding):
-        kernel = self.resample_filter.to(x.dtype).tile([x.shape[1], 1, 1, 1])
-        return F.conv2d(x, kernel, groups=x.shape[1], stride=2, padding=padding)
+    def _resample(self, x, padding):
+        if self.resample_filter is None:
+            return x
+        kernel = self.resample_filter.to(x.dtype).mul(4 if self.up else 1).tile([x.shape[1], 1, 1, 1])
+        convolve = F.conv_transpose2d if self.up else F.conv2d
+        return convolve(x, kernel, groups=x.shape[1], stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        pad_w = 0 if weight is None else weight.shape[-1] // 2
         pad_f = 0 if self.resample_filter is None else (self.resample_filter.shape[-1] - 1) // 2
-        if self.fused_resample and self.up and weight is not None:
-            x = self._upsample(x, max(pad_f - pad_w, 0))
-            x = F.conv2d(x, weight, padding=max(pad_w - pad_f, 0))
-        elif self.fused_resample and self.down and weight is not None:
-            x = F.conv2d(x, weight, padding=pad_w + pad_f)
-            x = self._downsample(x, 0)
+        if self.weight is None:
+            return self._resample(x, pad_f)
+        weight = self.weight.to(x.dtype)
+        pad_w = weight.shape[-1] // 2
+        if self.fused_resample and self.up:
+            x = F.conv2d(self._resample(x, max(pad_f - pad_w, 0)), weight, padding=max(pad_w - pad_f, 0))
+        elif self.fused_resample and self.down:
+            x = self._resample(F.conv2d(x, weight, padding=pad_w + pad_f), 0)
         else:
-            if self.up:
-                x = self._upsample(x, pad_f)
-            if self.down:
-                x = self._downsample(x, pad_f)
-            if weight is not None:
-                x = F.conv2d(x, weight, padding=pad_w)
+            x = F.conv2d(self._resample(x, pad_f), weight, padding=pad_w)
         return x if self.bias is None else x + self.bias.to(x.dtype).reshape(1, -1, 1, 1)
 
 

@@ -7,21 +7,19 @@ import torch
 from torch import Tensor
 
 from torch_utils.persistence import persistent
-from training.networks_edm.layers import LogVariance
-from training.networks_edm.unets import DhariwalUNet, SongUNet, _require
-from training.networks_edm2 import label_matrix
+from training.networks_edm.layers import LogVariance, require
+from training.networks_edm.unets import DhariwalUNet, SongUNet
+from training.networks_edm2 import Preconditioned
 
 
-class _Precond(torch.nn.Module):
-    """What the four preconditioners share: labels, precision and D = c_skip x + c_out F(c_in x, c_noise) (EDM eq. 7).
+class _Precond(Preconditioned):
+    """What the four preconditioners share.
 
-    forward(x [N, C, R, R], sigma [N] or scalar, class_labels [N, label_dim] or None) -> [N, C, R, R] float32, and
-    additionally the log-variance [N, 1, 1, 1] if return_logvar (zeros without `logvar_channels`).
-    A conditional network given no labels uses a zero vector, which is a trained null label only with label dropout.
-
-    sigma_data: standard deviation of the data, for losses and solvers (only EDM's preconditioning uses it).
-    logvar_channels: width of the uncertainty head, 0: none.
+    model_type: a key of MODELS, model_kwargs its arguments. sigma_data: standard deviation of the data, for losses and
+    solvers (only EDM's preconditioning uses it). logvar_channels: width of the uncertainty head, 0: none, u = 0.
     """
+
+    outputs_per_channel = 1
 
     def __init__(
         self,
@@ -34,50 +32,19 @@ class _Precond(torch.nn.Module):
         logvar_channels=0,
         **model_kwargs,
     ):
-        _require("model_type", model_type, MODELS)
-        super().__init__()
-        self.img_resolution = img_resolution
-        self.img_channels = img_channels
-        self.label_dim = label_dim
-        self.use_fp16 = use_fp16
-        self.sigma_data = sigma_data
-        self.model = MODELS[model_type](
-            img_resolution=img_resolution,
-            in_channels=img_channels,
-            out_channels=img_channels * self.outputs_per_channel,
-            label_dim=label_dim,
-            **model_kwargs,
-        )
+        require("model_type", model_type, MODELS)
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, sigma_data)
+        outputs = img_channels * self.outputs_per_channel
+        self.model = MODELS[model_type](img_resolution, img_channels, outputs, label_dim, **model_kwargs)
         # Created after the model and only on request: state_dicts and seeded weights of the release stay valid.
         self.logvar = LogVariance(logvar_channels) if logvar_channels else None
-
-    outputs_per_channel = 1
-
-    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(c_skip, c_out, c_in, c_noise) for sigma [N, 1, 1, 1]."""
-        raise NotImplementedError
 
     def round_sigma(self, sigma: Tensor | float) -> Tensor:
         """The nearest noise level the network was trained for, in the shape of sigma."""
         return torch.as_tensor(sigma)
 
-    def forward(
-        self, x, sigma, class_labels=None, force_fp32=False, return_logvar=False, augment_labels=None, **model_kwargs
-    ):
-        x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
-        class_labels = label_matrix(class_labels, self.label_dim, x.device)
-        dtype = torch.float16 if self.use_fp16 and not force_fp32 and x.device.type == "cuda" else torch.float32
-
-        c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        output = self.model(
-            (c_in * x).to(dtype), c_noise.flatten(), class_labels, augment_labels=augment_labels, **model_kwargs
-        )
-        denoised = c_skip * x + c_out * output[:, : self.img_channels].to(torch.float32)
-        if not return_logvar:
-            return denoised
-        logvar = torch.zeros_like(sigma) if self.logvar is None else self.logvar(sigma)
-        return denoised, logvar.expand(x.shape[0], 1, 1, 1)
+    def log_variance(self, sigma: Tensor, num: int) -> Tensor:
+        return (torch.zeros_like(sigma) if self.logvar is None else self.logvar(sigma)).expand(num, 1, 1, 1)
 
 
 @persistent
@@ -99,10 +66,6 @@ class EDMPrecond(_Precond):
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, sigma_data, **model_kwargs)
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
-
-    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        total = sigma**2 + self.sigma_data**2
-        return self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
 
 
 @persistent

@@ -20,12 +20,8 @@ from training.networks_edm.layers import (
     Linear,
     PositionalEmbedding,
     UNetBlock,
+    require,
 )
-
-
-def _require(name, value, known):
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(known)}")
 
 
 def _require_resolution(img_resolution, channel_mult):
@@ -52,16 +48,73 @@ class _UNet(torch.nn.Module):
         keep = torch.rand([x.shape[0], 1], device=x.device) >= self.label_dropout
         return class_labels * keep.to(class_labels.dtype)
 
-    def _add_level(self, res, cin, cout, skips, deepest, attend):
-        """Decoder blocks at resolution `res`, one per entry of `attend` after the first ones, which resample or attend."""
-        if deepest:
-            self.dec[f"{res}x{res}_in0"] = UNetBlock(cin, cin, self.style, attention=True)
-            self.dec[f"{res}x{res}_in1"] = UNetBlock(cin, cin, self.style)
-        else:
-            self.dec[f"{res}x{res}_up"] = UNetBlock(cin, cin, self.style, up=True)
-        for i, attention in enumerate(attend):
-            self.dec[f"{res}x{res}_block{i}"] = UNetBlock(cin + skips.pop(), cout, self.style, attention=attention)
-            cin = cout
+    def _build(self, img_resolution, in_channels, first, widths, num_blocks, attn_resolutions, attend_all):
+        """Encoder and decoder. first: width of the first convolution. attend_all: whether each decoder block of an attention
+        resolution attends, or the last one only."""
+        style, cout = self.style, first
+        self.enc, self.dec = torch.nn.ModuleDict(), torch.nn.ModuleDict()
+        for level, width in enumerate(widths):
+            res = img_resolution >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = Conv2d(in_channels, first, kernel=3, **style.init)
+            else:
+                self.enc[f"{res}x{res}_down"] = UNetBlock(cout, cout, style, down=True)
+                self._add_encoder_aux(res, cout)
+            for i in range(num_blocks):
+                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(cout, width, style, attention=res in attn_resolutions)
+                cout = width
+        skips = [layer.out_channels for name, layer in self.enc.items() if "aux" not in name]
+
+        for level, width in reversed(list(enumerate(widths))):
+            res = img_resolution >> level
+            if level == len(widths) - 1:
+                self.dec[f"{res}x{res}_in0"] = UNetBlock(cout, cout, style, attention=True)
+                self.dec[f"{res}x{res}_in1"] = UNetBlock(cout, cout, style)
+            else:
+                self.dec[f"{res}x{res}_up"] = UNetBlock(cout, cout, style, up=True)
+            for i in range(num_blocks + 1):
+                attention = res in attn_resolutions and (attend_all or i == num_blocks)
+                self.dec[f"{res}x{res}_block{i}"] = UNetBlock(cout + skips.pop(), width, style, attention=attention)
+                cout = width
+            self._add_decoder_aux(res, cout, deepest=level == len(widths) - 1, last=level == 0)
+
+    def _add_encoder_aux(self, res, channels):
+        """What follows the first block of a level."""
+
+    def _add_decoder_aux(self, res, channels, deepest, last):
+        """What follows the last block of a level."""
+
+    def forward(
+        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        emb = self._embed(x, noise_labels, class_labels, augment_labels)  # [N or 1, emb_channels]
+        skips = []
+        aux = x
+        for name, layer in self.enc.items():
+            if "aux_down" in name:
+                aux = layer(aux)
+            elif "aux_skip" in name:
+                x = skips[-1] = x + layer(aux)
+            elif "aux_residual" in name:
+                x = skips[-1] = aux = (x + layer(aux)) / math.sqrt(2)
+            else:
+                x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
+                skips.append(x)
+
+        out = None
+        for name, layer in self.dec.items():
+            if "aux_up" in name:
+                out = layer(out)
+            elif "aux_norm" in name:
+                normed = layer(x)
+            elif "aux_conv" in name:
+                image = layer(F.silu(normed))
+                out = image if out is None else image + out
+            else:
+                if x.shape[1] != layer.in_channels:
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = layer(x, emb)
+        return self.out_conv(F.silu(self.out_norm(x))) if out is None else out
 
 
 class SongUNet(_UNet):
@@ -93,9 +146,9 @@ class SongUNet(_UNet):
         decoder_type: str = "standard",
         resample_filter: Sequence[float] = (1, 1),
     ):
-        _require("embedding_type", embedding_type, ("positional", "fourier"))
-        _require("encoder_type", encoder_type, ("standard", "skip", "residual"))
-        _require("decoder_type", decoder_type, ("standard", "skip"))
+        require("embedding_type", embedding_type, ("positional", "fourier"))
+        require("encoder_type", encoder_type, ("standard", "skip", "residual"))
+        require("decoder_type", decoder_type, ("standard", "skip"))
         _require_resolution(img_resolution, channel_mult)
         emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
@@ -125,41 +178,28 @@ class SongUNet(_UNet):
         self.map_layer0 = Linear(noise_channels, emb_channels, **init)
         self.map_layer1 = Linear(emb_channels, emb_channels, **init)
 
-        self.enc = torch.nn.ModuleDict()
-        cout = caux = in_channels
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            if level == 0:
-                cin, cout = cout, model_channels
-                self.enc[f"{res}x{res}_conv"] = Conv2d(cin, cout, kernel=3, **init)
-            else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(cout, cout, style, down=True)
-                down = {"down": True, "resample_filter": resample_filter}
-                if encoder_type == "skip":
-                    self.enc[f"{res}x{res}_aux_down"] = Conv2d(caux, caux, kernel=0, **down)
-                    self.enc[f"{res}x{res}_aux_skip"] = Conv2d(caux, cout, kernel=1, **init)
-                if encoder_type == "residual":
-                    aux = Conv2d(caux, cout, kernel=3, fused_resample=True, **down, **init)
-                    self.enc[f"{res}x{res}_aux_residual"] = aux
-                    caux = cout
-            for i in range(num_blocks):
-                cin, cout = cout, model_channels * mult
-                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, style, attention=res in attn_resolutions)
-        skips = [layer.out_channels for name, layer in self.enc.items() if "aux" not in name]
+        self.encoder_type, self.decoder_type = encoder_type, decoder_type
+        self.aux_channels, self.out_channels = in_channels, out_channels
+        widths = [model_channels * mult for mult in channel_mult]
+        self._build(img_resolution, in_channels, model_channels, widths, num_blocks, attn_resolutions, attend_all=False)
 
-        self.dec = torch.nn.ModuleDict()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            deepest, width = level == len(channel_mult) - 1, model_channels * mult
-            attend = [False] * num_blocks + [res in attn_resolutions]
-            self._add_level(res, cout, width, skips, deepest, attend)
-            cout = width
-            if decoder_type == "skip" or level == 0:
-                if decoder_type == "skip" and not deepest:
-                    up = {"up": True, "resample_filter": resample_filter}
-                    self.dec[f"{res}x{res}_aux_up"] = Conv2d(out_channels, out_channels, kernel=0, **up)
-                self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(cout, eps=1e-6)
-                self.dec[f"{res}x{res}_aux_conv"] = Conv2d(cout, out_channels, kernel=3, **init_zero)
+    def _add_encoder_aux(self, res, channels):
+        down, init = {"down": True, "resample_filter": self.style.resample_filter}, self.style.init
+        if self.encoder_type == "skip":
+            self.enc[f"{res}x{res}_aux_down"] = Conv2d(self.aux_channels, self.aux_channels, kernel=0, **down)
+            self.enc[f"{res}x{res}_aux_skip"] = Conv2d(self.aux_channels, channels, kernel=1, **init)
+        if self.encoder_type == "residual":
+            aux = Conv2d(self.aux_channels, channels, kernel=3, fused_resample=True, **down, **init)
+            self.enc[f"{res}x{res}_aux_residual"] = aux
+            self.aux_channels = channels
+
+    def _add_decoder_aux(self, res, channels, deepest, last):
+        if self.decoder_type == "skip" and not deepest:
+            up = {"up": True, "resample_filter": self.style.resample_filter}
+            self.dec[f"{res}x{res}_aux_up"] = Conv2d(self.out_channels, self.out_channels, kernel=0, **up)
+        if self.decoder_type == "skip" or last:
+            self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(channels, eps=1e-6)
+            self.dec[f"{res}x{res}_aux_conv"] = Conv2d(channels, self.out_channels, kernel=3, **self.style.init_zero)
 
     def _embed(self, x, noise_labels, class_labels, augment_labels):
         emb = self.map_noise(noise_labels)
@@ -169,39 +209,7 @@ class SongUNet(_UNet):
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = F.silu(self.map_layer0(emb))
-        return F.silu(self.map_layer1(emb))  # [N or 1, emb_channels]
-
-    def forward(
-        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
-    ) -> Tensor:
-        emb = self._embed(x, noise_labels, class_labels, augment_labels)
-        skips = []
-        aux = x
-        for name, layer in self.enc.items():
-            if "aux_down" in name:
-                aux = layer(aux)
-            elif "aux_skip" in name:
-                x = skips[-1] = x + layer(aux)
-            elif "aux_residual" in name:
-                x = skips[-1] = aux = (x + layer(aux)) / math.sqrt(2)
-            else:
-                x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
-                skips.append(x)
-
-        out = None
-        for name, layer in self.dec.items():
-            if "aux_up" in name:
-                out = layer(out)
-            elif "aux_norm" in name:
-                normed = layer(x)
-            elif "aux_conv" in name:
-                image = layer(F.silu(normed))
-                out = image if out is None else image + out
-            else:
-                if x.shape[1] != layer.in_channels:
-                    x = torch.cat([x, skips.pop()], dim=1)
-                x = layer(x, emb)
-        return out
+        return F.silu(self.map_layer1(emb))
 
 
 class DhariwalUNet(_UNet):
@@ -242,46 +250,16 @@ class DhariwalUNet(_UNet):
             label_init = {"init_mode": "kaiming_normal", "init_weight": math.sqrt(label_dim)}
             self.map_label = Linear(label_dim, emb_channels, bias=False, **label_init)
 
-        self.enc = torch.nn.ModuleDict()
-        cout = in_channels
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            if level == 0:
-                cin, cout = cout, model_channels * mult
-                self.enc[f"{res}x{res}_conv"] = Conv2d(cin, cout, kernel=3, **init)
-            else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(cout, cout, style, down=True)
-            for i in range(num_blocks):
-                cin, cout = cout, model_channels * mult
-                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, style, attention=res in attn_resolutions)
-        skips = [layer.out_channels for layer in self.enc.values()]
+        widths = [model_channels * mult for mult in channel_mult]
+        self._build(img_resolution, in_channels, widths[0], widths, num_blocks, attn_resolutions, attend_all=True)
+        self.out_norm = GroupNorm(widths[0])
+        self.out_conv = Conv2d(widths[0], out_channels, kernel=3, **init_zero)
 
-        self.dec = torch.nn.ModuleDict()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            deepest, width = level == len(channel_mult) - 1, model_channels * mult
-            self._add_level(res, cout, width, skips, deepest, [res in attn_resolutions] * (num_blocks + 1))
-            cout = width
-        self.out_norm = GroupNorm(cout)
-        self.out_conv = Conv2d(cout, out_channels, kernel=3, **init_zero)
-
-    def forward(
-        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
-    ) -> Tensor:
+    def _embed(self, x, noise_labels, class_labels, augment_labels):
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None:
             emb = emb + self.map_label(self._drop(class_labels, x))
-        emb = F.silu(emb)  # [N or 1, emb_channels]
-
-        skips = []
-        for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
-            skips.append(x)
-        for layer in self.dec.values():
-            if x.shape[1] != layer.in_channels:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = layer(x, emb)
-        return self.out_conv(F.silu(self.out_norm(x)))
+        return F.silu(emb)
