@@ -1,5 +1,5 @@
 """Helpers that know nothing about diffusion: dictionaries with attributes, logging, options, cached downloads."""
 
-from dnnlib.util import EasyDict, Logger, atomic_write, format_nimg, format_time, parse_nimg, parse_seeds
+from dnnlib.util import EasyDict, atomic_write, format_nimg, format_time, logged, parse_nimg, parse_seeds
 
-__all__ = ["EasyDict", "Logger", "atomic_write", "format_nimg", "format_time", "parse_nimg", "parse_seeds"]
+__all__ = ["EasyDict", "atomic_write", "format_nimg", "format_time", "logged", "parse_nimg", "parse_seeds"]

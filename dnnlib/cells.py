@@ -34,9 +34,13 @@ def run(
         keep:     write the files (of several processes that work on the same cells together, one does).
         progress: wraps the list of cells that are run, e.g. tqdm.
     """
-    names = [json.dumps(identity(*cell), default=_named, sort_keys=True) for cell in cells]
+    named = lambda value: [type(value).__name__, dataclasses.asdict(value)]
+    names = [json.dumps(identity(*cell), default=named, sort_keys=True) for cell in cells]
     files = {name: Path(folder) / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json" for name in names}
-    results = {} if fresh else _known(files, read)
+    results = {}
+    for name, path in ({} if fresh else files).items():
+        with contextlib.suppress(OSError, KeyError, TypeError, ValueError):  # absent, damaged, or of an older form
+            results[name] = read(json.loads(path.read_text(encoding="utf-8"))["result"])
     missing = {name: cell for name, cell in zip(names, cells, strict=True) if name not in results}
     for name in progress(list(missing)):
         text = json.dumps({"cell": json.loads(name), "result": work(*missing[name])}, default=dataclasses.asdict)
@@ -49,15 +53,3 @@ def run(
 def digest(path: str | Path) -> str:
     """What tells the content of a file apart, for an identity."""
     return "sha256:" + hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-
-
-def _named(value: object) -> list:
-    return [type(value).__name__, dataclasses.asdict(value)]
-
-
-def _known(files: dict[str, Path], read: Callable) -> dict[str, object]:
-    results = {}
-    for name, path in files.items():
-        with contextlib.suppress(OSError, KeyError, TypeError, ValueError):  # absent, damaged, or of an older form
-            results[name] = read(json.loads(path.read_text(encoding="utf-8"))["result"])
-    return results

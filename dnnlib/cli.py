@@ -159,12 +159,10 @@ class _OneLineErrors:
             sys.exit(code if isinstance(code, int) else 0)
         except click.exceptions.Exit as err:
             sys.exit(err.exit_code)
-        except click.Abort:
+        except (click.Abort, KeyboardInterrupt):
             self._fail("interrupted", 130)
         except click.ClickException as err:
             self._fail(err.format_message(), 2)
-        except KeyboardInterrupt:
-            self._fail("interrupted", 130)
         except (ValueError, OSError) as err:
             if os.environ.get("DNNLIB_TRACEBACK"):
                 raise

@@ -4,7 +4,6 @@ import hashlib
 import os
 import re
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -43,13 +42,11 @@ def cached(url: str) -> Path:
                     received += len(chunk)
                 if expected is not None and received != int(expected):
                     raise OSError(f"{received} of {expected} bytes arrived")
-        except urllib.error.HTTPError as err:
-            if left == 0 or err.code < 500:
-                raise OSError(f"{url}: download failed (HTTP {err.code} {err.reason})") from err
-            time.sleep(PAUSE)
         except OSError as err:
-            if left == 0:
-                reason = getattr(err, "reason", err)
-                raise OSError(f"{url}: download failed ({reason}); give a local file instead") from err
+            status = getattr(err, "code", None)  # of an answer; a lost connection has none
+            if left == 0 or (status is not None and status < 500):
+                why = getattr(err, "reason", err)
+                why = f"({why}); give a local file instead" if status is None else f"(HTTP {status} {why})"
+                raise OSError(f"{url}: download failed {why}") from err
             time.sleep(PAUSE)
     return path

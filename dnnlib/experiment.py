@@ -306,15 +306,11 @@ def _set_aside(out, step):
     _marker(out, step).unlink(missing_ok=True)
 
 
-def execute(out: str | Path, step: Step, load_scripts: Callable[[], dict], threads: int | None = None) -> str | None:
+def execute(out: str | Path, step: Step, load_scripts: Callable[[], dict]) -> str | None:
     """Run one step in this process, its output into <out>/logs/<name>.log; marks it done. Returns None or an error line.
 
     load_scripts: -> {file name: click command}.
     """
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
     log = Path(out) / "logs" / f"{step.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.time()
@@ -394,11 +390,8 @@ def run(
         if jobs > 1:
             context = multiprocessing.get_context("spawn")
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-            pool = stack.enter_context(
-                concurrent.futures.ProcessPoolExecutor(
-                    jobs, mp_context=context, initializer=_exit_with, initargs=(os.getpid(),)
-                )
-            )
+            pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _exit_with, (os.getpid(),))
+            stack.enter_context(pool)
         for _, group in itertools.groupby(todo, key=lambda step: step.stage):
             for step, error in _run_stage(list(group), out, load_scripts, pool):
                 if error is not None:
@@ -414,8 +407,7 @@ def _run_stage(steps, out, load_scripts, pool):
         for step in steps:
             yield step, execute(out, step, load_scripts)
         return
-    threads = int(os.environ["OMP_NUM_THREADS"])
-    futures = {pool.submit(execute, out, step, load_scripts, threads): step for step in steps}
+    futures = {pool.submit(execute, out, step, load_scripts): step for step in steps}
     for future in concurrent.futures.as_completed(futures):
         try:
             yield futures[future], future.result()

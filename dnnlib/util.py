@@ -21,31 +21,21 @@ class EasyDict(dict):
         except KeyError as err:
             raise AttributeError(name) from err
 
-    def __setattr__(self, name, value):
-        self[name] = value
-
-    def __delattr__(self, name):
-        del self[name]
+    __setattr__, __delattr__ = dict.__setitem__, dict.__delitem__
 
 
-class Logger:
-    """Mirrors stdout and stderr to a file (append, flushed) while used as a context manager.
+@contextlib.contextmanager
+def logged(path: str | Path) -> Iterator[None]:
+    """Mirror stdout and stderr to a file (append, flushed).
 
     Carriage-return progress bars stay on the terminal: only whole lines reach the file.
     """
-
-    def __init__(self, path: str | Path):
-        self.path = path
-
-    def __enter__(self):
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
-        self.streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = (_Tee(stream, self.file) for stream in self.streams)
-        return self
-
-    def __exit__(self, *exc):
-        sys.stdout, sys.stderr = self.streams
-        self.file.close()
+    with (
+        open(path, "a", encoding="utf-8") as file,
+        contextlib.redirect_stdout(_Tee(sys.stdout, file)),
+        contextlib.redirect_stderr(_Tee(sys.stderr, file)),
+    ):
+        yield
 
 
 class _Tee:
@@ -58,9 +48,6 @@ class _Tee:
             self.file.write(text)
             self.file.flush()
         return count
-
-    def flush(self):
-        self.stream.flush()
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

@@ -10,24 +10,17 @@ from pathlib import Path
 
 import torch
 
-from dnnlib.util import atomic_write, reason
+from dnnlib.util import atomic_write, reason, write_text
 
 _NAME = re.compile(r"training-state-(\d+)\.pt")
 
 
-class _HashingWriter:
-    """A binary file that hashes what passes through it."""
-
-    def __init__(self, file):
-        self.file = file
-        self.digest = hashlib.sha256()
-
-    def write(self, data):
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self):
-        self.file.flush()
+def _sum(file):
+    """sha256 (hex) of the rest of a binary file."""
+    digest = hashlib.sha256()
+    while chunk := file.read(2**20):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _sum_path(path):
@@ -41,16 +34,14 @@ def save(path: str | Path, state: dict) -> None:
     checkpoints within the same 1000 images) both sums stand there until the new file has taken the name.
     """
     path = Path(path)
-    with atomic_write(path) as file:
-        writer = _HashingWriter(file)
-        torch.save(state, writer)
-        line = f"{writer.digest.hexdigest()}  {path.name}\n"
+    with atomic_write(path, "w+b") as file:
+        torch.save(state, file)
+        file.seek(0)
+        line = f"{_sum(file)}  {path.name}\n"
         earlier = _wanted(path) if path.is_file() else []
-        with atomic_write(_sum_path(path), "w") as sums:
-            sums.write(line + "".join(f"{old}  {path.name}\n" for old in earlier))
+        write_text(_sum_path(path), line + "".join(f"{old}  {path.name}\n" for old in earlier))
     if earlier:
-        with atomic_write(_sum_path(path), "w") as sums:
-            sums.write(line)
+        write_text(_sum_path(path), line)
 
 
 def _wanted(path):
@@ -68,11 +59,8 @@ def damage(path: str | Path) -> str | None:
     wanted = _wanted(path)
     if not wanted:
         return "its checksum file is missing"
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return None if digest.hexdigest() in wanted else "its checksum does not match"
+        return None if _sum(file) in wanted else "its checksum does not match"
 
 
 def load(path: str | Path, mmap: bool = False) -> dict:

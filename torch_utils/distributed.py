@@ -103,23 +103,10 @@ def all_reduce_flat_(tensors: Iterable[torch.Tensor], bucket_bytes: int = 2**25)
     """Reduce a list of tensors in place, flattened into buckets: few calls, and the same order on every rank."""
     if get_world_size() == 1:
         return
-    bucket, size = [], 0
-
-    def flush():
-        if bucket:
-            flat = torch.cat([t.reshape(-1) for t in bucket])
-            all_reduce_(flat)
-            for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                t.copy_(part.view_as(t))
-            bucket.clear()
-
-    for tensor in tensors:
-        if bucket and (size + tensor.numel() * tensor.element_size() > bucket_bytes or bucket[0].dtype != tensor.dtype):
-            flush()
-            size = 0
-        bucket.append(tensor)
-        size += tensor.numel() * tensor.element_size()
-    flush()
+    for bucket in torch._utils._take_tensors(tensors, bucket_bytes):  # of one type each
+        flat = all_reduce_(torch.cat([t.reshape(-1) for t in bucket]))
+        for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            t.copy_(part.view_as(t))
 
 
 def broadcast_(tensors: Iterable[torch.Tensor], src: int = 0) -> None:

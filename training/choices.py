@@ -99,16 +99,15 @@ LOSSES: dict[str, Callable] = {
 }
 
 
-def _adam(config):
-    return dict(lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay)
+def _adam(name):
+    def make(config, groups):
+        return _optim(name)(groups, lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay)
+
+    return make
 
 
 # (TrainingConfig, parameter groups with `lr_scale`) -> optimizer.
-OPTIMIZERS: dict[str, Callable] = {
-    "adam": lambda config, groups: _optim("Adam")(groups, **_adam(config)),
-    "adamw": lambda config, groups: _optim("AdamW")(groups, **_adam(config)),
-    "adamax": lambda config, groups: _optim("Adamax")(groups, **_adam(config)),
-}
+OPTIMIZERS: dict[str, Callable] = {name.lower(): _adam(name) for name in ("Adam", "AdamW", "Adamax")}
 
 # (TrainingConfig, Objective) -> average of the weights, or None.
 EMAS: dict[str, Callable] = {

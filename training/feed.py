@@ -26,20 +26,6 @@ def block_slices(position: int, count: int, block: int) -> list[tuple[int, int]]
     return [(first, min(block, position + count - first)) for first in range(position, position + count, block)]
 
 
-class _Rounds(torch.utils.data.Sampler):
-    """Endless lists of data-set indices, one list per block of this rank; rounds follow each other without a gap."""
-
-    def __init__(self, feed, position, count):
-        self.order, self.slices, self.position, self.count = feed.order, feed.slices, position, count
-
-    def __iter__(self):
-        position = self.position
-        while True:
-            for first, size in self.slices(position, self.count):
-                yield self.order(first, size).tolist()
-            position += self.count
-
-
 class Feed:
     """Blocks of (first position, images uint8 or float32 [b, C, H, W], labels [b, K]) on `device`, for this rank.
 
@@ -90,14 +76,20 @@ class Feed:
         if self.arrays is not None:
             chosen = [a[index] for a in self.arrays]
         else:
-            items = [self.dataset[i] for i in index.tolist()]
-            chosen = [torch.stack([torch.as_tensor(part) for part in column]) for column in zip(*items, strict=True)]
+            chosen = torch.utils.data.default_collate([self.dataset[i] for i in index.tolist()])
         return [part.to(self.device) for part in chosen]
+
+    def _rounds(self, position, count):
+        """Endless lists of data-set indices, one list per block of this rank; rounds follow each other without a gap."""
+        while True:
+            for first, size in self.slices(position, count):
+                yield self.order(first, size).tolist()
+            position += count
 
     def _next(self, position, count, restart):
         if restart and self.expected != (position, count):  # first use, or the number of candidates changed
             ahead = dict(num_workers=self.workers, prefetch_factor=4 if self.workers else None)
-            rounds, pin = _Rounds(self, position, count), self.device.type == "cuda"
+            rounds, pin = self._rounds(position, count), self.device.type == "cuda"
             self.loader = iter(torch.utils.data.DataLoader(self.dataset, batch_sampler=rounds, pin_memory=pin, **ahead))
         self.expected = (position + count, count)
         try:

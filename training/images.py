@@ -15,9 +15,7 @@ from dnnlib.util import atomic_write
 def to_pil(image: torch.Tensor | np.ndarray) -> PIL.Image.Image:
     """uint8 tensor or array [C, H, W] with 1 or 3 channels -> PIL image."""
     array = np.asarray(image)
-    if array.shape[0] == 1:
-        return PIL.Image.fromarray(array[0], "L")
-    return PIL.Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)), "RGB")
+    return PIL.Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
 
 
 def png_bytes(image: torch.Tensor | np.ndarray) -> bytes:

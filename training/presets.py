@@ -93,38 +93,35 @@ def get(name: str) -> dict:
 
 MODEL_ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions"
 
-_LAST = {"xs": "2147483", "s": "2147483", "m": "2147483", "l": "1879048", "xl": "1342177", "xxl": "0939524"}  # kimg
-_LAST64 = {"s": "1073741", "m": "2147483", "l": "1073741", "xl": "0671088"}
 _METRICS = {"fid": "fid", "dino": "fd_dinov2"}
 
-# preset: (net, guide, guidance weight, published value of the metric that ends the name)
-_ROWS = {}
+# size: (last kimg; width of the average and published value, for FID and for FD-DINOv2;
+# with guidance by the unconditional XS network with the same average: width, weight and value, for each)
+_IMG512 = {
+    "xs": ("2147483", ("0.135", 3.53), ("0.200", 103.39), ("0.045", 1.40, 2.91), ("0.150", 1.70, 79.94)),
+    "s": ("2147483", ("0.130", 2.56), ("0.190", 68.64), ("0.025", 1.40, 2.23), ("0.085", 1.90, 52.32)),
+    "m": ("2147483", ("0.100", 2.25), ("0.155", 58.44), ("0.030", 1.20, 2.01), ("0.015", 2.00, 41.98)),
+    "l": ("1879048", ("0.085", 2.06), ("0.155", 52.25), ("0.015", 1.20, 1.88), ("0.035", 1.70, 38.20)),
+    "xl": ("1342177", ("0.085", 1.96), ("0.155", 45.96), ("0.020", 1.20, 1.85), ("0.030", 1.70, 35.67)),
+    "xxl": ("0939524", ("0.070", 1.91), ("0.150", 42.84), ("0.015", 1.20, 1.81), ("0.015", 1.70, 33.09)),
+}
+_IMG64 = {  # without guidance, for FID
+    "s": ("1073741", "0.075", 1.58), "m": ("2147483", "0.060", 1.43),
+    "l": ("1073741", "0.040", 1.33), "xl": ("0671088", "0.040", 1.33),
+}  # fmt: skip
 
-for _size, _fid, _fid_value, _dino, _dino_value in [  # without guidance
-    ("xs", "0.135", 3.53, "0.200", 103.39),
-    ("s", "0.130", 2.56, "0.190", 68.64),
-    ("m", "0.100", 2.25, "0.155", 58.44),
-    ("l", "0.085", 2.06, "0.155", 52.25),
-    ("xl", "0.085", 1.96, "0.155", 45.96),
-    ("xxl", "0.070", 1.91, "0.150", 42.84),
-]:
-    _net = f"edm2-img512-{_size}-{_LAST[_size]}"
-    _ROWS[f"edm2-img512-{_size}-fid"] = (f"{_net}-{_fid}", None, 1.0, _fid_value)
-    _ROWS[f"edm2-img512-{_size}-dino"] = (f"{_net}-{_dino}", None, 1.0, _dino_value)
+_ROWS = {}  # preset: (net, guide, guidance weight, published value of the metric that ends the name)
 
-for _size, _std, _value in [("s", "0.075", 1.58), ("m", "0.060", 1.43), ("l", "0.040", 1.33), ("xl", "0.040", 1.33)]:
-    _ROWS[f"edm2-img64-{_size}-fid"] = (f"edm2-img64-{_size}-{_LAST64[_size]}-{_std}", None, 1.0, _value)
+for _size, (_kimg, *_plain, _, _) in _IMG512.items():
+    for _metric, (_std, _value) in zip(_METRICS, _plain, strict=True):
+        _ROWS[f"edm2-img512-{_size}-{_metric}"] = (f"edm2-img512-{_size}-{_kimg}-{_std}", None, 1.0, _value)
 
-for _size, _fid, _dino in [  # guided by the unconditional XS network with the same average: (std, weight, value)
-    ("xs", ("0.045", 1.40, 2.91), ("0.150", 1.70, 79.94)),
-    ("s", ("0.025", 1.40, 2.23), ("0.085", 1.90, 52.32)),
-    ("m", ("0.030", 1.20, 2.01), ("0.015", 2.00, 41.98)),
-    ("l", ("0.015", 1.20, 1.88), ("0.035", 1.70, 38.20)),
-    ("xl", ("0.020", 1.20, 1.85), ("0.030", 1.70, 35.67)),
-    ("xxl", ("0.015", 1.20, 1.81), ("0.015", 1.70, 33.09)),
-]:
-    for _metric, (_std, _weight, _value) in (("fid", _fid), ("dino", _dino)):
-        _net, _guide = f"edm2-img512-{_size}-{_LAST[_size]}-{_std}", f"edm2-img512-xs-uncond-2147483-{_std}"
+for _size, (_kimg, _std, _value) in _IMG64.items():
+    _ROWS[f"edm2-img64-{_size}-fid"] = (f"edm2-img64-{_size}-{_kimg}-{_std}", None, 1.0, _value)
+
+for _size, (_kimg, _, _, *_guided) in _IMG512.items():
+    for _metric, (_std, _weight, _value) in zip(_METRICS, _guided, strict=True):
+        _net, _guide = f"edm2-img512-{_size}-{_kimg}-{_std}", f"edm2-img512-xs-uncond-2147483-{_std}"
         _ROWS[f"edm2-img512-{_size}-guid-{_metric}"] = (_net, _guide, _weight, _value)
 
 _ROWS.update({  # autoguidance: guided by a smaller network from early in its training

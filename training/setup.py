@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib import Logger, cli
-from dnnlib.util import locked, reason, write_json
+from dnnlib import cli
+from dnnlib.util import locked, logged, reason, write_json
 from torch_utils import checkpoint, persistence
 from torch_utils import distributed as dist
 from torch_utils.random import hash_seed
@@ -172,22 +172,15 @@ def build_loss(config: TrainingConfig, references: Any) -> losses.Loss:
     uncertainty = config.uncertainty
     if uncertainty is None and processes.aug_dim(kernel) <= 2:
         uncertainty = False  # the head would chase a mean that does not exist
-    stable = None
-    if config.stf:
-        stable = losses.StableTargets(_augmented(references, augment), config.stf_refs, processes.aug_dim(kernel))
+
+    def augmented(n, generator):  # as the training images are, each on its own
+        images, labels = references(n, generator)
+        return (augment(images, generator)[0] if augment else images), labels
+
+    stable = losses.StableTargets(augmented, config.stf_refs, processes.aug_dim(kernel)) if config.stf else None
     parts = given(kernel=kernel, augment=augment, uncertainty=uncertainty, stable_targets=stable)
     common = dict(sigma_data=config.sigma_data, label_dropout=config.label_dropout, **parts)
     return choose(LOSSES, "loss", config.loss)(config, common, references)
-
-
-def _augmented(references, augment):
-    """References that are augmented as the training images are, each on its own."""
-
-    def draw(n, generator):
-        images, labels = references(n, generator)
-        return augment(images, generator)[0], labels
-
-    return draw if augment is not None else references
 
 
 def _references(feed, encoder):
@@ -213,9 +206,7 @@ def build_selector(config: TrainingConfig, device: torch.device, ema: Any = None
         reference = ema.get()[0][0].net
     elif config.reference is not None:
         reference = persistence.load_snapshot(config.reference, device).net
-    stretch = dict(when=config.select_when, select_from=config.select_from)
-    if config.select_until is not None:
-        stretch["select_until"] = config.select_until
+    stretch = dict(when=config.select_when, select_from=config.select_from, **given(select_until=config.select_until))
     scores = dict(score_scale=config.score_scale, cheap=config.select_cheap, options=config.select_options)
     how = dict(filter_ratio=config.filter_ratio, scope=config.select_scope, **stretch, **scores)
     return selection.LossSelector(function, reference=reference, **how)
@@ -229,7 +220,9 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
     encoder = choose_encoder(dataset, config.encoder)
     interface = interface_of(dataset, encoder)
     held_out = ImageFolderDataset(config.val_data, use_labels=config.cond) if config.val_data else None
-    _fast_math(config)
+    torch.backends.cudnn.benchmark = config.bench
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     ranks = dict(rank=dist.get_rank(), world_size=dist.get_world_size())
     feed = Feed(dataset, config.seed, config.block, device, **ranks, workers=config.workers)
     net = build_network(config, interface, device)
@@ -238,6 +231,7 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
     ema = choose(EMAS, "ema", config.ema)(config, objective)
     optimizer = choose(OPTIMIZERS, "optimizer", config.optimizer)(config, objective.param_groups())
     selector = build_selector(config, device, ema)
+    schedule = choose(SCHEDULES, "lr-schedule", config.lr_schedule)
     _warn_no_effect(config)
     about = dict(
         path=str(config.data), num_images=len(dataset), label_dim=dataset.label_dim, class_names=dataset.class_names
@@ -249,9 +243,7 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
         selector=selector,
         optimizer=optimizer,
         ema=ema,
-        learning_rate=functools.partial(
-            _learning_rate, choose(SCHEDULES, "lr-schedule", config.lr_schedule), config, selector
-        ),
+        learning_rate=functools.partial(_learning_rate, schedule, config, selector),
         periods=Periods(**{f.name: getattr(config, f.name) for f in fields(Periods)}),
         batch_size=config.batch_size,
         batch_gpu=config.batch_gpu or None,
@@ -280,13 +272,6 @@ def git_commit() -> str | None:
 def _learning_rate(schedule, config, selector, cur_nimg):
     more = {"selection": selector.progress()} if "selection" in inspect.signature(schedule).parameters else {}
     return schedule(cur_nimg, config.batch_size, config.lr, config.decay, config.rampup, **more)
-
-
-def _fast_math(config):
-    torch.backends.cudnn.benchmark = config.bench
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def _warn_no_effect(config):
@@ -329,7 +314,7 @@ def train_command(
     try:
         run = build(config, device)
         run.check(outdir, resume)
-        with locked(outdir) if first else nullcontext(), Logger(Path(outdir) / "log.txt") if first else nullcontext():
+        with locked(outdir) if first else nullcontext(), logged(Path(outdir) / "log.txt") if first else nullcontext():
             return _watched(run, outdir, resume, standard_hooks(run))
     finally:
         dist.shutdown()

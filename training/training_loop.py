@@ -19,7 +19,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from dnnlib.util import atomic_write, format_time, reason
+from dnnlib.util import format_time, reason, write_text
 from torch_utils import checkpoint, persistence
 from torch_utils import distributed as dist
 from torch_utils.random import hash_seed
@@ -147,8 +147,7 @@ class TrainingLoop:
         last = self.state.cur_nimg / 1e3 or -1  # the very first line is written again, too
         kept = [line for line in lines if _kimg_of(line) <= last]
         if kept != lines:
-            with atomic_write(path, "w") as file:
-                file.writelines(kept)
+            write_text(path, "".join(kept))
 
     def save_checkpoint(self) -> None:
         self._check_ranks_agree()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dnnlib import Logger
+from dnnlib import logged
 from simulations import tree
 from simulations.configs import TreeConfig
 from torch_utils import persistence
@@ -199,7 +199,7 @@ def train(config: TreeConfig, outdir, on_status=None, memory=None):
         header=header,
     )
     loop, done, watch = None, 0, _Watch()
-    with Logger(outdir / "log.txt"):
+    with logged(outdir / "log.txt"):
         for phase in _phases(config, reference):
             if done < config.total_iter:
                 loop, done = _train_phase(config, run, outdir, phase, loop, done, watch, on_status)

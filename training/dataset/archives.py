@@ -85,7 +85,7 @@ def _cifar(path):
         class_names = None
     return ImageSource.of_arrays(
         "cifar100" if parts == ["train"] else "cifar10",
-        np.ascontiguousarray(np.concatenate(images)),
+        np.concatenate(images),
         labels,
         num_classes,
         class_names and [name.decode("latin1") if isinstance(name, bytes) else str(name) for name in class_names],
@@ -154,9 +154,7 @@ def _npz_shards(path):
     labels = np.concatenate(labels)
     from_one = labels.min() >= 1
     count = 1000 if from_one and labels.max() <= 1000 else None
-    return ImageSource.of_arrays(
-        base_name(path), np.ascontiguousarray(np.concatenate(images)), labels - int(from_one), count
-    )
+    return ImageSource.of_arrays(base_name(path), np.concatenate(images), labels - int(from_one), count)
 
 
 # --- TFRecords, without TensorFlow ------------------------------------------------------------------------------------
@@ -178,9 +176,6 @@ def _tfrecords(path):
             f.seek(start)
             return parse_example(f.read(length), describe(i))
 
-    def read(i):
-        return _image_of_example(features(i), describe(i))
-
     first = features(0)
     label_key = next((key for key in ("label", "image/class/label") if key in first), None)
     labels = None
@@ -189,6 +184,7 @@ def _tfrecords(path):
         if min(labels) < 0:
             raise ValueError(f"--source={path}: some records have no label, or a negative one")
     num_classes = None if labels is None else max(labels) + 1
+    read = lambda i: _image_of_example(features(i), describe(i))
     return ImageSource(base_name(path), len(places), read, labels, num_classes, describe=describe)
 
 
@@ -311,11 +307,10 @@ def _lmdb(path):
     try:
         base = lmdb.open(file, subdir=False, readonly=True, lock=False, readahead=False)
         # The library maps the file: reading past its end would end the process.
-        whole = os.path.getsize(file) >= (base.info()["last_pgno"] + 1) * base.stat()["psize"]
-        if not whole:
+        if os.path.getsize(file) < (base.info()["last_pgno"] + 1) * base.stat()["psize"]:
             raise ValueError(f"{file}: damaged LMDB file (it ends early); copy it again")
         with base.begin() as transaction:
-            keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
+            keys = list(map(bytes, transaction.cursor().iternext(values=False)))
     except lmdb.Error as err:
         raise ValueError(f"{file}: no readable LMDB file ({err})") from err
     if not keys:
@@ -367,9 +362,7 @@ def _tiny_imagenet(path):
             names = (n for n in os.listdir(folder) if n.lower().endswith((".jpeg", ".jpg", ".png")))
             files += [(folder / name, index[wnid]) for name in sorted(names, key=natural_key)]
 
-    def read(i, header_only=False):
-        return open_image(files[i][0].read_bytes(), str(files[i][0]), header_only)
-
+    read = lambda i, header_only=False: open_image(files[i][0].read_bytes(), str(files[i][0]), header_only)
     return ImageSource(
         name="tiny-imagenet",
         count=len(files),

@@ -24,6 +24,7 @@ import PIL.Image
 
 from dnnlib import atomic_write, cli
 from dnnlib.options import opt
+from training.choices import given
 from training.dataset.format import LABELS_FILE, ImageSource, extension
 from training.dataset.sources import open_source
 
@@ -56,9 +57,7 @@ def _center_crop_wide(image, width, height):
     if rows is None:
         return None
     image = _lanczos(image.crop((0, (h - rows) // 2, w, (h + rows) // 2)), (width, height))
-    canvas = PIL.Image.new(image.mode, (width, width))
-    canvas.paste(image, (0, (width - height) // 2))
-    return canvas
+    return _pad(image, width, width)
 
 
 def _center_crop_dhariwal(image, size, _height):
@@ -264,8 +263,8 @@ def dataset_writer(dest: str | os.PathLike, overwrite: bool, source: ImageSource
             yield writer
             meta = {"labels": None}
             if writer.labels and all(label is not None for _, label in writer.labels):
-                given = {"num_classes": source.num_classes, "class_names": source.class_names}
-                meta = {"labels": writer.labels, **{key: value for key, value in given.items() if value is not None}}
+                about = given(num_classes=source.num_classes, class_names=source.class_names)
+                meta = {"labels": writer.labels, **about}
             write(LABELS_FILE, json.dumps(meta).encode())
     except OSError as err:
         if err.errno and not err.filename:  # a full disk does not say which file

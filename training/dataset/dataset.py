@@ -186,18 +186,15 @@ class Dataset(torch.utils.data.Dataset):
 
     def fingerprint(self) -> str:
         """Short hash of files (or arrays), their order and labels, wherever they lie; quick: a zip's images are not read."""
-        digest = hashlib.sha256(str([self.image_shape, self._raw_checksums()]).encode())
-        digest.update(np.ascontiguousarray(self._file_labels).tobytes())
-        return digest.hexdigest()[:16]
+        files = str([self.image_shape, self._raw_checksums()]).encode()
+        return hashlib.sha256(files + self._file_labels.tobytes()).hexdigest()[:16]
 
     def _item_hash(self, idx):
         """sha256 (hex) of an item: type, shape, pixels, stored label."""
         image, _ = self[idx]
         label = np.asarray(self._file_labels[self._raw_idx[idx]])
-        digest = hashlib.sha256(f"{image.dtype.str} {image.shape} {label.dtype.str} {label.shape}".encode())
-        digest.update(np.ascontiguousarray(image).tobytes())
-        digest.update(np.ascontiguousarray(label).tobytes())
-        return digest.hexdigest()
+        form = f"{image.dtype.str} {image.shape} {label.dtype.str} {label.shape}".encode()
+        return hashlib.sha256(form + image.tobytes() + label.tobytes()).hexdigest()
 
     def __getstate__(self):  # workers keep their own images; they need labels, not the file of names behind them
         state = {key: value for key, value in vars(self).items() if key != "_meta"}
@@ -317,7 +314,7 @@ class ArrayDataset(Dataset):
         return self._labels
 
     def _raw_checksums(self):
-        return hashlib.sha256(np.ascontiguousarray(self._images).tobytes()).hexdigest()
+        return hashlib.sha256(self._images.tobytes()).hexdigest()
 
 
 def content_hash(*datasets: Dataset) -> str:

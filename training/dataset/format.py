@@ -145,7 +145,7 @@ def parse_meta(data: bytes, where: str = LABELS_FILE) -> dict:
         if wrong:
             raise ValueError(f"{where}: the label of {wrong[0][0]} must be an integer or a list of numbers")
         labels = {name.replace("\\", "/"): label for name, label in labels}
-    if num is not None and (isinstance(num, bool) or not isinstance(num, int) or not 1 <= num <= 10**7):
+    if num is not None and (type(num) is not int or not 1 <= num <= 10**7):
         raise ValueError(f"{where}: num_classes={num!r} must be a positive integer")
     if names is not None:
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
@@ -157,9 +157,7 @@ def parse_meta(data: bytes, where: str = LABELS_FILE) -> dict:
 
 
 def _is_label(label):
-    if isinstance(label, list):
-        return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in label)
-    return isinstance(label, int) and not isinstance(label, bool)
+    return all(type(v) in (int, float) for v in label) if isinstance(label, list) else type(label) is int
 
 
 def check_labels(labels: ArrayLike, count: int, num_classes: int | None = None, where: str = "labels") -> np.ndarray:

