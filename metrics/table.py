@@ -97,6 +97,14 @@ def paired_difference(a: Iterable[float], b: Iterable[float]) -> tuple[float, fl
     return mean, error, mean - half, mean + half
 
 
+def grouped(pairs: Iterable[tuple[object, object]]) -> dict[object, list]:
+    """{key: its values} of pairs (key, value), both in order of appearance."""
+    groups = defaultdict(list)
+    for key, value in pairs:
+        groups[key].append(value)
+    return groups
+
+
 @dataclass
 class Cell:
     """One number of one arm in one section: its values by (training seed, sampling seed)."""
@@ -105,9 +113,7 @@ class Cell:
 
     def by_seed(self) -> dict[str, float]:
         """Means over sampling seeds, one per training seed, in order of the seeds."""
-        seeds = defaultdict(list)
-        for (seed, _), value in self.values.items():
-            seeds[seed].append(value)
+        seeds = grouped((seed, value) for (seed, _), value in self.values.items())
         return {seed: mean_and_error(v)[0] for seed, v in sorted(seeds.items())}
 
     @property
@@ -124,9 +130,7 @@ class Cell:
     @property
     def sd_sampling(self) -> float | None:
         """Spread over sampling seeds within training seeds (pooled); None for one sampling seed."""
-        groups = defaultdict(list)
-        for (seed, _), value in self.values.items():
-            groups[seed].append(value)
+        groups = grouped((seed, value) for (seed, _), value in self.values.items())
         variances = [mean_and_deviation(v)[1] ** 2 for v in groups.values() if len(v) > 1]
         return math.sqrt(math.fsum(variances) / len(variances)) if variances else None
 

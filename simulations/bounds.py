@@ -118,7 +118,7 @@ def gaussian_bound(
     if corrected:
         step = min(step, _largest_gaussian_step(d, eps))
     ells = math.log1p(2.0 * B / step), math.log1p(2.0 * (1.0 + d) * B * n)
-    return _family("gaussian", K, n, delta, eps, ((K - 1) * d1 + d, K * d), ells, (d - d1) / d)
+    return _family("gaussian", K, n, delta, eps, d - d1, d1, ells)
 
 
 def arm_bound(
@@ -152,8 +152,7 @@ def arm_bound(
     ell = base - math.log(eps) + (math.log(de) if corrected else 0.0)
     shared = S + D + (D + M) * de
     extra = _patterns(positions, S) if corrected else 0.0
-    params = shared + K * de, K * (shared + de)
-    return _family("arm", K, n, delta, eps, params, (ell, base + math.log(n)), shared / (shared + de), extra)
+    return _family("arm", K, n, delta, eps, shared, de, (ell, base + math.log(n)), extra)
 
 
 def ebm_bound(
@@ -183,8 +182,7 @@ def ebm_bound(
         raise ValueError(f"W={W} must be >= D + de = {D + de}: width includes the input")
     base = math.log(12.0 * math.e * (L + 1)) + (L + 1) * math.log(max(B, 1.0)) + L * math.log(W + 1.0)
     extra = _patterns(positions, S) if corrected else 0.0
-    params, ells = (S + K * de, K * (S + de)), (base - math.log(eps), base + math.log(n))
-    return _family("ebm", K, n, delta, eps, params, ells, S / (S + de), extra)
+    return _family("ebm", K, n, delta, eps, S, de, (base - math.log(eps), base + math.log(n)), extra)
 
 
 FAMILIES: dict[str, Callable[..., Bound]] = {
@@ -227,9 +225,11 @@ def _patterns(positions: int | None, S: int) -> float:
     return math.lgamma(positions + 1) - math.lgamma(S + 1) - math.lgamma(positions - S + 1)
 
 
-def _family(model, K, n, delta, eps, params, ells, beta_sim, extra=0.0) -> Bound:
-    """params: of multi and single; ells: behind the sharp and the published form; extra: nats per network."""
-    sides = [(p, p * ells[0] + count * extra, p * ells[1]) for p, count in zip(params, (1, K), strict=True)]
+def _family(model, K, n, delta, eps, shared, own, ells, extra=0.0) -> Bound:
+    """shared, own: parameters of all sources and of each; ells: of sharp and published; extra: nats per network."""
+    sizes = (1, shared + K * own), (K, K * (shared + own))  # networks and parameters of multi and single
+    sides = [(params, params * ells[0] + count * extra, params * ells[1]) for count, params in sizes]
+    beta_sim = shared / (shared + own)
     return _bound(model, sides, n, delta, eps, ells, beta_sim, math.sqrt(1.0 - (K - 1) / K * beta_sim))
 
 

@@ -4,6 +4,7 @@ if not __package__:
     import _here
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 
@@ -16,12 +17,6 @@ from simulations.configs import shared_count
 from simulations.sweeps import DELTA
 
 _COUNT = click.IntRange(min=1)
-_USES = {
-    "general": {"log_n", "log_n_single"},
-    "gaussian": {"K", "d", "d1", "beta", "B"},
-    "arm": {"K", "D", "M", "de", "L", "W", "S", "B", "positions"},
-    "ebm": {"K", "D", "de", "L", "W", "S", "B", "positions"},
-}
 _DEFAULTS = {  # the paper's simulations; it has no EBM one
     "gaussian": {"K": 5, "d": 10, "B": 5.0, "n": 500},
     "arm": {"K": 3, "D": 10, "M": 2, "de": 64, "L": 5, "W": 64, "B": 1.0, "n": 10000},
@@ -31,7 +26,7 @@ _DEFAULTS = {  # the paper's simulations; it has no EBM one
 
 
 @cli.command()
-@click.option("--model", type=click.Choice(list(_USES)), default="gaussian", help="Model family")
+@click.option("--model", type=click.Choice(list(bounds.FAMILIES)), default="gaussian", help="Model family")
 @click.option("--K", "K", type=_COUNT, help="Sources  [gaussian 5, arm 3, ebm 3]")
 @click.option("--n", "n", type=_COUNT, help="Samples of all sources together  [500; arm, ebm 10000]")
 @DELTA
@@ -68,10 +63,11 @@ def main(model, n, delta, eps, as_published, target_tv, solve_for, out, **option
         raise click.UsageError("--target-tv and --solve-for=n belong together; give both or neither")
     if solve_for and (n is not None or eps is not None):
         raise click.UsageError("--solve-for=n finds n and uses eps = 1/n; leave --n and --eps out")
+    takes = {*inspect.signature(bounds.FAMILIES[model]).parameters, *(["beta"] if model == "gaussian" else [])}
     for name, value in options.items():
-        if value is not None and name not in _USES[model]:
+        if value is not None and name not in takes:
             click.echo(f"Warning: --{name.replace('_', '-')} has no effect on --model={model}", err=True)
-    used = _DEFAULTS[model] | {k: v for k, v in options.items() if v is not None and k in _USES[model]}
+    used = _DEFAULTS[model] | {k: v for k, v in options.items() if v is not None and k in takes}
     n = n or used["n"]
     _complete(model, used)
 

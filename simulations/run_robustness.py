@@ -3,7 +3,6 @@
 if not __package__:
     import _here
 
-import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +73,6 @@ def main(nets, data, ref, detector, dest, device, dry_run, **given):
     """Measure how much trained models forgive. Run the same command again to resume; stdout: the files, as JSON."""
     grid = from_options(Grid, given)
 
-    from tqdm import tqdm
-
     from simulations.studies import robustness  # late: torch takes seconds to import, --help should not
     from torch_utils.distributed import get_rank
 
@@ -88,8 +85,7 @@ def main(nets, data, ref, detector, dest, device, dry_run, **given):
     device, dest = start(device), Path(dest)
     judge = robustness.Judge(detector, data, ref, device)
     models = robustness.open_models(nets, device)
-    progress = functools.partial(tqdm, unit="cell", disable=get_rank() != 0)
-    rows = robustness.run_grid(models, grid, judge, dest / "cells", progress, device)
+    rows = robustness.run_grid(models, grid, judge, dest / "cells", device)
     if get_rank() == 0:
         files = []
         for name, part in rows.items():

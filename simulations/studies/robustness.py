@@ -4,14 +4,16 @@ PFGM++ (arXiv 2302.04265, sec. 5.3) claims that models with fewer augmented dime
 one snapshot, one sampling seed and one `Setting`; all cells share noise and labels of the same seeds.
 """
 
+import functools
 import glob
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from dnnlib import cells
 from metrics import figures
@@ -58,19 +60,16 @@ class Model:
     path: str
     snapshot: persistence.Snapshot
     kernel: object
+    D: float  # of the kernel
     digest: str  # of the file: results of another file of this name are not reused
-
-    @property
-    def D(self) -> float:
-        return processes.aug_dim(self.kernel)
 
 
 def open_model(path: str, label: str = "", device: str = "cpu") -> Model:
     """A Model of a snapshot file or run folder, which means its newest one. Default label: D=<D of the snapshot>."""
     snapshot = persistence.load_snapshot(path, device)
     kernel = snapshot.process if hasattr(snapshot.process, "unit_noise") else None
-    label = label or f"D={processes.aug_dim(kernel):g}"
-    return Model(label, path, snapshot, kernel, cells.digest(persistence.resolve(path)))
+    D = processes.aug_dim(kernel)
+    return Model(label or f"D={D:g}", path, snapshot, kernel, D, cells.digest(persistence.resolve(path)))
 
 
 def open_models(texts: Sequence[str], device: str = "cpu") -> list[Model]:
@@ -119,7 +118,7 @@ def measure(model: Model, setting: Setting, judge: Judge, first: int, grid, devi
 
 
 def run_grid(
-    models: Sequence[Model], grid, judge: Judge, folder: str | Path, progress: Callable = iter, device: str = "cpu"
+    models: Sequence[Model], grid, judge: Judge, folder: str | Path, device: str = "cpu"
 ) -> dict[str, list[dict]]:
     """{experiment: rows}: every model x sampling seed x value. A setting that two experiments share is measured once.
 
@@ -137,7 +136,7 @@ def run_grid(
         }  # fmt: skip
 
     wanted = [
-        ((model, setting, first), name, "none" if value is None else value)
+        ((model, setting, first), name, value)
         for model in models
         for first in grid.samplings
         for name, settings in settings_of(grid).items()
@@ -148,8 +147,9 @@ def run_grid(
         return {k: v for k, v in columns(*cell).items() if k not in ("label", "net")} | {"class": grid.class_idx}
 
     work = lambda model, setting, first: measure(model, setting, judge, first, grid, device)
-    todo = [cell for cell, *_ in wanted]
-    found = cells.run(todo, work, folder, identity=identity, keep=dist.get_rank() == 0, progress=progress)
+    todo, writes = [cell for cell, *_ in wanted], dist.get_rank() == 0
+    progress = functools.partial(tqdm, unit="cell", disable=not writes)
+    found = cells.run(todo, work, folder, identity=identity, keep=writes, progress=progress)
     rows = defaultdict(list)
     for (cell, name, value), scores in zip(wanted, found, strict=True):
         row = columns(*cell) | scores | {"experiment": name, "value": value}

@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from dnnlib.cells import digest
 from dnnlib.cells import run as run_cells
 from metrics.detectors import get_detectors
 from metrics.distances import frechet_distance
-from metrics.table import mean_and_error
+from metrics.table import grouped, mean_and_error
 from simulations import toy_data
 from torch_utils import persistence
 from torch_utils.random import StackedRandomGenerator, hash_seed, seeded_generator
@@ -222,11 +221,8 @@ def digit_rows(study, path: str, data: str, detector: str, seeds: Sequence[int],
 
 def summarise(rows: Sequence[dict]) -> dict[tuple, tuple[float, float]]:
     """{(arm, grid, nfe, source or None): (mean, standard error over seeds)}; nfe of RK45: the mean, rounded."""
-    groups = defaultdict(list)
-    for entry in rows:
-        groups[(*cell_of(entry), entry.get("source"))].append(entry)
     stats = {}
-    for (arm, grid, _, source), entries in groups.items():
+    for (arm, grid, _, source), entries in grouped(((*cell_of(r), r.get("source")), r) for r in rows).items():
         nfe = round(sum(entry["nfe"] for entry in entries) / len(entries))
         stats[arm, grid, nfe, source] = mean_and_error(entry["error"] for entry in entries)
     return stats

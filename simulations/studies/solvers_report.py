@@ -1,11 +1,10 @@
 """Figure and tables of run_solvers.py: error against network evaluations, for every process, solver and grid."""
 
 import json
-from collections import defaultdict
 from pathlib import Path
 
 from metrics import figures
-from metrics.table import markdown, mean_and_error
+from metrics.table import grouped, markdown, mean_and_error
 from simulations.studies.solvers import ARMS, IN_SIGMA, REFERENCE, differences, summarise
 
 TITLES = {
@@ -50,9 +49,7 @@ def plot_solvers(dest: str | Path, stem: str | Path) -> str:
 
 def _over_sources(stats):
     """{(arm, grid, nfe): (mean, standard error)} averaged over sources, whose errors are independent."""
-    groups = defaultdict(list)
-    for key, value in stats.items():
-        groups[key[:3]].append(value)
+    groups = grouped((key[:3], value) for key, value in stats.items())
     return {key: (sum(m for m, _ in v) / len(v), sum(e**2 for _, e in v) ** 0.5 / len(v)) for key, v in groups.items()}
 
 
@@ -130,9 +127,7 @@ def _table(name, rows):
 
 def _bound_table(rows):
     """Bits/dim per process, its difference from the first one per image, and the same with common draws."""
-    by = defaultdict(list)
-    for row in rows:
-        by[row["draws"], row["process"]].append(row["bits"])
+    by = grouped(((row["draws"], row["process"]), row["bits"]) for row in rows)
     first, *others = dict.fromkeys(row["process"] for row in rows)
     lines = [[first, _number(mean_and_error(by["own", first])), "", ""]]
     for name in others:
