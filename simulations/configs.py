@@ -154,8 +154,6 @@ class TreeConfig(_Checked):
         """Points trained on per selecting step: the size rule of JEST, for every function, so that arms compare."""
         from training.selection.functions import selection_size
 
-        return (
-            self.batch_size
-            if self.select == "none"
-            else selection_size(self.batch_size, self.filter_ratio, self.chunks)
-        )
+        if self.select == "none":
+            return self.batch_size
+        return selection_size(self.batch_size, self.filter_ratio, self.chunks)

@@ -30,13 +30,12 @@ def plot_paper_panel(tag: str, results_dir: Path, figures_dir: Path, dpi: int = 
         (left, "empirical TV", figures.EMPIRICAL, figures.EMPIRICAL_LINE),
         (right, "theoretical TV bound", figures.THEORETICAL, figures.THEORETICAL_LINE),
     ):
-        seen = []
-        for side in SIDES:
-            y = [row[f"{column} of {side}"] for row in rows]
-            kind = "empirical" if axis is left else "theoretical"
-            handles += axis.plot(x, y, color=colors[side], label=f"{kind}, {side}", **line)
-            seen += y
-        figures.pad(axis, seen)  # each axis by its own range, as in the paper: compare shapes, not heights
+        curves = {side: [row[f"{column} of {side}"] for row in rows] for side in SIDES}
+        for side, y in curves.items():
+            handles += axis.plot(x, y, color=colors[side], label=f"{column.split()[0]}, {side}", **line)
+        figures.pad(
+            axis, sum(curves.values(), [])
+        )  # each axis by its own range, as in the paper: compare shapes, not heights
         axis.yaxis.set_major_locator(MaxNLocator(5))
         axis.tick_params(labelsize=12)
         axis.grid(False)
@@ -73,8 +72,7 @@ def plot_overview(results_dir: Path, figures_dir: Path, name: str = "gaussian", 
             figures.log_y(axis)
         axis.set_xlabel(f"({letter}) {figures.PANEL_LABELS[tag]}")
     axes[0].set_ylabel("Average TV error")
-    handles, labels = axes[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside upper center", ncols=2)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figures.save(fig, Path(figures_dir) / name, dpi)
 
 

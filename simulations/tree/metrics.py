@@ -97,12 +97,18 @@ def l2_distance(net: Module, on: Points, gnet: Module | None = None, guidance: f
 
 
 def evaluate(
-    net: Module, on: Points, guide: Module | None = None, guidance: float = 3.0, external=False, mandala=True
+    net: Module,
+    on: Points,
+    guide: Module | None = None,
+    guidance: float = 3.0,
+    external=False,
+    mandala=True,
+    levels=False,
 ) -> dict[str, float]:
     """All metrics of a network as {name: number}; with a guide also those of the guided network, `guided_*`.
 
     loss, L2_metric; with `external` out_loss, out_L2_metric (class A only); with `mandala` mandala_score and
-    classification_score. Raises ValueError for external branches of other classes.
+    classification_score; with `levels` loss_per_level, a dict. Raises ValueError for external branches of other classes.
     """
     if external and on.cls != "A":
         raise ValueError(f"--external is defined for class A only, not --cls={on.cls}")
@@ -119,7 +125,15 @@ def evaluate(
             result[f"{prefix}out_L2_metric"] = l2_distance(net, outer, *guided)
     if external:
         result["out_loss"] = average_loss(net, outer)
+    if levels:
+        result["loss_per_level"] = {level: average_loss(net, on, level) for level in LEVELS}
     return result
+
+
+def _evaluate_all(networks: dict[str, Module | None], on: Points, *options, **more) -> dict:
+    """`evaluate` of each of these networks that is there, flat: {<who>_<name>: number}."""
+    found = {who: evaluate(net, on, *options, **more) for who, net in networks.items() if net is not None}
+    return {f"{who}_{name}": value for who, metrics in found.items() for name, value in metrics.items()}
 
 
 def validation_hook(on: Points, flow: bool = True) -> Callable[[object], dict[str, float]]:
@@ -139,43 +153,25 @@ def validation_hook(on: Points, flow: bool = True) -> Callable[[object], dict[st
     return on_status
 
 
-def test(
-    on: Points,
-    net: str,
-    ema: str | None,
-    guide: str | None,
-    guidance: float,
-    external: bool,
-    mandala: bool,
-    levels: bool,
-) -> dict:
-    """What `run_tree.py test` prints: learner_*, ema_*, guide_*, floor_* metrics of snapshots (paths), flat."""
-    guide_net = load_toy(guide, on.device) if guide else None
+def test(on: Points, net: str, ema: str | None, guide: str | None, guidance: float, **which: bool) -> dict:
+    """What `run_tree.py test` prints: learner_*, ema_*, guide_*, floor_* metrics of snapshots (paths), flat.
+
+    which: external, mandala and levels, as for `evaluate`.
+    """
+    net, ema, guide = (load_toy(path, on.device) for path in (net, ema, guide))
     result = {"n_samples": on.num, "seed": on.seed, "guidance": guidance if guide else None}
-    for who, path in (("learner", net), ("ema", ema)):
-        if path is not None:
-            network = load_toy(path, on.device)
-            metrics = evaluate(network, on, guide_net, guidance, external, mandala)
-            result |= {f"{who}_{name}": value for name, value in metrics.items()}
-            if levels:
-                result[f"{who}_loss_per_level"] = {level: average_loss(network, on, level) for level in LEVELS}
-    if guide_net is not None:
-        result["guide_loss"] = average_loss(guide_net, on)
-        if external:
-            result["guide_out_loss"] = average_loss(guide_net, replace(on, min_depth=OUTER_DEPTH))
-    floor = evaluate(on.mixture().denoiser(), on, external=external, mandala=mandala)
-    return result | {f"floor_{name}": value for name, value in floor.items()}
+    result |= _evaluate_all({"learner": net, "ema": ema}, on, guide, guidance, **which)
+    if guide is not None:
+        result["guide_loss"] = average_loss(guide, on)
+        if which["external"]:
+            result["guide_out_loss"] = average_loss(guide, replace(on, min_depth=OUTER_DEPTH))
+    return result | _evaluate_all({"floor": on.mixture().denoiser()}, on, **which | {"levels": False})
 
 
 def write_test(config: TreeConfig, outdir: str | Path, net: Module, ema: Module) -> None:
     """At the end of a run: all metrics of the raw and the averaged network into test.json, and on stdout."""
-    guide, on = (
-        load_toy(config.guide, config.device) if config.guide else None,
-        Points(config.cls, device=config.device),
-    )
-    found = {"n_samples": on.num}
-    for who, network in (("learner", net), ("ema", ema)):
-        metrics = evaluate(network, on, guide, config.guidance, external=config.cls == "A")
-        found |= {f"{who}_{name}": value for name, value in metrics.items()}
+    guide, on = load_toy(config.guide, config.device), Points(config.cls, device=config.device)
+    scores = _evaluate_all({"learner": net, "ema": ema}, on, guide, config.guidance, external=config.cls == "A")
+    found = {"n_samples": on.num} | scores
     write_json(Path(outdir) / "test.json", found)
     print(json.dumps(found, indent=2))

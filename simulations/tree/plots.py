@@ -49,12 +49,6 @@ def _frame(axis, view, title):
     axis.grid(False)
 
 
-def _paths(axis, path):
-    """Thin lines from start to end, with a dot at the end; path [steps, N, 2]."""
-    axis.plot(*path.unbind(-1), color=MARK, lw=0.4, alpha=0.6)
-    axis.scatter(*path[-1].T, s=5, color=MARK, lw=0, zorder=3)
-
-
 def autoguidance_figure(
     net: torch.nn.Module,
     gnet: torch.nn.Module,
@@ -76,12 +70,10 @@ def autoguidance_figure(
     generator = torch.Generator(device).manual_seed(seed)
     fig, axes = figures.figure(columns=4, rows=2, width=2.6, height=2.7)
     start = truth.sample((num_wide,), tree_metrics.SIGMA_MAX, generator)
-    clouds = [truth.sample((num_wide,), generator=generator)]
-    for weight in (1.0, guidance):
-        guide = None if weight == 1 else gnet
-        clouds.append(tree_metrics.trajectories(net, start, guide, weight)[-1])
-    titles = ["Ground truth", "No guidance", f"Autoguidance, $w$ = {guidance:g}"]
-    for axis, points, title in zip(axes[0], clouds, titles, strict=False):
+    clouds = {"Ground truth": truth.sample((num_wide,), generator=generator)}
+    clouds["No guidance"] = tree_metrics.trajectories(net, start)[-1]
+    clouds[f"Autoguidance, $w$ = {guidance:g}"] = tree_metrics.trajectories(net, start, gnet, guidance)[-1]
+    for axis, (title, points) in zip(axes[0], clouds.items(), strict=False):
         _contour(axis, wide)
         axis.scatter(*points.cpu().T, s=0.6, color=MARK, lw=0, rasterized=True)
         _frame(axis, WIDE, title)
@@ -89,15 +81,16 @@ def autoguidance_figure(
     sigma = 0.03  # of the zoomed panels: where the finest branches have just merged
     start = truth.sample((num_zoom,), sigma, generator)
     (cx, cy), half = ZOOM["centre"], ZOOM["half"] * 1.1
-    near = ((start - start.new_tensor([cx, cy])).abs() < half).all(dim=1)
-    start = start[near]
+    start = start[((start - start.new_tensor([cx, cy])).abs() < half).all(dim=1)]
     start = start[thin(start, 0.045)]
     for axis, guide, weight, title in (
         (axes[0, 3], None, 1.0, "Trajectories, no guidance"),
         (axes[1, 3], gnet, guidance, "Trajectories, autoguidance"),
     ):
         _contour(axis, zoom)
-        _paths(axis, tree_metrics.trajectories(net, start, guide, weight, sigma_max=sigma).cpu())
+        path = tree_metrics.trajectories(net, start, guide, weight, sigma_max=sigma).cpu()  # [steps, N, 2]
+        axis.plot(*path.unbind(-1), color=MARK, lw=0.4, alpha=0.6)
+        axis.scatter(*path[-1].T, s=5, color=MARK, lw=0, zorder=3)  # where it ends
         _frame(axis, ZOOM, title)
     ratio = lambda x, s: net.logp(x, s) - gnet.logp(x, s)
     for axis, density, title in (
@@ -112,19 +105,13 @@ def autoguidance_figure(
     return fig
 
 
-def samples_figure(points: torch.Tensor, cls: str = "A") -> Figure:
-    """One panel: points [N, 2] over the ground truth."""
-    fig, axis = figures.figure(width=4.0, height=4.0)
-    view = WIDE if cls == "A" else dict(centre=(0.0, 0.0), half=1.7)
-    _contour(axis, _values(view, tree.ground_truth(cls).logp, 0))
-    axis.scatter(*points.cpu().T, s=0.6, color=MARK, lw=0, rasterized=True)
-    _frame(axis, view, f"{len(points)} samples")
-    return fig
-
-
 def write_samples(config: TreeConfig, outdir: str | Path, net: torch.nn.Module, num: int = 1 << 13) -> None:
-    """samples.png and .svg of a run: points of its averaged network, guided if the run has a guide."""
-    guide = load_toy(config.guide, config.device) if config.guide else None
-    weight = config.guidance if guide else 1.0
-    points = tree_metrics.samples(net, tree_metrics.Points(config.cls, num, device=config.device), guide, weight)
-    figures.save(samples_figure(points, config.cls), Path(outdir) / "samples")
+    """samples.png and .svg of a run: points of its averaged network over the truth, guided if the run has a guide."""
+    on, guide = tree_metrics.Points(config.cls, num, device=config.device), load_toy(config.guide, config.device)
+    points = tree_metrics.samples(net, on, guide, config.guidance if guide else 1.0)
+    fig, axis = figures.figure(width=4.0, height=4.0)
+    view = WIDE if config.cls == "A" else dict(centre=(0.0, 0.0), half=1.7)
+    _contour(axis, _values(view, tree.ground_truth(config.cls).logp, 0))
+    axis.scatter(*points.cpu().T, s=0.6, color=MARK, lw=0, rasterized=True)
+    _frame(axis, view, f"{num} samples")
+    figures.save(fig, Path(outdir) / "samples")

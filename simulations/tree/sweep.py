@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import multiprocessing
@@ -9,6 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from dnnlib import cells
@@ -33,6 +36,7 @@ ARMS = {
 COLOURS = dict(zip(ARMS, ("#222222", "#888888", "#C4A000", "#D9730D", "#3C8F3A", "#2B6CB0", "#9B2F8F"), strict=True))
 COMPARISONS = {"steps": "equal steps", "samples": "equal trained samples", "time": "equal CPU time"}
 KEYS = {"steps": "Progress/iteration", "samples": "Progress/kimg", "time": "Timing/cpu_sec"}  # in stats.jsonl
+COUNTS = ("iteration", "samples", "candidates", "cpu_sec")
 SCORES = ["mandala_score", "classification_score"]
 COLUMNS = ["loss", "L2_metric", *SCORES, "guided_L2_metric", *(f"guided_{name}" for name in SCORES)]
 
@@ -120,16 +124,13 @@ def write_table(rows: list[dict], outdir: Path) -> list[Path]:
     deviation, error = (f"(mean ± standard {kind} of {seeds} seeds)" for kind in ("deviation", "error"))
     text = []
     for kind, title in COMPARISONS.items():
-        chosen = {}
-        for row in rows:
-            if row["comparison"] == kind:
-                chosen.setdefault(row["arm"], []).append(row)
+        chosen = {row["arm"]: _of(rows, kind, row["arm"]) for row in rows}
         text += [f"**{title.capitalize()}** {deviation}", _levels(chosen)]
         if "baseline" in chosen and seeds > 1:
             base = {row["seed"]: row for row in chosen["baseline"]}
-            lines = {arm: mine for arm, mine in chosen.items() if arm != "baseline"}
+            others = {arm: mine for arm, mine in chosen.items() if arm != "baseline"}
             text += [f"**{title.capitalize()}: difference to the baseline of the same seed** {error}"]
-            text += [_paired(lines, COLUMNS, lambda row, name: row[name] - base[row["seed"]][name])]  # noqa: B023
+            text += [_paired(others, COLUMNS, lambda row, name: row[name] - base[row["seed"]][name])]  # noqa: B023
         if seeds > 1:
             text += [f"**{kind.capitalize()}: guided minus unguided** {error}"]
             text += [_paired(chosen, SCORES, lambda row, name: row[f"guided_{name}"] - row[name])]
@@ -137,14 +138,15 @@ def write_table(rows: list[dict], outdir: Path) -> list[Path]:
     return [*files, write_text(outdir / "table.md", "\n\n".join(text) + "\n")]
 
 
+def _of(rows, kind, arm):
+    return [row for row in rows if (row["comparison"], row["arm"]) == (kind, arm)]
+
+
 def _levels(chosen):
     """A line per arm: what it took, and its scores with standard deviations."""
     lines = []
     for arm, rows in chosen.items():
-        steps, trained, drawn, cpu = (
-            mean_and_deviation(row[name] for row in rows)[0]
-            for name in ("iteration", "samples", "candidates", "cpu_sec")
-        )
+        steps, trained, drawn, cpu = (_mean(row[name] for row in rows)[0] for name in COUNTS)
         counts = [f"{steps:.0f}", f"{trained / 1e3:.0f}k", f"{drawn / 1e3:.0f}k", f"{cpu:.1f}"]
         scores = [mean_and_deviation(row[name] for row in rows) for name in COLUMNS]
         lines.append([arm, *counts, *(f"{mean:.4f} ± {deviation:.4f}" for mean, deviation in scores)])
@@ -169,13 +171,12 @@ def plot(rows: list[dict], arms: list[str], seeds: list[int], outdir: Path, stem
     fig, axes = figures.figure(columns=3, rows=2, width=4.4, height=3.1)
     for arm in arms:
         runs = [history(outdir / f"{arm}-seed{seed}") for seed in seeds]
+        moments = list(zip(*runs, strict=False))  # as far as the shortest run
+        y, spread = np.array([_mean(line["Validation/ema_loss"] for line in lines) for lines in moments]).T
         for axis, key in ((axes[0, 0], "Progress/kimg"), (axes[0, 1], "Timing/cpu_sec")):
-            x, y = [], []
-            for lines in zip(*runs, strict=False):  # as far as the shortest run
-                x.append(_mean(line[key] for line in lines)[0])
-                y.append(_mean(line["Validation/ema_loss"] for line in lines))
-            axis.plot(x, [m for m, _ in y], color=COLOURS[arm], label=arm)
-            axis.fill_between(x, [m - s for m, s in y], [m + s for m, s in y], color=COLOURS[arm], alpha=0.15, lw=0)
+            x = [_mean(line[key] for line in lines)[0] for lines in moments]
+            axis.plot(x, y, color=COLOURS[arm], label=arm)
+            axis.fill_between(x, y - spread, y + spread, color=COLOURS[arm], alpha=0.15, lw=0)
     for axis, label in ((axes[0, 0], "trained samples (thousands)"), (axes[0, 1], "CPU seconds")):
         axis.set(xlabel=label, ylabel="loss of the averaged network", yscale="log", xscale="log")
     axes[0, 0].legend(fontsize=7)
@@ -184,9 +185,8 @@ def plot(rows: list[dict], arms: list[str], seeds: list[int], outdir: Path, stem
     panels += [(axes[1, i], kind, "mandala score (△ guided)", scores) for i, kind in enumerate(COMPARISONS)]
     for axis, kind, label, series in panels:
         for i, arm in enumerate(arms):
-            mine = [row for row in rows if row["comparison"] == kind and row["arm"] == arm]
             for name, shift, marker in series:
-                mean, deviation = _mean(row[name] for row in mine)
+                mean, deviation = _mean(row[name] for row in _of(rows, kind, arm))
                 face = "white" if name.startswith("guided") else COLOURS[arm]
                 style = dict(color=COLOURS[arm], marker=marker, markerfacecolor=face, capsize=2, lw=1)
                 axis.errorbar([i + shift], [mean], yerr=[deviation], **style)
@@ -202,13 +202,6 @@ def _mean(values):
     """Mean and standard deviation, 0 for a single value."""
     mean, deviation = mean_and_deviation(values)
     return mean, 0.0 if math.isnan(deviation) else deviation
-
-
-def _train_in_process(arguments):
-    import torch
-
-    torch.set_num_threads(1)
-    train_seed(*arguments)
 
 
 def run(
@@ -229,14 +222,15 @@ def run(
     outdir = Path(outdir)
     outdir.mkdir(parents=True, exist_ok=True)
     reference = train_reference(base, outdir, reference_iter, reference_batch)
+    train = functools.partial(train_seed, base, arms=arms, outdir=outdir, reference=reference)
     if jobs > 1:
-        tasks = [(base, seed, arms, outdir, reference) for seed in seeds]
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            list(tqdm(pool.map(_train_in_process, tasks), total=len(seeds), unit="seed"))
+        context, threads = multiprocessing.get_context("spawn"), dict(initializer=torch.set_num_threads, initargs=(1,))
+        with ProcessPoolExecutor(jobs, context, **threads) as pool:
+            list(tqdm(pool.map(train, seeds), total=len(seeds), unit="seed"))
     else:
         with tqdm(total=len(arms) * len(seeds), unit="run") as bar:
             for seed in seeds:
-                train_seed(base, seed, arms, outdir, reference, bar)
+                train(seed, bar=bar)
     rows = measure(arms, seeds, outdir, reference, base.cls, num, lambda todo: tqdm(todo, unit="network"))
     paths = write_table(rows, outdir)
     return paths + plot(rows, arms, seeds, outdir, figure or outdir / "selection-tree")

@@ -6,9 +6,11 @@ Karras et al. 2024 (arXiv 2406.02507) for the task and its options; Pais et al. 
 import inspect
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from dnnlib import logged
@@ -92,11 +94,12 @@ class SelectToTheEnd(selection.LossSelector):
         return True
 
 
-class Phase:
+class Phase(NamedTuple):
     """A stretch of training with one batch size: AJEST's early and late runs have two."""
 
-    def __init__(self, selector, batch, waits=False):
-        self.selector, self.batch, self.waits = selector, batch, waits
+    selector: selection.IdentitySelector
+    batch: int
+    waits: bool = False
 
 
 def _phases(config, reference):
@@ -106,27 +109,22 @@ def _phases(config, reference):
     batch = config.trained_batch()
     function = selection.FUNCTIONS[config.select]
     keywords = dict(num_chunks=config.chunks, learnability=config.learnability, inverted=config.inverted)
-    options = dict(
-        reference=reference,
-        filter_ratio=1 - batch / config.batch_size,  # so that exactly `batch_size` candidates are read
-        options={name: value for name, value in keywords.items() if name in inspect.signature(function).parameters},
-    )
-
-    def selector(when):
-        return selection.LossSelector(function, when=when, **options)
-
+    keywords = {name: value for name, value in keywords.items() if name in inspect.signature(function).parameters}
+    ratio = 1 - batch / config.batch_size  # so that exactly `batch_size` candidates are read
+    arguments = dict(function=function, reference=reference, filter_ratio=ratio, options=keywords)
     if config.when == "early" and config.grow:
-        rest = Phase(selection.IdentitySelector(), config.batch_size)
-        first = SelectToTheEnd(function, when="early", **options)
-        return [Phase(first, batch, waits=True), rest]
+        first = SelectToTheEnd(when="early", **arguments)
+        return [Phase(first, batch, waits=True), Phase(selection.IdentitySelector(), config.batch_size)]
     if config.when == "late" and config.grow:
-        watcher = selection.LossSelector(function, when="late", select_until=0, **options)  # waits, never selects
-        return [Phase(watcher, config.batch_size, waits=True), Phase(selector("always"), batch)]
-    return [Phase(selector(config.when), batch)]
+        watcher = selection.LossSelector(when="late", select_until=0, **arguments)  # waits, never selects
+        return [Phase(watcher, config.batch_size, waits=True), Phase(selection.LossSelector(**arguments), batch)]
+    return [Phase(selection.LossSelector(when=config.when, **arguments), batch)]
 
 
 def load_toy(path, device="cpu"):
-    """The network of a toy snapshot (or of the newest one in a run folder). Raises ValueError if it is no toy network."""
+    """The network of a toy snapshot (or of the newest one in a run folder), None of None. Raises ValueError for another."""
+    if path is None:
+        return None
     net = persistence.load_snapshot(path, device).net
     if net.img_channels != 2 or net.img_resolution != 1:
         raise ValueError(f"{path}: not a network of 2-D points")
@@ -143,23 +141,9 @@ def prepare(config: TreeConfig, memory):
         list(Candidates(feed, IdentityEncoder(), loss, position, config.batch_size, config.batch_size, position))
 
 
-class _Watch:
-    """CPU and wall seconds spent in training alone, without what the hooks take."""
-
-    def __init__(self):
-        self.begin = time.process_time(), time.time()
-        self.out = [0.0, 0.0]
-
-    def pause(self):
-        self.paused = time.process_time(), time.time()
-
-    def resume(self):
-        now = time.process_time(), time.time()
-        self.out = [o + n - p for o, n, p in zip(self.out, now, self.paused, strict=True)]
-
-    def seconds(self):
-        now = time.process_time(), time.time()
-        return [n - b - o for n, b, o in zip(now, self.begin, self.out, strict=True)]
+def _now():
+    """CPU and wall seconds."""
+    return np.array([time.process_time(), time.time()])
 
 
 def train(config: TreeConfig, outdir, on_status=None, memory=None):
@@ -174,7 +158,7 @@ def train(config: TreeConfig, outdir, on_status=None, memory=None):
     if (outdir / "stats.jsonl").exists():
         raise ValueError(f"--outdir={outdir} holds a run already: give another folder, or remove it")
     mixture = tree.ground_truth(config.cls, device=device)
-    guide = load_toy(config.guide, device) if config.guide else None
+    guide = load_toy(config.guide, device)
     torch.manual_seed(hash_seed(config.seed, 0))
     net = ToyModel(num_layers=config.layers, hidden_dim=config.dim, sigma_data=config.sigma_data).to(device)
     interpolated = guide if config.interpol else None
@@ -185,40 +169,29 @@ def train(config: TreeConfig, outdir, on_status=None, memory=None):
     reference = guide if guide is not None else (ema.get()[0][0].net if needs or config.when != "always" else None)
     outdir.mkdir(parents=True, exist_ok=True)
     header = dict(options=asdict(config), dataset=dict(path=f"tree:{config.cls}", label_dim=0))
-    run = Run(
-        objective,
-        TreeFeed(mixture, config.seed, config.batch_size, device),
-        IdentityEncoder(),
-        selector=None,  # of each phase
+    parts = dict(
+        objective=objective,
+        feed=TreeFeed(mixture, config.seed, config.batch_size, device),
+        encoder=IdentityEncoder(),
         optimizer=torch.optim.Adam(objective.param_groups(), lr=config.lr, betas=(0.9, 0.99)),
         ema=ema,
-        learning_rate=None,
-        periods=None,
-        batch_size=config.batch_size,
         seed=config.seed,
         header=header,
     )
-    loop, done, watch = None, 0, _Watch()
+    loop, done, clock = None, 0, _now()  # when training began, later by what the hooks took
     with logged(outdir / "log.txt"):
         for phase in _phases(config, reference):
             if done < config.total_iter:
-                loop, done = _train_phase(config, run, outdir, phase, loop, done, watch, on_status)
-    persistence.save_snapshot(
-        outdir / f"learner-{loop.kimg:07d}.safetensors",
-        net,
-        encoder=IdentityEncoder(),
-        process=objective.noise,
-        nimg=loop.state.cur_nimg,
-        ema="raw",
-        **header,
-    )
+                loop, done = _train_phase(config, parts, outdir, phase, loop, done, clock, on_status)
+    path, header = outdir / f"learner-{loop.kimg:07d}.safetensors", dict(nimg=loop.state.cur_nimg, ema="raw", **header)
+    persistence.save_snapshot(path, net, encoder=IdentityEncoder(), process=objective.noise, **header)
     return loop
 
 
-def _train_phase(config, run, outdir, phase, earlier, done, watch, on_status):
-    """Train until the end of a phase: the last step, or the switch it waits for. done: steps of earlier phases.
+def _train_phase(config, parts, outdir, phase, earlier, done, clock, on_status):
+    """Train until the end of a phase: the last step, or the switch it waits for.
 
-    Returns the loop and the steps of all phases so far.
+    parts: of the Run of every phase. done: steps of earlier phases. Returns the loop and the steps of all phases so far.
     """
     begin = 0 if earlier is None else earlier.state.cur_nimg
 
@@ -226,16 +199,16 @@ def _train_phase(config, run, outdir, phase, earlier, done, watch, on_status):
         return done + (nimg - begin) // phase.batch
 
     def status(loop):
-        cpu, wall = watch.seconds()
-        watch.pause()
+        begun = _now()
+        cpu, wall = (begun - clock).tolist()
         fields = {"Progress/iteration": iteration(loop.state.cur_nimg), "Progress/candidates": loop.state.position}
         fields |= {"Timing/cpu_sec": cpu, "Timing/wall_sec": wall, **(on_status(loop) if on_status else {})}
-        watch.resume()
+        clock[:] += _now() - begun
         return fields
 
     period = _period(config, phase.batch)
-    run = replace(
-        run,
+    run = Run(
+        **parts,
         selector=phase.selector,
         learning_rate=lambda nimg: learning_rate_schedule(iteration(nimg), 1, config.lr, config.lr_iter, 0),
         periods=Periods(begin + (config.total_iter - done) * phase.batch, 0, period, period, 0),
