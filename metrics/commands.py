@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from dnnlib.util import EasyDict
+from dnnlib.util import EasyDict, write_json
 from metrics import results
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def finish(result: dict, dest: str | None) -> None:
     """Print the JSON, and write it to `dest` where one is given."""
     print_json(result)
     if dest is not None:
-        results.write_scores(dest, result)
+        write_json(dest, result)
 
 
 class Prepared(NamedTuple):

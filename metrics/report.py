@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from dnnlib.util import write_text
+from metrics import report_grid
 from metrics.results import Row, of_detector, of_sources, read_scores, sources_of, theory_ratio
-from metrics.table import Cell, Verdict, collect, markdown, mean_and_deviation, seeds_mean, verdict, write_csv
+from metrics.table import Cell, Verdict, collect, markdown, mean_and_deviation, numbers, seeds_mean, verdict, write_csv
 
 COLUMNS = (
     "fd",
@@ -30,17 +31,6 @@ STRIP = 12  # images of each arm and source in the figure
 Cells = dict[tuple[str, str, str], Cell]
 
 
-def _mean(values) -> float | None:
-    values = [v for v in values if v is not None]
-    return float(np.mean(values)) if values else None
-
-
-def _numbers(cells: Cells, arm: str, source: str, name: str, sources: Sequence[str]) -> list[float | None]:
-    """Mean, spread over training seeds and spread over sampling seeds; of "mean": their means over the sources."""
-    found = [cells[arm, s, name] for s in (sources if source == "mean" else [source]) if (arm, s, name) in cells]
-    return [_mean(getattr(cell, part) for cell in found) for part in ("mean", "sd_training", "sd_sampling")]
-
-
 def table_rows(cells: Cells, arms: Sequence[str], sources: Sequence[str]) -> list[dict[str, str]]:
     """Lines of the CSV file: one per source and arm with means and spreads, then the means over sources."""
     names = [c for c in COLUMNS if any((a, s, c) in cells for a in arms for s in sources)]
@@ -49,7 +39,7 @@ def table_rows(cells: Cells, arms: Sequence[str], sources: Sequence[str]) -> lis
         for arm in arms:
             row = {"source": source, "arm": arm}
             for name in names:
-                values = _numbers(cells, arm, source, name, sources)
+                values = numbers(cells, arm, source, name, sources)
                 for suffix, value in zip(("", "_sd_training", "_sd_sampling"), values, strict=True):
                     row[name + suffix] = "" if value is None else f"{value:.6g}"
             rows.append(row)
@@ -78,7 +68,7 @@ def to_markdown(cells: Cells, arms: Sequence[str], sources: Sequence[str], main:
         if column is None:
             return f"{main.advantage if source == 'mean' else main.per_source[source]:.1%}"
         name, arm = column
-        value, spread, _ = _numbers(cells, arm, source, name, sources)
+        value, spread, _ = numbers(cells, arm, source, name, sources)
         if value is None:
             return ""
         scale, digits, unit = (100, 1, " %") if name.startswith("agreement") else (1, 2, "")
@@ -86,18 +76,13 @@ def to_markdown(cells: Cells, arms: Sequence[str], sources: Sequence[str], main:
         return " +- ".join(f"{v * scale:.{digits}f}" for v in shown) + unit
 
     rows = [[source, *(text(source, column) for column in columns.values())] for source in [*sources, "mean"]]
-    lines = [
-        markdown(["source", *columns], rows),
-        "",
-        f"**{main}**",
-        "",
+    return (
+        f"{markdown(['source', *columns], rows)}\n\n**{main}**\n\n"
         "FD: Frechet distance to held-out images in the detector's features; mean +- standard deviation over training seeds. "
         "*: at the size of half the held-out images, which is what the floor (half against half) can be compared with. "
-        "Nearest train: mean distance of samples, and of held-out images, to the nearest training image of the source.",
-        "",
-        *(f"- {note}" for note in notes),
-    ]
-    return "\n".join(lines) + "\n"
+        "Nearest train: mean distance of samples, and of held-out images, to the nearest training image of the source."
+        "\n\n" + "".join(f"- {note}\n" for note in notes)
+    )
 
 
 def figure(
@@ -177,11 +162,11 @@ def _same_data(train_multi: str, train_single: Sequence[str]) -> str:
     """A line that says whether the arms saw the same images, by content hash."""
     from training.dataset import ImageFolderDataset, content_hash
 
-    shared = content_hash(ImageFolderDataset(train_multi))
-    separate = content_hash(*(ImageFolderDataset(path) for path in train_single))
+    multi = ImageFolderDataset(train_multi)
+    shared, separate = content_hash(multi)[:16], content_hash(*map(ImageFolderDataset, train_single))[:16]
     if shared != separate:
-        return f"WARNING: the arms saw different images (sha256 {shared[:16]} and {separate[:16]})."
-    return f"Both arms saw the same images: sha256 {shared[:16]} of {len(ImageFolderDataset(train_multi))} images and labels."
+        return f"WARNING: the arms saw different images (sha256 {shared} and {separate})."
+    return f"Both arms saw the same images: sha256 {shared} of {len(multi)} images and labels."
 
 
 def write_report(
@@ -205,9 +190,7 @@ def write_report(
     rows = of_sources(of_detector(read_scores(scores), metric))
     notes = list(notes)
     if any("cell" in row.tags for row in rows):
-        from metrics.report_grid import write_grid_report
-
-        return write_grid_report(rows, dest, arms, net, notes)
+        return report_grid.write_grid_report(rows, dest, arms, net, notes)
     sources, cells = sources_of(rows), collect(rows)
     main = verdict(cells, sources, *arms)
     if detector is not None:
@@ -228,7 +211,7 @@ def write_report(
         from torch_utils.persistence import load_snapshot
 
         theory = theory_ratio(load_snapshot(net).net, len(sources))
-        a, b = (_mean(cells[arm, s, "fd"].mean for s in sources) for arm in arms)
+        a, b = (main.levels[arm] for arm in arms)
         notes.append(
             f"Theory (order of the bounds): ratio {theory['ratio']:.3f} = sqrt(1 - (K-1)/K beta) with beta "
             f"{theory['beta_sim']:.4f} ({theory['shared']} shared parameters, {theory['per_source']} per source); "

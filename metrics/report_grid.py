@@ -15,7 +15,7 @@ import numpy as np
 
 from dnnlib.util import parse_nimg, write_text
 from metrics.results import Row, sources_of, theory_ratio
-from metrics.table import Verdict, collect, markdown, verdict, write_csv
+from metrics.table import Verdict, collect, markdown, numbers, verdict, write_csv
 
 MEASURES = {"fd": "FD", "denoising_loss": "held-out denoising loss"}
 
@@ -29,7 +29,6 @@ class CellResult:
     n: int
     group: str
     verdicts: dict[str, Verdict]  # by measure
-    levels: dict[tuple[str, str], float]  # (arm, measure) -> mean over sources
     floor: float | None
     images: dict[str, int | None]  # arm -> images trained on by all its models of one seed together
     data: dict[str, list[str]]  # arm -> training data of its models, sorted paths
@@ -38,8 +37,8 @@ class CellResult:
 def _own_data(rows, other, first):
     """Rows of the separate arm for the cell of the tags `first`: of its n and, where its group has data of its own, of that."""
     matching = [r for r in rows if r.tags["arm"] == other and r.tags.get("n") == first.get("n")]
-    own = [r for r in matching if r.tags.get("group", "") and r.tags["group"] == first.get("group")]
-    return own or [r for r in matching if not r.tags.get("group")]
+    of_group = lambda group: [r for r in matching if r.tags.get("group", "") == group]
+    return of_group(first.get("group", "")) or of_group("")
 
 
 def results(rows: Sequence[Row], arms: Sequence[str] = ("multi", "single")) -> list[CellResult]:
@@ -51,29 +50,16 @@ def results(rows: Sequence[Row], arms: Sequence[str] = ("multi", "single")) -> l
         sources, first = sources_of(mine), mine[0].tags
         theirs = [r for r in _own_data(rows, other, first) if r.section in sources]
         cells = collect([*mine, *theirs])
-        verdicts, levels = {}, {}
-        for measure in MEASURES:
-            if any(measure in r.numbers for r in mine):
-                try:
-                    verdicts[measure] = verdict(cells, sources, better, other, measure)
-                except ValueError as err:
-                    raise ValueError(f"cell {name}: {err}") from err
-                for arm in arms:
-                    levels[arm, measure] = float(np.mean([cells[arm, s, measure].mean for s in sources]))
-        floors = [cells[better, s, "fd_floor"].mean for s in sources if (better, s, "fd_floor") in cells]
-        found.append(
-            CellResult(
-                cell=name,
-                k=int(first.get("k", len(sources))),
-                n=int(first["n"]),
-                group=first.get("group", ""),
-                verdicts=verdicts,
-                levels=levels,
-                floor=float(np.mean(floors)) if floors else None,
-                images={better: _images(mine, max), other: _images(theirs, sum)},
-                data={better: _training_data(mine), other: _training_data(theirs)},
-            )
-        )
+        measured = [m for m in MEASURES if any(m in r.numbers for r in mine)]
+        try:
+            verdicts = {m: verdict(cells, sources, better, other, m) for m in measured}
+        except ValueError as err:
+            raise ValueError(f"cell {name}: {err}") from err
+        k, n, group = int(first.get("k", len(sources))), int(first["n"]), first.get("group", "")
+        floor = numbers(cells, better, "mean", "fd_floor", sources)[0]
+        images = {better: _images(mine, max), other: _images(theirs, sum)}
+        data = {better: _training_data(mine), other: _training_data(theirs)}
+        found.append(CellResult(name, k, n, group, verdicts, floor, images, data))
     return sorted(found, key=lambda r: (r.group, r.n, r.k))
 
 
@@ -95,24 +81,23 @@ def same_data(found: Sequence[CellResult], arms: Sequence[str]) -> Iterator[str]
 
     for r in found:
         if all(r.data.values()) and all(Path(p).exists() for paths in r.data.values() for p in paths):
-            hashes = [content_hash(*(ImageFolderDataset(p) for p in r.data[arm])) for arm in arms]
-            if hashes[0] == hashes[1]:
-                yield f"{r.cell}: both arms saw the same images, sha256 {hashes[0][:16]}."
+            hashes = list(dict.fromkeys(content_hash(*map(ImageFolderDataset, r.data[arm]))[:16] for arm in arms))
+            if len(hashes) == 1:
+                yield f"{r.cell}: both arms saw the same images, sha256 {hashes[0]}."
             else:
-                yield f"WARNING: {r.cell}: the arms saw different images (sha256 {hashes[0][:16]} and {hashes[1][:16]})."
+                yield f"WARNING: {r.cell}: the arms saw different images (sha256 {' and '.join(hashes)})."
 
 
-def table_rows(found: Sequence[CellResult], arms: Sequence[str]) -> list[dict[str, object]]:
+def table_rows(found: Sequence[CellResult]) -> list[dict[str, object]]:
     """Lines of the CSV file: one per cell and measure."""
     rows = []
     for r in found:
         for measure, v in r.verdicts.items():
             low, high = v.interval or (None, None)
-            row = {"cell": r.cell, "group": r.group, "k": r.k, "n": r.n, "measure": measure}
-            row |= {arm: r.levels[arm, measure] for arm in arms}
+            row = {"cell": r.cell, "group": r.group, "k": r.k, "n": r.n, "measure": measure, **v.levels}
             row |= {"advantage": v.advantage, "standard_error": v.standard_error, "low95": low, "high95": high}
             row |= {"wins": v.wins, "sources": len(v.per_source), "floor": r.floor if measure == "fd" else None}
-            row |= {f"images_{arm}": r.images[arm] for arm in arms}
+            row |= {f"images_{arm}": images for arm, images in r.images.items()}
             rows.append({k: "" if x is None else f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})
     return rows
 
@@ -124,39 +109,24 @@ def to_markdown(found: Sequence[CellResult], arms: Sequence[str], notes: Sequenc
     rows = []
     for r in found:
         fd, loss = r.verdicts.get("fd"), r.verdicts.get("denoising_loss")
-        levels = [f"{r.levels[arm, 'fd']:.2f}" if fd else "" for arm in arms]
+        levels = [f"{level:.2f}" for level in map(fd.levels.get, arms)] if fd else ["", ""]
         floor = "" if r.floor is None else f"{r.floor:.2f}"
         images = [r.images[arm] or "" for arm in arms]
-        verdicts = [_span(fd), _wins(fd), _span(loss), _wins(loss)]
-        rows.append([r.group or "all", r.k, r.n, *levels, floor, *verdicts, *images])
-    lines = [
-        markdown(header, rows),
-        "",
+        rows.append([r.group or "all", r.k, r.n, *levels, floor, *_advantage(fd), *_advantage(loss), *images])
+    return (
+        f"{markdown(header, rows)}\n\n"
         "Advantage: mean over sources of (single - multi) / single, +- its standard error from the training seeds, and the "
-        "95 % interval. Floor: half the held-out images against the other half. Images: seen by the models of the arm.",
-        "",
-        *(f"- {note}" for note in notes),
-    ]
-    return "\n".join(lines) + "\n"
+        "95 % interval. Floor: half the held-out images against the other half. Images: seen by the models of the arm."
+        "\n\n" + "".join(f"- {note}\n" for note in notes)
+    )
 
 
-def _span(v):
+def _advantage(v):
+    """Advantage with its interval, and wins, as text."""
     if v is None:
-        return ""
-    if v.interval is None:
-        return f"{v.advantage:.1%}"
-    return f"{v.advantage:.1%} +- {v.standard_error:.1%} ({v.interval[0]:.1%} to {v.interval[1]:.1%})"
-
-
-def _wins(v):
-    return "" if v is None else f"{v.wins}/{len(v.per_source)}"
-
-
-def _error_bar(v):
-    """(down, up) in percent."""
-    if v.interval is None:
-        return 0.0, 0.0
-    return 100 * (v.advantage - v.interval[0]), 100 * (v.interval[1] - v.advantage)
+        return "", ""
+    error = f" +- {v.standard_error:.1%} ({v.interval[0]:.1%} to {v.interval[1]:.1%})" if v.interval else ""
+    return f"{v.advantage:.1%}{error}", f"{v.wins}/{len(v.per_source)}"
 
 
 def figure(stem: Path, found: Sequence[CellResult]) -> list[Path]:
@@ -172,8 +142,9 @@ def figure(stem: Path, found: Sequence[CellResult]) -> list[Path]:
         for i, (n, colour) in enumerate(zip(sizes, figures.colours(sizes), strict=True)):
             cells = [r for r in found if r.n == n and measure in r.verdicts]
             x = [labels.index((r.group, r.k)) + (i - (len(sizes) - 1) / 2) * 0.22 for r in cells]
-            y = [100 * r.verdicts[measure].advantage for r in cells]
-            error = np.transpose([_error_bar(r.verdicts[measure]) for r in cells])
+            y = np.array([100 * r.verdicts[measure].advantage for r in cells])
+            ends = [r.verdicts[measure].interval or (r.verdicts[measure].advantage,) * 2 for r in cells]
+            error = np.abs(100 * np.transpose(ends) - y)
             style = {"fmt": "o", "capsize": 3, "color": colour, "label": f"n = {n}", "markersize": 5}
             axis.errorbar(x, y, yerr=error, **style)
         axis.set_xticks(range(len(labels)), [f"{g or 'all'}\nK={k}" for g, k in labels], fontsize=7)
@@ -189,12 +160,9 @@ def _predictions(found, arms, net):
     network = load_snapshot(net).net
     for r in found:
         if "fd" in r.verdicts:
-            theory = theory_ratio(network, r.k)
-            measured = r.levels[arms[0], "fd"] / r.levels[arms[1], "fd"]
-            yield (
-                f"{r.cell}: theory's order ratio {theory['ratio']:.3f} (beta {theory['beta_sim']:.4f}), "
-                f"measured ratio of the mean FDs {measured:.3f}."
-            )
+            theory, (a, b) = theory_ratio(network, r.k), (r.verdicts["fd"].levels[arm] for arm in arms)
+            predicted = f"theory's order ratio {theory['ratio']:.3f} (beta {theory['beta_sim']:.4f})"
+            yield f"{r.cell}: {predicted}, measured ratio of the mean FDs {a / b:.3f}."
 
 
 def write_grid_report(
@@ -207,7 +175,7 @@ def write_grid_report(
     found, dest = results(rows, arms), Path(dest)
     notes = [*notes, *same_data(found, arms), *(_predictions(found, arms, net) if net is not None else [])]
     text = to_markdown(found, arms, notes)
-    write_csv(dest / "table.csv", table_rows(found, arms))
+    write_csv(dest / "table.csv", table_rows(found))
     write_text(dest / "table.md", text)
     figure(dest / "comparison", found)
     return text

@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dnnlib.util import write_json
-
 if TYPE_CHECKING:
     import torch
 
@@ -32,11 +30,6 @@ class Row:
     numbers: dict[str, float]
     images: str | None  # folder, data set or run that was scored
     file: str
-
-
-def write_scores(path: str | Path, result: dict) -> Path:
-    """Write a score file, atomically."""
-    return write_json(path, result)
 
 
 def read_scores(pattern: str | Path, needed: Sequence[str] = ("arm", "seed")) -> list[Row]:
@@ -60,9 +53,8 @@ def read_scores(pattern: str | Path, needed: Sequence[str] = ("arm", "seed")) ->
         if missing is not None:
             raise ValueError(f"{path}: no tag {missing!r}: score with --tag {missing}=...")
     if not rows:
-        raise ValueError(
-            f"--scores={pattern}: no score files; run calculate_metrics.py calc with --dest and --tag first"
-        )
+        remedy = "run calculate_metrics.py calc with --dest and --tag first"
+        raise ValueError(f"--scores={pattern}: no score files; {remedy}")
     return rows
 
 
@@ -75,10 +67,8 @@ def of_detector(rows: Sequence[Row], name: str | None = None, option: str = "--m
     detectors = list(dict.fromkeys(row.detector for row in rows if row.detector not in JOINED))
     chosen = [d for d in detectors if name in (None, d, d.partition(":")[0])]
     if len(chosen) > 1 or (name is not None and not chosen):
-        given = "" if name is None else f"{option}={name}: "
-        raise ValueError(
-            f"{given}the score files hold {', '.join(detectors) or 'no detector'}: choose one with {option}=NAME"
-        )
+        given, held = "" if name is None else f"{option}={name}: ", ", ".join(detectors) or "no detector"
+        raise ValueError(f"{given}the score files hold {held}: choose one with {option}=NAME")
     shown = [row for row in rows if row.detector in chosen]
     for row in rows:
         number = JOINED.get(row.detector)
@@ -89,11 +79,7 @@ def of_detector(rows: Sequence[Row], name: str | None = None, option: str = "--m
 
 def of_sources(rows: Iterable[Row]) -> list[Row]:
     """The rows of single sources; of samples with the tag source, only of that one. Raises ValueError for none at all."""
-    chosen = [
-        row
-        for row in rows
-        if row.section not in ("overall", "mean") and row.tags.get("source", row.section) == row.section
-    ]
+    chosen = [r for r in rows if r.section not in ("overall", "mean") and r.tags.get("source", r.section) == r.section]
     if not chosen:
         raise ValueError("the score files hold no numbers per source: score labelled images, without --no-per-source")
     return chosen
@@ -119,10 +105,10 @@ def best_of(rows: Sequence[Row], measure: str = "fd", detector: str | None = Non
             held = ", ".join(dict.fromkeys(row.detector for row in rows if row.file == file))
             raise ValueError(f"{file}: no {measure} of detector {detector or held}; it holds {held}")
         scores.setdefault(row.tags["checkpoint"], []).append(float(row.numbers[measure]))
-    found = {
-        name: {"min": min(values), "mean": sum(values) / len(values), "blocks": len(values)}
-        for name, values in sorted(scores.items(), key=lambda item: (len(item[0]), item[0]))
-    }
+    found = {}
+    for name in sorted(scores, key=lambda name: (len(name), name)):
+        values = scores[name]
+        found[name] = {"min": min(values), "mean": sum(values) / len(values), "blocks": len(values)}
     order = sorted(found, key=lambda name: found[name]["min"])[:top]
     return {
         "min": found[order[0]]["min"],
@@ -140,14 +126,9 @@ def theory_ratio(net: torch.nn.Module, num_sources: int) -> dict[str, float]:
     Wang et al. (ICML 2025, arXiv 2502.14583), section 4: what belongs to a source is its column of the label embedding.
     Returns {"beta_sim", "ratio", "shared", "per_source"} from the parameters of the denoiser `net`.
     """
-    total = sum(p.numel() for p in net.parameters())
-    own = sum(
-        p.numel()
-        for name, p in net.named_parameters()
-        if "label" in name and p.ndim == 2 and p.shape[1] == net.label_dim
-    )
-    per_source = own // max(net.label_dim, 1)
-    shared = total - own
+    named = [(name, p) for name, p in net.named_parameters() if "label" in name and p.ndim == 2]
+    own = sum(p.numel() for _, p in named if p.shape[1] == net.label_dim)
+    per_source, shared = own // max(net.label_dim, 1), sum(p.numel() for p in net.parameters()) - own
     beta = shared / (shared + per_source)
     ratio = math.sqrt(1 - (num_sources - 1) / num_sources * beta)
     return {"beta_sim": beta, "ratio": ratio, "shared": shared, "per_source": per_source}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
@@ -17,8 +18,7 @@ from metrics.results import Row
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, object]]) -> Path:
     """Write rows (all with the keys of the first) as CSV, floats with all their digits.
 
-    Raises:
-        ValueError: a value is NaN or infinite, or there is no row.
+    Raises ValueError where a value is NaN or infinite, or there is no row.
     """
     if not rows:
         raise ValueError(f"no rows to write to {path}")
@@ -34,11 +34,7 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, object]]) -> Path:
 
 
 def read_csv(path: str | Path) -> list[dict[str, object]]:
-    """Read a CSV file; cells that are numbers become int or float.
-
-    Raises:
-        ValueError: the file does not exist or holds no rows.
-    """
+    """Read a CSV file; cells that are numbers become int or float. Raises ValueError for no file and for no rows."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist; run the run_*.py script first, or pass --results-dir")
@@ -51,10 +47,8 @@ def read_csv(path: str | Path) -> list[dict[str, object]]:
 
 def _number(text: str) -> object:
     for kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return text
 
 
@@ -152,6 +146,16 @@ def collect(rows: Iterable[Row]) -> dict[tuple[str, str, str], Cell]:
     return cells
 
 
+def numbers(
+    cells: Mapping[tuple[str, str, str], Cell], arm: str, source: str, name: str, sources: Sequence[str]
+) -> list[float | None]:
+    """Mean, spread over training seeds and spread over sampling seeds; of "mean": their means over the sources."""
+    found = [cells[arm, s, name] for s in (sources if source == "mean" else [source]) if (arm, s, name) in cells]
+    columns = ([getattr(cell, part) for cell in found] for part in ("mean", "sd_training", "sd_sampling"))
+    known = ([v for v in column if v is not None] for column in columns)
+    return [mean_and_error(column)[0] if column else None for column in known]
+
+
 @dataclass
 class Verdict:
     """Relative advantage of arm `better` over arm `other` in one number that should be small."""
@@ -163,18 +167,16 @@ class Verdict:
     standard_error: float | None  # from the spread over training seeds; None with a single one
     interval: tuple[float, float] | None  # 95 %, Welch-Satterthwaite
     per_source: dict[str, float]
+    levels: dict[str, float]  # arm -> mean over sources
 
     def __str__(self) -> str:
-        line = (
-            f"{self.better} better than {self.other} in {self.wins} of {len(self.per_source)} sources, mean advantage "
-        )
+        wins = f"{self.better} better than {self.other} in {self.wins} of {len(self.per_source)} sources"
+        line = f"{wins}, mean advantage {self.advantage:.1%}"
         if self.interval is None:
-            return line + f"{self.advantage:.1%} (one training seed per arm: no uncertainty known)"
+            return f"{line} (one training seed per arm: no uncertainty known)"
         low, high = self.interval
         clear = "clear of zero" if low > 0 or high < 0 else "zero is inside"
-        return (
-            line + f"{self.advantage:.1%} +- {self.standard_error:.1%} (95 % interval {low:.1%} to {high:.1%}: {clear})"
-        )
+        return f"{line} +- {self.standard_error:.1%} (95 % interval {low:.1%} to {high:.1%}: {clear})"
 
 
 def verdict(
@@ -195,20 +197,20 @@ def verdict(
     for arm in (better, other):
         if any((arm, s, column) not in cells for s in sources):
             raise ValueError(f"arm {arm!r} has no {column!r} for every one of the sources {', '.join(sources)}")
-    base = {s: cells[other, s, column].mean for s in sources}
-    per_source = {s: (base[s] - cells[better, s, column].mean) / base[s] for s in sources}
+    base, mine = ([cells[arm, s, column].mean for s in sources] for arm in (other, better))
+    per_source = {s: (b - m) / b for s, b, m in zip(sources, base, mine, strict=True)}
     wins, advantage = sum(v > 0 for v in per_source.values()), mean_and_error(per_source.values())[0]
-    errors, counts = [], []  # of each arm's relative mean over sources, from its training seeds
-    for arm in (better, other):
-        relative = seeds_mean([cells[arm, s, column] for s in sources], [base[s] for s in sources])
-        errors.append(mean_and_error(relative)[1] ** 2)
-        counts.append(len(relative))
-    if min(counts) < 2:
-        return Verdict(better, other, wins, advantage, None, None, per_source)
-    freedom = sum(errors) ** 2 / max(sum(e**2 / (n - 1) for e, n in zip(errors, counts, strict=True)), 1e-300)
-    error = math.sqrt(sum(errors))
-    half = float(scipy.stats.t.ppf(0.975, max(freedom, 1))) * error
-    return Verdict(better, other, wins, advantage, error, (advantage - half, advantage + half), per_source)
+    error = interval = None
+    # Of each arm's relative mean over sources, from its training seeds.
+    relative = [seeds_mean([cells[arm, s, column] for s in sources], base) for arm in (better, other)]
+    if min(map(len, relative)) > 1:
+        errors = [mean_and_error(values)[1] ** 2 for values in relative]
+        spread = sum(e**2 / (len(v) - 1) for e, v in zip(errors, relative, strict=True))
+        error, freedom = math.sqrt(sum(errors)), sum(errors) ** 2 / max(spread, 1e-300)
+        half = float(scipy.stats.t.ppf(0.975, max(freedom, 1))) * error
+        interval = advantage - half, advantage + half
+    levels = {better: mean_and_error(mine)[0], other: mean_and_error(base)[0]}
+    return Verdict(better, other, wins, advantage, error, interval, per_source, levels)
 
 
 def seeds_mean(cells: Sequence[Cell], units: Sequence[float]) -> list[float]:
