@@ -62,9 +62,9 @@ class Classifier:
     name = "classifier"
 
     def __init__(self, net: ConvNet, header: dict, device: str | torch.device = "cpu"):
-        self.net = net.to(device).eval().requires_grad_(False)
+        self.net = net.eval().requires_grad_(False)
+        self.to(device)
         self.header = {name: header[name] for name in MEASURED if name in header}
-        self.device = torch.device(device)
         digest = hashlib.sha256()
         for name, tensor in sorted(self.net.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -132,10 +132,8 @@ def _shift(x, generator):
     n, _, h, w = x.shape
     x = torch.nn.functional.pad(x, [SHIFT] * 4, mode="replicate")
     dy, dx = torch.randint(0, 2 * SHIFT + 1, (2, n), generator=generator).to(x.device)
-    rows = dy[:, None] + torch.arange(h, device=x.device)
-    cols = dx[:, None] + torch.arange(w, device=x.device)
-    index = torch.arange(n, device=x.device)[:, None, None]
-    return x.permute(0, 2, 3, 1)[index, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    windows = x.unfold(2, h, 1).unfold(3, w, 1)  # [N, C, 2 SHIFT + 1, 2 SHIFT + 1, H, W]
+    return windows[torch.arange(n, device=x.device), :, dy, dx]
 
 
 def _check(images, labels, what):

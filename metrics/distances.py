@@ -112,9 +112,9 @@ def _squared_distances(x, y):
 def _radii2(x, k, chunk):
     """Squared distance of every row to its k-th nearest other row; the row itself is the 0-th."""
     rows = []
-    for start in range(0, len(x), chunk):
-        d2 = _squared_distances(x[start : start + chunk], x)
-        d2[torch.arange(len(d2)), torch.arange(start, start + len(d2))] = 0
+    for start, part in enumerate(x.split(chunk)):
+        d2 = _squared_distances(part, x)
+        d2.diagonal(start * chunk).zero_()
         rows.append(d2.kthvalue(k + 1, dim=1).values)
     return torch.cat(rows)
 
@@ -134,12 +134,12 @@ def prdc(*, generated: ArrayLike, reference: ArrayLike, k: int = 5, chunk: int =
     slack = 1e-12 * max(float(x.square().sum(1).max()), float(y.square().sum(1).max()))  # exact ties count as inside
     radii_x, radii_y = _radii2(x, k, chunk) + slack, _radii2(y, k, chunk) + slack
     inside_reference, recalled, covered = [], torch.zeros(len(y), dtype=bool), torch.zeros(len(y), dtype=bool)
-    for start in range(0, len(x), chunk):
-        d2 = _squared_distances(x[start : start + chunk], y)  # [n, M]
+    for part, radii in zip(x.split(chunk), radii_x.split(chunk), strict=True):
+        d2 = _squared_distances(part, y)  # [n, M]
         hits = d2 <= radii_y
         inside_reference.append(hits.sum(1))
         covered |= hits.any(0)
-        recalled |= (d2 <= radii_x[start : start + chunk, None]).any(0)
+        recalled |= (d2 <= radii[:, None]).any(0)
     inside_reference = torch.cat(inside_reference).double()
     return {
         "precision": float((inside_reference > 0).double().mean()),
@@ -157,8 +157,5 @@ def nearest_distance(samples: ArrayLike, reference: ArrayLike, chunk: int = 2048
     """
     x, y = _feature_pair(samples, reference, at_least=1)
     center = y.mean(0)
-    found = []
-    for start in range(0, len(x), chunk):
-        part = x[start : start + chunk]
-        found.append(part - y[_squared_distances(part - center, y - center).argmin(1)])
+    found = [part - y[_squared_distances(part - center, y - center).argmin(1)] for part in x.split(chunk)]
     return torch.cat(found).norm(dim=1).numpy()

@@ -162,11 +162,7 @@ def _moments(features):
 
 
 def _mean(sections):
-    names = [
-        name
-        for name in (sections[0] if sections else {})
-        if not name.endswith(("count", "_sd")) and name != "floor_size"
-    ]
+    names = [n for n in (sections[0] if sections else {}) if not n.endswith(("count", "_sd")) and n != "floor_size"]
     values = {name: [section.get(name) for section in sections] for name in names}
     return {name: float(np.mean(v)) for name, v in values.items() if None not in v}
 

@@ -53,34 +53,22 @@ def label_of(label: np.ndarray) -> int:
     return int(label.argmax()) if len(label) else -1
 
 
-Batch = tuple[torch.Tensor | None, np.ndarray, np.ndarray]  # images uint8 [n, C, H, W], labels [n], positions [n]
-
-
-class _View(torch.utils.data.Dataset):
-    def __init__(self, dataset, indices):
-        self.dataset, self.indices = dataset, indices
-
-    def __getitem__(self, position):
-        image, label = self.dataset[self.indices[position]]
-        return image, label_of(label), position
+Batch = tuple[torch.Tensor, np.ndarray, np.ndarray]  # images uint8 [n, C, H, W], labels [n], positions [n]
 
 
 def _collate(items):
-    if not items:
-        return None, np.zeros(0, np.int64), np.zeros(0, np.int64)
-    images, labels, positions = zip(*items, strict=True)
+    images, labels = zip(*items, strict=True)
     if images[0].dtype != np.uint8:
         raise ValueError("metrics need uint8 pixels; this data set holds latents: use the RGB images they came from")
-    return torch.from_numpy(np.stack(images)), np.array(labels), np.array(positions)
+    return torch.from_numpy(np.stack(images)), np.array([label_of(label) for label in labels])
 
 
 def generated_batches(generator: Iterable) -> Iterator[Batch]:
     """Batches from `generate_images`: items with .images (uint8 tensor or None), .labels (one-hot or None), .seeds."""
     for item in generator:
-        if item.images is None or len(item.images) == 0:
-            continue
-        labels = [-1] * len(item.images) if item.labels is None else [label_of(v) for v in item.labels.cpu()]
-        yield item.images.cpu(), np.array(labels), np.array([int(s) for s in item.seeds])
+        if item.images is not None and len(item.images):
+            labels = [-1] * len(item.images) if item.labels is None else [label_of(v) for v in item.labels.cpu()]
+            yield item.images.cpu(), np.array(labels), np.array([int(s) for s in item.seeds])
 
 
 def collect(
@@ -99,10 +87,8 @@ def collect(
     """
     statistics = {key: FeatureStatistics(num_sources) for key in detectors}
     features = {key: [] for key in detectors}
-    all_labels, all_positions = [], []
+    all_labels, all_positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for images, labels, positions in batches:
-        if images is None or len(images) == 0:
-            continue
         for key, detector in detectors.items():
             f = torch.as_tensor(detector.features(images)).detach().float().cpu()
             if f.ndim != 2 or len(f) != len(images):
@@ -115,13 +101,12 @@ def collect(
         all_labels.append(labels)
         all_positions.append(positions)
         progress(len(images))
-    order = np.concatenate(all_positions) if all_positions else np.zeros(0, np.int64)
     result = {}
     for key in detectors:
-        arrays = {"labels": np.concatenate(all_labels)} if all_labels else None
-        if arrays and features[key] is not None:
+        arrays = {"labels": np.concatenate(all_labels)}
+        if features[key]:
             arrays["features"] = np.concatenate(features[key])
-        rows = gather_rows(arrays, order)
+        rows = gather_rows(arrays, np.concatenate(all_positions))
         result[key] = FeatureSet(key, statistics[key].all_reduce(), rows.get("features"), rows["labels"])
     return result
 
@@ -142,17 +127,16 @@ def collect_dataset(
     Raises ValueError for fewer images than `num` (a distance depends on the number of images), and for latents.
     """
     indices = _choose(dataset, num, seed)
-    batches = split_batches(range(len(indices)), batch_size)
-    view = _View(dataset, indices)
+    batches = [batch for batch in split_batches(indices, batch_size) if batch]
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_collate)
     sets = collect(
-        torch.utils.data.DataLoader(view, batch_sampler=batches, num_workers=workers, collate_fn=_collate),
+        ((*seen, np.array(batch)) for seen, batch in zip(loader, batches, strict=True)),
         detectors,
         num_sources=(dataset.num_classes or dataset.label_dim) if per_source else 0,
         num_images=len(indices),
         **options,
     )
-    shape = list(dataset[0][0].shape)
-    provenance = {"dataset": dataset.name, "num_images": len(indices), "image_shape": shape}
+    provenance = {"dataset": dataset.name, "num_images": len(indices), "image_shape": list(dataset[0][0].shape)}
     if len(indices) < len(dataset):
         provenance["subset_seed"] = seed
     for feature_set in sets.values():

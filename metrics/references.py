@@ -83,8 +83,7 @@ def _from_npz(data):
         raise ValueError(f"format {header.get('format')!r}, expected {FORMAT!r}")
     result = {}
     for i, entry in enumerate(header["detectors"]):
-        statistics = FeatureStatistics(len(arrays[f"{i}/n"]) - 1)
-        statistics.width = arrays[f"{i}/sum"].shape[1]
+        statistics = FeatureStatistics()
         for name in ("n", "sum", "outer"):
             setattr(statistics, name, torch.from_numpy(arrays[f"{i}/{name}"]))
         features, labels = arrays.get(f"{i}/features"), arrays.get(f"{i}/labels")
@@ -98,7 +97,8 @@ class _MomentsOnly(FeatureStatistics):
 
     def __init__(self, mu, sigma, n):
         super().__init__()
-        self.mu, self.sigma, self.width, self._n = mu, sigma, len(mu), n
+        self.mu, self.sigma, self._n = mu, sigma, n
+        self.sum = self.sum.new_zeros(1, len(mu))  # for the width
 
     def count(self, source=None):
         return self._n

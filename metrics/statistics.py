@@ -23,65 +23,59 @@ class FeatureStatistics:
     """
 
     def __init__(self, num_sources: int = 0):
-        self.num_sources = int(num_sources)
-        self.width = None
+        self.n = torch.zeros(1 + num_sources, dtype=torch.int64)
+        self.sum = torch.zeros(1 + num_sources, 0, dtype=torch.float64)
+        self.outer = torch.zeros(1 + num_sources, 0, 0, dtype=torch.float64)
 
-    def _allocate(self, width):
-        self.width, rows = int(width), 1 + self.num_sources
-        self.n = torch.zeros(rows, dtype=torch.int64)
-        self.sum = torch.zeros(rows, width, dtype=torch.float64)
-        self.outer = torch.zeros(rows, width, width, dtype=torch.float64)
+    @property
+    def num_sources(self) -> int:
+        """K."""
+        return len(self.n) - 1
 
-    def _grow(self, num_sources):
-        """Make room for source ids that were not announced."""
-        more = num_sources - self.num_sources
-        if self.width is not None and more > 0:
-            for name in ("n", "sum", "outer"):
-                rows = getattr(self, name)
-                setattr(self, name, torch.cat([rows, rows.new_zeros(more, *rows.shape[1:])]))
-        self.num_sources = max(self.num_sources, num_sources)
+    @property
+    def width(self) -> int:
+        """F; 0 before the first features."""
+        return self.sum.shape[1]
+
+    def _grow(self, num_sources, width):
+        """Make room for the first features, and for source ids that were not announced."""
+        more, wider = max(num_sources - self.num_sources, 0), width - self.width
+        if more or wider:
+            pad = torch.nn.functional.pad
+            self.n, self.sum = pad(self.n, (0, more)), pad(self.sum, (0, wider, 0, more))
+            self.outer = pad(self.outer, (0, wider, 0, wider, 0, more))
 
     def update(self, features: torch.Tensor, labels: torch.Tensor | None = None) -> FeatureStatistics:
         """features: [N, F]; labels: [N] integers (-1: no source; counted overall only) or None."""
         f = torch.as_tensor(features).detach().to("cpu", torch.float64)
-        if self.width is None:
-            self._allocate(f.shape[1])
-        if f.shape[1] != self.width:
+        if self.width not in (0, f.shape[1]):
             raise ValueError(f"features of width {f.shape[1]} after features of width {self.width}")
-        self._add(0, f)
-        if self.num_sources and labels is not None and len(labels):
-            labels = torch.as_tensor(labels).cpu()
-            self._grow(int(labels.max()) + 1)
-            for source in labels.unique().tolist():
-                if source >= 0:
-                    self._add(1 + source, f[labels == source])
+        labels = torch.as_tensor([] if labels is None or not self.num_sources else labels).cpu()
+        sources = [source for source in labels.unique().tolist() if source >= 0]
+        self._grow(max(sources, default=-1) + 1, f.shape[1])
+        for source in (None, *sources):
+            row, part = (0, f) if source is None else (1 + source, f[labels == source])
+            self.n[row] += len(part)
+            self.sum[row] += part.sum(0)
+            self.outer[row] += part.T @ part
         return self
-
-    def _add(self, row, f):
-        self.n[row] += len(f)
-        self.sum[row] += f.sum(0)
-        self.outer[row] += f.T @ f
 
     def all_reduce(self) -> FeatureStatistics:
         """Sum over all processes, also those that saw no image and so do not know the width yet."""
         if get_world_size() == 1:
             return self
         device = torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
-        shape = torch.tensor([self.width or 0, self.num_sources], device=device)
-        width, num_sources = all_reduce_(shape, "max").tolist()
-        self._grow(num_sources)
-        if self.width is None and width > 0:
-            self._allocate(width)
-        if self.width not in (None, width):
+        num_sources, width = all_reduce_(torch.tensor([self.num_sources, self.width], device=device), "max").tolist()
+        if self.width not in (0, width):
             raise ValueError(f"features of width {self.width} on one process and {width} on another")
-        if self.width is not None:
-            for name in ("n", "sum", "outer"):
-                setattr(self, name, all_reduce_(getattr(self, name).to(device)).cpu())
+        self._grow(num_sources, width)
+        for name in ("n", "sum", "outer"):
+            setattr(self, name, all_reduce_(getattr(self, name).to(device)).cpu())
         return self
 
     def count(self, source: int | None = None) -> int:
         """Images of one source or of all."""
-        return 0 if self.width is None else int(self.n[0 if source is None else 1 + source])
+        return int(self.n[0 if source is None else 1 + source])
 
     def moments(self, source: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(mu [F], sigma [F, F]) float64 arrays, sigma with the n - 1 normalisation; of one source or overall.
@@ -98,16 +92,16 @@ class FeatureStatistics:
         return mu.numpy(), sigma.numpy()
 
 
-def gather_rows(arrays: dict[str, np.ndarray] | None, order: np.ndarray) -> dict[str, np.ndarray]:
+def gather_rows(arrays: dict[str, np.ndarray], order: np.ndarray) -> dict[str, np.ndarray]:
     """Concatenate [n_r, ...] arrays of all ranks and sort the rows by the integers `order` [n_r].
 
-    arrays: dict of numpy arrays (None on a rank without images). Returns a dict of the whole arrays on every rank.
+    arrays: dict of numpy arrays (without images, any). Returns a dict of the whole arrays on every rank.
     """
     parts = [(arrays, order)]
     if get_world_size() > 1:
         parts = [None] * get_world_size()
         torch.distributed.all_gather_object(parts, (arrays, order))
-    parts = [part for part in parts if part[0] is not None and len(part[1])]
+    parts = [part for part in parts if len(part[1])]
     if not parts:
         raise ValueError("no images on any process")
     rows = np.argsort(np.concatenate([part[1] for part in parts]), kind="stable")
