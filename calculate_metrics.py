@@ -3,17 +3,18 @@
 JSON goes to stdout, progress to stderr. Runs plain or under torchrun.
 """
 
+import functools
+
 import click
 
 from dnnlib import EasyDict, cli
 from dnnlib.options import options as fields
-from metrics import commands
+from metrics import commands, results
 from training.sampling import ProcessChoice, Sampling
 
 
 def _int(name, help, default=None, at_least=0):
-    options = {} if default is None else {"default": default}
-    return click.option(*name.split(), help=help, metavar="INT", type=click.IntRange(min=at_least), **options)
+    return _text(name, help, "INT", default, type=click.IntRange(min=at_least))
 
 
 NUM = "--num --num-images"  # torchrun takes a bare --num for an abbreviation of an option of its own
@@ -26,12 +27,11 @@ def _text(name, help, metavar, default=None, **options):
 
 
 def _options(*decorators):
-    def apply(function):
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
+    return lambda function: functools.reduce(lambda made, decorate: decorate(made), reversed(decorators), function)
 
-    return apply
+
+def _choice(name, help, *values):
+    return _text(name, help, "NAME", values[0], type=click.Choice(values))
 
 
 DEVICE = _text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR")
@@ -139,18 +139,14 @@ def loss(**options):
 @_text("--net", "Network snapshot, or a run folder (its newest)", "FILE|DIR", required=True)
 @_text("--data", "Images", "DIR|ZIP", required=True)
 @fields(ProcessChoice)
-@_text("--method", "elbo, or ode (probability flow)", "NAME", "elbo", type=click.Choice(["elbo", "ode"]))
+@_choice("--method", "elbo, or ode (probability flow)", "elbo", "ode")
 @_text("--encoder", "center, logit or discrete (probability of the levels); default: the snapshot's", "NAME")
 @_int("--samples num_samples", "elbo: network evaluations per image", 8, at_least=1)
-@_text(
-    "--probe", "ode: of the divergence", "NAME", "rademacher", type=click.Choice(["rademacher", "gaussian", "exact"])
-)
+@_choice("--probe", "ode: of the divergence", "rademacher", "gaussian", "exact")
 @_int("--hutch-probes", "ode: probes per image", 1, at_least=1)
 @_text("--rtol", "ode: relative tolerance", "FLOAT", 1e-5, type=cli.Float(min=0, min_open=True))
 @_text("--atol", "ode: absolute tolerance", "FLOAT", 1e-5, type=cli.Float(min=0, min_open=True))
-@_text(
-    "--prior", "stationary, or matched to the data", "NAME", "stationary", type=click.Choice(["stationary", "matched"])
-)
+@_choice("--prior", "stationary, or matched to the data", "stationary", "matched")
 @_text("--t-min", "Lowest time; or give --sigma-min", "FLOAT", type=cli.Float(min=0, min_open=True))
 @_text("--sigma-min", "Lowest noise level; default 0.002", "FLOAT", type=cli.Float(min=0, min_open=True))
 @_text("--sigma-max", "Highest noise level; default: the process's own", "FLOAT", type=cli.Float(min=0, min_open=True))
@@ -178,9 +174,7 @@ def likelihood(**options):
 )
 @_text("--metric", "Of which detector, where score files hold several: its identity, or pixel, classifier, ...", "NAME")
 @_text("--against", "Compare any number of arms with this one, by training seed", "ARM")
-@_text(
-    "--section", "--against: all samples, or mean of sources", "NAME", "overall", type=click.Choice(["overall", "mean"])
-)
+@_choice("--section", "--against: all samples, or mean of sources", "overall", "mean")
 @_text("--train-multi", "Training data of the shared model: proves that both arms saw the same images", "ZIP")
 @_text("--train-single", "Training data of the separate models, %s standing for the source id", "ZIP")
 @_text("--real", "Real images to show in the figure", "DIR|ZIP")
@@ -200,9 +194,9 @@ def report(**options):
 @_text("--distance", "Which number: fd or kid", "NAME", "fd")
 @_text("--detector", "Of which detector; default: the only one", "NAME")
 @_int("--top", "How many of the best to average", 3, at_least=1)
-def best(**options):
+def best(scores, distance, detector, top):
     """Minimum and top-3 mean over checkpoints, each with its lowest score over blocks of images."""
-    commands.best(EasyDict(options))
+    commands.print_json(results.best_of(results.read_scores(scores, ["checkpoint"]), distance, detector, top))
 
 
 if __name__ == "__main__":

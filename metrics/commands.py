@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from dnnlib.util import EasyDict, write_json
-from metrics import results
 
 if TYPE_CHECKING:
     import torch
@@ -73,11 +72,12 @@ def check_writable(path: str | None) -> None:
 
 def parse_tags(context: click.Context, option: click.Parameter, words: Sequence[str]) -> dict[str, str]:
     """Callback of --tag: {name: value} from NAME=VALUE words."""
-    pairs = [word.partition("=") for word in words]
-    for name, equals, _ in pairs:
+    tags = {}
+    for word in words:
+        name, equals, tags[name] = word.partition("=")
         if not (name and equals):
             raise ValueError(f"--tag={name}: give NAME=VALUE")
-    return {name: value for name, _, value in pairs}
+    return tags
 
 
 def print_json(result: dict) -> None:
@@ -94,6 +94,17 @@ def finish(result: dict, dest: str | None) -> None:
         write_json(dest, result)
 
 
+def look(
+    dataset: ImageFolderDataset, detectors: dict[str, object], what: str, o: EasyDict, **options: object
+) -> dict[str, FeatureSet]:
+    """What the detectors see in a data set, with a bar that is called `what`; options of `features.collect_dataset`."""
+    from metrics.features import collect_dataset, progress_bar
+
+    options |= {"batch_size": o.batch, "workers": o.workers}
+    with progress_bar(options.get("num") or len(dataset), what) as progress:
+        return collect_dataset(dataset, detectors, progress=progress, **options)
+
+
 class Prepared(NamedTuple):
     """What samples are compared with, by identity of the detector."""
 
@@ -105,7 +116,6 @@ class Prepared(NamedTuple):
 def prepare(o: EasyDict, device: torch.device) -> Prepared:
     """Open what calc and gen compare samples with; refuses before any long work."""
     from metrics.evaluate import MEASURES
-    from metrics.features import collect_dataset, progress_bar
     from metrics.references import load_references, require_detectors
 
     if (o.ref is None) == (o.data is None):
@@ -116,17 +126,12 @@ def prepare(o: EasyDict, device: torch.device) -> Prepared:
         raise ValueError(f"--distances={','.join(o.distances)}: unknown distance '{unknown}'; known: {known}")
     check_writable(o.dest)
     detectors = open_detectors(o.metrics, device)
-
-    def collect(path, option):
-        dataset = open_images(path, option)
-        with progress_bar(len(dataset), option.strip("-")) as progress:
-            return collect_dataset(dataset, detectors, batch_size=o.batch, workers=o.workers, progress=progress)
-
     if o.ref is None:
-        references = collect(o.data, "--data")
+        references = look(open_images(o.data, "--data"), detectors, "data", o)
     else:
         references = require_detectors(load_references(o.ref), detectors, o.ref)
-    return Prepared(detectors, references, collect(o.train, "--train") if o.train else None)
+    training = look(open_images(o.train, "--train"), detectors, "train", o) if o.train else None
+    return Prepared(detectors, references, training)
 
 
 def score(name: str, samples: dict[str, FeatureSet], prepared: Prepared, o: EasyDict) -> None:
@@ -151,7 +156,6 @@ def score(name: str, samples: dict[str, FeatureSet], prepared: Prepared, o: Easy
 
 def ref(o: EasyDict) -> None:
     """Reference statistics of a data set into an npz file."""
-    from metrics.features import collect_dataset, progress_bar
     from metrics.references import save_references
     from torch_utils import distributed
 
@@ -162,9 +166,7 @@ def ref(o: EasyDict) -> None:
         click.echo(f"Statistics are stored as npz: writing {dest}", err=True)
     check_writable(dest)
     detectors, dataset = open_detectors(o.metrics, device), open_images(o.data, "--data")
-    options = {"per_source": o.per_source, "batch_size": o.batch, "workers": o.workers}
-    with progress_bar(len(dataset), "ref") as progress:
-        sets = collect_dataset(dataset, detectors, progress=progress, **options)
+    sets = look(dataset, detectors, "ref", o, per_source=o.per_source)
     if distributed.get_rank() != 0:
         return
     content = dataset.content_hash()
@@ -178,16 +180,11 @@ def ref(o: EasyDict) -> None:
 
 def calc(o: EasyDict) -> None:
     """Score a folder or zip of images."""
-    from metrics.features import collect_dataset, progress_bar
-
     dataset = open_images(o.images, "--images")
     if o.num is not None and o.num > len(dataset):
         raise ValueError(f"--num={o.num}: {o.images} holds {len(dataset)} images; generate more or lower --num")
     prepared = prepare(o, start(o.device))
-    options = {"num": o.num, "seed": o.seed, "batch_size": o.batch, "workers": o.workers}
-    with progress_bar(o.num or len(dataset), "images") as progress:
-        samples = collect_dataset(dataset, prepared.detectors, progress=progress, **options)
-    score(o.images, samples, prepared, o)
+    score(o.images, look(dataset, prepared.detectors, "images", o, num=o.num, seed=o.seed), prepared, o)
 
 
 def gen(o: EasyDict) -> None:
@@ -287,8 +284,3 @@ def report(o: EasyDict) -> None:
         raise ValueError(f"--arms={','.join(arms)}: give two names, such as multi,single")
     names = ("metric", "train_multi", "train_single", "real", "net", "detector", "notes")
     print(write_report(o.scores, o.dest, arms, **{name: o[name] for name in names}))
-
-
-def best(o: EasyDict) -> None:
-    """The best of many checkpoints."""
-    print_json(results.best_of(results.read_scores(o.scores, ["checkpoint"]), o.distance, o.detector, o.top))

@@ -34,6 +34,12 @@ def _gaussian_log_prob(residual, variance):
     return per_sample(-(residual.to(torch.float64) ** 2) / (2 * variance) - 0.5 * torch.log(2 * math.pi * variance))
 
 
+def _white_log_prob(white, L):
+    """log density [N] of u = L white, for `white` [N, V, ...] that is standard normal."""
+    log_det = L.diagonal().log().sum() * white[0, 0].numel()
+    return _gaussian_log_prob(white, torch.ones([], dtype=torch.float64)) - log_det
+
+
 def discretised_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log probability of the level that x is, for a Gaussian integrated over bins on [-1, 1], summed per sample.
 
@@ -75,10 +81,8 @@ def endpoint_kl(
     inner = torch.linalg.solve_triangular(L, cov, upper=False)
     trace = torch.linalg.solve_triangular(L, inner.mT, upper=False).diagonal().sum()
     shift = torch.linalg.solve_triangular(L, mean[:, None], upper=False).square().sum()
-    log_det = 2 * torch.log(L.diagonal()).sum() - (
-        torch.logdet(cov) if cov.requires_grad else 2 * torch.log(white.diagonal()).sum()
-    )
-    constant = 0.5 * (trace - process.V + log_det)
+    log_det = torch.logdet(cov) if cov.requires_grad else 2 * torch.log(white.diagonal()).sum()
+    constant = 0.5 * (trace - process.V + (2 * torch.log(L.diagonal()).sum() - log_det))
     x = x.to(torch.float64).flatten(1)
     return constant.to(x.device) * x.shape[1] + 0.5 * shift.to(x.device) * x.square().sum(1)
 
@@ -88,9 +92,7 @@ class Setting:
     """Between which ends a likelihood is computed, and in which precision: further keywords of the functions below."""
 
     prior: str = "stationary"  # or "matched", see endpoint_kl
-    t_min: float | None = (
-        None  # lower end: t_min or sigma_min; default sigma 0.002, joint states of diffusions t = 1e-5
-    )
+    t_min: float | None = None  # lower end, or sigma_min; default sigma 0.002, joint states of diffusions t = 1e-5
     sigma_min: float | None = None
     t_max: float | None = None  # upper end; default T, or as far as the network goes
     sigma_max: float | None = None
@@ -252,23 +254,20 @@ class _Flow:
         """As `reduced` for the whole state: du/dt = A u beta - D beta score."""
         process = self.process
         noise = random.randn((len(x), process.V, *x.shape[1:]), self.generator, x.device, torch.float64)
-        denoised, log_det = None, 0.0
+        denoised = None
         if noisy:  # u ~ q(u_t_min | x)
             L = process.cholesky(self.t_min).to(x.device)
             mean = process.kernel(self.t_min)[0].to(x.device)
             u = torch.einsum("vw,nw...->nv...", L, noise) + torch.einsum("v,n...->nv...", mean, x)
-            log_det = float(torch.log(L.diagonal()).sum()) * x[0].numel()
+            log_q = _white_log_prob(noise, L)
             denoised = self.score.denoised(u, self.t_min)
         else:  # u = (x, v0)
-            std = math.sqrt(getattr(process, "init_aux_var", 1.0))
-            if process.V > 1 and std == 0:
+            variance = torch.tensor(getattr(process, "init_aux_var", 1.0), dtype=torch.float64)
+            if process.V > 1 and variance == 0:
                 raise ValueError("init_aux_var = 0: v0 has no density, so the joint likelihood needs a decoder")
-            noise[:, 0] = 0
-            u = noise * std
+            u = noise * variance.sqrt()
             u[:, 0] = x
-            log_det = (process.V - 1) * math.log(std) * x[0].numel() if process.V > 1 else 0.0
-        random_size = noise[0].numel() if noisy else noise[0, 1:].numel()
-        log_q = -0.5 * per_sample(noise**2) - 0.5 * math.log(2 * math.pi) * random_size - log_det
+            log_q = _gaussian_log_prob(u[:, 1:], variance)
 
         def change(t, u):
             t = torch.tensor(t, dtype=torch.float64)
@@ -279,9 +278,7 @@ class _Flow:
         end, divergence = self._solve(change, u, self.t_min, self.t_max)
         L = torch.linalg.cholesky(self._prior_covariance()).to(x.device)
         white = torch.linalg.solve_triangular(L, end.flatten(2), upper=False)
-        log_prior = -0.5 * per_sample(white**2) - white[0].numel() * 0.5 * math.log(2 * math.pi)
-        log_prior = log_prior - float(torch.log(L.diagonal()).sum()) * x[0].numel()
-        return log_prior + divergence - log_q, denoised
+        return _white_log_prob(white, L) + divergence - log_q, denoised
 
     def _prior_covariance(self):
         known = {"sigma_data": self.score.sigma_data} if self.prior == "matched" else {}
@@ -296,8 +293,8 @@ class _Flow:
             with torch.enable_grad():
                 there = change(time, here.requires_grad_())
             divergence = 0
-            for index, probe in enumerate(probes):
-                (grad,) = torch.autograd.grad(there, here, probe.to(there.dtype), retain_graph=index < len(probes) - 1)
+            for probe in probes:
+                (grad,) = torch.autograd.grad(there, here, probe.to(there.dtype), retain_graph=probe is not probes[-1])
                 divergence = divergence + per_sample(grad * probe)
             divergence = divergence if self.probe == "exact" else divergence / len(probes)
             return np.concatenate([there.detach().cpu().numpy().ravel(), divergence.cpu().numpy()])
