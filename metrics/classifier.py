@@ -132,8 +132,10 @@ def _shift(x, generator):
     n, _, h, w = x.shape
     x = torch.nn.functional.pad(x, [SHIFT] * 4, mode="replicate")
     dy, dx = torch.randint(0, 2 * SHIFT + 1, (2, n), generator=generator).to(x.device)
-    windows = x.unfold(2, h, 1).unfold(3, w, 1)  # [N, C, 2 SHIFT + 1, 2 SHIFT + 1, H, W]
-    return windows[torch.arange(n, device=x.device), :, dy, dx]
+    rows = dy[:, None] + torch.arange(h, device=x.device)
+    cols = dx[:, None] + torch.arange(w, device=x.device)
+    index = torch.arange(n, device=x.device)[:, None, None]
+    return x.permute(0, 2, 3, 1)[index, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def _check(images, labels, what):
@@ -167,11 +169,10 @@ def train_classifier(
     num_classes: int | None = None,  # None: largest label + 1
     epochs: int = 20,
     batch_size: int = 64,
-    width: int = 32,  # channels at full resolution
-    features: int = 64,  # units of the penultimate layer
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: Callable = iter,  # wraps the range of epochs, e.g. tqdm
+    **sizes: int,  # of ConvNet: width, features
 ) -> Classifier:
     """Train the detector; AdamW, one-cycle learning rate, seconds on a CPU for small images.
 
@@ -192,7 +193,7 @@ def train_classifier(
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):  # initialisation and dropout draw from the global generator
         torch.manual_seed(seed)
-        net = ConvNet(images.shape[1:], num_classes, width, features).to(device).train()
+        net = ConvNet(images.shape[1:], num_classes, **sizes).to(device).train()
         generator = torch.Generator().manual_seed(seed)
         batch_size = min(batch_size, len(images))
         steps = max(len(images) // batch_size, 1)  # the incomplete last batch waits for the next shuffle

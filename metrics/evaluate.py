@@ -79,7 +79,7 @@ def compare(
         "overall": _section(samples, reference, None, **options),
     }
     if verdicts:
-        values, counts = np.unique(verdicts["samples"][0], return_counts=True)
+        values, counts = np.unique(verdicts["agreement"][0], return_counts=True)
         result["predicted"] = {str(v): int(c) for v, c in zip(values, counts, strict=True)}
     if per_source and samples.num_sources and (reference.num_sources or verdicts):
         ids = range(max(samples.num_sources, reference.num_sources))
@@ -90,15 +90,12 @@ def compare(
 
 
 def _verdicts(samples, reference, detector):
-    """{"samples": (predicted, labels), "reference": ...} where the detector classifies and features were kept."""
+    """{"agreement": (predicted, labels), "agreement_reference": ...} where the detector classifies, features were kept."""
     if not hasattr(detector, "classify"):
         return {}
-    sides = {"samples": samples, "reference": reference}
-    return {
-        name: (np.asarray(detector.classify(side.features)), side.labels)
-        for name, side in sides.items()
-        if side.features is not None and side.labels is not None
-    }
+    sides = {"agreement": samples, "agreement_reference": reference}
+    known = {name: side for name, side in sides.items() if side.features is not None and side.labels is not None}
+    return {name: (np.asarray(detector.classify(side.features)), side.labels) for name, side in known.items()}
 
 
 def _section(samples, reference, source, *, seed, splits, k, measures, verdicts, train):
@@ -118,8 +115,7 @@ def _section(samples, reference, source, *, seed, splits, k, measures, verdicts,
         nothing = dict.fromkeys(("precision", "recall", "density", "coverage"))
         section |= prdc(generated=x, reference=y, k=k) if kept and min(m, n) > k else nothing
     for name, (predicted, labels) in verdicts.items():
-        key = "agreement" if name == "samples" else "agreement_reference"
-        section[key] = source_agreement(predicted, labels).get("overall" if source is None else source)
+        section[name] = source_agreement(predicted, labels).get("overall" if source is None else source)
     if train is not None:
         z = train.rows(source) if train.count(source) else None
         near = lambda rows: None if rows is None or z is None else float(nearest_distance(rows, z).mean())

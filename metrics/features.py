@@ -77,7 +77,6 @@ def collect(
     *,
     num_sources: int = 0,
     num_images: int | None = None,
-    feature_limit: int = FEATURE_LIMIT,
     progress: Callable[[int], object] = lambda num_images: None,
 ) -> dict[str, FeatureSet]:
     """Run all detectors over batches: {identity: FeatureSet}, the same on every rank.
@@ -94,7 +93,7 @@ def collect(
             if f.ndim != 2 or len(f) != len(images):
                 raise ValueError(f"detector '{key}': features of shape {tuple(f.shape)} for {len(images)} images")
             statistics[key].update(f, labels)
-            if (num_images or 0) * f.shape[1] * 4 > feature_limit:
+            if (num_images or 0) * f.shape[1] * 4 > FEATURE_LIMIT:
                 features[key] = None
             else:
                 features[key].append(f.numpy())
@@ -120,7 +119,7 @@ def collect_dataset(
     batch_size: int = 64,
     workers: int = 0,  # processes that decode images
     per_source: bool = True,
-    **options: object,  # feature_limit and progress, see `collect`
+    **options: object,  # progress, see `collect`
 ) -> dict[str, FeatureSet]:
     """`collect` over a data set, with its provenance (name, number of images, shape).
 

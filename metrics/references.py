@@ -7,6 +7,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,12 +50,9 @@ def load_references(path: str | os.PathLike) -> dict[str, FeatureSet]:
     """
     if not os.path.isfile(path):
         raise ValueError(f"reference file '{path}' does not exist; make it with `calculate_metrics.py ref`")
-    with open(path, "rb") as f:
-        data = f.read()
+    data = Path(path).read_bytes()
     try:
-        if data[:2] == b"PK":
-            return _from_npz(data)
-        return _from_dict(pickles.load(data))
+        return _from_npz(data) if data[:2] == b"PK" else _from_dict(pickles.load(data))
     except (zipfile.BadZipFile, LookupError, EOFError, TypeError, ValueError, OverflowError, MemoryError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"'{path}' is no readable reference file ({reason})") from None

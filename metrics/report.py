@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from dnnlib.util import write_text
 from metrics import report_grid
 from metrics.results import Row, of_detector, of_sources, read_scores, sources_of, theory_ratio
-from metrics.table import Cell, Verdict, collect, markdown, mean_and_deviation, numbers, seeds_mean, verdict, write_csv
+from metrics.table import Cells, Verdict, collect, markdown, mean_and_deviation, numbers, seeds_mean, verdict, write_csv
 
 COLUMNS = (
     "fd",
@@ -27,8 +28,6 @@ COLUMNS = (
 )
 SPREAD = ("fd", "agreement")  # stand in the Markdown table with their spread over training seeds
 STRIP = 12  # images of each arm and source in the figure
-
-Cells = dict[tuple[str, str, str], Cell]
 
 
 def table_rows(cells: Cells, arms: Sequence[str], sources: Sequence[str]) -> list[dict[str, str]]:
@@ -111,9 +110,7 @@ def figure(
         style = {"colors": "black", "linestyles": "dashed", "linewidth": 1, "label": "floor: held-out, half vs half"}
         right.hlines([*floors, np.mean(floors)], x - 0.45, x + 0.45, **style)
     right.set_xticks(x, [*sources, "mean"])
-    right.set_xlabel("source")
-    right.set_ylabel("Frechet distance")
-    right.set_ylim(top=right.get_ylim()[1] * 1.3)
+    right.set(xlabel="source", ylabel="Frechet distance", ylim=(None, right.get_ylim()[1] * 1.3))
     right.legend(fontsize=8, loc="upper left", ncols=2)
     error = "" if main.interval is None else f" +- {main.standard_error:.1%}"
     title = f"{main.better} better in {main.wins} of {len(main.per_source)} sources, mean advantage {main.advantage:.1%}{error}"
@@ -147,14 +144,12 @@ def _strips(rows: Sequence[Row], arms: Sequence[str], sources: Sequence[str], re
     strips = {}
     if real is not None:
         dataset = ImageFolderDataset(real)
-        for source in sources:
-            strips["real", source] = [dataset[i][0] for i in dataset.indices_of(int(source))[:STRIP]]
-    for arm in arms:
-        for source in sources:
-            row = next((r for r in rows if r.tags["arm"] == arm and r.section == source and r.images), None)
-            if row is not None:
-                dataset = ImageFolderDataset(row.images)
-                strips[arm, source] = [dataset[i][0] for i in range(min(STRIP, len(dataset)))]
+        strips = {("real", s): [dataset[i][0] for i in dataset.indices_of(int(s))[:STRIP]] for s in sources}
+    folders = {(r.tags["arm"], r.section): r.images for r in reversed(rows) if r.images}  # of several, the first
+    for arm, source in itertools.product(arms, sources):
+        if (arm, source) in folders:
+            dataset = ImageFolderDataset(folders[arm, source])
+            strips[arm, source] = [dataset[i][0] for i in range(min(STRIP, len(dataset)))]
     return strips
 
 
@@ -188,7 +183,7 @@ def write_report(
     `calculate_metrics.py report`. Raises ValueError for missing scores or tags, and for two detectors without a choice.
     """
     rows = of_sources(of_detector(read_scores(scores), metric))
-    notes = list(notes)
+    notes, dest = list(notes), Path(dest)
     if any("cell" in row.tags for row in rows):
         return report_grid.write_grid_report(rows, dest, arms, net, notes)
     sources, cells = sources_of(rows), collect(rows)
@@ -217,7 +212,6 @@ def write_report(
             f"{theory['beta_sim']:.4f} ({theory['shared']} shared parameters, {theory['per_source']} per source); "
             f"measured ratio of the mean FDs {a / b:.3f}."
         )
-    dest = Path(dest)
     text = to_markdown(cells, arms, sources, main, notes)
     write_csv(dest / "table.csv", table_rows(cells, arms, sources))
     write_text(dest / "table.md", text)

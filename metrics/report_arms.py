@@ -16,7 +16,7 @@ SHOWN = ("agreement", "fd", "recall")  # in the figure
 Arms = dict[str, dict[str, dict[str, float]]]  # arm -> column -> training seed -> value
 
 
-def read_arms(scores: str, section: str = "overall", metric: str | None = None) -> Arms:
+def read_arms(scores: str, section: str, metric: str | None) -> Arms:
     """The numbers of all arms in one section, arms in natural order.
 
     Raises ValueError for files without these numbers, or where an arm lacks a seed that others have.
@@ -28,8 +28,7 @@ def read_arms(scores: str, section: str = "overall", metric: str | None = None) 
         arms[arm] = {name: cells[arm, section, name].by_seed() for name in COLUMNS if (arm, section, name) in cells}
         if not arms[arm]:
             raise ValueError(f"--scores={scores}: section {section!r} of arm {arm} holds none of {', '.join(COLUMNS)}")
-        lacking = seeds - {row.tags["seed"] for row in rows if row.tags["arm"] == arm}
-        if lacking:
+        if lacking := seeds - {row.tags["seed"] for row in rows if row.tags["arm"] == arm}:
             raise ValueError(f"arm {arm} lacks the seeds {', '.join(sorted(lacking))}, which others have")
     return arms
 
@@ -78,12 +77,7 @@ def figure(stem: Path, arms: Arms) -> list[Path]:
 
 
 def write_arms_report(
-    scores: str,
-    stem: str | Path,
-    against: str,
-    arms: Sequence[str] | None = None,
-    section: str = "overall",
-    metric: str | None = None,
+    scores: str, stem: str | Path, against: str, arms: Sequence[str] | None, section: str, metric: str | None
 ) -> list[Path]:
     """Write stem.md, stem.csv, stem.png and stem.svg; returns their paths.
 
@@ -91,11 +85,9 @@ def write_arms_report(
     as `read_arms` does, and for arms without scores.
     """
     found = read_arms(scores, section, metric)
-    unknown = {against, *(arms or ())} - set(found)
-    if unknown:
-        raise ValueError(f"arm {sorted(unknown)[0]!r} is in no score file; there are: {', '.join(found)}")
-    chosen = {arm: found[arm] for arm in dict.fromkeys(arms or (against, *found))}
-    chosen.setdefault(against, found[against])
+    if unknown := {against, *(arms or ())} - set(found):
+        raise ValueError(f"arm {min(unknown)!r} is in no score file; there are: {', '.join(found)}")
+    chosen = {arm: found[arm] for arm in (*(arms or (against, *found)), against)}
     rows = [
         {"arm": arm, "seed": seed, **{name: columns.get(name, {}).get(seed, "") for name in COLUMNS}}
         for arm, columns in chosen.items()

@@ -166,13 +166,13 @@ def _predictions(found, arms, net):
 
 
 def write_grid_report(
-    rows: Sequence[Row], dest: str | Path, arms: Sequence[str], net: str | None = None, notes: Sequence[str] = ()
+    rows: Sequence[Row], dest: Path, arms: Sequence[str], net: str | None, notes: Sequence[str]
 ) -> str:
     """Write table.csv, table.md and comparison.png into `dest`; returns the text of table.md.
 
     net: snapshot of a shared model, for the theory's prediction beside the measured ratio of the mean FDs.
     """
-    found, dest = results(rows, arms), Path(dest)
+    found = results(rows, arms)
     notes = [*notes, *same_data(found, arms), *(_predictions(found, arms, net) if net is not None else [])]
     text = to_markdown(found, arms, notes)
     write_csv(dest / "table.csv", table_rows(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,10 +23,9 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, object]]) -> Path:
     """
     if not rows:
         raise ValueError(f"no rows to write to {path}")
-    for row in rows:
-        for key, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"column {key!r} of {path} is {value}; refusing to write it")
+    for key, value in itertools.chain.from_iterable(row.items() for row in rows):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"column {key!r} of {path} is {value}; refusing to write it")
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -129,8 +129,11 @@ class Cell:
         return math.sqrt(math.fsum(variances) / len(variances)) if variances else None
 
 
-def collect(rows: Iterable[Row]) -> dict[tuple[str, str, str], Cell]:
-    """{(arm, section, name of the number): Cell} of rows of one detector (`results.of_detector`).
+Cells = dict[tuple[str, str, str], Cell]  # by arm, section, name of the number
+
+
+def collect(rows: Iterable[Row]) -> Cells:
+    """The Cells of rows of one detector (`results.of_detector`).
 
     Raises ValueError where two score files bring the same number: one would hide the other.
     """
@@ -146,9 +149,7 @@ def collect(rows: Iterable[Row]) -> dict[tuple[str, str, str], Cell]:
     return cells
 
 
-def numbers(
-    cells: Mapping[tuple[str, str, str], Cell], arm: str, source: str, name: str, sources: Sequence[str]
-) -> list[float | None]:
+def numbers(cells: Cells, arm: str, source: str, name: str, sources: Sequence[str]) -> list[float | None]:
     """Mean, spread over training seeds and spread over sampling seeds; of "mean": their means over the sources."""
     found = [cells[arm, s, name] for s in (sources if source == "mean" else [source]) if (arm, s, name) in cells]
     columns = ([getattr(cell, part) for cell in found] for part in ("mean", "sd_training", "sd_sampling"))
@@ -180,11 +181,7 @@ class Verdict:
 
 
 def verdict(
-    cells: Mapping[tuple[str, str, str], Cell],
-    sources: Sequence[str],
-    better: str = "multi",
-    other: str = "single",
-    column: str = "fd",
+    cells: Cells, sources: Sequence[str], better: str = "multi", other: str = "single", column: str = "fd"
 ) -> Verdict:
     """Compare two arms over the sources, with the uncertainty that the training seeds show.
 

@@ -244,9 +244,7 @@ class _Flow:
         end, divergence = self._solve(change, y, math.log(low), math.log(high))
         # The prior of u, seen in y = m' C^-1 u / snr.
         units = torch.eye(process.V, dtype=torch.float64, device=x.device)[..., None]  # [V, V, 1]
-        gain = process.score(units, self.t_max, torch.zeros(process.V, 1, device=x.device))
-        mean = process.kernel(self.t_max)[0].to(x.device)
-        weights = -(gain[..., 0] @ mean.to(gain)) * high**2  # [V]
+        weights = process.project(units, self.t_max)[0][:, 0]  # [V]
         variance = weights @ self._prior_covariance().to(weights) @ weights
         return _gaussian_log_prob(end, variance) + divergence - log_q, denoised
 
