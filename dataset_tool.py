@@ -1,20 +1,18 @@
 """Turn any image collection into one data set, encode it into VAE latents, and look at what is inside."""
 
+import functools
 import json
 import os
 
 import click
+from tqdm import tqdm
 
 from dnnlib import cli
 from dnnlib.options import options
 from training.choices import given
 from training.dataset.convert import Conversion, LatentOptions
 
-
-def progress(items, text):
-    import tqdm
-
-    return tqdm.tqdm(items, desc=text, unit="img", leave=False)
+progress = functools.partial(tqdm, unit="img", leave=False)  # (items, text) -> items
 
 
 @cli.group()

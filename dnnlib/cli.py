@@ -128,17 +128,15 @@ def _read_config(ctx, param, paths):
     return paths
 
 
-def config_option(function: Callable) -> Callable:
-    """--config FILE.yaml (may be repeated)."""
-    return click.option(
-        "--config",
-        metavar="YAML",
-        multiple=True,
-        is_eager=True,
-        expose_value=False,
-        callback=_read_config,
-        help="Read options from a file; repeat for several, later ones win, the command line wins over all.",
-    )(function)
+config_option = click.option(
+    "--config",
+    metavar="YAML",
+    multiple=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="Read options from a file; repeat for several, later ones win, the command line wins over all.",
+)
 
 
 def _out_of_memory(err):

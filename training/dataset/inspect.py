@@ -26,7 +26,7 @@ def inspect_dataset(
     known = first.dtype == np.uint8 or dataset.num_channels == 8
     encoder = encoders.for_channels(dataset.num_channels) if known else encoders.IdentityEncoder()
     generator = torch.Generator().manual_seed(seed)
-    stored, latents = _Moments(), _Moments()
+    stored = latents = 0.0  # sums, see _sums
     count = len(dataset)
     keep_count = max(min(sample, count, _SAMPLE_VALUES // first.size), min(2, count))
     keep = set(np.random.RandomState(seed).permutation(count)[:keep_count].tolist())
@@ -35,12 +35,11 @@ def inspect_dataset(
         indices = range(start, min(start + 64, count))
         images = torch.from_numpy(np.stack([dataset[i][0] for i in indices]))  # [B,C,H,W]
         z = encoder.encode_latents(images, generator)  # [B,C',H',W']
-        stored.add(images)
-        latents.add(z)
+        stored, latents = stored + _sums(images), latents + _sums(z)
         kept += [z[row].flatten() for row, i in enumerate(indices) if i in keep]
     distance = largest_distance(torch.stack(kept))
-    means, stds = stored.moments()
-    mean, std = latents.moments(total=True)
+    means, stds = _mean_and_std(stored, count * images[0, 0].numel())
+    mean, std = _mean_and_std(latents.mean(dim=1), count * z[0, 0].numel())
     counts = None
     if dataset.has_onehot_labels:
         counts = {str(k): int(n) for k, n in enumerate(np.bincount(dataset.raw_labels)) if n}
@@ -67,21 +66,14 @@ def inspect_dataset(
     return result
 
 
-class _Moments:
-    """Streamed float64 mean and standard deviation per channel and over everything."""
+def _sums(x):  # [B,C,H,W] -> [2,C]
+    """Sums of all values and of their squares per channel, in float64."""
+    return torch.stack([x.double().sum(dim=(0, 2, 3)), x.double().square().sum(dim=(0, 2, 3))])
 
-    def __init__(self):
-        self.count, self.sum, self.square = 0, 0.0, 0.0
 
-    def add(self, x):  # [B,C,H,W]
-        x = x.double()
-        self.count += x[:, 0].numel()
-        self.sum = self.sum + x.sum(dim=(0, 2, 3))
-        self.square = self.square + x.square().sum(dim=(0, 2, 3))
-
-    def moments(self, total=False):
-        mean, square = ((part.mean() if total else part) / self.count for part in (self.sum, self.square))
-        return mean.tolist(), (square - mean**2).clamp(min=0).sqrt().tolist()
+def _mean_and_std(sums, count):  # [2,...] of so many values each
+    mean, square = sums / count
+    return mean.tolist(), (square - mean**2).clamp(min=0).sqrt().tolist()
 
 
 def largest_distance(x: torch.Tensor) -> float:
