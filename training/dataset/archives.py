@@ -81,15 +81,11 @@ def _cifar(path):
     meta = _load_plain_pickle(files[meta_name], f"{path}: {meta_name}") if meta_name else {}
     class_names = meta.get("label_names", meta.get("fine_label_names"))
     num_classes = 100 if parts == ["train"] else 10
-    if not isinstance(class_names, list) or len(class_names) != num_classes:
+    if isinstance(class_names, list) and len(class_names) == num_classes:
+        class_names = [name.decode("latin1") if isinstance(name, bytes) else str(name) for name in class_names]
+    else:
         class_names = None
-    return ImageSource.of_arrays(
-        "cifar100" if parts == ["train"] else "cifar10",
-        np.concatenate(images),
-        labels,
-        num_classes,
-        class_names and [name.decode("latin1") if isinstance(name, bytes) else str(name) for name in class_names],
-    )
+    return ImageSource.of_arrays(f"cifar{num_classes}", np.concatenate(images), labels, num_classes, class_names)
 
 
 def _is_cifar_part(name):

@@ -126,9 +126,8 @@ def select_images(
     every set of sources. `rest` is what `per_source` leaves over. `accept(index)` may veto images before they count.
     """
     indices = np.arange(count, dtype=np.int64)
-    if sources is None and per_source is None:
-        return indices[:max_images], indices[:0]
-    labels = _class_indices(labels, "--sources and --per-source need")
+    if sources is not None or per_source is not None:
+        labels = _class_indices(labels, "--sources and --per-source need")
     if sources is not None:
         missing = sorted(set(sources) - set(labels.tolist()))
         if missing:
