@@ -149,15 +149,14 @@ class AugmentPipe:
         """Affine steps, composed as one inverse map per image and executed by one band-limited resampling."""
         n, _, h, w = images.shape
         device = images.device
-        inverse = torch.eye(3, device=images.device).expand(n, 3, 3)
+        inverse = torch.eye(3, device=device).expand(n, 3, 3)
         if self.scale > 0:
             k = draws.keep(draws.normal([n]), self.scale)
             s = k.mul(self.scale_std).exp2()
             inverse = inverse @ _scale2d(1 / s, 1 / s, device)
             labels.append(k)
         if self.rotate_frac > 0:
-            angle = draws.uniform([n]) * (math.pi * self.rotate_frac_max)
-            angle = draws.keep(angle, self.rotate_frac)
+            angle = draws.keep(draws.uniform([n]) * (math.pi * self.rotate_frac_max), self.rotate_frac)
             inverse = inverse @ _rotate2d(angle, device)
             labels += [torch.stack([angle.cos() - 1, angle.sin()], dim=1)]
         if self.aniso > 0:
@@ -180,8 +179,8 @@ class AugmentPipe:
         """Colour steps, composed as one affine map of (R, G, B, 1) per image."""
         n, channels, h, w = images.shape
         device = images.device
-        eye = torch.eye(4, device=images.device)
-        grey = torch.tensor([1.0, 1.0, 1.0, 0.0], device=images.device) / math.sqrt(3)
+        eye = torch.eye(4, device=device)
+        grey = torch.tensor([1.0, 1.0, 1.0, 0.0], device=device) / math.sqrt(3)
         grey = grey.ger(grey)  # [4, 4] projector on the luma axis
         matrix = eye.expand(n, 4, 4)
         if self.brightness > 0:
@@ -199,8 +198,7 @@ class AugmentPipe:
             matrix = (eye - 2 * grey * k) @ matrix
             labels.append(k)
         if self.hue > 0:
-            angle = draws.uniform([n]) * (math.pi * self.hue_max)
-            angle = draws.keep(angle, self.hue)
+            angle = draws.keep(draws.uniform([n]) * (math.pi * self.hue_max), self.hue)
             matrix = _rotate_luma(angle, device) @ matrix
             labels += [torch.stack([angle.cos() - 1, angle.sin()], dim=1)]
         if self.saturation > 0:

@@ -22,16 +22,12 @@ from torch_utils.random import Generator
 # Random draws: `generator` is None, a torch.Generator, or an object with randn_like (one generator per sample).
 
 
-def _randn_like(x, generator):
+def _draw_like(x, generator, draw):
+    """draw: random.randn, or random.rand."""
     if isinstance(generator, (torch.Generator, type(None))):
-        return random.randn(x.shape, generator, x.device, x.dtype)
-    return generator.randn_like(x)
-
-
-def _rand_like(x, generator):
-    if isinstance(generator, (torch.Generator, type(None))):
-        return random.rand(x.shape, generator, x.device, x.dtype)
-    return torch.special.ndtr(generator.randn_like(x).double()).to(x.dtype)  # a normal's own quantile is uniform
+        return draw(x.shape, generator, x.device, x.dtype)
+    noise = generator.randn_like(x)  # a normal's own quantile is uniform
+    return noise if draw is random.randn else torch.special.ndtr(noise.double()).to(x.dtype)
 
 
 class Encoder:
@@ -121,7 +117,7 @@ class UniformDequantizer(Encoder):
         if x.dtype != torch.uint8:
             raise ValueError(f"dequantisation needs uint8 images, got {x.dtype}")
         x = x.to(torch.float32)
-        noise = _rand_like(x, generator).clamp(2**-12, 1 - 2**-12)
+        noise = _draw_like(x, generator, random.rand).clamp(2**-12, 1 - 2**-12)
         return self._forward((x + noise) / 256)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
@@ -223,7 +219,7 @@ class StabilityVAEEncoder(Encoder):
             )
         mean, std = x.to(torch.float32).chunk(2, dim=1)
         scale, bias = self._per_channel(x)
-        return (mean + _randn_like(mean, generator) * std) * scale + bias
+        return (mean + _draw_like(mean, generator, random.randn) * std) * scale + bias
 
     @torch.no_grad()
     def decode(self, z: torch.Tensor) -> torch.Tensor:  # float [N,4,h,w] -> uint8 [N,3,8h,8w]

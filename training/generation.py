@@ -205,17 +205,8 @@ def batches(
         process = make_process(given.process or "edm", given.process_options, trained=kernel)
     same = ("class_idx", "sources", "max_batch_size", "guidance", "guidance_interval", "prior")
     options = {name: getattr(given, name) for name in same} | given.solver_options() | output
-    return generate_images(
-        net,
-        seeds,
-        gnet=gnet,
-        encoder=encoder,
-        kernel=kernel,
-        process=process,
-        sampler=sampler,
-        device=device,
-        **options,
-    )
+    options |= dict(gnet=gnet, encoder=encoder, kernel=kernel, process=process, sampler=sampler)
+    return generate_images(net, seeds, device=device, **options)
 
 
 def run(given: Sampling, seeds: Sequence[int], outdir: str, subdirs: bool, grid: bool, device: str | None) -> None:

@@ -3,6 +3,7 @@
 import functools
 import math
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
@@ -31,9 +32,7 @@ class State(NamedTuple):
 
 def last_of(states: Iterator[State]) -> State:
     """Run a generator of States to its end and return the last one."""
-    for state in states:
-        last = state
-    return last
+    return deque(states, maxlen=1).pop()
 
 
 @torch.no_grad()

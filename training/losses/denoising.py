@@ -14,26 +14,20 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from dnnlib import EasyDict
 from torch_utils import persistence
 from torch_utils.random import default_generator
 from training.processes import GaussianKernel
 from training.processes.states import expand
 
 
-class Draws(dict):
+class Draws(EasyDict):
     """Named tensors with a common first axis N (or None): what one loss evaluation needs besides the network.
 
-    Entries are attributes too. `draws[idx]` with a tensor, slice, list or number selects examples; with a string it is
-    the dict entry. Denoising losses use images [N, ...] (clean, augmented), sigma [N] and weight [N], noise [N, ...]
-    (already times sigma), labels [N, K] or None, augment_labels [N, A] or None, targets [N, ...] or None; a loss of
-    your own may add any others.
+    `draws[idx]` with a tensor, slice, list or number selects examples; with a string it is the dict entry. Denoising
+    losses use images [N, ...] (clean, augmented), sigma [N] and weight [N], noise [N, ...] (already times sigma), labels
+    [N, K] or None, augment_labels [N, A] or None, targets [N, ...] or None; a loss of your own may add any others.
     """
-
-    def __getattr__(self, name):
-        try:
-            return dict.__getitem__(self, name)
-        except KeyError as err:
-            raise AttributeError(name) from err
 
     def __getitem__(self, key):
         if isinstance(key, str):
@@ -44,9 +38,6 @@ class Draws(dict):
 
     def __len__(self):
         return next((len(value) for value in self.values() if value is not None), 0)
-
-    def __iter__(self):
-        return iter(self.keys())
 
     @staticmethod
     def cat(parts: Iterable[Draws]) -> Draws:
@@ -191,15 +182,12 @@ class VPLoss(DenoisingLoss):
 class VELoss(DenoisingLoss):
     """The variance-exploding loss as EDM restates it (EDM table 1, column VE): log-uniform sigma, weight 1 / sigma^2."""
 
-    head = False
+    head, weight = False, VPLoss.weight
     sigma_min, sigma_max = 0.02, 100
 
     def sample_sigma(self, n: int, generator: Generator, device: torch.device) -> Tensor:
         u = torch.rand([n], generator=generator, device=device)
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** u
-
-    def weight(self, sigma: Tensor) -> Tensor:
-        return 1 / sigma**2
 
 
 class Objective(torch.nn.Module):

@@ -23,6 +23,13 @@ def number(name: str, value: object) -> float:
         raise ValueError(f"{name} = {value!r}: give a number") from None
 
 
+def positive(name: str, value: object) -> float:
+    """An option as a finite float > 0; else ValueError."""
+    if not 0 < number(name, value) < math.inf:
+        raise ValueError(f"{name} = {value}: give a finite number > 0")
+    return float(value)
+
+
 def as_time(t: Times) -> torch.Tensor:
     """Times as float64."""
     return torch.as_tensor(t, dtype=torch.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from torch_utils.persistence import persistent
-from training.processes.base import Process, Times, as_time, number
+from training.processes.base import Process, Times, as_time, positive
 from training.processes.states import expand
 
 
@@ -16,9 +16,7 @@ class EDM(Process):
     V = 1
 
     def __init__(self, sigma_max: float = 80.0):
-        self.T = self.sigma_max = number("sigma_max", sigma_max)
-        if not 0 < self.sigma_max < float("inf"):
-            raise ValueError(f"sigma_max = {sigma_max}: give a finite number > 0")
+        self.T = self.sigma_max = positive("sigma_max", sigma_max)
 
     def __repr__(self):
         return f"EDM(sigma_max={self.sigma_max:g})"

@@ -7,7 +7,7 @@ import math
 import torch
 
 from torch_utils.persistence import persistent
-from training.processes.base import number
+from training.processes.base import number, positive
 from training.processes.linear import Ends, LinearProcess
 
 
@@ -99,13 +99,6 @@ class Learned(LinearProcess, torch.nn.Module):
 
     Q = property(lambda self: self._matrices()[0])
     D = property(lambda self: self._matrices()[1])
-
-
-def positive(name: str, value: object) -> float:
-    """An option as a finite float > 0; else ValueError."""
-    if not 0 < number(name, value) < math.inf:
-        raise ValueError(f"{name} = {value}: give a finite number > 0")
-    return float(value)
 
 
 def count(name: str, value: object, least: int) -> int:

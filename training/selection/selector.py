@@ -89,7 +89,7 @@ class LossSelector(IdentitySelector):
 
     def _reset(self):
         self.begin, self.seconds = time.time(), 0.0
-        self.sums = {}  # name -> [sum, count]
+        self.sums = {}  # name -> [sum, count], or counts of the sources
 
     @property
     def active(self) -> bool:
@@ -160,14 +160,14 @@ class LossSelector(IdentitySelector):
         num = next((draws.labels.shape[1] for draws in parts if draws.get("labels") is not None), 0)
         if 0 < num <= MAX_SOURCES:
             for name, sources in (("", scores["source"][chosen]), ("_candidates", scores["source"])):
-                counts = torch.bincount(sources + 1, minlength=num + 1)[1:]
-                total = self.sums.setdefault(f"sources{name}", [0, 0])
-                total[0] = total[0] + counts
+                self._add(f"sources{name}", torch.bincount(sources + 1, minlength=num + 1)[1:])
 
     def _record(self, name, values):
-        total = self.sums.setdefault(name, [0, 0])
-        total[0] = total[0] + values.detach().double().sum()  # a tensor: no synchronization here
-        total[1] += values.numel()
+        count = torch.ones_like(values, dtype=torch.float64).sum()
+        self._add(name, torch.stack([values.detach().double().sum(), count]))
+
+    def _add(self, name, values):
+        self.sums[name] = self.sums.get(name, 0) + values  # tensors: no synchronization here
 
     def statistics(self) -> dict[str, float]:
         """Mean scores of candidates and selected, shares of the sources among both, and the share of time spent selecting.
@@ -176,18 +176,13 @@ class LossSelector(IdentitySelector):
         """
         result = {}
         for name in dist.broadcast_object(list(self.sums)):
-            total, count = self.sums.get(name, [torch.zeros([]), 0])
+            total = self.sums.get(name, torch.zeros(2, dtype=torch.float64))
+            total = dist.all_reduce_(total) if self.scope == "rank" else total
             if name.startswith("sources"):
-                counts = torch.as_tensor(total).clone()
-                counts = dist.all_reduce_(counts) if self.scope == "rank" else counts
                 kind = "share" if name == "sources" else "candidate_share"
-                shares = counts / counts.sum().clamp(min=1)
-                result.update({f"Selection/{kind}_source{k}": v for k, v in enumerate(shares.tolist())})
-                continue
-            pair = torch.stack([torch.as_tensor(total).double(), torch.tensor(float(count)).to(total.device)])
-            pair = dist.all_reduce_(pair) if self.scope == "rank" else pair
-            mean = float(pair[0] / pair[1].clamp(min=1))
-            if math.isfinite(mean):
+                shares = (total / total.sum().clamp(min=1)).tolist()
+                result.update({f"Selection/{kind}_source{k}": share for k, share in enumerate(shares)})
+            elif math.isfinite(mean := float(total[0] / total[1].clamp(min=1))):
                 result[name] = mean
         result["Selection/active"] = float(self.active)
         result["Selection/candidates_kimg"] = self.read / 1e3
