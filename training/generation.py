@@ -171,9 +171,7 @@ def _write_labels(outdir, records, label_dim):
         except (ValueError, KeyError, TypeError):
             warnings.warn(f"{path} was not readable and is replaced", stacklevel=2)
     labels.update({name: label for part in gathered for name, label in part})
-    content = {"labels": sorted(labels.items()) if label_dim else None}
-    if label_dim:
-        content["num_classes"] = label_dim
+    content = {"labels": sorted(labels.items()), "num_classes": label_dim} if label_dim else {"labels": None}
     with atomic_write(path, "w") as file:
         json.dump(content, file)
 

@@ -273,11 +273,8 @@ class Preconditioned(torch.nn.Module):
 
     def __init__(self, img_resolution: int, img_channels: int, label_dim: int, use_fp16: bool, sigma_data: float):
         super().__init__()
-        self.img_resolution = img_resolution
-        self.img_channels = img_channels
-        self.label_dim = label_dim
-        self.use_fp16 = use_fp16
-        self.sigma_data = sigma_data
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.use_fp16, self.sigma_data = use_fp16, sigma_data
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(c_skip, c_out, c_in, c_noise) for sigma [N, 1, 1, 1]; EDM's own (EDM table 1, last column)."""

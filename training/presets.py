@@ -150,7 +150,5 @@ def generation_preset(name: str, root: str = MODEL_ROOT) -> dict:
     """
     if name not in GENERATION_PRESETS:
         raise ValueError(f"--preset={name} is unknown; known: {', '.join(GENERATION_PRESETS)}")
-    row = dict(GENERATION_PRESETS[name])
-    for key in ("net", "gnet"):
-        row[key] = row[key] and f"{str(root).rstrip('/')}/{row[key]}.pkl"
-    return row
+    row = GENERATION_PRESETS[name]
+    return row | {key: row[key] and f"{str(root).rstrip('/')}/{row[key]}.pkl" for key in ("net", "gnet")}

@@ -34,9 +34,7 @@ class StableTargets:
     """
 
     def __init__(self, references: Callable, num_references: int, D: float = math.inf):
-        self.references = references
-        self.num_references = num_references
-        self.D = D
+        self.references, self.num_references, self.D = references, num_references, D
 
     def __call__(self, draws: Draws, generator: Generator) -> Tensor:
         images, labels = self.references(self.num_references, generator)

@@ -112,20 +112,17 @@ class Conv2d(torch.nn.Module):
         return x if self.bias is None else x + self.bias.to(x.dtype).reshape(1, -1, 1, 1)
 
 
-class GroupNorm(torch.nn.Module):
+class GroupNorm(torch.nn.GroupNorm):
     """Group normalisation in 32 groups, or fewer of at least 4 channels."""
 
     def __init__(self, num_channels: int, eps: float = 1e-5):
-        super().__init__()
-        self.num_groups = min(32, num_channels // 4)
-        if self.num_groups < 1 or num_channels % self.num_groups:
+        num_groups = min(32, num_channels // 4)
+        if num_groups < 1 or num_channels % num_groups:
             raise ValueError(
                 f"{num_channels} channels cannot be split into groups of at least 4; "
                 "choose model_channels as a multiple of 32 (or of 4 below 128)"
             )
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(num_channels))
-        self.bias = torch.nn.Parameter(torch.zeros(num_channels))
+        super().__init__(num_groups, num_channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)

@@ -1,8 +1,7 @@
-"""U-Nets and preconditioners of the EDM era: DDPM++, NCSN++ and ADM under VP, VE, iDDPM and EDM preconditioning.
+"""U-Nets of the EDM era: DDPM++ and NCSN++ (Song et al. 2021) and ADM (Dhariwal & Nichol 2021).
 
-Karras et al. 2022 (EDM), arXiv 2206.00364, Table 1 and Appendix F.3; the networks are those of Song et al. 2021 and of
-Dhariwal & Nichol 2021. Their state_dicts interchange with the released EDM and PFGM++ checkpoints.
-Every preconditioner is a denoiser: `net(x, sigma, class_labels) -> estimate of the clean image`.
+As in Karras et al. 2022 (EDM), arXiv 2206.00364, Appendix F.3. Their state_dicts interchange with the released EDM and
+PFGM++ checkpoints.
 """
 
 import math

@@ -14,6 +14,7 @@ from torch_utils import random
 from torch_utils.persistence import persistent
 from torch_utils.random import Device, Generator, Shape
 from training.processes.base import GaussianKernel, number
+from training.processes.states import expand
 
 
 def log_kernel(squared_distance: torch.Tensor, sigma: torch.Tensor, N: int, D: float) -> torch.Tensor:
@@ -100,5 +101,4 @@ class PFGMpp(GaussianKernel):
         child = random.child_generator(generator, device=device or "cpu")  # before g: the state moves on
         gauss = super().unit_noise(shape, generator, device, dtype)  # [N, ...]
         gamma = random.standard_gamma(self.D / 2, shape[0], child, gauss.device) / (self.D / 2)  # [N]
-        scale = gamma.rsqrt().reshape(-1, *[1] * (gauss.ndim - 1))
-        return (gauss.to(torch.float64) * scale).to(dtype)
+        return (gauss.to(torch.float64) * expand(gamma.rsqrt(), gauss)).to(dtype)

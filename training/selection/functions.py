@@ -20,6 +20,8 @@ from fractions import Fraction
 import torch
 from torch import Generator, Tensor
 
+from torch_utils import random
+
 KNOWN_INPUTS = ("learner_loss", "reference_loss", "features", "labels", "sigma")
 
 
@@ -229,9 +231,8 @@ def sketch_features(
     x = features.detach().flatten(1).float()
     if x.isnan().any():
         raise ValueError("features hold NaN values; nothing can be selected")
-    device = x.device if generator is None else generator.device
-    weight = torch.randn([x.shape[1], sketch_dim], generator=generator, device=device).to(x.device)
-    phase = torch.rand([sketch_dim], generator=generator, device=device).to(x.device) * (2 * math.pi)
+    weight = random.randn([x.shape[1], sketch_dim], generator, x.device)
+    phase = random.rand([sketch_dim], generator, x.device) * (2 * math.pi)
     x = x - x.mean(dim=0)
     scale = bandwidth * x.square().sum(dim=1).mean().sqrt()
     x = x / scale.clamp(min=torch.finfo(x.dtype).tiny)
