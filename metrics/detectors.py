@@ -80,9 +80,16 @@ def get_detector(spec: str | object, device: str | torch.device = "cpu") -> obje
         name = name.strip()
         if name not in DETECTORS:
             raise ValueError(f"unknown detector '{name}'; known: {', '.join(sorted(DETECTORS))}")
-        detector = _wrap(DETECTORS[name](argument or None), name)
+        detector = DETECTORS[name](argument or None)
     else:
-        detector = _wrap(spec, getattr(spec, "__name__", type(spec).__name__))
+        detector, name = spec, getattr(spec, "__name__", type(spec).__name__)
+    if not (hasattr(detector, "features") or callable(detector)):
+        kind = type(detector).__name__
+        raise ValueError(f"detector '{name}' must be callable or have .features(images), got {kind}")
+    if not hasattr(detector, "features"):
+        detector = SimpleNamespace(features=detector, name=name)
+    elif not hasattr(detector, "name"):
+        detector.name = name
     return detector.to(device) if hasattr(detector, "to") else detector
 
 
@@ -101,13 +108,3 @@ def get_detectors(specs: str | Sequence, device: str | torch.device = "cpu") -> 
 def identity_of(detector: object) -> str:
     """The name of exactly this detector."""
     return getattr(detector, "identity", None) or detector.name
-
-
-def _wrap(detector, name):
-    if hasattr(detector, "features"):
-        if not hasattr(detector, "name"):
-            detector.name = name
-        return detector
-    if not callable(detector):
-        raise ValueError(f"detector '{name}' must be callable or have .features(images), got {type(detector).__name__}")
-    return SimpleNamespace(features=detector, name=name)

@@ -83,11 +83,7 @@ def pad(axis: Axes, values: Sequence[float], share: float = 0.1) -> None:
 def x_ticks(axis: Axes, values: Sequence[float], log: bool = False, share: float = 0.12) -> None:
     """Ticks at the last of the ascending `values` and at all whose labels then do not touch; no others.
 
-    Args:
-        axis:   matplotlib axes.
-        values: where points are.
-        log:    logarithmic axis, a little wider than its values.
-        share:  of the axis that a label takes.
+    log: a logarithmic axis, a little wider than its values; share: of the axis, that a label takes.
     """
     if log:
         axis.set_xscale("log")
@@ -112,10 +108,8 @@ def log_y(axis: Axes) -> None:
 
 def save(fig: Figure, stem: str | Path, dpi: int = 200) -> list[Path]:
     """Write stem.png and stem.svg atomically and close the figure; returns their paths."""
-    paths = [Path(f"{stem}.{kind}") for kind in ("png", "svg")]
-    for path, metadata in zip(paths, (None, {"Date": None}), strict=True):
-        with atomic_write(path) as file:
-            kind = path.suffix[1:]
+    for kind, metadata in (("png", None), ("svg", {"Date": None})):
+        with atomic_write(f"{stem}.{kind}") as file:
             fig.savefig(file, format=kind, dpi=dpi, bbox_inches="tight", pad_inches=0.03, metadata=metadata)
     plt.close(fig)
-    return paths
+    return [Path(f"{stem}.png"), Path(f"{stem}.svg")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,10 +89,8 @@ def write_arms_report(
     if unknown := {against, *(arms or ())} - set(found):
         raise ValueError(f"arm {min(unknown)!r} is in no score file; there are: {', '.join(found)}")
     chosen = {arm: found[arm] for arm in (*(arms or (against, *found)), against)}
-    rows = [
-        {"arm": arm, "seed": seed, **{name: columns.get(name, {}).get(seed, "") for name in COLUMNS}}
-        for arm, columns in chosen.items()
-        for seed in _seeds(chosen)
-    ]
+    rows = []
+    for (arm, columns), seed in itertools.product(chosen.items(), _seeds(chosen)):
+        rows.append({"arm": arm, "seed": seed} | {name: columns.get(name, {}).get(seed, "") for name in COLUMNS})
     text, table = write_text(f"{stem}.md", to_markdown(chosen, against)), write_csv(f"{stem}.csv", rows)
     return [text, table, *figure(Path(stem), chosen)]

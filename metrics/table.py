@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from dnnlib.util import write_text
 from metrics.results import Row
@@ -60,7 +61,7 @@ def markdown(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
 
 def _mean_and_variance(values: Iterable[float]) -> tuple[float, float, int]:
     values = [float(v) for v in values]
-    mean, n = math.fsum(values) / len(values), len(values)
+    mean, n = fmean(values), len(values)
     return mean, math.fsum((v - mean) ** 2 for v in values) / (n - 1) if n > 1 else math.nan, n
 
 
@@ -108,12 +109,12 @@ class Cell:
     def by_seed(self) -> dict[str, float]:
         """Means over sampling seeds, one per training seed, in order of the seeds."""
         seeds = grouped((seed, value) for (seed, _), value in self.values.items())
-        return {seed: mean_and_error(v)[0] for seed, v in sorted(seeds.items())}
+        return {seed: fmean(v) for seed, v in sorted(seeds.items())}
 
     @property
     def mean(self) -> float:
         """Over training seeds."""
-        return mean_and_error(self.by_seed().values())[0]
+        return fmean(self.by_seed().values())
 
     @property
     def sd_training(self) -> float | None:
@@ -126,7 +127,7 @@ class Cell:
         """Spread over sampling seeds within training seeds (pooled); None for one sampling seed."""
         groups = grouped((seed, value) for (seed, _), value in self.values.items())
         variances = [mean_and_deviation(v)[1] ** 2 for v in groups.values() if len(v) > 1]
-        return math.sqrt(math.fsum(variances) / len(variances)) if variances else None
+        return math.sqrt(fmean(variances)) if variances else None
 
 
 Cells = dict[tuple[str, str, str], Cell]  # by arm, section, name of the number
@@ -152,9 +153,9 @@ def collect(rows: Iterable[Row]) -> Cells:
 def numbers(cells: Cells, arm: str, source: str, name: str, sources: Sequence[str]) -> list[float | None]:
     """Mean, spread over training seeds and spread over sampling seeds; of "mean": their means over the sources."""
     found = [cells[arm, s, name] for s in (sources if source == "mean" else [source]) if (arm, s, name) in cells]
-    columns = ([getattr(cell, part) for cell in found] for part in ("mean", "sd_training", "sd_sampling"))
-    known = ([v for v in column if v is not None] for column in columns)
-    return [mean_and_error(column)[0] if column else None for column in known]
+    parts = ("mean", "sd_training", "sd_sampling")
+    known = ([v for cell in found if (v := getattr(cell, part)) is not None] for part in parts)
+    return [fmean(values) if values else None for values in known]
 
 
 @dataclass
@@ -196,7 +197,7 @@ def verdict(
             raise ValueError(f"arm {arm!r} has no {column!r} for every one of the sources {', '.join(sources)}")
     base, mine = ([cells[arm, s, column].mean for s in sources] for arm in (other, better))
     per_source = {s: (b - m) / b for s, b, m in zip(sources, base, mine, strict=True)}
-    wins, advantage = sum(v > 0 for v in per_source.values()), mean_and_error(per_source.values())[0]
+    wins, advantage = sum(v > 0 for v in per_source.values()), fmean(per_source.values())
     error = interval = None
     # Of each arm's relative mean over sources, from its training seeds.
     relative = [seeds_mean([cells[arm, s, column] for s in sources], base) for arm in (better, other)]
@@ -206,12 +207,13 @@ def verdict(
         error, freedom = math.sqrt(sum(errors)), sum(errors) ** 2 / max(spread, 1e-300)
         half = float(scipy.stats.t.ppf(0.975, max(freedom, 1))) * error
         interval = advantage - half, advantage + half
-    levels = {better: mean_and_error(mine)[0], other: mean_and_error(base)[0]}
-    return Verdict(better, other, wins, advantage, error, interval, per_source, levels)
+    return Verdict(
+        better, other, wins, advantage, error, interval, per_source, {better: fmean(mine), other: fmean(base)}
+    )
 
 
 def seeds_mean(cells: Sequence[Cell], units: Sequence[float]) -> list[float]:
     """Means over cells, each in its own unit, one for every training seed that all cells have."""
     tables = [cell.by_seed() for cell in cells]
     common = sorted(set.intersection(*map(set, tables)))
-    return [mean_and_error(t[seed] / unit for t, unit in zip(tables, units, strict=True))[0] for seed in common]
+    return [fmean(t[seed] / unit for t, unit in zip(tables, units, strict=True)) for seed in common]
