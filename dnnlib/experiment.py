@@ -78,8 +78,8 @@ class Step:
 
     @functools.cached_property
     def key(self) -> str:
-        """Identity: the command line, the files from outside that it names, and the identities of the steps it needs."""
-        outside = {path: _stamp(path) for path in sorted(self.reads) if os.path.isfile(path)}
+        """Identity: the command line, size and time of the outside files it names, identities of the steps it needs."""
+        outside = {p: [os.path.getsize(p), os.stat(p).st_mtime_ns] for p in sorted(self.reads) if os.path.isfile(p)}
         return _digest([self.argv, outside, [step.key for step in self.needs]])
 
     @property
@@ -118,12 +118,6 @@ class Step:
 
 def _digest(content):
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _stamp(path):
-    """What tells one version of a file from outside the experiment from another."""
-    stat = os.stat(path)
-    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _names(written, path, root):
@@ -384,8 +378,7 @@ def run(
     for step in todo:
         _set_aside(out, step)
     bar = tqdm(total=len(steps), initial=len(steps) - len(todo), unit="step", disable=not progress, file=sys.stderr)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(bar)
+    with bar, contextlib.ExitStack() as stack:
         pool = None
         if jobs > 1:
             context = multiprocessing.get_context("spawn")
