@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from simulations.configs import ArmConfig, Rule
 from simulations.mle import MLP, Conditional, Outcome, compare, fit, mixed_fields
@@ -24,9 +25,7 @@ def ground_truth(config: ArmConfig, seed: int) -> np.ndarray:
     outcome's value is N(0, 1).
     """
     rng = np.random.default_rng([seed, 0])
-    tables = config.scale * mixed_fields(config, lambda: _field(config, rng))
-    tables = np.exp(tables - tables.max(axis=1, keepdims=True))
-    return tables / tables.sum(axis=1, keepdims=True)
+    return softmax(config.scale * mixed_fields(config, lambda: _field(config, rng)), axis=1)
 
 
 def _field(config: ArmConfig, rng: np.random.Generator) -> np.ndarray:
@@ -56,10 +55,7 @@ def sample(tables: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarra
 class Prefixes:
     """Sequences as a tree: equal prefixes of the same source are one row, so that a batch costs its distinct prefixes.
 
-    Args:
-        codes:   outcome codes [n].
-        sources: [n], 0..K-1.
-        K, D, M: as in `ArmConfig`.
+    codes: outcome codes [n]. sources: [n], 0..K-1. K, D, M: as in `ArmConfig`.
     """
 
     def __init__(self, codes: np.ndarray, sources: np.ndarray, K: int, D: int, M: int) -> None:

@@ -15,10 +15,11 @@ import torch
 from simulations.bounds import gaussian_bound
 from simulations.configs import GaussianConfig
 from simulations.gaussian_exact import expected_tv, tv_unit_gaussians
-from simulations.sweeps import SIDES, moments
+from simulations.sweeps import SIDES, head, moments
 
 PAPER_SEEDS = (3, 33, 520, 2025, 25731)
 PAPER_SWEEPS = {"K": (1, 3, 5, 10, 15), "n": (100, 300, 500, 1000, 5000), "sim": (0.0, 0.3, 0.5, 0.7, 1.0)}
+FIELDS = ("K", "D", "sim", "n")  # published columns after the swept value and the seed
 _BLOCK_ELEMENTS = 1 << 22  # random numbers held at once (16 MiB)
 
 
@@ -112,8 +113,7 @@ class Sweep:
 def sweep_configs(tag: str, values: Sequence[float] | None = None, **fixed: float) -> tuple[GaussianConfig, ...]:
     """The cells of the sweep over `tag` ("K", "n" or "sim"); `values` default to the published ones.
 
-    Raises:
-        ValueError: unknown tag, no values, or a value out of range.
+    Raises ValueError for an unknown tag, no values, or a value out of range.
     """
     if tag not in PAPER_SWEEPS:
         raise ValueError(f"tag={tag!r} is unknown; use one of {', '.join(PAPER_SWEEPS)}")
@@ -124,23 +124,15 @@ def sweep_configs(tag: str, values: Sequence[float] | None = None, **fixed: floa
 
 
 def sweep(
-    tag: str,
-    values: Sequence[float] | None = None,
-    seeds: Sequence[int] = PAPER_SEEDS,
-    progress: Callable[[list], Iterable] = iter,
-    **fixed: float,
+    tag: str,  # what varies: "K", "n" or "sim"
+    values: Sequence[float] | None = None,  # default: the published five
+    seeds: Sequence[int] = PAPER_SEEDS,  # each one training and test set
+    progress: Callable[[list], Iterable] = iter,  # wraps the list of runs, e.g. tqdm
+    **fixed: float,  # K, n, D, sim, test_size: what does not vary
 ) -> Sweep:
     """Run a whole sweep: every value with every seed (each run re-seeds, so noise is common across `sim`).
 
-    Args:
-        tag:       what varies: "K", "n" or "sim".
-        values:    its values (default: the published five).
-        seeds:     seeds, each one training and test set.
-        progress:  wraps the list of runs, e.g. tqdm.
-        fixed:     K, n, D, sim, test_size: what does not vary.
-
-    Raises:
-        ValueError: unknown tag, no values or seeds, or a value out of range.
+    Raises ValueError for an unknown tag, no values or seeds, or a value out of range.
     """
     configs = sweep_configs(tag, values, **fixed)
     if not len(seeds):
@@ -161,7 +153,7 @@ def seed_rows(result: Sweep) -> list[dict[str, object]]:
     rows = []
     for config, outcomes in zip(result.configs, result.outcomes, strict=True):
         for seed, o in zip(result.seeds, outcomes, strict=True):
-            row = _head(result.tag, config, seed) | _published(config, o.empirical_single, o.empirical_multi)
+            row = head(result.tag, config, seed, FIELDS) | _published(config, o.empirical_single, o.empirical_multi)
             row |= {f"exact TV of {side}": getattr(o, f"tv_{side}") for side in SIDES}
             rows.append(row | _empty([o]) | {"test size": config.test_size})
     return rows
@@ -170,13 +162,8 @@ def seed_rows(result: Sweep) -> list[dict[str, object]]:
 def summary_rows(result: Sweep, delta: float = 0.05, B: float | None = None) -> list[dict[str, object]]:
     """One row per value: the published columns in the published order, then standard errors and exact columns.
 
-    Args:
-        result: a sweep.
-        delta:  the bounds hold with probability >= 1 - delta.
-        B:      box [-B, B] that holds every true mean entry; default K, the smallest (the means are 1..K).
-
-    Raises:
-        ValueError: B < K, or delta outside (0, 1/2].
+    delta: the bounds hold with probability >= 1 - delta. B: box [-B, B] that holds every true mean entry; default K, the
+    smallest (the means are 1..K). Raises ValueError for B < K, or delta outside (0, 1/2].
     """
     rows = []
     for config, outcomes in zip(result.configs, result.outcomes, strict=True):
@@ -188,7 +175,7 @@ def summary_rows(result: Sweep, delta: float = 0.05, B: float | None = None) -> 
         expected = expected_tv(config.K, config.n, config.D, config.d1)
         measured, exact = (moments(outcomes, field) for field in ("empirical_{}", "tv_{}"))
         seed = sum(result.seeds) / len(result.seeds)
-        row = _head(result.tag, config, seed, floats=True)
+        row = {k: v if k == result.tag else float(v) for k, v in head(result.tag, config, seed, FIELDS).items()}
         row |= _published(config, *(measured[side][0] for side in SIDES))
         row |= {
             **{f"standard error of empirical {side}": measured[side][1] for side in SIDES},
@@ -215,12 +202,6 @@ def summary_rows(result: Sweep, delta: float = 0.05, B: float | None = None) -> 
 
 def _empty(outcomes: Sequence[Outcome]) -> dict[str, int]:
     return {f"sources without estimate ({side})": sum(getattr(o, f"empty_{side}") for o in outcomes) for side in SIDES}
-
-
-def _head(tag: str, config: GaussianConfig, seed: float, floats: bool = False) -> dict[str, object]:
-    """The swept variable first, then seed and the rest of K, D, sim, n."""
-    rest = {name: getattr(config, name) for name in ("K", "D", "sim", "n") if name != tag}
-    return {tag: getattr(config, tag), "seed": seed} | {k: float(v) if floats else v for k, v in rest.items()}
 
 
 def _published(config: GaussianConfig, single: float, multi: float) -> dict[str, object]:

@@ -41,10 +41,8 @@ def expected_tv_given_counts(count: ArrayLike, n: int, d: int, d1: int) -> np.nd
 
     Integral over t in [0, pi/2] of (2/pi) (1 - (1 + 1/(4 count sin^2 t))^(-d1/2) (1 + 1/(4 n sin^2 t))^(-(d-d1)/2)).
 
-    Args:
-        count: training points of the source, any shape; 0 gives 1 if d1 > 0.
-        n:     training points of all sources.
-        d, d1: dimensions, and how many of them are source-specific.
+    count: training points of the source, any shape; 0 gives 1 if d1 > 0. n: training points of all sources. d, d1:
+    dimensions, and how many of them are source-specific.
     """
     count = np.asarray(count, dtype=np.float64)
     inv_sin2 = np.exp(_LOG_INV_SIN2)
@@ -60,8 +58,7 @@ def expected_tv_given_counts(count: ArrayLike, n: int, d: int, d1: int) -> np.nd
 def expected_tv(K: int, n: int, d: int, d1: int) -> tuple[float, float]:
     """(single, multi): expectation of R_TV over training sets of n points, n_k ~ Binomial(n, 1/K).
 
-    Raises:
-        ValueError: K < 1, n < 1, d < 1, or d1 outside [0, d].
+    Raises ValueError for K < 1, n < 1, d < 1, or d1 outside [0, d].
     """
     if K < 1 or n < 1 or d < 1 or not 0 <= d1 <= d:
         raise ValueError(f"expected_tv needs K, n, d >= 1 and 0 <= d1 <= d, got K={K}, n={n}, d={d}, d1={d1}")

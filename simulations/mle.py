@@ -32,15 +32,15 @@ class Conditional(torch.nn.Module):
 
 
 class MLP(torch.nn.Module):
-    """L affine layers with ReLU between (class F(L, W, S, B) of the theory paper, dense).
+    """L affine layers with ReLU between (class F(L, W, S, B) of the theory paper, dense)."""
 
-    Args:
-        inputs, outputs: widths W_0 and W_L.
-        width:           of all hidden layers.
-        layers:          affine layers L >= 1.
-    """
-
-    def __init__(self, inputs: int, outputs: int, width: int, layers: int) -> None:
+    def __init__(
+        self,
+        inputs: int,  # width W_0
+        outputs: int,  # width W_L
+        width: int,  # of all hidden layers
+        layers: int,  # affine layers L >= 1
+    ) -> None:
         super().__init__()
         widths = [inputs] + [width] * (layers - 1) + [outputs]
         self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths))
@@ -71,23 +71,15 @@ class Fit:
 
 
 def fit(
-    build: Callable[[], torch.nn.Module],
-    loss: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor],
-    size: int,
+    build: Callable[[], Conditional],  # makes a fresh network from torch's global generator
+    loss: Callable[[Conditional, torch.Tensor], torch.Tensor],  # mean -log p of the samples with these indices [b]
+    size: int,  # number of samples, >= 1
     rule: Rule,
-    seed: int,
+    seed: int,  # of the split, the initial weights and the data order
 ) -> Fit:
     """Train networks by minibatch maximum likelihood and return the best by `rule.select`.
 
-    Args:
-        build: makes a fresh network from torch's global generator; its `.project(bound)` clips parameters in place.
-        loss:  mean negative log-likelihood of the samples with these indices [b].
-        size:  number of samples, >= 1.
-        rule:  the selection rule.
-        seed:  of the split, the initial weights and the data order. The global generator is left as it was.
-
-    Raises:
-        ValueError: size < 1.
+    The global generator is left as it was. Raises ValueError for size < 1.
     """
     if size < 1:
         raise ValueError("a network cannot be fitted to no samples")
@@ -125,11 +117,10 @@ def _train(model, loss, train, selection, lr, batch, steps, rule, seed) -> Fit:
             continue
         with torch.no_grad():
             nll = float(loss(model, selection))
+        waited += 1
         if state is None or nll < best.nll:
             state, waited = copy.deepcopy(model.state_dict()), 0
             best = dataclasses.replace(best, nll=nll if math.isfinite(nll) else math.inf, steps=step)
-            continue
-        waited += 1
         if rule.select == "holdout" and waited >= rule.patience:
             break
     model.load_state_dict(state)

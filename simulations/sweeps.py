@@ -27,9 +27,9 @@ SIDES = ("single", "multi")
 REFERENCES = ("histogram", "pooled", "uniform")  # errors that need no network
 
 
-def decorators(chosen: Iterable[Callable]) -> Callable:
+def decorators(*chosen: Callable) -> Callable:
     """One decorator of several, the first of them outermost."""
-    return lambda function: functools.reduce(lambda f, decorator: decorator(f), reversed(list(chosen)), function)
+    return lambda function: functools.reduce(lambda f, decorator: decorator(f), reversed(chosen), function)
 
 
 def place(*flags: str, at: str | None, type: click.ParamType = FOLDER, **more: object) -> Callable:
@@ -45,10 +45,10 @@ def results_dir(folder: str | None, help: str) -> Callable:
 def values_options(tags: Sequence[str]) -> Callable:
     """--K-values and so on."""
     kinds = {tag: cli.FLOATS if tag == "sim" else cli.INTS for tag in tags}
-    return decorators(
-        click.option(f"--{tag}-values", f"{tag}_values", type=kind, help=f"Values of {tag} if it varies")
-        for tag, kind in kinds.items()
-    )
+    made = [
+        click.option(f"--{t}-values", f"{t}_values", type=kinds[t], help=f"Values of {t} if it varies") for t in tags
+    ]
+    return decorators(*made)
 
 
 def figure_stem(flag: str, name: str) -> Callable:
@@ -62,13 +62,13 @@ def figure_options(folder: str, script: str) -> Callable:
     """Where a plot command reads and writes, and the resolution."""
     figures_dir = place("--figures-dir", at="figures", help="For the figures")
     dpi = click.option("--dpi", type=click.IntRange(50, 1200), default=200, help="Resolution of the PNG")
-    return decorators([results_dir(folder, f"Where {script} wrote"), figures_dir, dpi])
+    return decorators(results_dir(folder, f"Where {script} wrote"), figures_dir, dpi)
 
 
 def sweep_options(config: type, budgets: Mapping) -> Callable:
     """Options of a command that trains: the sweeps, the fields of `config` and `Rule`, seeds and what else `run` takes."""
     tags = list(budgets["smoke"]["values"])
-    chosen = [
+    return decorators(
         click.option("--tag", type=click.Choice([*tags, "all"]), default="all", help="What varies"),
         click.option("--budget", type=click.Choice(list(budgets)), default="small", help="Defaults of what follows"),
         values_options(tags),
@@ -79,8 +79,7 @@ def sweep_options(config: type, budgets: Mapping) -> Callable:
         click.option("--threads", type=click.IntRange(min=1), default=1, help="CPU threads; the networks are small"),
         options(Rule),
         DELTA,
-    ]
-    return decorators(chosen)
+    )
 
 
 def print_files(files: Iterable[Path]) -> None:
@@ -89,26 +88,17 @@ def print_files(files: Iterable[Path]) -> None:
 
 
 def run(
-    experiment: str,
-    budgets: Mapping,
-    given: Mapping,
+    experiment: str,  # "arm" or "ebm", the name of the results folder
+    budgets: Mapping,  # name -> config, fixed (per tag), values (per tag), rule and seeds
+    given: Mapping,  # command-line values of `sweep_options`; None leaves the budget's
     config_type: type,
-    run_cell: Callable,
-    bound: Callable,
-    published: Mapping | None = None,
+    run_cell: Callable,  # (config, rule, seed) -> Outcome
+    bound: Callable,  # (config, outcome, largest parameter, delta) -> Bound
+    published: Mapping | None = None,  # per tag: swept value -> (single, multi)
 ) -> None:
     """Run sweeps, write results_<tag>.csv and results_<tag>_seeds.csv, and print the files as JSON.
 
-    Args:
-        experiment:  "arm" or "ebm", the name of the results folder.
-        budgets:     name -> config, fixed (per tag), values (per tag), rule and seeds.
-        given:       command-line values of `sweep_options`; None leaves the budget's.
-        run_cell:    (config, rule, seed) -> Outcome.
-        bound:       (config, outcome, largest parameter, delta) -> Bound.
-        published:   per tag: swept value -> (single, multi).
-
-    Raises:
-        ValueError: a value that the configuration or the rule refuses, before anything runs.
+    Raises ValueError for a value that the configuration or the rule refuses, before anything runs.
     """
     import torch  # late: takes seconds to import, --help should not
     from tqdm import tqdm
@@ -138,21 +128,21 @@ def run(
         for i, config in enumerate(configs):
             found = outcomes[i * len(seeds) : (i + 1) * len(seeds)]
             bounds = bound(config, found[0], rule.bound, given["delta"])
-            rows.append(_head(tag, config) | _summary(found, bounds))
+            rows.append(head(tag, config) | _summary(found, bounds))
             if published is not None:
                 single, multi = published[tag].get(getattr(config, tag), ("", ""))
                 rows[-1] |= {"published TV of single": single, "published TV of multi": multi}
                 rows[-1]["published ratio"] = multi / single if multi else ""
-            per_seed += [_head(tag, config, seed) | dataclasses.asdict(o) for seed, o in zip(seeds, found, strict=True)]
+            per_seed += [head(tag, config, seed) | dataclasses.asdict(o) for seed, o in zip(seeds, found, strict=True)]
         files.append(write_csv(folder / tag / f"results_{tag}.csv", rows))
         files.append(write_csv(folder / tag / f"results_{tag}_seeds.csv", per_seed))
     print_files(files)
 
 
-def _head(tag: str, config, seed: int | None = None) -> dict[str, object]:
-    """The swept value, the seed if it is a row of one, and the rest of the configuration."""
+def head(tag: str, config, seed: float | None = None, fields: Sequence[str] = ()) -> dict[str, object]:
+    """The swept value, the seed if it is a row of one, and the rest of the configuration or some `fields` of it."""
     row = {tag: getattr(config, tag)} | ({} if seed is None else {"seed": seed})
-    return row | {k: v for k, v in dataclasses.asdict(config).items() if k != tag}
+    return row | {k: getattr(config, k) for k in fields or config.__dataclass_fields__ if k != tag}
 
 
 def _summary(outcomes: Sequence, bound: Bound) -> dict[str, object]:

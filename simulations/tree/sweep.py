@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,7 @@ from dnnlib.util import write_text
 from metrics import figures
 from metrics.table import markdown, mean_and_deviation, mean_and_error, write_csv
 from simulations.configs import TreeConfig
+from simulations.plot_run import read_stats
 from simulations.tree import metrics as tree_metrics
 from simulations.tree import training as tree_training
 from torch_utils import persistence
@@ -77,8 +77,7 @@ def train_seed(base: TreeConfig, seed: int, arms: list[str], outdir: Path, refer
 def history(run_dir: Path) -> list[dict]:
     """The status lines of a run that have a snapshot, oldest first: dicts of stats.jsonl with `path` added."""
     lines = []
-    for text in (run_dir / "stats.jsonl").read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
+    for line in read_stats(run_dir):
         found = list(run_dir.glob(f"network-snapshot-{int(line['Progress/kimg']):07d}-*.safetensors"))
         if found and line["Progress/kimg"]:
             lines.append({**line, "path": found[0]})

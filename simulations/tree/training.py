@@ -61,10 +61,7 @@ class TreeLoss(EDM2Loss):
 
     def __init__(self, mixture, P_mean=-2.3, P_std=1.5, sigma_data=0.5, guide=None, guidance=3.0, memory=None):
         exact = mixture.denoiser(sigma_data)
-
-        def targets(draws, generator):
-            return exact(draws.images + draws.noise, draws.sigma)
-
+        targets = lambda draws, generator: exact(draws.images + draws.noise, draws.sigma)
         super().__init__(P_mean, P_std, sigma_data, uncertainty=False, stable_targets=targets)
         self.guide, self.guidance, self.memory = [guide], guidance, memory  # in a list: not a part of what is trained
 
@@ -89,9 +86,7 @@ class TreeLoss(EDM2Loss):
 class SelectToTheEnd(selection.LossSelector):
     """Early selection that leaves its end to the phase: the batch grows at the next multiple of both batch sizes."""
 
-    @property
-    def active(self):
-        return True
+    active = True
 
 
 class Phase(NamedTuple):
@@ -206,7 +201,8 @@ def _train_phase(config, parts, outdir, phase, earlier, done, clock, on_status):
         clock[:] += _now() - begun
         return fields
 
-    period = _period(config, phase.batch)
+    unit, steps = math.lcm(phase.batch, 1024), config.snapshot_iter or 10**9  # 0: at the end only
+    period = max(1, round(steps * phase.batch / unit)) * unit  # about so many steps, in multiples of 1024 images
     run = Run(
         **parts,
         selector=phase.selector,
@@ -218,16 +214,9 @@ def _train_phase(config, parts, outdir, phase, earlier, done, clock, on_status):
     if earlier is not None:
         loop.state = earlier.state
     if phase.waits:
-        unit = math.lcm(config.trained_batch(), config.batch_size)  # both batch sizes divide what is trained so far
+        whole = math.lcm(config.trained_batch(), config.batch_size)  # both batch sizes divide what is trained so far
         loop.stop_requested = lambda: (
-            phase.selector.beaten_at is not None and (loop.state.cur_nimg + phase.batch) % unit == 0
+            phase.selector.beaten_at is not None and (loop.state.cur_nimg + phase.batch) % whole == 0
         )
     loop.run()
     return loop, iteration(loop.state.cur_nimg)
-
-
-def _period(config, batch):
-    """Images between snapshots: about snapshot_iter steps, in whole steps and multiples of 1024 images."""
-    unit = math.lcm(batch, 1024)
-    steps = config.snapshot_iter or 10**9  # 0: at the end only
-    return max(1, round(steps * batch / unit)) * unit
