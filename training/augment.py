@@ -19,10 +19,9 @@ SYM6 = (
     0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
     0.0017677118642428036, -0.007800708325034148,
 )  # fmt: skip
-LABEL_COLUMNS = {  # in the order of application
-    "xflip": 1, "yflip": 1, "rotate_int": 2, "translate_int": 2, "scale": 1, "rotate_frac": 2, "aniso": 2,
-    "translate_frac": 2, "brightness": 1, "contrast": 1, "lumaflip": 1, "hue": 2, "saturation": 1,
-}  # fmt: skip
+# Of the steps in the order of application: geometry, then colour.
+LABEL_COLUMNS = dict(xflip=1, yflip=1, rotate_int=2, translate_int=2, scale=1, rotate_frac=2, aniso=2, translate_frac=2)
+LABEL_COLUMNS |= dict(brightness=1, contrast=1, lumaflip=1, hue=2, saturation=1)
 
 
 def _matrix(rows, device):

@@ -15,27 +15,19 @@ from training.networks_edm2 import Preconditioned
 class _Precond(Preconditioned):
     """What the four preconditioners share.
 
-    model_type: a key of MODELS, model_kwargs its arguments. sigma_data: standard deviation of the data, for losses and
+    model_type: a key of MODELS, more: its arguments. sigma_data: standard deviation of the data, for losses and
     solvers (only EDM's preconditioning uses it). logvar_channels: width of the uncertainty head, 0: none, u = 0.
     """
 
     outputs_per_channel = 1
 
     def __init__(
-        self,
-        img_resolution,
-        img_channels,
-        label_dim,
-        use_fp16,
-        model_type,
-        sigma_data=0.5,
-        logvar_channels=0,
-        **model_kwargs,
+        self, img_resolution, img_channels, label_dim, use_fp16, model_type, sigma_data=0.5, logvar_channels=0, **more
     ):
         require("model_type", model_type, MODELS)
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, sigma_data)
         outputs = img_channels * self.outputs_per_channel
-        self.model = MODELS[model_type](img_resolution, img_channels, outputs, label_dim, **model_kwargs)
+        self.model = MODELS[model_type](img_resolution, img_channels, outputs, label_dim, **more)
         # Created after the model and only on request: state_dicts and seeded weights of the release stay valid.
         self.logvar = LogVariance(logvar_channels) if logvar_channels else None
 
@@ -64,8 +56,7 @@ class EDMPrecond(_Precond):
         **model_kwargs: Any,
     ):
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, sigma_data, **model_kwargs)
-        self.sigma_min = sigma_min
-        self.sigma_max = sigma_max
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
 
 @persistent
@@ -86,10 +77,7 @@ class VPPrecond(_Precond):
         **model_kwargs: Any,
     ):
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, **model_kwargs)
-        self.beta_d = beta_d
-        self.beta_min = beta_min
-        self.M = M
-        self.epsilon_t = epsilon_t
+        self.beta_d, self.beta_min, self.M, self.epsilon_t = beta_d, beta_min, M, epsilon_t
         # float32 on purpose: cancellation makes sigma(1e-5) = 2^-10, which released networks carry.
         limits = torch.tensor([epsilon_t, 1.0], dtype=torch.float32, device="cpu")
         self.sigma_min, self.sigma_max = self.sigma(limits).tolist()
@@ -124,8 +112,7 @@ class VEPrecond(_Precond):
         **model_kwargs: Any,
     ):
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, **model_kwargs)
-        self.sigma_min = sigma_min
-        self.sigma_max = sigma_max
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return torch.ones_like(sigma), sigma, torch.ones_like(sigma), (0.5 * sigma).log()
@@ -153,9 +140,7 @@ class iDDPMPrecond(_Precond):
         **model_kwargs: Any,
     ):
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, **model_kwargs)
-        self.C_1 = C_1
-        self.C_2 = C_2
-        self.M = M
+        self.C_1, self.C_2, self.M = C_1, C_2, M
         steps = torch.arange(M + 1, dtype=torch.float32, device="cpu")
         alpha_bar = (0.5 * math.pi * steps / M / (C_2 + 1)).sin() ** 2
         ratio = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=C_1)  # [M]
@@ -163,8 +148,7 @@ class iDDPMPrecond(_Precond):
         for j in range(M, 0, -1):  # EDM Appendix C.3.4
             u[j - 1] = ((u[j] ** 2 + 1) / ratio[j - 1] - 1).sqrt()
         self.register_buffer("u", torch.tensor(u.tolist()))
-        self.sigma_min = float(u[M - 1])
-        self.sigma_max = float(u[0])
+        self.sigma_min, self.sigma_max = float(u[M - 1]), float(u[0])
 
     def round_sigma(self, sigma: Tensor | float, return_index: bool = False) -> Tensor:
         sigma = torch.as_tensor(sigma)
