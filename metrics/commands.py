@@ -120,10 +120,9 @@ def prepare(o: EasyDict, device: torch.device) -> Prepared:
 
     if (o.ref is None) == (o.data is None):
         raise ValueError("give either --ref=FILE or --data=ZIP as the reference")
-    unknown = next((name for name in o.distances if name not in MEASURES), None)
-    if unknown is not None:
+    if unknown := [name for name in o.distances if name not in MEASURES]:
         known = ", ".join(MEASURES)
-        raise ValueError(f"--distances={','.join(o.distances)}: unknown distance '{unknown}'; known: {known}")
+        raise ValueError(f"--distances={','.join(o.distances)}: unknown distance '{unknown[0]}'; known: {known}")
     check_writable(o.dest)
     detectors = open_detectors(o.metrics, device)
     if o.ref is None:
