@@ -5,6 +5,8 @@ Everything here is a function of numbers: it knows no detector, no file and no p
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -44,6 +46,60 @@ def _factor(sigma):
     return vectors[:, keep] * values[keep].sqrt()  # [F, rank]
 
 
+class Gaussian(NamedTuple):
+    """A normal distribution by its mean and a factor A of its covariance A A', as narrow as its rank allows."""
+
+    mean: torch.Tensor  # [F]
+    factor: torch.Tensor  # [F, R]
+
+    @classmethod
+    def of_moments(cls, mu: ArrayLike, sigma: ArrayLike) -> Gaussian:
+        """mu: [F], sigma: [F, F] symmetric positive semi-definite. Raises ValueError for shapes and what is not finite."""
+        mu, sigma = _matrix(mu, "mu", 1), _matrix(sigma, "sigma", 2)
+        if sigma.shape != (len(mu), len(mu)):
+            raise ValueError(f"mu and sigma differ in width: shapes {list(mu.shape)} and {list(sigma.shape)}")
+        return cls(mu, _factor(sigma))
+
+    @classmethod
+    def of_features(cls, features: ArrayLike) -> Gaussian:
+        """Mean and covariance (n - 1) of features [n, F], n >= 2; no matrix [F, F] where n <= F.
+
+        There the factor has n - 1 columns: a reflection takes the direction of the mean, in which centred rows are zero,
+        to the first row, which is left out.
+        """
+        x = _matrix(features, "features", 2)
+        n, mu = len(x), x.mean(0)
+        if n < 2:
+            raise ValueError(f"features: {n} image(s) are too few, mean and covariance need at least 2")
+        x = x - mu
+        if n > x.shape[1]:
+            return cls(mu, _factor(x.T @ x / (n - 1)))
+        mirror = torch.full([n], n**-0.5, dtype=x.dtype)
+        mirror[0] -= 1
+        x = x - torch.outer(mirror, mirror @ x) * (2 / mirror.square().sum())  # [n, F], first row 0
+        return cls(mu, x[1:].T / (n - 1) ** 0.5)
+
+
+def _singular_sum(m):
+    """Sum of the singular values of a matrix: from the eigenvalues of its smaller Gram matrix where rounding allows."""
+    m = m if m.shape[0] <= m.shape[1] else m.T
+    if 0 in m.shape:
+        return m.new_zeros([])
+    values = torch.linalg.eigvalsh(m @ m.T)  # [R]; off by about eps times the largest
+    roots = values.clamp(min=0).sqrt()
+    error = torch.finfo(m.dtype).eps * values[-1] * (0.5 / roots).sum()
+    return roots.sum() if error < 1e-12 * roots.sum() else torch.linalg.svdvals(m).sum()
+
+
+def frechet(a: Gaussian, b: Gaussian) -> float:
+    """`frechet_distance` of two Gaussians of the same width: with factors A and B, work on A' B alone."""
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"statistics of different widths: {len(a.mean)} and {len(b.mean)}")
+    traces = a.factor.square().sum() + b.factor.square().sum()
+    distance = (a.mean - b.mean).square().sum() + traces - 2 * _singular_sum(a.factor.T @ b.factor)
+    return max(float(distance), 0.0)  # rounding can leave -1e-13 for equal statistics
+
+
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
     """Squared 2-Wasserstein distance of two Gaussians (Heusel et al. 2017, eq. 6; "FID" with Inception features).
 
@@ -54,15 +110,7 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     mu1, mu2: [F]; sigma1, sigma2: [F, F] symmetric positive semi-definite; arrays or tensors of any float type.
     Raises ValueError when shapes disagree or a value is not finite.
     """
-    mu1, mu2 = _matrix(mu1, "mu1", 1), _matrix(mu2, "mu2", 1)
-    sigma1, sigma2 = _matrix(sigma1, "sigma1", 2), _matrix(sigma2, "sigma2", 2)
-    shapes = [tuple(m.shape) for m in (mu1, sigma1, mu2, sigma2)]
-    f = len(mu1)
-    if shapes != [(f,), (f, f), (f,), (f, f)]:
-        raise ValueError(f"statistics of different widths: mu1, sigma1, mu2, sigma2 have shapes {shapes}")
-    root = torch.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()  # empty when one covariance is zero
-    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root
-    return max(float(distance), 0.0)  # rounding can leave -1e-13 for equal statistics
+    return frechet(Gaussian.of_moments(mu1, sigma1), Gaussian.of_moments(mu2, sigma2))
 
 
 def _mmd2_unbiased(x, y, degree, gamma, coef0):

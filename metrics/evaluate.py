@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from metrics.classifier import source_agreement
-from metrics.distances import frechet_distance, kid, nearest_distance, prdc
+from metrics.distances import Gaussian, frechet, kid, nearest_distance, prdc
 from metrics.features import FeatureSet
 from torch_utils.random import StackedRandomGenerator, hash_seed
 from training import encoders, likelihood
@@ -106,8 +106,8 @@ def _section(samples, reference, source, *, seed, splits, k, measures, verdicts,
     kept = x is not None and y is not None
     if "fd" in measures:
         both = m >= 2 and (n is None or n >= 2)  # foreign references may not know how many images they saw
-        moments = (*samples.statistics.moments(source), *reference.statistics.moments(source)) if both else None
-        section["fd"] = frechet_distance(*moments) if both else None
+        pair = (side.statistics.gaussian(source) for side in (samples, reference))
+        section["fd"] = frechet(*pair) if both else None
     if "kid" in measures:
         section["kid"] = kid(x, y, seed=seed) if kept and min(m, n) >= 2 else None
     section |= _floor(x, y, m, seed, splits, [name for name in ("fd", "kid") if name in measures])
@@ -139,10 +139,11 @@ def _floor(x, y, compared, seed, splits, measures):
         order = rng.permutation(n)
         a, b = y[order[:size]], y[order[n // 2 : n // 2 + size]]
         if "fd" in measures:
-            values["fd_floor"].append(frechet_distance(*_moments(a), *_moments(b)))
+            half = Gaussian.of_features(b)
+            values["fd_floor"].append(frechet(Gaussian.of_features(a), half))
         if "fd_at_floor_size" in values:
             part = x[rng.permutation(len(x))[:size]]
-            values["fd_at_floor_size"].append(frechet_distance(*_moments(part), *_moments(b)))
+            values["fd_at_floor_size"].append(frechet(Gaussian.of_features(part), half))
         if "kid" in measures:
             values["kid_floor"].append(kid(a, b, seed=seed))
     section = {"floor_size": size if size >= 2 else None}
@@ -150,11 +151,6 @@ def _floor(x, y, compared, seed, splits, measures):
         section[name] = float(np.mean(found)) if found else None
         section[f"{name}_sd"] = float(np.std(found, ddof=1)) if len(found) > 1 else None
     return section
-
-
-def _moments(features):
-    f = np.asarray(features, np.float64)
-    return f.mean(0), np.atleast_2d(np.cov(f, rowvar=False))
 
 
 def _mean(sections):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 import tqdm
 
-from metrics.statistics import FeatureStatistics, gather_rows
+from metrics.statistics import FeatureStatistics, gather_rows, require_memory
 from torch_utils.distributed import get_rank, get_world_size, split_batches
 from training.dataset import Dataset
 
@@ -31,6 +32,7 @@ class FeatureSet:
     features: np.ndarray | None = None
     labels: np.ndarray | None = None
     provenance: dict = dataclasses.field(default_factory=dict)
+    hashes: np.ndarray | None = None  # of the images, uint64 [N], in the same order
 
     @property
     def num_sources(self) -> int:
@@ -46,6 +48,19 @@ class FeatureSet:
         if self.features is None or source is None:
             return self.features
         return self.features[self.labels == source]
+
+    def content(self, source: int | None = None) -> str | None:
+        """Hash of the images of one source or of all, in any order; None where a file does not say what they were."""
+        if self.hashes is None or (source is not None and self.labels is None):
+            return self.provenance.get("content_hash", "")[:16] or None
+        chosen = self.hashes if source is None else self.hashes[self.labels == source]
+        return hashlib.sha256(np.sort(chosen).tobytes()).hexdigest()[:16]
+
+
+def image_hashes(images: torch.Tensor) -> np.ndarray:
+    """uint8 images [N, C, H, W] -> uint64 [N]; equal pixels have equal hashes."""
+    digests = [hashlib.blake2b(f"{image.shape}".encode() + image.tobytes(), digest_size=8) for image in images.numpy()]
+    return np.frombuffer(b"".join(digest.digest() for digest in digests), np.uint64)
 
 
 def label_of(label: np.ndarray) -> int:
@@ -82,31 +97,39 @@ def collect(
     """Run all detectors over batches: {identity: FeatureSet}, the same on every rank.
 
     detectors: {identity: detector} (get_detectors). positions give the order of the rows, whatever the batch size and
-    the number of processes. progress: called with the number of images after every batch.
+    the number of processes. progress: called with the number of images after every batch. Raises ValueError for features
+    that are not finite, and before the work where the statistics of `num_images` images would not fit into memory.
     """
     statistics = {key: FeatureStatistics(num_sources) for key in detectors}
     features = {key: [] for key in detectors}
-    all_labels, all_positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    all_labels, all_positions, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
     for images, labels, positions in batches:
         for key, detector in detectors.items():
             f = torch.as_tensor(detector.features(images)).detach().float().cpu()
             if f.ndim != 2 or len(f) != len(images):
                 raise ValueError(f"detector '{key}': features of shape {tuple(f.shape)} for {len(images)} images")
-            statistics[key].update(f, labels)
+            if not statistics[key].width:
+                require_memory(f"detector '{key}'", num_images or 0, f.shape[1], num_sources)
+            try:
+                statistics[key].update(f, labels)
+            except ValueError as error:
+                raise ValueError(f"detector '{key}': {error}") from None
             if (num_images or 0) * f.shape[1] * 4 > FEATURE_LIMIT:
                 features[key] = None
             else:
                 features[key].append(f.numpy())
         all_labels.append(labels)
         all_positions.append(positions)
+        hashes.append(image_hashes(images))
         progress(len(images))
     result = {}
     for key in detectors:
-        arrays = {"labels": np.concatenate(all_labels)}
+        arrays = {"labels": np.concatenate(all_labels), "hashes": np.concatenate(hashes)}
         if features[key]:
             arrays["features"] = np.concatenate(features[key])
         rows = gather_rows(arrays, np.concatenate(all_positions))
         result[key] = FeatureSet(key, statistics[key].all_reduce(), rows.get("features"), rows["labels"])
+        result[key].hashes = rows["hashes"]
     return result
 
 

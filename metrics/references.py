@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -13,12 +14,15 @@ import numpy as np
 import torch
 
 from dnnlib.util import atomic_write
+from metrics.distances import Gaussian
 from metrics.features import FeatureSet
-from metrics.statistics import FeatureStatistics
+from metrics.statistics import FeatureStatistics, Group
 from torch_utils import pickles
 
-FORMAT = "feature-reference-1"
+FORMAT = "feature-reference-2"
+FIRST_FORMAT = "feature-reference-1"  # sums of all sources in two arrays, `sum` [1 + K, F] and `outer` [1 + K, F, F]
 FILE_FEATURE_LIMIT = 2**28  # bytes of float32 features stored per detector
+DENSE_WIDTH = 4096  # up to this width files hold mean and covariance for other readers
 
 
 def save_references(
@@ -27,17 +31,24 @@ def save_references(
     """Write {identity: FeatureSet} to one npz file; atomic, no pickle inside.
 
     Features are stored up to `feature_limit` bytes per detector; without them a reader has Frechet distances only.
-    Per detector i: `<i>/n [1 + K]`, `<i>/sum [1 + K, F]`, `<i>/outer [1 + K, F, F]` (row 0 overall), optional
-    `<i>/features`, `<i>/labels`, and `<i>/mu`, `<i>/sigma` for other readers; `header` is JSON.
+    Per detector i: `<i>/n [1 + K]` (row 0 overall), `<i>/labels`, `<i>/hashes` of the images, optional `<i>/features`; of
+    row r with more images than features `<i>/<r>/sum`, `<i>/<r>/outer`, of another `<i>/<r>/rows` where features are
+    not stored; `<i>/mu`, `<i>/sigma` for other readers where they are not too wide; `header` is JSON.
     """
     arrays, header = {}, {"format": FORMAT, "detectors": []}
     for i, (identity, reference) in enumerate(references.items()):
-        statistics = reference.statistics
-        mu, sigma = statistics.moments()
-        entry = {"n": statistics.n, "sum": statistics.sum, "outer": statistics.outer, "mu": mu, "sigma": sigma}
-        if reference.features is not None and reference.features.nbytes <= feature_limit:
-            entry |= {"features": reference.features, "labels": reference.labels}
-        arrays |= {f"{i}/{name}": np.asarray(value) for name, value in entry.items()}
+        statistics, entry = reference.statistics, {"n": reference.statistics.n}
+        entry |= {name: getattr(reference, name) for name in ("labels", "hashes")}
+        kept = reference.features is not None and reference.features.nbytes <= feature_limit
+        entry["features"] = reference.features if kept else None
+        for row, group in statistics.groups.items():
+            if group.outer is not None:
+                entry |= {f"{row}/sum": group.sum, f"{row}/outer": group.outer}
+            elif not kept:
+                entry[f"{row}/rows"] = group.rows
+        if statistics.width <= DENSE_WIDTH:
+            entry["mu"], entry["sigma"] = statistics.moments()
+        arrays |= {f"{i}/{name}": np.asarray(value) for name, value in entry.items() if value is not None}
         header["detectors"].append({"identity": identity, "provenance": reference.provenance})
     with atomic_write(path) as f:
         np.savez(f, header=np.array(json.dumps(header)), **arrays)
@@ -77,17 +88,48 @@ def _from_npz(data):
     if "header" not in arrays:
         return _from_dict({"fid": {"mu": arrays["mu"], "sigma": arrays["sigma"]}})  # EDM
     header = json.loads(str(arrays["header"]))
-    if header.get("format") != FORMAT:
+    if header.get("format") not in (FORMAT, FIRST_FORMAT):
         raise ValueError(f"format {header.get('format')!r}, expected {FORMAT!r}")
     result = {}
     for i, entry in enumerate(header["detectors"]):
-        statistics = FeatureStatistics()
-        for name in ("n", "sum", "outer"):
-            setattr(statistics, name, torch.from_numpy(arrays[f"{i}/{name}"]))
-        features, labels = arrays.get(f"{i}/features"), arrays.get(f"{i}/labels")
-        identity = entry["identity"]
-        result[identity] = FeatureSet(identity, statistics, features, labels, entry["provenance"])
+        own = {name.removeprefix(f"{i}/"): a for name, a in arrays.items() if name.startswith(f"{i}/")}
+        if header["format"] == FIRST_FORMAT:
+            own |= {f"{row}/{name}": part for name in ("sum", "outer") for row, part in enumerate(own[name])}
+        identity, features, labels = entry["identity"], own.get("features"), own.get("labels")
+        statistics = _statistics(own, features, labels)
+        result[identity] = FeatureSet(identity, statistics, features, labels, entry["provenance"], own.get("hashes"))
     return result
+
+
+def _statistics(arrays, features, labels):
+    """FeatureStatistics of the arrays of one detector; ValueError where they contradict each other or are not finite."""
+    n = arrays["n"]
+    if n.ndim != 1 or n.dtype.kind not in "iu" or not n[:1].all() or (n < 0).any():
+        raise ValueError("counts of images must be integers, at least one of them overall")
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"'{name}' holds NaN or infinity; make it again")
+    for name in ("features", "labels", "hashes"):
+        if name in arrays and len(arrays[name]) != n[0]:
+            raise ValueError(f"{len(arrays[name])} {name} for {n[0]} images")
+    statistics = FeatureStatistics(len(n) - 1)
+    for row in np.flatnonzero(n).tolist():
+        if f"{row}/outer" in arrays:
+            total, outer = (torch.as_tensor(arrays[f"{row}/{name}"]).double() for name in ("sum", "outer"))
+            group, held = Group(len(total)), n[row]
+            group.n, group.sum, group.outer = int(held), total, outer
+            fits = outer.shape == (len(total), len(total))
+        else:
+            rows = arrays.get(f"{row}/rows", features if row == 0 or features is None else features[labels == row - 1])
+            if rows is None or rows.ndim != 2:
+                raise ValueError(f"no statistics of row {row}")
+            group, held, fits = Group(rows.shape[1]), len(rows), True
+            group.update(torch.as_tensor(rows).double())
+        statistics.width = statistics.width or len(group.sum)
+        if held != n[row] or not fits or len(group.sum) != statistics.width:
+            raise ValueError(f"statistics of row {row} do not fit: {held} of {n[row]} images, width {len(group.sum)}")
+        statistics.groups[row] = group
+    return statistics
 
 
 class _MomentsOnly(FeatureStatistics):
@@ -96,7 +138,7 @@ class _MomentsOnly(FeatureStatistics):
     def __init__(self, mu, sigma, n):
         super().__init__()
         self.mu, self.sigma, self._n = mu, sigma, n
-        self.sum = self.sum.new_zeros(1, len(mu))  # for the width
+        self.width = len(mu)
 
     def count(self, source=None):
         return self._n
@@ -105,6 +147,9 @@ class _MomentsOnly(FeatureStatistics):
         if source is not None:
             raise ValueError("this reference file has no statistics per source")
         return self.mu, self.sigma
+
+    def gaussian(self, source=None):
+        return Gaussian.of_moments(*self.moments(source))
 
 
 def _from_dict(data):
@@ -117,7 +162,10 @@ def _from_dict(data):
             mu, sigma = (np.asarray(entry[key], np.float64) for key in ("mu", "sigma"))
             if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
                 raise ValueError(f"'{name}': mu and sigma have shapes {mu.shape} and {sigma.shape}")
-            result[str(name)] = FeatureSet(str(name), _MomentsOnly(mu, sigma, n))
+            if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+                raise ValueError(f"'{name}': mu or sigma holds NaN or infinity")
+            content = {"content_hash": hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()}
+            result[str(name)] = FeatureSet(str(name), _MomentsOnly(mu, sigma, n), provenance=content)
     if not result:
         raise ValueError("holds no mu and sigma")
     return result

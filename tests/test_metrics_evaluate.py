@@ -199,6 +199,44 @@ def test_reference_file_round_trip(tmp_path, judge):
         require_detectors(found, ["fid"], path)
 
 
+@pytest.mark.parametrize("limit", [0, 2**30])
+def test_reference_files_of_either_form(tmp_path, limit):
+    """Sources with fewer images than features are stored as images; files of the first format, sums alone, are read."""
+    few = dataset(slice(500, 700))
+    reference = seen(few, "pixel")
+    save_references(tmp_path / "ref.npz", {"pixel": reference}, feature_limit=limit)
+    pixels, labels = reference.features.astype(np.float64), reference.labels
+    parts = [pixels, *(pixels[labels == s] for s in range(12))]  # the last two are empty
+    sums = {"n": [len(x) for x in parts], "sum": [x.sum(0) for x in parts], "outer": [x.T @ x for x in parts]}
+    kept = {"features": reference.features, "labels": labels} if limit else {}
+    header = {"format": "feature-reference-1", "detectors": [{"identity": "pixel", "provenance": {}}]}
+    arrays = {f"0/{name}": np.array(value) for name, value in (sums | kept).items()}
+    np.savez(tmp_path / "first.npz", header=np.array(json.dumps(header)), **arrays)
+    direct = evaluate(dataset(HELD), reference, "pixel", splits=1)
+    for name in ("ref.npz", "first.npz"):
+        found = load_references(tmp_path / name)["pixel"]
+        assert found.statistics.n[:11].tolist() == reference.statistics.n.tolist()
+        result = evaluate(dataset(HELD), found, "pixel", splits=1)
+        for section in (lambda r: r["overall"], lambda r: r["sources"]["3"], lambda r: r["mean"]):
+            assert section(result)["fd"] == pytest.approx(section(direct)["fd"], rel=1e-10)
+        assert (result["overall"]["kid"] == direct["overall"]["kid"]) == bool(limit)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, None])
+@pytest.mark.parametrize("name", ["features", "0/sum", "0/outer", "labels", "n"])
+def test_reference_files_that_are_not_finite_or_contradict_themselves(tmp_path, name, value):
+    save_references(tmp_path / "ref.npz", {"pixel": seen(dataset(slice(0, 90)), "pixel")})
+    arrays = dict(np.load(tmp_path / "ref.npz"))
+    bad = arrays[f"0/{name}"].astype(np.float64)
+    if value is None:
+        bad = bad[:-1] if name != "n" else -bad
+    else:
+        bad.flat[3] = value
+    np.savez(tmp_path / "bad.npz", **arrays | {f"0/{name}": bad})
+    with pytest.raises(ValueError, match=r"bad.npz' is no readable reference file \([^)]*(NaN|89 |fit|integers)"):
+        load_references(tmp_path / "bad.npz")
+
+
 def test_reference_file_without_features_has_distances_only(tmp_path):
     path = tmp_path / "ref.npz"
     reference = seen(dataset(REFERENCE), "pixel")

@@ -5,10 +5,13 @@ import socket
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
+from small_runs import python
 
 from metrics.detectors import get_detectors
-from metrics.features import collect_dataset
+from metrics.distances import Gaussian, frechet, frechet_distance
+from metrics.features import collect_dataset, image_hashes
 from metrics.statistics import FeatureStatistics
 from training.dataset import ArrayDataset
 
@@ -31,12 +34,70 @@ def check(statistics, x, labels):
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64, 256])
-def test_any_batch_size_gives_mean_and_covariance(batch):
-    x, labels = features()
+@pytest.mark.parametrize("width", [6, 80, 300])  # all groups wider than their images, the sources alone, none
+def test_any_batch_size_gives_mean_and_covariance(batch, width):
+    x, labels = features(width=width)
     statistics = FeatureStatistics(num_sources=3)
     for i in range(0, len(x), batch):
         statistics.update(x[i : i + batch], labels[i : i + batch])
     check(statistics, x, labels)
+
+
+def test_memory_follows_images_and_not_the_square_of_the_width():
+    x, labels = features(n=90, width=40)
+    labels = np.where(np.arange(90) < 50, 0, 1000)  # of 1001 sources two have images
+    statistics = FeatureStatistics(1001).update(x, labels)
+    assert [row for row, group in statistics.groups.items() if group.outer is not None] == [0, 1]  # more than 40 images
+    assert statistics.groups[1001].rows.shape == (40, 40) and list(statistics.groups) == [0, 1, 1001]
+    check(statistics, x, labels)
+
+
+@pytest.mark.filterwarnings("ignore:Matrix is singular")
+@pytest.mark.parametrize("n, m", [(20, 30), (20, 64), (20, 300), (300, 20), (65, 65), (2, 2), (300, 400)])
+def test_the_span_of_the_samples_gives_the_dense_distance(n, m):
+    """64 features of 20 images: the same Frechet distance as with matrices [64, 64], and as scipy's matrix root gives."""
+    rng = np.random.default_rng(n)
+    mixing = rng.normal(size=(64, 64))
+    x, y = rng.normal(size=(n, 64)) @ mixing, 3 + rng.normal(size=(m, 64)) @ mixing
+    a, b = FeatureStatistics().update(x), FeatureStatistics().update(y)
+    assert a.gaussian().factor.shape[1] <= min(n, 64)
+    found = frechet(a.gaussian(), b.gaussian())
+    assert found == pytest.approx(frechet_distance(*a.moments(), *b.moments()), rel=1e-9)
+    assert found == pytest.approx(frechet(Gaussian.of_features(x), Gaussian.of_features(y)), rel=1e-9)
+    (mu1, s1), (mu2, s2) = ((f.mean(0), np.cov(f, rowvar=False)) for f in (x, y))
+    root = scipy.linalg.sqrtm(s1 @ s2).real
+    assert found == pytest.approx(((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2 - 2 * root), rel=1e-6)
+
+
+def test_memory_is_estimated_before_the_work(monkeypatch):
+    """More than there is: one line with the advice. 20 images of 64x64x3 need no matrix of 12288 x 12288."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 3, 64, 64), dtype=np.uint8)
+    dataset = ArrayDataset(images, np.arange(20) % 2)
+    monkeypatch.setattr("metrics.statistics.free_memory", lambda: 40_000_000)
+    group = collect_dataset(dataset, get_detectors("pixel"))["pixel"].statistics.groups[0]
+    assert group.outer is None and group.rows.shape == (20, 12288)
+    monkeypatch.setattr("metrics.statistics.free_memory", lambda: 5_000_000)
+    with pytest.raises(
+        ValueError, match="'pixel': .*20 images with 12288 features.*0.005 GB are free: use.*classifier"
+    ):
+        collect_dataset(dataset, get_detectors("pixel"))
+    limit = "import resource, metrics.statistics as m; resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33)); "
+    done = python("-c", limit + "print(m.free_memory() < 2**33); m.require_memory('pixel', 10**5, 12288, 10)", code=1)
+    assert done.stdout == "True\n" and "100000 images with 12288 features take about 15.9 GB" in done.stderr
+
+
+def test_values_that_are_not_finite_are_refused():
+    x, labels = features()
+    for value in (np.nan, np.inf, -np.inf):
+        x[7, 2] = value
+        with pytest.raises(ValueError, match="features of 1 of 203 images hold NaN or infinity"):
+            FeatureStatistics(3).update(x, labels)
+    with pytest.raises(ValueError, match="detector 'root': features of 21 of 21 images hold NaN"):
+        collect_dataset(data(21), get_detectors([root]))
+
+
+def root(images):
+    return (-1 - integer_features(images)).sqrt()
 
 
 def test_source_ids_beyond_those_announced():
@@ -75,7 +136,10 @@ def data(n):
     return ArrayDataset(images, np.arange(n) % 3, num_classes=4)
 
 
-CASES = [(21, 4), (1, 4)]  # images, batch size: uneven last batches; a rank without images
+CASES = [(21, 4), (1, 4), (9, 2)]  # images, batch size: uneven last batches; a rank without images; none of 9 x 9
+
+
+SUMS = ("sum", "outer", "rows")
 
 
 def worker(rank, port, folder):
@@ -84,8 +148,10 @@ def worker(rank, port, folder):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     for n, batch in CASES:
         found = collect_dataset(data(n), get_detectors([integer_features]), batch_size=batch)["integer_features"]
-        sums = {name: getattr(found.statistics, name).numpy() for name in ("n", "sum", "outer")}
-        np.savez(f"{folder}/{n}-{rank}.npz", features=found.features, labels=found.labels, **sums)
+        groups = {f"{name}{row}": getattr(g, name) for row, g in found.statistics.groups.items() for name in SUMS}
+        sums = {name: value for name, value in groups.items() if value is not None}
+        seen = {name: getattr(found, name) for name in ("features", "labels", "hashes")}
+        np.savez(f"{folder}/{n}-{rank}.npz", n=found.statistics.n, **seen, **sums)
     torch.distributed.destroy_process_group()
 
 
@@ -101,6 +167,15 @@ def test_two_processes_equal_one(tmp_path):
         np.testing.assert_array_equal(found["features"], pixels)
         np.testing.assert_array_equal(found["labels"], np.arange(n) % 3)
         np.testing.assert_array_equal(found["n"], [n, *(len(range(s, n, 3)) for s in range(3)), 0])
-        np.testing.assert_allclose(found["sum"][0], pixels.sum(0), rtol=1e-12)
-        np.testing.assert_allclose(found["outer"][0], pixels.T @ pixels, rtol=1e-12)
-        np.testing.assert_allclose(found["sum"][2], pixels[1::3].sum(0), rtol=1e-12)
+        np.testing.assert_array_equal(
+            found["hashes"], image_hashes(torch.from_numpy(np.stack([x[i][0] for i in range(n)])))
+        )
+        for row, part in enumerate([pixels, *(pixels[s::3] for s in range(3))]):
+            if not len(part):
+                assert f"sum{row}" not in found
+                continue
+            np.testing.assert_allclose(found[f"sum{row}"], part.sum(0), rtol=1e-12)
+            if len(part) > 9:
+                np.testing.assert_allclose(found[f"outer{row}"], part.T @ part, rtol=1e-12)
+            else:
+                np.testing.assert_array_equal(*map(sorted, map(np.ndarray.tolist, (found[f"rows{row}"], part))))
