@@ -6,6 +6,7 @@ import os
 import click
 
 from dnnlib import cli, experiment
+from dnnlib.reading import parse_yaml
 from dnnlib.util import locked, reason
 
 EXAMPLES = """
@@ -40,15 +41,13 @@ def load_scripts():
 
 def parse_setting(text):
     """'name=value' -> (name, value), the value read as YAML; a comma-separated list of scalars is a list."""
-    import yaml
-
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--set {text}: give NAME=VALUE")
     try:
-        parts = [yaml.safe_load(part) for part in value.split(",")]
-        return name, yaml.safe_load(value) if len(parts) == 1 or value.lstrip().startswith(("[", "{")) else parts
-    except yaml.YAMLError as err:
+        parts = [parse_yaml(part) for part in value.split(",")]
+        return name, parse_yaml(value) if len(parts) == 1 or value.lstrip().startswith(("[", "{")) else parts
+    except ValueError as err:
         raise ValueError(f"--set {text}: the value is not readable ({reason(err)})") from err
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from dnnlib.reading import read_yaml
 from dnnlib.util import parse_integers, parse_nimg, parse_seeds, reason
 
 INTERRUPTED = 75  # exit code of a training that was stopped by a signal after writing a checkpoint (EX_TEMPFAIL)
@@ -97,18 +98,15 @@ def _read_config(ctx, param, paths):
     """Merge YAML files into the defaults of the command: later files win, the command line wins over all."""
     if not paths:
         return paths
-    import yaml
-
     merged = dict(ctx.default_map or {})
     options = [p for p in ctx.command.params if p is not param]
     known = {name: p for p in options for name in (p.name, *(o.lstrip("-") for o in p.opts))}
     for path in paths:
         try:
-            with open(path, encoding="utf-8") as file:
-                values = yaml.safe_load(file) or {}
-        except (OSError, ValueError, yaml.YAMLError, RecursionError) as err:
+            values = read_yaml(path) or {}
+        except (OSError, ValueError) as err:
             why = err.strerror if isinstance(err, OSError) and err.strerror else _reason(err)
-            raise click.BadParameter(f"{path}: {why}", ctx, param) from err
+            raise click.BadParameter(f"{path}: {why.removeprefix(f'{path}: ')}", ctx, param) from err
         if not isinstance(values, dict):
             raise click.BadParameter(f"{path}: must map option names to values", ctx, param)
         for name, value in values.items():

@@ -17,6 +17,7 @@ A run line may start with `torchrun --standalone --nproc_per_node=2`: the step t
 `<out>/steps/<name>.json` holds the same command line. Interrupting loses the steps in progress only.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import fnmatch
@@ -38,9 +39,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from tqdm import tqdm
 
+from dnnlib.reading import read_json, read_yaml
 from dnnlib.util import reason, write_json
 
 ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
@@ -58,6 +59,7 @@ LAUNCHER_VALUES = {
 # Options that name what a command writes; of a script its own.
 OUTPUTS = {"dest", "outdir", "figure", "tables", "save", "results-dir", "figures-dir"}
 SCRIPT_OUTPUTS = {"dataset_tool.py": {"holdout"}}
+MOST_STEPS, MOST_REPLACED = 2000, 1000  # steps of one entry, settings in one word
 REPLACED = "replaced"  # folder of outputs that a step made before its command or inputs changed
 
 
@@ -142,9 +144,15 @@ def _link(steps, root):
         step.reads = {path for path in step.reads if not (path + os.sep).startswith(inside)}  # the rest is from outside
 
 
-def _fill(template, values, where):
+def _fill(template, values, where, done=None):
+    """The template with `{name}` replaced, in what replaces it too; done: one entry per replacement so far."""
+    done = [] if done is None else done
+
     def replace(match):
         name, comma = match[1], match[2]
+        done.append(name)
+        if len(done) > MOST_REPLACED:
+            raise ValueError(f"{where}: settings that refer to each other stand for too much")
         if name not in values:
             raise ValueError(f"{where}: no setting named {name!r}; known: {', '.join(sorted(values))}")
         value = values[name]
@@ -152,7 +160,7 @@ def _fill(template, values, where):
             return ",".join(str(v) for v in (value if isinstance(value, list) else [value]))
         # A setting may be made of others; it must not contain itself.
         rest = {key: v for key, v in values.items() if key != name}
-        return _fill(value, rest, where) if isinstance(value, str) else str(value)
+        return _fill(value, rest, where, done) if isinstance(value, str) else str(value)
 
     return re.sub(r"\{(\w+)(,?)\}", replace, template)
 
@@ -170,8 +178,13 @@ def _combinations(foreach, values, where):
                     raise ValueError(f"{where}: foreach names the setting {items!r}, which is not there")
                 chosen = known[items]
             for item in chosen if isinstance(chosen, list) else [chosen]:
-                longer.append({**assignment, **(item if isinstance(item, dict) else {name: item})})
+                named = item if isinstance(item, dict) else {name: item}
+                if not all(isinstance(key, str) for key in named):
+                    raise ValueError(f"{where}: foreach {name} must map names to values")
+                longer.append({**assignment, **named})
         assignments = longer
+        if len(assignments) > MOST_STEPS:
+            raise ValueError(f"{where}: foreach makes more than {MOST_STEPS} steps")
     return assignments
 
 
@@ -195,14 +208,13 @@ def load(path: str | Path, budget: str | None = None, overrides: dict | None = N
     budget: names (comma-separated) of entries under `budgets`, applied in order; overrides: {setting: value}, last.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            spec = yaml.safe_load(file)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as err:
+        spec = read_yaml(path)
+    except (OSError, ValueError) as err:
         raise ValueError(f"{path}: not a readable experiment file ({reason(err)})") from err
     if not isinstance(spec, dict) or not isinstance(spec.get("steps"), list):
         raise ValueError(f"{path}: an experiment file is a mapping with the keys name, settings, budgets and steps")
     for key in ("settings", "budgets"):
-        if not isinstance(spec.get(key) or {}, dict):
+        if not isinstance(spec.get(key) or {}, dict) or not all(isinstance(n, str) for n in spec.get(key) or {}):
             raise ValueError(f"{path}: {key} must map names to values")
     name = spec.get("name") or Path(path).stem
     settings = dict(spec.get("settings") or {})
@@ -210,7 +222,7 @@ def load(path: str | Path, budget: str | None = None, overrides: dict | None = N
     for part in (budget or "default").split(","):
         if part not in budgets:
             raise ValueError(f"--budget={part} is unknown to {path}; known: {', '.join(sorted(budgets))}")
-        if not isinstance(budgets[part] or {}, dict):
+        if not isinstance(budgets[part] or {}, dict) or not all(isinstance(n, str) for n in budgets[part] or {}):
             raise ValueError(f"{path}: the budget {part} must map names to values")
         settings.update(budgets[part] or {})
     unknown = set(overrides or {}) - {*settings, "out"}
@@ -243,7 +255,7 @@ def load(path: str | Path, budget: str | None = None, overrides: dict | None = N
     strange = next((n for n in names if "/" in n or n in ("", ".", "..") or not n.isprintable()), None)
     if strange is not None:
         raise ValueError(f"{path}: a step is called {strange!r}, which cannot be the name of a file: use letters and -")
-    double = next((n for n in names if names.count(n) > 1), None)
+    double = next((n for n, count in collections.Counter(names).items() if count > 1), None)
     if double is not None:
         raise ValueError(f"{path}: two steps are called {double!r}: put what differs into the name")
     for step in steps:
@@ -258,7 +270,7 @@ def _marker(out, step):
 
 def _read_marker(out, step):
     try:
-        marker = json.loads(_marker(out, step).read_text(encoding="utf-8"))
+        marker = read_json(_marker(out, step))
         return marker if isinstance(marker["key"], str) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -172,7 +172,7 @@ def broken_files(pixels):
         "mixed kinds": (with_json({"labels": labels[:5] + [[last, [1.0]]]}), "same length"),
         "text label": (with_json({"labels": labels[:5] + [[last, "cat"]]}), f"label of {last}"),
         "float index": (with_json({"labels": labels[:5] + [[last, 1.5]]}), f"label of {last}"),
-        "huge": (with_json({"labels": labels[:5] + [[last, 10**30]]}), "class indices"),
+        "huge": (with_json({"labels": labels[:5] + [[last, 10**30]]}), "64 bits"),
         "not finite": (with_json(json.dumps({"labels": [[n, [float("nan")]] for n, _ in labels]}).encode()), "finite"),
         "no pairs": (with_json({"labels": {"a": 1}}), "pairs"),
         "no object": (with_json([1]), "object"),

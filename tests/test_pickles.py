@@ -2,6 +2,7 @@
 
 import collections
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -92,3 +93,62 @@ def test_crafted_and_damaged(data):
     with pytest.raises(ValueError) as error:
         pickles.load(data)
     assert "\n" not in str(error.value) and str(error.value)
+
+
+def deep_key():
+    """A dict whose key is a tuple in a tuple in a tuple ...: hashing it would overflow the stack of the interpreter."""
+    return b"\x80\x02}K\x01" + b"\x85" * 200_000 + b"K\x01s."
+
+
+def shared(levels, width):
+    """A list of lists that is small in memory and without end to who walks through it."""
+    data = b"]K\x01aq\x00"
+    for level in range(levels):
+        data += b"](" + (b"h%c" % level) * width + b"eq%c" % (level + 1)
+    return data + b"."
+
+
+HOSTILE = {
+    "deep key": deep_key(),
+    "deep list": b"]" * 200_000 + b"a" * 199_999 + b".",
+    "deep tuple": b"K\x01" + b"\x85" * 200_000 + b".",
+    "shared lists": shared(30, 20),
+    "place in the memo": b"Nr\xff\xff\xff\xff0.",
+    "array of many": b"cnumpy\nndarray\n)R(K\x01(I1000000000\ntcnumpy\ndtype\n(X\x02\x00\x00\x00u1tRI00\nC\x00tb.",
+    "integer of a megabyte": b"\x8b" + (10**6).to_bytes(4, "little") + b"\x7f" * 10**6 + b".",
+    "text integer": b"I" + b"9" * 10**6 + b"\n.",
+    "text long": b"L" + b"9" * 10**6 + b"L\n.",
+    "float as integer key": b"}G" + b"\x00" * 8 + b"K\x01s.",
+    "list as key": b"}]K\x01s.",
+    "state of a list": b"]}b.",
+    "state of a dict": b"}(X\x03\x00\x00\x00aaaK\x01db.",
+    "persistent id": b"Pa\n.",
+    "persistent object": b"K\x01Q.",
+    "out-of-band buffer": b"\x80\x05\x97.",
+    "extension": b"\x82\x01.",
+    "old instance": b"(icollections\nOrderedDict\n.",
+    "dtype with a comma": b"cnumpy\ndtype\n(X\x05\x00\x00\x00f8,f8tR.",
+    "dtype of a class": b"cnumpy\ndtype\n(cnumpy\ndtype\ntR.",
+    "set": b"\x8f.",
+    "frozenset": b"(\x91.",
+    "endless string": b"\x8e" + b"\xff" * 8 + b"x.",
+    "nothing to take": b"a.",
+    "no mark": b"t.",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles_end_at_once(name):
+    before = time.process_time()
+    with pytest.raises(ValueError) as error:
+        pickles.load(HOSTILE[name])
+    assert "\n" not in str(error.value) and time.process_time() - before < 1
+
+
+def test_bytes_are_not_copied_without_end():
+    """A string of 64 kB from which thousands of arrays are made."""
+    text = b"X" + (2**16).to_bytes(4, "little") + b"a" * 2**16 + b"q\x00"
+    make = b"c_codecs\nencode\n(h\x00tR"
+    assert pickles.load(b"(" + text + make * 2 + b"l.")[1:] == [b"a" * 2**16] * 2
+    with pytest.raises(ValueError, match="more than it holds"):
+        pickles.load(b"(" + text + make * 5000 + b"l.")

