@@ -1,13 +1,11 @@
 """Published generation presets against the published table; cached downloads; guidance of weight 1 through generation."""
 
 import hashlib
-import os
 import urllib.error
 from pathlib import Path
 
 import pytest
 import torch
-from small_runs import python
 
 from dnnlib import download
 from torch_utils import persistence
@@ -85,15 +83,6 @@ def test_downloads_are_cached_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not download.is_url("runs/https-net") and download.is_url("https://example.org/net.safetensors")
     monkeypatch.delenv("DNNLIB_CACHE_DIR")
     assert download.cache_path("https://a/b.pkl").parent == Path.home() / ".cache" / "dnnlib" / "downloads"
-
-
-def test_a_published_pickle_is_refused_in_one_line_before_any_download(tmp_path):
-    env = {**os.environ, "DNNLIB_CACHE_DIR": str(tmp_path / "cache")}
-    options = ["--preset=edm2-img512-s-autog-fid", f"--outdir={tmp_path / 'out'}"]
-    done = python("generate_images.py", *options, code=2, env=env)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("Error")]
-    assert len(lines) == 1 and "edm2-img512-s-2147483-0.070.pkl" in lines[0]
-    assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
 
 
 def test_guidance_of_weight_one_is_no_guidance_bit_for_bit(tiny_net, tmp_path):

@@ -21,6 +21,7 @@ import torch
 
 from dnnlib import download
 from dnnlib.util import atomic_write, reason
+from torch_utils import foreign
 
 FORMAT = "multi-source-diffusion snapshot"
 VERSION = 2
@@ -157,24 +158,27 @@ def save_snapshot(
         file.write(data)
 
 
+_SUFFIXES = (".safetensors", *foreign.SUFFIXES)
+
+
 def resolve(path: str | Path) -> Path:
     """The snapshot file that `path` means: itself, of a URL its cached download, of a run folder the newest one.
 
     Raises ValueError if that is unclear, or, before anything is downloaded, for a format that is not read.
     """
     if download.is_url(path):
-        if not str(path).endswith(".safetensors"):
-            raise ValueError(f"{path}: not a .safetensors snapshot; other formats are not read: give --net by file")
+        if not (str(path).endswith(".safetensors") or foreign.is_foreign(path)):
+            raise ValueError(f"{path}: not a snapshot ({', '.join(_SUFFIXES)})")
         path = download.cached(str(path))
     path = Path(path)
     if not path.is_dir():
         return path
     found = {}
-    for file in path.glob("network-snapshot-*.safetensors"):
-        if match := re.fullmatch(r"network-snapshot-(\d+)-(.+)\.safetensors", file.name):
+    for file in path.glob("network-snapshot-*"):
+        if match := re.fullmatch(r"network-snapshot-(\d+)(-.+)?\.(safetensors|pkl)", file.name):
             found.setdefault(int(match[1]), []).append(file)
     if not found:
-        raise ValueError(f"{path}: no network-snapshot-*.safetensors in this folder")
+        raise ValueError(f"{path}: no network-snapshot-*.safetensors (or .pkl) in this folder")
     newest = sorted(found[max(found)])
     if len(newest) > 1:
         names = ", ".join(file.name for file in newest)
@@ -199,12 +203,17 @@ def _from_version_1(header):
 
 
 def read_header(path: str | Path, kind: str = FORMAT) -> dict:
-    """The header of a file of `save_snapshot`. Raises ValueError, in one line, for anything that is not one of ours."""
+    """The header of a file of `save_snapshot`, or that of another system's snapshot in the same form.
+
+    Raises ValueError, in one line, for anything else.
+    """
     path = resolve(path)
+    if kind == FORMAT and foreign.is_foreign(path):
+        return read_snapshot(path)[0]
     if not path.is_file():
         raise ValueError(f"{path}: no such snapshot")
     if kind == FORMAT and path.suffix != ".safetensors":
-        raise ValueError(f"{path}: not a .safetensors snapshot; other formats are not read")
+        raise ValueError(f"{path}: not a snapshot ({', '.join(_SUFFIXES)})")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = _from_version_1(json.loads((file.metadata() or {})["header"]))
@@ -224,24 +233,51 @@ def read_header(path: str | Path, kind: str = FORMAT) -> dict:
     return header
 
 
+def read_snapshot(path: str | Path, kind: str = FORMAT, part: str = "ema") -> tuple[dict, dict[str, torch.Tensor]]:
+    """(header, tensors by name: "net.<name>" and "process.<name>") of a snapshot file, in the types they are stored in.
+
+    part: of another system's file that keeps both: "ema" or "net". Raises ValueError as `load_snapshot`.
+    """
+    path = resolve(path)
+    if kind == FORMAT and foreign.is_foreign(path):
+        header, state = foreign.read(path, part)
+        header = {"format": FORMAT, "version": VERSION, **header}
+        return header, {f"net.{name}": value for name, value in state.items()}
+    header = read_header(path, kind)
+    try:
+        return header, safetensors.torch.load_file(path, device="cpu")
+    except (safetensors.SafetensorError, OSError) as err:
+        raise ValueError(f"{path}: damaged snapshot ({err})") from err
+
+
 def load_snapshot(
     path: str | Path, device: str | torch.device = "cpu", classes: dict[str, type] | None = None, kind: str = FORMAT
 ) -> Snapshot:
     """Read a snapshot -> Snapshot with the network in eval mode on `device`, float32, gradients off.
 
-    path: a file, or a run folder (its newest snapshot). classes: {name: class} extends the allow-list by the caller's own
-    networks, encoders, kernels and processes. Raises ValueError for a missing, damaged or foreign file, a class that is
-    not on the list, or tensors that do not fit.
+    path: a file or URL, or a run folder (its newest snapshot). Reads ours, and those of EDM2, EDM and PFGM++ (.pkl, .pt:
+    their averaged network) as data. classes: {name: class} extends the allow-list by the caller's own networks, encoders,
+    kernels and processes. Raises ValueError for a missing or damaged file, a class that is not on the list, or tensors that
+    do not fit.
     """
     path = resolve(path)
-    header = read_header(path, kind)
+    return assemble(path, *read_snapshot(path, kind), device, classes)
+
+
+def assemble(
+    path: str | Path,
+    header: dict,
+    state: dict[str, torch.Tensor],
+    device: str | torch.device = "cpu",
+    classes: dict[str, type] | None = None,
+) -> Snapshot:
+    """The Snapshot of what `read_snapshot` read; path: for messages."""
+    own = {name[8:]: value for name, value in state.items() if name.startswith("process.")}
+    state = {name.removeprefix("net."): value for name, value in state.items() if not name.startswith("process.")}
     try:
-        state = safetensors.torch.load_file(path, device="cpu")
-    except (safetensors.SafetensorError, OSError) as err:
-        raise ValueError(f"{path}: damaged snapshot ({err})") from err
-    own = {name[8:]: state.pop(name) for name in list(state) if name.startswith("process.")}
-    try:
-        net = build(header["net"], classes, {name.removeprefix("net."): value for name, value in state.items()})
+        if foreign.is_foreign(path):
+            _require_fit(header["net"], state)
+        net = build(header["net"], classes, state)
         encoder = build(header.get("encoder"), classes)
         process = build(header.get("process"), classes, own)
     except ValueError as err:
@@ -250,3 +286,15 @@ def load_snapshot(
         process.requires_grad_(False)
     net = net.to(device).eval().requires_grad_(False)
     return Snapshot(net=net, encoder=encoder, process=process, options=header.get("options", {}), header=header)
+
+
+def _require_fit(spec, state):
+    """Compares shapes before there is memory: the arguments in a file may describe any network."""
+    with torch.device("meta"):
+        expected = build(spec).state_dict()
+    for name in [*expected, *state]:
+        shapes = [list(part[name].shape) if name in part else None for part in (expected, state)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"does not fit class {spec['class']} ({name}: {shapes[1]} in the file, {shapes[0]} expected)"
+            )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import pickletools
 import re
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -20,14 +21,14 @@ MOST_INTEGER = 2**64
 MOST_WAITING = 2**16  # values that are not yet part of another
 
 
-class _StandIn:
+class StandIn:
     """What a pickle may name: classes that take no state of their own, so that no file can change them."""
 
-    def set_state(self, state):
+    def set_state(self, state: object) -> None:
         raise ValueError("unexpected state")
 
 
-class _DType(_StandIn):
+class _DType(StandIn):
     """numpy.dtype of plain numbers."""
 
     def __init__(self, name, align=False, copy=False):
@@ -53,7 +54,7 @@ def _array(data, dtype, shape, order="C"):
     return np.ndarray(shape, dtype.dtype, data, order=order).copy(order="K")
 
 
-class _Array(_StandIn):
+class _Array(StandIn):
     """numpy.ndarray and its `_reconstruct`; the array comes with the state."""
 
     value = None
@@ -66,25 +67,25 @@ class _Array(_StandIn):
         self.value = _array(data, dtype, shape, "F" if fortran else "C")
 
 
-class _FromBuffer(_StandIn):  # arrays of protocol 5
+class _FromBuffer(StandIn):  # arrays of protocol 5
     def __new__(cls, data, dtype, shape, order, axes=None):
         array = _array(data, dtype, shape, "F" if order == "F" else "C")
         return array if axes is None else array.transpose(axes)
 
 
-class _Scalar(_StandIn):
+class _Scalar(StandIn):
     def __new__(cls, dtype, data):
         return _array(data, dtype, ())[()]
 
 
-class _Bytes(_StandIn):  # bytes of protocol 2
+class _Bytes(StandIn):  # bytes of protocol 2
     def __new__(cls, text="", encoding="latin1"):
         if encoding != "latin1":
             raise ValueError("unexpected text encoding")
         return text.encode("latin1")
 
 
-class _Dict(_StandIn):
+class _Dict(StandIn):
     def __new__(cls):
         return {}
 
@@ -113,19 +114,23 @@ class _Tuple(tuple):
             raise ValueError("nested too deeply")
 
 
-class _Machine:
-    """Runs one pickle."""
+class Machine:
+    """Runs one pickle, up to its end. Subclasses add what it may name, and instructions as methods of their names."""
 
-    def __init__(self, data):
+    names = _NAMES  # {"module.name": class}
+    most_integer = MOST_INTEGER
+
+    def __init__(self, data: bytes | BinaryIO, size: int | None = None):
         self.data, self.stack, self.marks, self.memo = data, [], [], {}
-        self.room = 4 * len(data) + 2**16  # bytes of arrays and strings that may be made
+        self.room = 4 * (len(data) if size is None else size) + 2**16  # bytes of arrays and strings that may be made
 
-    def run(self):
+    def run(self) -> object:
+        """What the pickle holds, with stand-ins in place of objects; `plain` makes data of it."""
         push = self.stack.append
         for count, (instruction, value, _) in enumerate(pickletools.genops(self.data)):
             name = instruction.name
             if name in _VALUES:
-                if type(value) is int and abs(value) >= MOST_INTEGER:
+                if type(value) is int and abs(value) >= self.most_integer:
                     raise ValueError("an integer of more than 64 bits")
                 push(value)
             elif name in _CONSTANTS:
@@ -139,7 +144,8 @@ class _Machine:
             elif name in _TUPLES:
                 push(_Tuple(self.take(_TUPLES[name])))
             elif name == "STOP":
-                return _Plain(4 * count + 1000)(self.stack[-1])
+                self.count = count
+                return self.stack[-1]
             elif hasattr(self, name):
                 getattr(self, name)(value)
             elif name not in ("PROTO", "FRAME"):
@@ -147,7 +153,7 @@ class _Machine:
             if len(self.stack) > MOST_WAITING:
                 raise ValueError("nested too deeply")
 
-    def take(self, count=None):
+    def take(self, count: int | None = None) -> list:
         """The last entries of the stack, or those since the last mark."""
         start = self.marks.pop() if count is None else len(self.stack) - count
         if start < 0:
@@ -156,73 +162,73 @@ class _Machine:
         del self.stack[start:]
         return part
 
-    def top(self, kind):
+    def top(self, kind: type) -> Any:
         if not isinstance(self.stack[-1], kind):
             raise ValueError(f"not a {kind.__name__.strip('_')}")
         return self.stack[-1]
 
-    def TUPLE(self, _):
+    def TUPLE(self, _: object) -> None:
         self.stack.append(_Tuple(self.take()))
 
-    def LIST(self, _):
+    def LIST(self, _: object) -> None:
         self.stack.append(self.take())
 
-    def EMPTY_LIST(self, _):
+    def EMPTY_LIST(self, _: object) -> None:
         self.stack.append([])
 
-    def EMPTY_DICT(self, _):
+    def EMPTY_DICT(self, _: object) -> None:
         self.stack.append({})
 
-    def DICT(self, _):
+    def DICT(self, _: object) -> None:
         entries = self.take()
         self.stack.append({})
         self.set_items(entries)
 
-    def APPEND(self, _):
+    def APPEND(self, _: object) -> None:
         (entry,) = self.take(1)
         self.top(list).append(entry)
 
-    def APPENDS(self, _):
+    def APPENDS(self, _: object) -> None:
         entries = self.take()
         self.top(list).extend(entries)
 
-    def SETITEM(self, _):
+    def SETITEM(self, _: object) -> None:
         self.set_items(self.take(2))
 
-    def SETITEMS(self, _):
+    def SETITEMS(self, _: object) -> None:
         self.set_items(self.take())
 
-    def set_items(self, entries):
+    def set_items(self, entries: list) -> None:
         if not all(type(key) in (str, bytes, int) for key in entries[::2]):  # others may be deep, and hashed in C
             raise ValueError("a key that is neither text nor an integer")
         self.top(dict).update(zip(entries[::2], entries[1::2], strict=True))
 
-    def GLOBAL(self, value):
+    def GLOBAL(self, value: str) -> None:
         self.find(value.replace(" ", "."))
 
-    def STACK_GLOBAL(self, _):
+    def STACK_GLOBAL(self, _: object) -> None:
         self.find(".".join(self.take(2)))
 
-    def find(self, name):
-        if name not in _NAMES:
+    def find(self, name: str) -> None:
+        if name not in self.names:
             raise ValueError(f"refuses to load {name!r:.100}")
-        self.stack.append(_NAMES[name])
+        self.stack.append(self.names[name])
 
-    def REDUCE(self, _):
+    def REDUCE(self, _: object) -> None:
         kind, arguments = self.take(2)
-        if kind not in _NAMES.values() or not isinstance(arguments, tuple):
+        if kind not in self.names.values() or not isinstance(arguments, tuple):
             raise ValueError("refuses to call what it does not know")
         self.stack.append(self.counted(kind(*arguments)))
 
     NEWOBJ = REDUCE
 
-    def BUILD(self, _):
+    def BUILD(self, _: object) -> None:
         (state,) = self.take(1)
-        made = self.top(_StandIn)
+        made = self.top(StandIn)
         made.set_state(state)
         self.counted(getattr(made, "value", None))
 
-    def counted(self, made):
+    def counted(self, made: object) -> object:
         """What was made, if all that is made takes no more room than the pickle's length allows."""
         self.room -= made.nbytes if isinstance(made, np.ndarray) else len(made) if isinstance(made, bytes) else 0
         if self.room < 0:
@@ -254,9 +260,15 @@ class _Plain:
         return value
 
 
+def plain(value: object, most: int = 100_000) -> object:
+    """What a machine made, as plain data of at most so many values. Raises ValueError for anything else."""
+    return _Plain(most)(value)
+
+
 def load(data: bytes) -> object:
     """The content of a pickle; text of Python 2 is read as latin-1. Raises ValueError, in one line, for anything else."""
     try:
-        return _Machine(data).run()
+        machine = Machine(data)
+        return plain(machine.run(), 4 * machine.count + 1000)
     except Exception as err:  # a broken pickle fails in any way at all
         raise ValueError(reason(err)) from err
