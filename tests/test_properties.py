@@ -19,7 +19,7 @@ from dnnlib import format_nimg, parse_nimg, parse_seeds
 from dnnlib.util import MAX_SEEDS
 from training import generation, setup
 from training.dataset import ImageFolderDataset
-from training.dataset.format import parse_meta
+from training.dataset.labels import parse_meta
 
 QUICK = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 

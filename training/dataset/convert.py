@@ -290,6 +290,10 @@ class _Writing:
 class Conversion(_Writing):
     """Which images `convert` takes, and what it makes of them."""
 
+    split_folder: str | None = opt(
+        None, "Folder to take of train, val, test, ... [default: train where there is one]", metavar="NAME"
+    )
+    skip_bad: bool = False  # leave out corrupt images, and list them
     sources: Sequence[int] | None = opt(
         None, "Keep these class indices only, e.g. 0,3,5-7; ids stay as they are", type=cli.INTS
     )
@@ -322,6 +326,18 @@ class LatentOptions(_Writing):
     device: str | None = opt(None, "Where the VAE runs [default: a GPU where there is one]", metavar="DEVICE")
 
 
+def _is_sound(source, index, known):
+    """Whether an item can be read; `known` keeps why not, or None."""
+    index = int(index)
+    if index not in known:
+        known[index] = None
+        try:
+            source.read(index)
+        except ValueError as err:
+            known[index] = str(err)
+    return known[index] is None
+
+
 def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **options: object) -> dict:
     """Write the data set(s); returns a summary (`count`, `holdout`, `skipped`, `per_source`, ...). ValueError.
 
@@ -335,31 +351,42 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
         raise ValueError("--holdout and --dest must be two files")
     for path in filter(None, (dest, o.holdout)):
         check_dest(path, o.overwrite)
-    source = source if isinstance(source, ImageSource) else open_source(source)
+    source = source if isinstance(source, ImageSource) else open_source(source, o.split_folder)
     if source.latents and (o.transform is not None or o.resolution is not None or o.channels != "auto"):
         raise ValueError("latents are copied as they are: drop --transform, --resolution and --channels")
     mode = "L" if o.channels == "1" or (o.channels == "auto" and source.grey) else "RGB"
-    accept = None
+    bad, vetoes = {}, []
+    if o.skip_bad:
+        vetoes.append(lambda i: _is_sound(source, i, bad))
     if o.transform == "center-crop-wide":
         size = source.size or (lambda i: source.read(i).size)
-        accept = lambda i: wide_rows(size(i), *o.resolution) is not None
+        vetoes.append(lambda i: wide_rows(size(i), *o.resolution) is not None)
+    accept = (lambda i: all(veto(i) for veto in vetoes)) if vetoes else None
     labels = source.labels
     if o.shuffle_labels is not None:
         labels = permute_labels(labels, o.sources, o.shuffle_labels)
     chosen, rest = select_images(labels, source.count, o.sources, o.per_source, o.max_images, o.subset_seed, accept)
+    if o.skip_bad:
+        chosen, rest = (np.array([i for i in part if _is_sound(source, i, bad)], np.int64) for part in (chosen, rest))
+        if not len(chosen):
+            raise ValueError(f"--skip-bad: none of the chosen images can be read, such as {next(iter(bad.values()))}")
     if o.holdout is not None and not len(rest):
         raise ValueError(f"--holdout={o.holdout}: no images are left for it; lower --per-source={o.per_source}")
     labels = labels if labels is not None else [None] * source.count
+    unlabelled = sum(labels[i] is None for i in chosen) if source.labels is not None else 0
     summary = {
         "source": source.name,
         "dest": os.fspath(dest),
         "count": len(chosen),
         "holdout": len(rest) if o.holdout is not None else 0,
         "skipped": 0,
+        "bad": [source.describe(i) for i in sorted(i for i, why in bad.items() if why)],
         "channels": None if source.latents else len(mode),
         "num_classes": source.num_classes,
         "per_source": dict(sorted(Counter(labels[i] for i in chosen if isinstance(labels[i], int)).items())),
-        "unlabelled": sum(labels[i] is None for i in chosen) if source.labels is not None else 0,
+        "unlabelled": unlabelled,
+        "understood": source.about,
+        "warnings": [*source.warnings, *([f"{source.missing}, so labels are null"] if unlabelled else [])],
     }
     if o.dry_run:
         return summary

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import os
+import warnings
 from collections.abc import Iterator, Sequence, Sized
 
 import numpy as np
@@ -19,15 +20,9 @@ import torch
 from numpy.typing import ArrayLike
 
 from dnnlib import EasyDict
-from training.dataset.format import (
-    LABELS_FILE,
-    Container,
-    base_name,
-    check_labels,
-    decode_image,
-    extension,
-    image_extensions,
-)
+from training.dataset.format import LABELS_FILE, base_name, decode_image, extension
+from training.dataset.labels import check_labels
+from training.dataset.listing import Container, understand
 from training.dataset.order import order
 
 
@@ -196,13 +191,12 @@ class Dataset(torch.utils.data.Dataset):
         form = f"{image.dtype.str} {image.shape} {label.dtype.str} {label.shape}".encode()
         return hashlib.sha256(form + image.tobytes() + label.tobytes()).hexdigest()
 
-    def __getstate__(self):  # workers keep their own images; they need labels, not the file of names behind them
-        state = {key: value for key, value in vars(self).items() if key != "_meta"}
-        return dict(state, _cache=None if self._cache is None else {})
+    def __getstate__(self):  # workers keep their own images
+        return dict(vars(self), _cache=None if self._cache is None else {})
 
 
 class ImageFolderDataset(Dataset):
-    """Folder or zip of images (EDM2 format). Items are the sorted names. Options: those of Dataset.
+    """Folder or zip of images (EDM2 format), understood by `listing`. Items are in natural order. Options: those of Dataset.
 
     Raises ValueError, in one line with file and remedy, for: a path that is no folder and no zip, a truncated zip, no
     images, `resolution` given and different, an unreadable `dataset.json`, an image without an entry, labels out of
@@ -224,10 +218,14 @@ class ImageFolderDataset(Dataset):
             if not os.path.exists(self.path):
                 raise ValueError(f"{self.path}: no such file; write it with `dataset_tool.py convert`")
         self._files = Container(self.path, remedy="; write the data set again")
-        supported = image_extensions() | {".npy"}
-        self._image_names = [name for name in self._files.names if extension(name) in supported]
-        if not self._image_names:
-            raise ValueError(f"{self.path}: no images found; write a data set with `dataset_tool.py convert`")
+        layout = understand(self._files)
+        if layout.missing is not None:
+            raise ValueError(f"{layout.missing}; give every image one, or set labels to null")
+        for text in [*layout.warnings, *([layout.sentence] if layout.other_parts else [])]:
+            warnings.warn(f"{self.path}: {text}", stacklevel=2)
+        self.about, self._image_names = layout.sentence, layout.names
+        self._labels = None if layout.labels is None else np.array(layout.labels)
+        self.class_names, self._given_classes = layout.class_names, layout.num_classes
         shape = self._read_image(self._image_names[0]).shape
         if resolution is not None and shape[1:] != (resolution, resolution):
             raise ValueError(
@@ -256,32 +254,8 @@ class ImageFolderDataset(Dataset):
             )
         return image
 
-    @functools.cached_property
-    def _meta(self):
-        return self._files.meta()
-
-    @property
-    def _given_classes(self):
-        return self._meta.get("num_classes")
-
-    @property
-    def class_names(self) -> list[str] | None:
-        return self._meta.get("class_names")
-
     def _load_raw_labels(self):
-        labels = self._meta.get("labels")
-        if labels is None:
-            return None
-        missing = [name for name in self._image_names if name not in labels]
-        if missing:
-            raise ValueError(
-                f"{self.path}/{LABELS_FILE}: no label for {missing[0]} ({len(missing)} of {len(self._image_names)} "
-                f"images have none); give every image one, or set labels to null"
-            )
-        try:
-            return np.array([labels[name] for name in self._image_names])
-        except ValueError as err:
-            raise ValueError(f"{self.path}/{LABELS_FILE}: label vectors must all have the same length") from err
+        return self._labels
 
 
 class ArrayDataset(Dataset):

@@ -15,11 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dnnlib.reading import parse_json, require_file, require_honest
-
 if TYPE_CHECKING:
     import PIL.Image
-    from numpy.typing import ArrayLike
 
 LABELS_FILE = "dataset.json"
 MOST_ITEM = 2**30  # bytes of one file of a data set
@@ -87,53 +84,9 @@ def image_extensions() -> frozenset[str]:
     return _image_formats()[1]
 
 
-class Container:
-    """The files of a folder or zip, by sorted name with forward slashes. Every process opens the zip itself.
-
-    Raises ValueError with the path, the name, what is wrong and the `remedy`.
-    """
-
-    def __init__(self, path: str, remedy: str = ""):
-        self.path, self.remedy = path, remedy
-        self.is_folder = os.path.isdir(path)
-        if self.is_folder:
-            found = (os.path.join(root, name) for root, _, names in os.walk(path) for name in names)
-            self.names = sorted(os.path.relpath(name, path).replace(os.sep, "/") for name in found)
-        else:
-            self.names = sorted({name for name in self._zip().namelist() if not name.endswith("/")})
-
-    def _zip(self):
-        opened_by, archive = self.__dict__.get("_opened", (None, None))
-        if opened_by != os.getpid():  # a forked worker must not share a file position
-            require_file(self.path)
-            try:
-                archive = zipfile.ZipFile(self.path)
-                require_honest(archive)
-            except ZIP_ERRORS as err:
-                raise ValueError(f"{self.path}: no readable zip, perhaps truncated ({err}){self.remedy}") from err
-            self._opened = os.getpid(), archive
-        return archive
-
-    def read(self, name: str) -> bytes:
-        """The content of one file."""
-        try:
-            if not self.is_folder:
-                return self._zip().read(name)
-            return require_file(os.path.join(self.path, name), MOST_ITEM).read_bytes()
-        except ZIP_ERRORS as err:
-            raise ValueError(f"{self.path}: cannot read {name} ({err}){self.remedy}") from err
-
-    def checksum(self, name: str) -> int:
-        """CRC-32 of the content of one file; of a zip from its directory, without reading the file."""
-        return zlib.crc32(self.read(name)) if self.is_folder else self._zip().getinfo(name).CRC
-
-    def meta(self) -> dict:
-        """The content of dataset.json as `parse_meta` gives it; empty where there is none."""
-        where = f"{self.path}/{LABELS_FILE}"
-        return parse_meta(self.read(LABELS_FILE), where) if LABELS_FILE in self.names else {}
-
-    def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key != "_opened"}
+def item_extensions() -> frozenset[str]:
+    """Lower-case extensions of what a data set may hold: images and arrays."""
+    return image_extensions() | {".npy"}
 
 
 def decode_image(data: bytes, fname: str) -> np.ndarray:
@@ -163,62 +116,6 @@ def load_npy(data: bytes, name: str) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError(f"{name} holds NaN, infinity or numbers that float32 cannot hold; leave it out")
     return array
-
-
-def parse_meta(data: bytes, where: str = LABELS_FILE) -> dict:
-    """Bytes of dataset.json -> dict with `labels` ({name: label} or None), `num_classes`, `class_names` (or None)."""
-    try:
-        meta = parse_json(data)
-    except ValueError as err:
-        raise ValueError(f"{where}: {err}") from err
-    if not isinstance(meta, dict):
-        raise ValueError(f'{where}: must be an object like {{"labels": [[name, label], ...]}}')
-    labels, num, names = meta.get("labels"), meta.get("num_classes"), meta.get("class_names")
-    if labels is not None:
-        pairs = isinstance(labels, list) and all(isinstance(e, list) and len(e) == 2 for e in labels)
-        if not pairs or not all(isinstance(e[0], str) for e in labels):
-            raise ValueError(f"{where}: labels must be null or a list of [name, label] pairs")
-        wrong = [e for e in labels if not _is_label(e[1])]
-        if wrong:
-            known = "labels are class indices (integers) or lists of finite numbers"
-            raise ValueError(f"{where}: the label of {wrong[0][0]} is none: {known}")
-        labels = {name.replace("\\", "/"): label for name, label in labels}
-    if num is not None and (type(num) is not int or not 1 <= num <= MOST_CLASSES):
-        raise ValueError(f"{where}: num_classes={num!r:.40} must be an integer from 1 to {MOST_CLASSES}")
-    if names is not None:
-        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            raise ValueError(f"{where}: class_names must be a list of strings")
-        num = len(names) if num is None else num
-        if len(names) != num:
-            raise ValueError(f"{where}: {len(names)} class_names, but num_classes={num}")
-    return {"labels": labels, "num_classes": num, "class_names": names}
-
-
-def _is_label(label):
-    if isinstance(label, list):
-        return all(type(v) in (int, float) and abs(v) < 1e38 for v in label)  # as float32 finite
-    return type(label) is int and abs(label) < 2**31
-
-
-def check_labels(labels: ArrayLike, count: int, num_classes: int | None = None, where: str = "labels") -> np.ndarray:
-    """int64 [N] in 0..num_classes-1 or finite float32 [N,K]; ValueError otherwise."""
-    labels = np.asarray(labels)
-    if labels.shape[:1] != (count,) or labels.ndim not in (1, 2) or labels.dtype.kind not in "iuf":
-        raise ValueError(f"{where}: labels must be class indices [N] or vectors [N,K], one for each of {count} images")
-    if labels.ndim == 1:
-        if labels.dtype.kind == "f":
-            raise ValueError(f"{where}: class indices must be integers")
-        labels = labels.astype(np.int64)
-        top = num_classes if num_classes is not None else MOST_CLASSES
-        bad = labels[(labels < 0) | (labels >= top)]
-        if bad.size:
-            hint = f"0..{top - 1}; raise num_classes or" if num_classes is not None else "counted from 0;"
-            raise ValueError(f"{where}: label {bad[0]} out of range: labels are {hint} correct {LABELS_FILE}")
-        return labels
-    labels = labels.astype(np.float32)
-    if not np.isfinite(labels).all():
-        raise ValueError(f"{where}: label vectors must be finite")
-    return labels
 
 
 def open_image(data: bytes, name: str, header_only: bool = False) -> PIL.Image.Image:
@@ -254,6 +151,9 @@ class ImageSource:
     latents: bool = False  # Items are arrays to be copied, not images.
     describe: Callable = str  # index -> name for messages
     size: Callable | None = None  # index -> (width, height) without decoding
+    about: str = ""  # what was understood of a folder or zip, in one line
+    warnings: Sequence[str] = ()
+    missing: str | None = None  # a sentence about images without a label
 
     @classmethod
     def of_arrays(

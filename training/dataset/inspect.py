@@ -45,6 +45,7 @@ def inspect_dataset(
         counts = {str(k): int(n) for k, n in enumerate(np.bincount(dataset.raw_labels)) if n}
     result = {
         "name": dataset.name,
+        "understood": dataset.about,
         "count": count,
         "image_shape": dataset.image_shape,
         "resolution": dataset.image_shape[-1],
@@ -95,6 +96,7 @@ def format_report(info: dict) -> list[str]:
     lines = [
         f"{info['name']}: {info['count']} images, {info['channels']} x {info['image_shape'][1]} x {info['image_shape'][2]}, "
         f"{info['dtype']}",
+        f"understood  {info['understood']}",
         f"labels      label_dim={info['label_dim']}" + ("" if info["label_dim"] else " (no labels)"),
     ]
     for label, n in (info["images_per_source"] or {}).items():

