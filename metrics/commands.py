@@ -6,6 +6,7 @@ nothing.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -81,9 +82,11 @@ def parse_tags(context: click.Context, option: click.Parameter, words: Sequence[
 
 
 def print_json(result: dict) -> None:
-    """Strict JSON on stdout, from rank 0."""
+    """Strict JSON on stdout, from rank 0. Raises ValueError that names a number that is not finite."""
+    from metrics.results import finite
     from torch_utils import distributed
 
+    finite(result, "the result")
     distributed.print0(json.dumps(result, indent=2, allow_nan=False))
 
 
@@ -103,6 +106,9 @@ def look(
     options |= {"batch_size": o.batch, "workers": o.workers}
     with progress_bar(options.get("num") or len(dataset), what) as progress:
         return collect_dataset(dataset, detectors, progress=progress, **options)
+
+
+OVERLAP = {"images": "samples", "reference": "reference", "training": "training data"}
 
 
 class Prepared(NamedTuple):
@@ -134,14 +140,14 @@ def prepare(o: EasyDict, device: torch.device) -> Prepared:
 
 
 def score(name: str, samples: dict[str, FeatureSet], prepared: Prepared, o: EasyDict) -> None:
-    """Compare on rank 0, print the JSON and write it to --dest."""
+    """Compare on rank 0, print the JSON and write it to --dest; says where images were seen before."""
     from metrics.evaluate import compare
     from torch_utils import distributed
 
     if distributed.get_rank() != 0:
         return
     options = {"seed": o.seed, "per_source": o.per_source, "splits": o.splits, "measures": o.distances}
-    result = {"images": name, "seed": o.seed, "tags": o.tags, "metrics": {}}
+    result = {"images": name, "seed": o.seed, "tags": o.tags, "overlap": overlaps(samples, prepared), "metrics": {}}
     for key, detector in prepared.detectors.items():
         seen, reference = samples[key].statistics, prepared.references[key]
         if seen.count() <= seen.width:
@@ -151,6 +157,22 @@ def score(name: str, samples: dict[str, FeatureSet], prepared: Prepared, o: Easy
         scores = compare(samples[key], reference, detector=detector, train=train, **options)
         result["metrics"][key] = scores | {"reference": reference.provenance}
     finish(result, o.dest)
+
+
+def overlaps(samples: dict[str, FeatureSet], prepared: Prepared) -> dict[str, int]:
+    """Images that two of samples, reference and training data share, where the hashes are known; each warned of."""
+    key = next(iter(samples))
+    sets = {"images": samples[key], "reference": prepared.references[key]}
+    if prepared.training:
+        sets["training"] = prepared.training[key]
+    found = {}
+    for (a, first), (b, second) in itertools.combinations(sets.items(), 2):
+        if (shared := first.shared_with(second)) is not None:
+            found[f"{a}_in_{b}"] = shared
+        if shared:
+            note = f"Warning: {shared} of {first.count()} images of the {OVERLAP[a]} are in the {OVERLAP[b]} too"
+            click.echo(f"{note}: their scores say nothing about new images", err=True)
+    return found
 
 
 def ref(o: EasyDict) -> None:
@@ -168,11 +190,9 @@ def ref(o: EasyDict) -> None:
     sets = look(dataset, detectors, "ref", o, per_source=o.per_source)
     if distributed.get_rank() != 0:
         return
-    content = dataset.content_hash()
-    for feature_set in sets.values():
-        feature_set.provenance["content_hash"] = content
     save_references(dest, sets, **({} if o.features else {"feature_limit": 0}))
-    counts = next(iter(sets.values())).statistics.n.tolist()
+    first = next(iter(sets.values()))
+    counts, content = first.statistics.n.tolist(), first.provenance["content_hash"]
     result = {"dest": dest, "data": o.data, "content_hash": content, "detectors": list(sets)}
     print_json(result | {"num_images": counts[0], "source_counts": counts[1:]})
 
@@ -233,6 +253,7 @@ def detector(o: EasyDict) -> None:
 
 def loss(o: EasyDict) -> None:
     """Denoising loss on held-out images."""
+    from metrics.features import content_hashes
     from torch_utils.persistence import load_snapshot
     from training.validation import HeldOut
 
@@ -241,8 +262,10 @@ def loss(o: EasyDict) -> None:
     dataset = open_images(o.data, "--data")
     if o.sources is not None:
         dataset = dataset.subset([i for source in o.sources for i in dataset.indices_of(source)])
-    found = HeldOut(dataset, o.seed, o.num).denoising_loss(snapshot.net, snapshot.encoder)
+    held = HeldOut(dataset, o.seed, o.num)
+    found = held.denoising_loss(snapshot.net, snapshot.encoder)
     found["sources"] = {str(k): {"denoising_loss": v} for k, v in found.get("sources", {}).items()}
+    found |= {"num": len(held.images), "reference_hashes": content_hashes(held.images, held.labels)}
     finish({"net": o.net, "seed": o.seed, "tags": o.tags, "metrics": {"denoising": found}}, o.dest)
 
 

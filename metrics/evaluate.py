@@ -14,7 +14,7 @@ import torch
 
 from metrics.classifier import source_agreement
 from metrics.distances import Gaussian, frechet, kid, nearest_distance, prdc
-from metrics.features import FeatureSet
+from metrics.features import FeatureSet, content_hashes
 from torch_utils.random import StackedRandomGenerator, hash_seed
 from training import encoders, likelihood
 from training.dataset import Dataset, load_arrays
@@ -42,7 +42,7 @@ def compare(
          "mean": {...}}                 mean over the sources that have samples, of every number that all of them have
 
     "overall" holds all samples against the whole reference, also where the samples are of some sources only.
-    Each section holds `count`, `reference_count` and
+    "reference_hashes" {section: hash of its reference images}. Each section holds `count`, `reference_count` and
 
         fd, fd_floor, fd_floor_sd       Frechet distance; floor: two disjoint random halves of the reference, cut to
                                         `floor_size` = min(count, half) images each, mean and sd over `splits`
@@ -77,6 +77,7 @@ def compare(
         "num_reference": reference.count(),
         "feature_width": samples.statistics.width,
         "overall": _section(samples, reference, None, **options),
+        "reference_hashes": {"overall": reference.content()},
     }
     if verdicts:
         values, counts = np.unique(verdicts["agreement"][0], return_counts=True)
@@ -85,6 +86,7 @@ def compare(
         ids = range(max(samples.num_sources, reference.num_sources))
         known = [s for s in ids if samples.count(s) or reference.count(s)]
         result["sources"] = {str(s): _section(samples, reference, s, **options) for s in known}
+        result["reference_hashes"] |= {str(s): reference.content(s) for s in known if reference.count(s)}
         result["mean"] = _mean([section for section in result["sources"].values() if section["count"]])
     return result
 
@@ -200,7 +202,7 @@ def bits_per_dim(
     elbo with dequantising encoders: the bound of the density, -(elbo + log_abs_det) / (d ln 2) + 8; discrete: of the
     probability of the levels. ode: as published, x stands for the state at t_min; discrete: a bound, with a decoder.
     Returns {"bits_per_dim", "standard_error", "num", "nats", "endpoint_kl" (bits per dimension), "sigma_min",
-    "sigma_max", "sources": {label: {...}}}.
+    "sigma_max", "reference_hashes", "sources": {label: {...}}}.
     """
     index = torch.arange(len(dataset))
     if num is not None and num < len(dataset):
@@ -235,6 +237,7 @@ def bits_per_dim(
     bits = -nats / (dims * math.log(2)) + (OFFSET_BITS if dequantised else 0)
     kl_bits = float(kl.mean()) / (dims * math.log(2))
     result = {**_bits(bits), "nats": float(nats.mean()), "endpoint_kl": kl_bits, **info}
+    result["reference_hashes"] = content_hashes(images, labels)
     if per_source and labels.shape[1]:
         ids = labels.argmax(dim=1)
         result["sources"] = {str(int(k)): _bits(bits[ids == k]) for k in ids.unique()}

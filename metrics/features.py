@@ -14,7 +14,7 @@ import tqdm
 
 from metrics.statistics import FeatureStatistics, gather_rows, require_memory
 from torch_utils.distributed import get_rank, get_world_size, split_batches
-from training.dataset import Dataset
+from training.dataset import Dataset, hash_of_items
 
 FEATURE_LIMIT = 2**30  # bytes of float32 features kept in memory per detector; beyond it only the sums are kept
 
@@ -53,14 +53,29 @@ class FeatureSet:
         """Hash of the images of one source or of all, in any order; None where a file does not say what they were."""
         if self.hashes is None or (source is not None and self.labels is None):
             return self.provenance.get("content_hash", "")[:16] or None
-        chosen = self.hashes if source is None else self.hashes[self.labels == source]
-        return hashlib.sha256(np.sort(chosen).tobytes()).hexdigest()[:16]
+        return combined_hash(self.hashes if source is None else self.hashes[self.labels == source])
+
+    def shared_with(self, other: FeatureSet) -> int | None:
+        """How many of these images the other set has too, pixel by pixel; None where a file does not say."""
+        return None if self.hashes is None or other.hashes is None else int(np.isin(self.hashes, other.hashes).sum())
 
 
 def image_hashes(images: torch.Tensor) -> np.ndarray:
-    """uint8 images [N, C, H, W] -> uint64 [N]; equal pixels have equal hashes."""
+    """Images [N, C, H, W] -> uint64 [N]; equal pixels have equal hashes."""
     digests = [hashlib.blake2b(f"{image.shape}".encode() + image.tobytes(), digest_size=8) for image in images.numpy()]
     return np.frombuffer(b"".join(digest.digest() for digest in digests), np.uint64)
+
+
+def combined_hash(hashes: np.ndarray) -> str:
+    """16 hex digits for the images of these hashes, in any order."""
+    return hashlib.sha256(np.sort(hashes).tobytes()).hexdigest()[:16]
+
+
+def content_hashes(images: torch.Tensor, labels: torch.Tensor) -> dict[str, str]:
+    """{"overall": hash, source: hash, ...} of images [N, C, H, W] with labels [N, K] (one-hot; K = 0: no sources)."""
+    hashes, ids = image_hashes(images), np.array([label_of(label) for label in labels.numpy()])
+    of_sources = {str(k): combined_hash(hashes[ids == k]) for k in np.unique(ids).tolist() if k >= 0}
+    return {"overall": combined_hash(hashes), **of_sources}
 
 
 def label_of(label: np.ndarray) -> int:
@@ -144,21 +159,30 @@ def collect_dataset(
     per_source: bool = True,
     **options: object,  # progress, see `collect`
 ) -> dict[str, FeatureSet]:
-    """`collect` over a data set, with its provenance (name, number of images, shape).
+    """`collect` over a data set, with its provenance (name, number of images, shape, content hash).
 
     Raises ValueError for fewer images than `num` (a distance depends on the number of images), and for latents.
     """
     indices = _choose(dataset, num, seed)
     batches = [batch for batch in split_batches(indices, batch_size) if batch]
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_collate)
+    items = {}
+
+    def seen():
+        for (images, labels), batch in zip(loader, batches, strict=True):
+            items.update((i, dataset.item_hash(i, image)) for i, image in zip(batch, images.numpy(), strict=True))
+            yield images, labels, np.array(batch)
+
     sets = collect(
-        ((*seen, np.array(batch)) for seen, batch in zip(loader, batches, strict=True)),
+        seen(),
         detectors,
         num_sources=(dataset.num_classes or dataset.label_dim) if per_source else 0,
         num_images=len(indices),
         **options,
     )
     provenance = {"dataset": dataset.name, "num_images": len(indices), "image_shape": list(dataset[0][0].shape)}
+    hashes = gather_rows({"items": np.array(list(items.values()))}, np.array(list(items)))["items"]
+    provenance["content_hash"] = hash_of_items(hashes.tolist())
     if len(indices) < len(dataset):
         provenance["subset_seed"] = seed
     for feature_set in sets.values():

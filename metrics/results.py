@@ -12,12 +12,21 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 JOINED = {"denoising": "denoising_loss", "likelihood": "bits_per_dim"}  # measured without a detector: the number shown
+
+
+class Compared(NamedTuple):
+    """What the numbers of a section are about: only those of the same stand side by side. None where a file does not say."""
+
+    reference_images: str | None  # their hash
+    number_of_reference_images: int | None
+    number_of_images: int | None
 
 
 @dataclass(frozen=True)
@@ -30,12 +39,14 @@ class Row:
     numbers: dict[str, float]
     images: str | None  # folder, data set or run that was scored
     file: str
+    compared: Compared = Compared(None, None, None)
 
 
 def read_scores(pattern: str | Path, needed: Sequence[str] = ("arm", "seed")) -> list[Row]:
     """Rows of all score files that match a glob pattern; numbers that are None are left out.
 
-    Raises ValueError for no file, a file that holds no scores, or one that lacks a needed tag.
+    Raises ValueError for no file, a file that holds no scores, a number that is not finite, or a file that lacks a
+    needed tag.
     """
     rows = []
     for path in sorted(glob.glob(str(pattern))):
@@ -45,17 +56,52 @@ def read_scores(pattern: str | Path, needed: Sequence[str] = ("arm", "seed")) ->
             for detector, result in content["metrics"].items():
                 sections = {"overall": result.get("overall", result), "mean": result.get("mean", {})}
                 for section, values in (sections | result.get("sources", {})).items():
-                    numbers = {name: v for name, v in values.items() if isinstance(v, (int, float))}
-                    rows.append(Row(tags, detector, section, numbers, images, path))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+                    numbers = {name: float(v) for name, v in values.items() if type(v) in (int, float)}
+                    about = _compared(result, section, values)
+                    rows.append(Row(tags, detector, section, numbers, images, path, about))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as err:
             raise ValueError(f"{path}: not a score file with tags ({type(err).__name__}: {err})") from err
         missing = next((name for name in needed if name not in tags), None)
         if missing is not None:
             raise ValueError(f"{path}: no tag {missing!r}: score with --tag {missing}=...")
+    for row in rows:
+        finite(row.numbers, f"{row.file}: {row.detector}, {row.section}")
     if not rows:
         remedy = "run calculate_metrics.py calc with --dest and --tag first"
         raise ValueError(f"--scores={pattern}: no score files; {remedy}")
     return rows
+
+
+def finite(numbers: T, where: str) -> T:
+    """`numbers` themselves: nested dicts and lists of plain values. Raises ValueError that names one not finite."""
+    parts = numbers.items() if isinstance(numbers, dict) else enumerate(numbers) if isinstance(numbers, list) else ()
+    for name, value in parts:
+        finite(value, f"{where}, {name}")
+    if isinstance(numbers, float) and not math.isfinite(numbers):
+        raise ValueError(f"{where} is {numbers}: no number to compare")
+    return numbers
+
+
+def _compared(result, section, values):
+    """What the numbers `values` of a section are about; means over sources are about all images."""
+    about = values if section != "mean" else result.get("overall", result)
+    hashes, whole = result.get("reference_hashes", {}), result.get("reference", {}).get("content_hash")
+    content = hashes.get("overall" if section == "mean" else section, whole)
+    return Compared(content, about.get("reference_count"), about.get("count", about.get("num")))
+
+
+def require_comparable(rows: Iterable[Row]) -> None:
+    """Raises ValueError, naming two files, where a section was compared with other images, or has other numbers of them."""
+    first = {}
+    for row in rows:
+        other = first.setdefault((row.detector, row.section), row)
+        for field, a, b in zip(Compared._fields, other.compared, row.compared, strict=True):
+            if a != b:
+                what = "source " + row.section if row.section.isdigit() else row.section
+                raise ValueError(
+                    f"{other.file} and {row.file} cannot be compared: {field.replace('_', ' ')} of {what} is "
+                    f"{a or 'unknown'} in one and {b or 'unknown'} in the other; score both against the same images"
+                )
 
 
 def of_detector(rows: Sequence[Row], name: str | None = None, option: str = "--metric") -> list[Row]:
@@ -98,6 +144,7 @@ def best_of(rows: Sequence[Row], measure: str = "fd", detector: str | None = Non
     Raises ValueError for several detectors to choose from, and for a file without the number.
     """
     scores = {}
+    require_comparable(row for row in of_detector(rows, detector, "--detector") if row.section == "overall")
     chosen = {(row.file, row.section): row for row in of_detector(rows, detector, "--detector")}
     for file in dict.fromkeys(row.file for row in rows):
         row = chosen.get((file, "overall"))

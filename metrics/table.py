@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 from dnnlib.util import write_text
-from metrics.results import Row
+from metrics.results import Row, require_comparable
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, object]]) -> Path:
@@ -136,18 +136,36 @@ Cells = dict[tuple[str, str, str], Cell]  # by arm, section, name of the number
 def collect(rows: Iterable[Row]) -> Cells:
     """The Cells of rows of one detector (`results.of_detector`).
 
-    Raises ValueError where two score files bring the same number: one would hide the other.
+    Raises ValueError where two score files bring the same number: one would hide the other; where an arm lacks a section
+    for some of its seeds; and where sections were not compared with the same images (`results.require_comparable`).
     """
-    cells = defaultdict(Cell)
+    rows, cells, files = list(rows), defaultdict(Cell), {}
+    require_comparable(rows)
+    _require_complete(rows)
     for row in rows:
         arm, seed, sampling = row.tags["arm"], row.tags["seed"], row.tags["sampling"]
         for name, value in row.numbers.items():
             values = cells[arm, row.section, name].values
             if (seed, sampling) in values:
                 where = f"arm {arm}, {row.section}, seed {seed}, sampling {sampling}"
-                raise ValueError(f"{row.file}: another score file has {name} of {where}: tell them apart with --tag")
-            values[seed, sampling] = value
+                other = files[arm, row.section, name, seed, sampling]
+                raise ValueError(
+                    f"{row.file}: another score file has {name} of {where}: {other}; tell them apart with --tag"
+                )
+            values[seed, sampling], files[arm, row.section, name, seed, sampling] = value, row.file
     return cells
+
+
+def _require_complete(rows):
+    """Every section of an arm has every (seed, sampling) that the arm has; the ValueError names what is missing."""
+    present = grouped(((r.detector, r.tags["arm"]), (r.section, r.tags["seed"], r.tags["sampling"])) for r in rows)
+    for (detector, arm), found in present.items():
+        sections, draws = {section for section, *_ in found}, {tuple(draw) for _, *draw in found}
+        whole = {(section, *draw) for section, draw in itertools.product(sections, draws)}
+        if missing := sorted(whole - set(found)):
+            shown = "; ".join(f"source {s}, seed {seed}, sampling {q}" for s, seed, q in missing[:5])
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise ValueError(f"arm {arm} lacks scores ({detector}) of {shown}{more}: score them, or leave out the rest")
 
 
 def numbers(cells: Cells, arm: str, source: str, name: str, sources: Sequence[str]) -> list[float | None]:
@@ -193,8 +211,8 @@ def verdict(
     import scipy.stats
 
     for arm in (better, other):
-        if any((arm, s, column) not in cells for s in sources):
-            raise ValueError(f"arm {arm!r} has no {column!r} for every one of the sources {', '.join(sources)}")
+        if missing := [s for s in sources if (arm, s, column) not in cells]:
+            raise ValueError(f"arm {arm!r} has no {column!r} for source {', '.join(missing)}: score these first")
     base, mine = ([cells[arm, s, column].mean for s in sources] for arm in (other, better))
     per_source = {s: (b - m) / b for s, b, m in zip(sources, base, mine, strict=True)}
     wins, advantage = sum(v > 0 for v in per_source.values()), fmean(per_source.values())

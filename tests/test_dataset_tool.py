@@ -363,3 +363,23 @@ def test_encode_and_decode_latents(tmp_path, tiny_vae):
     assert len(subset) == 1 and subset.label_dim == 10 and np.array_equal(subset[0][0], encoded[row][0])
     info = json.loads(tool("inspect", latents, "--json"))
     assert info["latents"]["encoder"] == "StabilityVAEEncoder" and info["channels"] == 8
+
+
+def test_images_in_both_parts_are_counted_and_named(tmp_path):
+    """Duplicates of the source, whatever their labels and formats, may fall into both data set and hold-out."""
+    images = np.random.RandomState(0).randint(0, 256, [20, 8, 8, 3]).astype(np.uint8)
+    images[10:13] = images[0:3]
+    for i, image in enumerate(images):
+        (tmp_path / "raw" / str(i // 10)).mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(image).save(tmp_path / "raw" / str(i // 10) / f"{i}.{'bmp' if i < 10 else 'png'}")
+    parts = ["--per-source=5", f"--dest={tmp_path}/a.zip", f"--holdout={tmp_path}/b.zip", "--channels=3"]
+    done = run(dataset_tool.main, "convert", f"--source={tmp_path}/raw", *parts)
+    pixels = [
+        {ds[i][0].tobytes() for i in range(10)}
+        for ds in map(ImageFolderDataset, (f"{tmp_path}/a.zip", f"{tmp_path}/b.zip"))
+    ]
+    shared = len(pixels[0] & pixels[1])
+    assert shared and json.loads(done.stdout)["shared"] == shared
+    assert f"Warning: {shared} of 10 images of {tmp_path}/b.zip are in {tmp_path}/a.zip too" in done.stderr
+    again = run(dataset_tool.main, "convert", "--source=sklearn:digits", *parts[:-1], "--overwrite")
+    assert json.loads(again.stdout)["shared"] == 0 and "Warning" not in again.stderr

@@ -13,6 +13,7 @@ from small_runs import python, run
 import calculate_metrics
 import generate_images
 from torch_utils.persistence import save_snapshot
+from training.dataset import ImageFolderDataset
 from training.networks_edm2 import Precond
 
 
@@ -87,6 +88,30 @@ def test_reference_from_a_data_set_and_subset(files):
     assert pixel["num_images"] == 50
     assert "sources" not in pixel
     assert "singular" in notice  # fewer images than features
+
+
+def test_images_that_were_seen_before_are_named(files, tmp_path):
+    """Equal pixels under other names, in another order, with other labels."""
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))  # of the fixture
+    images = np.round(data.images * 255 / 16).astype(np.uint8)[order]
+    write_zip(tmp_path / "mixed.zip", images[[5, 400, 650, 699, 720]][::-1], [0, 1, 2, 3, 4])
+    scored = ("calc", f"--images={tmp_path}/mixed.zip", "--splits=0")
+    run(calculate_metrics.cmdline, "ref", f"--data={files}/ref.zip", f"--dest={tmp_path}/ref.npz", "--no-features")
+    for reference in (f"--data={files}/ref.zip", f"--ref={tmp_path}/ref.npz"):
+        scores, said = call(*scored, reference, f"--train={files}/train.zip")
+        assert scores["overlap"] == {"images_in_reference": 3, "images_in_training": 1, "reference_in_training": 0}
+        warned = [line for line in said.splitlines() if line.startswith("Warning: ")]
+        assert len(warned) == 2 and "3 of 5 images of the samples are in the reference too" in warned[0]
+        pixel = scores["metrics"]["pixel"]
+        assert pixel["reference"]["content_hash"] == ImageFolderDataset(f"{files}/ref.zip").content_hash()
+        found = pixel["reference_hashes"]
+        assert len({*found.values()}) == 11 and (pixel["num_reference"], pixel["num_images"]) == (400, 5)
+    kept = data.target[order][300:700] == 3  # the hash of a source is that of its images, whatever lies beside them
+    write_zip(tmp_path / "threes.zip", images[300:700][kept], [3] * kept.sum())
+    alone, said = call(*scored, f"--data={tmp_path}/threes.zip", f"--train={tmp_path}/threes.zip")
+    assert alone["metrics"]["pixel"]["reference_hashes"] == {"overall": found["3"], "3": found["3"]}
+    assert f"{kept.sum()} of {kept.sum()} images of the reference are in the training data too" in said
 
 
 SAMPLERS = {

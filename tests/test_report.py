@@ -6,7 +6,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import scipy.stats
-from small_runs import one_line
+from small_runs import one_line, run
 
 import calculate_metrics
 from metrics import report, report_grid, results, table
@@ -195,3 +195,67 @@ def test_one_number_twice_is_refused(tmp_path, noisy):
     path.with_name("copy.json").write_text(path.read_text())
     with pytest.raises(ValueError, match="another score file has fd of arm multi"):
         report.write_report(scores, tmp_path / "out")
+
+
+def edit(path, change):
+    """Change the content of a score file in place."""
+    content = json.loads(path.read_text())
+    change(content["metrics"]["pixel"])
+    path.write_text(json.dumps(content))
+
+
+def of_first(name, value):
+    return lambda result: next(iter(result["sources"].values())).update({name: value})
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda r: r.update(reference_hashes=dict.fromkeys("01", "b" * 16)), ["reference images", "a" * 16, "b" * 16]),
+        (lambda r: r.update(reference={"content_hash": "b" * 16}, reference_hashes={}), ["reference images", "b" * 16]),
+        (lambda r: r.update(reference_hashes={}), ["reference images", "unknown"]),
+        (of_first("reference_count", 40), ["number of reference images", "50", "40"]),
+        (of_first("count", 99), ["number of images", "100", "99"]),
+        (of_first("fd", float("nan")), ["pixel, ", "fd is nan"]),
+        (of_first("agreement", float("-inf")), ["agreement is -inf"]),
+        (of_first("fd", 10**400), ["not a score file"]),
+    ],
+)
+def test_only_the_comparable_is_compared(tmp_path, noisy, change, says):
+    """Other reference images, other numbers of them, no numbers at all: refused in one line that names the file."""
+    scores = write_scores(tmp_path / "scores", noisy)
+    files = sorted((tmp_path / "scores").glob("*.json"))
+    for path in files:
+        edit(path, lambda r: r.update(reference_hashes=dict.fromkeys("01", "a" * 16)))
+        edit(path, of_first("count", 100)), edit(path, of_first("reference_count", 50))
+    command = (calculate_metrics.cmdline, "report", f"--scores={scores}", f"--dest={tmp_path}/out")
+    text = report.write_report(scores, tmp_path / "whole")
+    assert "advantage" in text
+    edit(files[5], change)
+    one_line(*command, says=[str(files[5]), *says])
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_scores_are_named(tmp_path, noisy):
+    """A mean over what happens to be there would compare other seeds with other sources."""
+    missing = [("single", 1, 2, 0), ("single", 0, 1, 1)]
+    some = {key: value for key, value in noisy.items() if key not in missing}
+    scores = write_scores(tmp_path / "a", some)
+    command = (calculate_metrics.cmdline, "report", f"--dest={tmp_path}/out")
+    says = ["arm single", "source 0, seed 1, sampling 1; source 1, seed 2, sampling 0"]
+    one_line(*command, f"--scores={scores}", says=says)
+    none = {key: value for key, value in noisy.items() if key[:2] != ("single", 1)}
+    one_line(*command, f"--scores={write_scores(tmp_path / 'b', none)}", says="'single' has no 'fd' for source 1:")
+    twice = next((tmp_path / "b").glob("multi-1-2-*.json"))
+    twice.with_name("other.json").write_text(twice.read_text())
+    one_line(*command, f"--scores={tmp_path}/b/*.json", says=["other.json", twice.name, "arm multi, 1, seed 2"])
+
+
+def test_the_best_checkpoint_is_chosen_among_the_comparable(tmp_path):
+    for name, count in (("a", 100), ("b", 100), ("c", 50)):
+        section = {"fd": 3.0, "count": count, "reference_count": 10}
+        content = {"tags": {"checkpoint": name}, "metrics": {"pixel": {"overall": section}}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    best = (calculate_metrics.cmdline, "best")
+    one_line(*best, f"--scores={tmp_path}/*.json", says=["c.json", "number of images", "100", "50"])
+    assert json.loads(run(*best, f"--scores={tmp_path}/[ab].json").stdout)["min"] == 3

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import os
@@ -224,6 +225,7 @@ class DatasetWriter:
     def __init__(self, write: Callable[[str, bytes], object]):
         self.write = write
         self.labels = []  # [name, label]
+        self.hashes = []  # of the files: equal images are equal files
         self.shape = None
 
     def _add(self, name, data, shape, label, described):
@@ -236,6 +238,7 @@ class DatasetWriter:
                 f"use --resolution=WxH so that all agree"
             )
         self.write(name, data.getvalue())
+        self.hashes.append(hashlib.blake2b(data.getvalue(), digest_size=16).digest())
         self.labels.append([name, label])
 
     def add_image(self, index: int, image: PIL.Image.Image, label: int | list | None, described: str) -> None:
@@ -341,6 +344,8 @@ def _is_sound(source, index, known):
 def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **options: object) -> dict:
     """Write the data set(s); returns a summary (`count`, `holdout`, `skipped`, `per_source`, ...). ValueError.
 
+    `shared` in it: images of the hold-out that are, pixel by pixel, in the data set too.
+
     source: path, `package:name`, or what is open already; dest: folder or .zip; options: those of Conversion.
     """
     o = Conversion(**options)
@@ -390,8 +395,10 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
     }
     if o.dry_run:
         return summary
+    written = []
     for path, indices in [(dest, chosen)] + ([(o.holdout, rest)] if o.holdout is not None else []):
         with dataset_writer(path, o.overwrite, source) as writer:
+            written.append(writer.hashes)
             for index in o.progress(indices.tolist(), os.path.basename(path)):
                 if source.latents:
                     writer.add_latents(index, source.read(index), labels[index], source.describe(index))
@@ -401,4 +408,10 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
                     summary["skipped"] += 1
                 else:
                     writer.add_image(index, image, labels[index], source.describe(index))
+    if o.holdout is not None:
+        kept, held = written
+        if shared := sum(map(set(kept).__contains__, held)):
+            where = f"{shared} of {len(held)} images of {o.holdout} are in {dest} too: the source has duplicates"
+            summary["warnings"].append(f"{where}, so that scores on them say nothing about new images")
+        summary["shared"] = shared
     return summary

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 
 import numpy as np
 import torch
@@ -184,9 +184,9 @@ class Dataset(torch.utils.data.Dataset):
         files = str([self.image_shape, self._raw_checksums()]).encode()
         return hashlib.sha256(files + self._file_labels.tobytes()).hexdigest()[:16]
 
-    def _item_hash(self, idx):
-        """sha256 (hex) of an item: type, shape, pixels, stored label."""
-        image, _ = self[idx]
+    def item_hash(self, idx: int, image: np.ndarray | None = None) -> str:
+        """sha256 (hex) of an item: type, shape, pixels, stored label. image: the item's, where it is read already."""
+        image = self[idx][0] if image is None else image
         label = np.asarray(self._file_labels[self._raw_idx[idx]])
         form = f"{image.dtype.str} {image.shape} {label.dtype.str} {label.shape}".encode()
         return hashlib.sha256(form + image.tobytes() + label.tobytes()).hexdigest()
@@ -293,8 +293,12 @@ class ArrayDataset(Dataset):
 
 def content_hash(*datasets: Dataset) -> str:
     """sha256 (hex) of the images of one or several data sets together: single-source arms against the multi arm."""
-    hashes = sorted(dataset._item_hash(i) for dataset in datasets for i in range(len(dataset)))
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return hash_of_items(dataset.item_hash(i) for dataset in datasets for i in range(len(dataset)))
+
+
+def hash_of_items(hashes: Iterable[str]) -> str:
+    """The content hash of images whose `item_hash` is known, in any order."""
+    return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
 
 
 def load_arrays(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
