@@ -1,4 +1,7 @@
-"""Files by URL, downloaded once: DNNLIB_CACHE_DIR (default ~/.cache/dnnlib), sub-folder downloads."""
+"""Files by URL, downloaded once: DNNLIB_CACHE_DIR (default ~/.cache/dnnlib), sub-folder downloads.
+
+Beside each file stands the SHA-256 of its first download; a file that is no longer the same is refused.
+"""
 
 import hashlib
 import os
@@ -7,7 +10,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from dnnlib.util import atomic_write
+from dnnlib.util import atomic_write, write_text
 
 ATTEMPTS, PAUSE = 10, 1  # number, seconds between two
 TIMEOUT = 60  # seconds without an answer
@@ -28,20 +31,29 @@ def cache_path(url: str) -> Path:
 def cached(url: str) -> Path:
     """Path of the file at `url`, downloaded if it is not in the cache; appears there under its name only when complete.
 
-    Tries several times; an answer that will not change (404, ...) ends at once. Raises OSError with the URL and the reason.
+    Tries several times; an answer that will not change (404, ...) ends at once. Raises OSError with the URL and the reason,
+    and ValueError for content other than at the first use.
     """
     path = cache_path(url)
+    record = path.with_name(path.name + ".sha256")
     for left in reversed(range(ATTEMPTS)):
         if path.is_file():
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while chunk := file.read(2**20):
+                    digest.update(chunk)
+            _compare(url, record, digest.hexdigest())
             break
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, atomic_write(path) as file:
-                expected, received = answer.headers.get("Content-Length"), 0
+                expected, received, digest = answer.headers.get("Content-Length"), 0, hashlib.sha256()
                 while chunk := answer.read(2**20):
                     file.write(chunk)
+                    digest.update(chunk)
                     received += len(chunk)
                 if expected is not None and received != int(expected):
                     raise OSError(f"{received} of {expected} bytes arrived")
+                _compare(url, record, digest.hexdigest())
         except OSError as err:
             status = getattr(err, "code", None)  # of an answer; a lost connection has none
             if left == 0 or (status is not None and status < 500):
@@ -50,3 +62,14 @@ def cached(url: str) -> Path:
                 raise OSError(f"{url}: download failed {why}") from err
             time.sleep(PAUSE)
     return path
+
+
+def _compare(url, record, digest):
+    """Records the digest at the first use of a URL, compares it later."""
+    if not record.is_file():
+        write_text(record, digest + "\n")
+    elif record.read_text(encoding="utf-8").strip() != digest:
+        names = f"{record.with_suffix('')} and {record.name}"
+        raise ValueError(
+            f"{url}: is not the file of its first use (SHA-256 {digest[:12]}...): remove {names} to accept it"
+        )

@@ -111,15 +111,25 @@ def test(cls, num, seed, device, **options):
 
 
 @main.command()
-@click.option("--net", metavar="SNAPSHOT", required=True, help="Main network: file, or run folder")
-@click.option("--gnet", "--guide", "gnet", metavar="SNAPSHOT", required=True, help="Guide")
+@click.option("--net", metavar="SNAPSHOT", help="Main network: file, or run folder")
+@click.option("--gnet", "--guide", "gnet", metavar="SNAPSHOT", help="Guide")
+@click.option(
+    "--models", metavar="DIR", help="Folder or URL of the published ones: clsA-layers04-dim64/iter4096.pkl, ..."
+)
 @GUIDANCE
 @CLASSES
 @figure_stem("--save", "tree-autoguidance")
 @SEED
 @DEVICE
-def plot(net, gnet, guidance, cls, save, seed, device):
+def plot(net, gnet, models, guidance, cls, save, seed, device):
     """Draw the autoguidance figure: samples, densities and trajectories with and without guidance."""
+    from training.presets import published_file
+
+    if models is not None:
+        net = net or published_file(models, "clsA-layers04-dim64/iter4096")
+        gnet = gnet or published_file(models, "clsA-layers04-dim32/iter0512")
+    if net is None or gnet is None:
+        raise ValueError("--net or --gnet is missing: give both, or --models=DIR of the published ones")
     from metrics import figures
     from simulations.tree import plots as tree_plots
     from simulations.tree.training import load_toy

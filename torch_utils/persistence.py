@@ -243,6 +243,8 @@ def read_snapshot(path: str | Path, kind: str = FORMAT, part: str = "ema") -> tu
         header, state = foreign.read(path, part)
         header = {"format": FORMAT, "version": VERSION, **header}
         return header, {f"net.{name}": value for name, value in state.items()}
+    if part != "ema":
+        raise ValueError(f"{path}: holds one network, not also its part {part!r}")
     header = read_header(path, kind)
     try:
         return header, safetensors.torch.load_file(path, device="cpu")

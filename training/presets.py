@@ -3,6 +3,7 @@
 A preset is one row; an option given on the command line wins over it. Published results stand in trailing comments.
 """
 
+import os
 from itertools import product
 
 Mi = 2**20
@@ -146,9 +147,16 @@ GENERATION_PRESETS = {
 def generation_preset(name: str, root: str = MODEL_ROOT) -> dict:
     """{net, gnet, guidance, published} of a preset, files as `<root>/<name>.pkl`; gnet is None without guidance.
 
-    root: URL or folder that holds the published files. Raises ValueError for an unknown name, listing the known ones.
+    root: URL or folder that holds the published files; in a folder `<name>.safetensors`, as convert_snapshot.py writes it,
+    comes first. Raises ValueError for an unknown name, listing the known ones.
     """
     if name not in GENERATION_PRESETS:
         raise ValueError(f"--preset={name} is unknown; known: {', '.join(GENERATION_PRESETS)}")
     row = GENERATION_PRESETS[name]
-    return row | {key: row[key] and f"{str(root).rstrip('/')}/{row[key]}.pkl" for key in ("net", "gnet")}
+    return row | {key: row[key] and published_file(root, row[key]) for key in ("net", "gnet")}
+
+
+def published_file(root: str, name: str) -> str:
+    """`<root>/<name>.pkl`, or the converted file beside it."""
+    path = f"{str(root).rstrip('/')}/{name}"
+    return f"{path}.safetensors" if os.path.isfile(f"{path}.safetensors") else f"{path}.pkl"

@@ -37,6 +37,9 @@ class Sampling(ProcessChoice):
 
     net: str | None = opt(None, "Network snapshot, or a run folder (its newest)", metavar="SNAPSHOT")
     preset: str | None = opt(None, "Published combination of --net, --gnet and --guidance", metavar="NAME")
+    models: str | None = opt(
+        None, "Folder or URL with the files of --preset; default: NVIDIA's, downloaded once", metavar="DIR"
+    )
     class_idx: str | int | None = opt(
         None, "Class label, or balanced: seed modulo sources; default: random per seed", "--class", metavar="N|balanced"
     )
@@ -89,9 +92,13 @@ class Sampling(ProcessChoice):
     def check(self) -> "Sampling":
         """Fill in the preset and return self; ValueError for what cannot be together, warnings for what has no effect."""
         if self.preset is not None:
-            row = presets.generation_preset(self.preset)
+            row = presets.generation_preset(self.preset, self.models or presets.MODEL_ROOT)
             self.net, self.gnet = self.net or row["net"], self.gnet or row["gnet"]
             self.guidance = row["guidance"] if self.guidance == 1 else self.guidance
+        elif self.models is not None:
+            raise ValueError(
+                f"--models={self.models} holds the files of a --preset: give one, or name the file by --net"
+            )
         if self.net is None:
             raise ValueError("--net is missing: give a snapshot, or a --preset")
         self._check_guidance()

@@ -1,0 +1,36 @@
+"""Read a snapshot of EDM2, EDM, PFGM++ or this project as data, say what it holds, write it as .safetensors."""
+
+import json
+
+import click
+
+from dnnlib import cli
+
+EXAMPLES = """
+\b
+Examples:
+  # What is in a file (nothing in it is executed):
+  python convert_snapshot.py --net=edm2-img512-xs-2147483-0.135.pkl
+\b
+  # A published network as a snapshot of this project, for every command that takes --net:
+  python convert_snapshot.py --net=training-state-193177.pt --dest=pfgmpp-ffhq.safetensors
+\b
+  # Its tensors alone, by their names in the network, for other programs:
+  python convert_snapshot.py --net=training-runs/digits --state-dict --dest=weights.safetensors
+"""
+
+
+@cli.command(epilog=EXAMPLES)
+@click.option("--net", metavar="SNAPSHOT", required=True, help="File, URL, or run folder (its newest snapshot)")
+@click.option("--dest", metavar="FILE", help="Write this .safetensors file; default: only say what is there")
+@click.option("--part", type=click.Choice(["ema", "net"]), default="ema", help="Of a file with both: averaged or raw")
+@click.option("--state-dict", "plain", is_flag=True, help="Tensors alone, without description")
+def main(net, dest, part, plain):
+    """Convert snapshots. stdout: what was found, as JSON."""
+    from torch_utils.conversion import convert
+
+    print(json.dumps(convert(net, dest, part, plain), indent=2))
+
+
+if __name__ == "__main__":
+    main()
