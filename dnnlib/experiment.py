@@ -58,7 +58,7 @@ LAUNCHER_VALUES = {
 }
 # Options that name what a command writes; of a script its own.
 OUTPUTS = {"dest", "outdir", "figure", "tables", "save", "results-dir", "figures-dir"}
-SCRIPT_OUTPUTS = {"dataset_tool.py": {"holdout"}}
+SCRIPT_OUTPUTS = {"dataset_tool.py": {"holdout", "val"}}
 MOST_STEPS, MOST_REPLACED = 2000, 1000  # steps of one entry, settings in one word
 REPLACED = "replaced"  # folder of outputs that a step made before its command or inputs changed
 

@@ -93,6 +93,15 @@ def write_json(path: str | Path, value: object) -> Path:
     return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_stats(run: str | Path) -> list[dict]:
+    """The lines of a run's stats.jsonl (a folder, or the file). Raises ValueError for anything else."""
+    path = Path(run) / "stats.jsonl" if Path(run).is_dir() else Path(run)
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as err:
+        raise ValueError(f"{run}: no readable stats.jsonl ({reason(err)}); give run folders") from err
+
+
 LOCK_NAME = ".lock"
 
 

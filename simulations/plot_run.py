@@ -3,12 +3,12 @@
 if not __package__:
     import _here
 
-import json
 from pathlib import Path
 
 import click
 
 from dnnlib import cli
+from dnnlib.util import read_stats
 from simulations.sweeps import figure_stem, print_files
 
 AXES = {
@@ -18,15 +18,6 @@ AXES = {
     "cpu": ("Timing/cpu_sec", "CPU seconds"),
 }
 CURVES = ["Loss/loss", "Loss/validation", "Validation/ema_loss", "Validation/ema_L2_metric", "Selection/time_share"]
-
-
-def read_stats(run: str | Path) -> list[dict]:
-    """The lines of a run's stats.jsonl (a folder, or the file). Raises ValueError for anything else."""
-    path = Path(run) / "stats.jsonl" if Path(run).is_dir() else Path(run)
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as err:
-        raise ValueError(f"{run}: no readable stats.jsonl ({str(err).splitlines()[0]}); give run folders") from err
 
 
 def draw(runs: dict[str, list[dict]], keys: list[str], axes: list[str], log: bool = True):

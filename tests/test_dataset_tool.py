@@ -185,6 +185,27 @@ def test_subsets_are_nested_disjoint_and_keep_global_ids(tmp_path):
     assert 20 < len(early) < 80  # Drawn from everywhere (50 of 300 expected), not the first images of the listing.
 
 
+def test_validation_images_are_apart_and_the_same_for_every_size(tmp_path):
+    def parts(n, *more):
+        files = [tmp_path / f"{n}-{name}.zip" for name in ("train", "test", "val")]
+        options = [f"--per-source={n}", "--val-per-source=30", *more]
+        three = ["--dest", files[0], "--holdout", files[1], "--val", files[2]]
+        summary = convert("--source=sklearn:digits", "--sources=0,3", *three, *options)
+        found = [ImageFolderDataset(file) for file in files]
+        assert [len(f) for f in found] == [summary["count"], summary["holdout"], summary["val"]]
+        return [{f.item_hash(i) for i in range(len(f))} for f in found]
+
+    train, test, val = parts(20)
+    assert len(train) == 40 and len(val) == 60  # and no image stands twice
+    assert not train & test and not train & val and not test & val
+    assert len(train | test | val) == np.isin(load_digits().target, [0, 3]).sum()
+    more, fewer, same = parts(100)
+    assert same == val and train < more and fewer < test and not more & val
+    refused = ("convert", "--source=sklearn:digits", f"--dest={tmp_path}/x.zip", f"--val={tmp_path}/y.zip")
+    one_line(dataset_tool.main, *refused, "--per-source=160", "--val-per-source=30", says="30 of them for validation")
+    one_line(dataset_tool.main, *refused, "--per-source=10", says="--val-per-source=N")
+
+
 def test_selection_counts_after_the_veto():
     labels = [0] * 10 + [1] * 10
     chosen, rest = dataset_convert.select_images(labels, 20, per_source=3, accept=lambda i: i % 2 == 0)

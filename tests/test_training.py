@@ -12,7 +12,7 @@ from dnnlib.options import declared
 from torch_utils import checkpoint
 from torch_utils.persistence import load_snapshot, read_header
 from training import config as training_config
-from training import phema, selection, setup
+from training import hooks, phema, selection, setup
 from training.dataset import ArrayDataset
 from training.encoders import IdentityEncoder
 from training.feed import Candidates, Feed
@@ -242,6 +242,74 @@ def test_loader_and_memory_give_the_same_images(digits):
         blocks = [list(feed.blocks(position, 64)) for feed in feeds]
         for a, b in zip(*blocks, strict=True):
             assert a[0] == b[0] and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Validation losses by thousands of images, in place of real ones."""
+    losses = {0: 6.0, 1: 5.0, 2: 3.0, 3: 4.0, 4: 3.5, 5: 2.0, 6: 1.0}
+
+    class Scripted:
+        def __init__(self, dataset):
+            assert len(dataset) == 48
+            self.looks = iter(())
+
+        def denoising_loss(self, net, *more):
+            return {"loss": losses[self.kimg], "levels": {}}
+
+    monkeypatch.setattr(hooks, "HeldOut", Scripted)
+    original = hooks.Validation.on_status
+
+    def on_status(self, loop):
+        self.held_out.kimg = loop.state.cur_nimg // 1024
+        return original(self, loop)
+
+    monkeypatch.setattr(hooks.Validation, "on_status", on_status)
+
+
+def validated(digits, outdir, **options):
+    """A run with --val-data as train_edm2.py makes it."""
+    config = small_config(digits, total_nimg=6144, val_data=str(digits), **options)
+    run = setup.build(config)
+    return run.start(outdir, hooks.standard_hooks(run))
+
+
+def test_the_best_snapshot_is_kept_and_patience_ends_training(digits, tmp_path, scripted, capsys):
+    whole = validated(digits, tmp_path / "whole", patience=2)
+    assert whole.state.cur_nimg == 4096 and not whole.interrupted  # 3 looks at most after the one at 2048
+    assert "has not fallen for 2 looks (lowest: 3.0000)" in capsys.readouterr().out
+    best = read_header(tmp_path / "whole" / "network-snapshot-best.safetensors")
+    assert best["nimg"] == 2048 and best["validation_loss"] == 3.0
+    at_2048 = next((tmp_path / "whole").glob("network-snapshot-0000002-*.safetensors"))
+    assert_identical(tensors(tmp_path / "whole/network-snapshot-best.safetensors"), tensors(at_2048))
+    for _ in range(6):  # stopped and resumed again and again; slices end between looks, too
+        part = validated(digits, tmp_path / "part", patience=2, slice_nimg=1024, status_nimg=1024)
+    assert part.state.cur_nimg == 4096 and "Nothing to do: the validation loss" in capsys.readouterr().out
+    assert_identical(final_state(tmp_path / "whole", 4), final_state(tmp_path / "part", 4))
+    a, b = (tmp_path / name / "network-snapshot-best.safetensors" for name in ("whole", "part"))
+    assert_identical(tensors(a), tensors(b))
+    more = validated(digits, tmp_path / "part", patience=3)  # free: who waits longer goes on from there
+    assert more.state.cur_nimg == 6144
+    assert read_header(tmp_path / "part" / "network-snapshot-best.safetensors")["nimg"] == 6144
+
+
+def test_without_patience_only_the_best_is_kept(digits, tmp_path, scripted):
+    assert validated(digits, tmp_path).state.cur_nimg == 6144
+    assert read_header(tmp_path / "network-snapshot-best.safetensors")["nimg"] == 6144
+
+
+def test_looks_are_at_multiples_of_the_interval(digits, tmp_path, scripted):
+    """The status line at the end of a slice is none: an unbroken run has none there."""
+    validated(digits, tmp_path, status_nimg=2048, slice_nimg=1024)
+    assert read_header(tmp_path / "network-snapshot-best.safetensors")["nimg"] == 0
+
+
+def test_patience_needs_looks(digits):
+    with pytest.raises(ValueError, match="--patience=2 needs the status lines of --val-data"):
+        small_config(digits, patience=2)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

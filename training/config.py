@@ -106,6 +106,9 @@ class TrainingConfig:
     status_nimg: int = _period(128 << 10, "Interval of status lines; 0: none", "--status")
     snapshot_nimg: int = _period(8 << 20, "Interval of snapshots; 0: none", "--snapshot")
     checkpoint_nimg: int = _period(128 << 20, "Interval of checkpoints; 0: last only", "--checkpoint")
+    patience: int = _run(
+        0, "End after so many status lines without a lower validation loss; 0: never", at_least=0, free=True
+    )
     keep: int = _run(0, "Checkpoints to keep; 0: all", at_least=0, free=True)
     workers: int = _run(2, "Loader processes", at_least=0, at_most=256, free=True)  # more would take the machine down
     init: str | None = _run(None, "Start a new run from these weights", metavar="SNAPSHOT")
@@ -128,6 +131,8 @@ class TrainingConfig:
             )
         labelled = not self.augment or self.arch != "edm2"
         self._require(labelled, "augment", "needs a network with augmentation labels: --arch=ddpmpp|ncsnpp|adm")
+        looks = self.val_data and self.status_nimg
+        self._require(looks or not self.patience, "patience", "needs the status lines of --val-data=ZIP")
         self._require(self.aug_dim is None or self.process == "pfgmpp", "aug_dim", "belongs to --process=pfgmpp")
         if self.process_options:
             from training.processes.options import parse_options

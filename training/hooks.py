@@ -1,4 +1,4 @@
-"""What a run does at status lines and snapshots besides writing them: validation loss, sample grids, stop requests.
+"""What a run does at status lines and snapshots besides writing them: validation, sample grids, stop requests.
 
 The loop calls these through its contract; it knows none of them.
 """
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dnnlib.util import read_stats
 from torch_utils import distributed as dist
 from torch_utils.random import StackedRandomGenerator
 from training.dataset import Dataset
 from training.images import save_grid
 from training.samplers import heun
+from training.training_loop import TrainingLoop
 from training.validation import HeldOut
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ def standard_hooks(run: "Run") -> dict:
     """The hooks of train_edm2.py for a training.setup.Run."""
     chosen = {"stop_requested": stop_on_signal()}
     if run.held_out is not None:
-        chosen["on_status"] = validation_hook(run.held_out)
+        looks = Validation(run.held_out, run.periods.status_nimg, run.config.patience)
+        chosen |= {"on_status": looks.on_status, "finished": looks.finished}
     if run.config.grid:
         dataset = run.feed.dataset
         sources = sorted({int(k) for k in dataset.raw_labels}) if dataset.has_onehot_labels else None
@@ -37,20 +40,48 @@ def standard_hooks(run: "Run") -> dict:
     return chosen
 
 
-def validation_hook(dataset: Dataset) -> Callable:
-    """on_status hook: validation loss of the first average of the weights on `dataset`, on rank 0."""
-    held_out = HeldOut(dataset) if dist.get_rank() == 0 else None
+class Validation:
+    """The validation loss of the first average of the weights at every status line, on rank 0.
 
-    def on_status(loop):
-        if held_out is None:
+    A look is a status line at a multiple of the interval, so that a run that was stopped and resumed looks as often as an
+    unbroken one. The snapshot of the lowest loss so far is `BEST`; training is over after `patience` looks (0: never)
+    without a lower one. What happened before a resume is read from stats.jsonl.
+    """
+
+    BEST = "network-snapshot-best.safetensors"
+
+    def __init__(self, dataset: Dataset, interval: int, patience: int = 0) -> None:
+        self.held_out = HeldOut(dataset) if dist.get_rank() == 0 else None
+        self.interval, self.patience = interval, patience
+        self.losses = None  # of all looks; None: not read yet
+
+    def on_status(self, loop: TrainingLoop) -> dict[str, float]:
+        """Fields of the status line."""
+        if self.held_out is None:
             return {}
         with loop.average() as average:
-            result = held_out.denoising_loss(average.net, loop.encoder)
+            result = self.held_out.denoising_loss(average.net, loop.encoder)
+        if loop.state.cur_nimg % self.interval == 0:
+            if result["loss"] < min(self._looks(loop), default=math.inf):
+                loop.save_snapshot(loop.run_dir / self.BEST, *loop.averages()[0], validation_loss=result["loss"])
+            self.losses.append(result["loss"])
         fields = {"Loss/validation": result["loss"]}
         fields |= {f"Loss/validation_sigma{s}": v for s, v in result["levels"].items()}
         return fields | {f"Loss/validation_source{k}": v for k, v in result.get("sources", {}).items()}
 
-    return on_status
+    def _looks(self, loop):
+        if self.losses is None:
+            lines = read_stats(loop.run_dir) if (loop.run_dir / "stats.jsonl").is_file() else []
+            looks = [line for line in lines if round(line["Progress/kimg"] * 1e3) % self.interval == 0]
+            self.losses = [line["Loss/validation"] for line in looks if "Loss/validation" in line]
+        return self.losses
+
+    def finished(self, loop: TrainingLoop) -> str | None:
+        """Why training is over before its time, if it is."""
+        looks = self._looks(loop) if self.patience and self.held_out is not None else []
+        if len(looks) - 1 - looks.index(min(looks)) < self.patience if looks else True:
+            return None
+        return f"the validation loss has not fallen for {self.patience} looks (lowest: {min(looks):.4f})"
 
 
 def grid_hook(sources: list[int] | None) -> Callable:

@@ -80,6 +80,7 @@ class TrainingLoop:
         on_status: Callable | None = None,  # (loop) -> dict of further statistics or None; called on every process
         on_snapshot: Callable | None = None,  # (loop) -> None; called on every process
         stop_requested: Callable | None = None,  # () -> bool; True on any process ends training after the step
+        finished: Callable | None = None,  # (loop) -> why training is over before its time, or None; asked on rank 0
     ) -> None:
         periods, batch = run.periods, run.batch_size
         assert periods.snapshot_nimg % 1024 == periods.checkpoint_nimg % 1024 == 0, periods
@@ -92,6 +93,7 @@ class TrainingLoop:
         self.optimizer, self.ema, self.batch_size, self.periods = run.optimizer, run.ema, batch, periods
         self.on_status, self.on_snapshot = on_status, on_snapshot
         self.stop_requested = stop_requested or (lambda: False)
+        self.finished = finished or (lambda loop: None)
         self.state = State()
         self.stats = Collector(self.feed.device)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -156,13 +158,17 @@ class TrainingLoop:
             checkpoint.remove_old(self.run_dir, self.periods.keep)
         dist.barrier()
 
+    def save_snapshot(self, path: str | Path, objective: torch.nn.Module, name: str, **header: object) -> None:
+        """Write one of `averages()`, with further plain data in the header."""
+        what = dict(encoder=self.encoder, process=objective.noise, dtype=self.parts.snapshot_dtype)
+        header = dict(self.parts.header, nimg=self.state.cur_nimg, ema=name, **header)
+        persistence.save_snapshot(path, objective.net, **what, **header)
+
     def save_snapshots(self) -> None:
         if dist.get_rank() == 0:
             for objective, name in self.averages():
                 path = self.run_dir / f"network-snapshot-{self.kimg:07d}-{name}.safetensors"
-                what = dict(encoder=self.encoder, process=objective.noise, dtype=self.parts.snapshot_dtype)
-                header = dict(self.parts.header, nimg=self.state.cur_nimg, ema=name)
-                persistence.save_snapshot(path, objective.net, **what, **header)
+                self.save_snapshot(path, objective, name)
         if self.on_snapshot is not None:
             self.on_snapshot(self)
         dist.barrier()
@@ -278,6 +284,10 @@ class TrainingLoop:
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
+    def _over(self):
+        """Why training is over before its time, the same on every process."""
+        return dist.broadcast_object(self.finished(self) if dist.get_rank() == 0 else None)
+
     def _due(self, period, anyway=False):
         return bool(period) and (anyway or self.state.cur_nimg % period == 0)
 
@@ -296,18 +306,24 @@ class TrainingLoop:
                 checkpoint.remove_old(self.run_dir, periods.keep)
             return state
         self._trim_stats()
+        if why := self._over():
+            dist.print0(f"Nothing to do: {why}.")
+            return state
         dist.print0(f"Training from {start / 1e3:g} kimg to {stop / 1e3:g} kimg:")
         clock = _Clock()
         shown = dict(unit="img", unit_scale=True, disable=dist.get_rank() != 0, mininterval=1.0)
         bar = tqdm(total=periods.total_nimg, initial=start, **shown)
         try:
             while True:
-                done = state.cur_nimg >= stop or self.interrupted
+                done, over = state.cur_nimg >= stop or self.interrupted, None
                 fresh = state.cur_nimg != start or start == 0
                 if fresh and self._due(periods.status_nimg, done):
                     self._status(clock)
                     clock.restart_tick()
-                if fresh and self._due(periods.snapshot_nimg, state.cur_nimg >= periods.total_nimg):
+                    if over := self._over():
+                        dist.print0(f"Finished early: {over}.")
+                        done = True
+                if fresh and self._due(periods.snapshot_nimg, over or state.cur_nimg >= periods.total_nimg):
                     self.save_snapshots()
                 if state.cur_nimg != start and (done or self._due(periods.checkpoint_nimg)):
                     state.elapsed += clock.lap()

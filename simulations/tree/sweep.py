@@ -14,11 +14,10 @@ import torch
 from tqdm import tqdm
 
 from dnnlib import cells
-from dnnlib.util import write_text
+from dnnlib.util import read_stats, write_text
 from metrics import figures
 from metrics.table import markdown, mean_and_deviation, mean_and_error, write_csv
 from simulations.configs import TreeConfig
-from simulations.plot_run import read_stats
 from simulations.tree import metrics as tree_metrics
 from simulations.tree import training as tree_training
 from torch_utils import persistence

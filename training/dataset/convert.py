@@ -119,12 +119,14 @@ def select_images(
     max_images: int | None = None,
     seed: int = 0,
     accept: Callable[[int], bool] | None = None,
+    reserved: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices (chosen, rest), both int64 and sorted.
 
     `sources`: keep these class indices only; `max_images`: then the first so many; `per_source`: then so many per source,
     the first ones of an order drawn from (seed, source), so that the choice is nested in `per_source` and the same for
-    every set of sources. `rest` is what `per_source` leaves over. `accept(index)` may veto images before they count.
+    every set of sources. `rest` is what `per_source` leaves over, without the last `reserved` of each order. `accept(index)`
+    may veto images before they count.
     """
     indices = np.arange(count, dtype=np.int64)
     if sources is not None or per_source is not None:
@@ -144,10 +146,12 @@ def select_images(
         np.random.RandomState([seed, int(label)]).shuffle(drawn)
         if accept is not None:
             drawn = np.array([i for i in drawn if accept(int(i))], dtype=np.int64)
-        if drawn.size < per_source:
-            raise ValueError(f"--per-source={per_source}: source {label} has only {drawn.size} usable images")
+        end = drawn.size - reserved
+        if end < per_source:
+            kept = f", {reserved} of them for validation" if reserved else ""
+            raise ValueError(f"--per-source={per_source}: source {label} has only {drawn.size} usable images{kept}")
         chosen.append(drawn[:per_source])
-        rest.append(drawn[per_source:])
+        rest.append(drawn[per_source:end])
     return np.sort(np.concatenate(chosen)), np.sort(np.concatenate(rest))
 
 
@@ -303,6 +307,8 @@ class Conversion(_Writing):
     per_source: int | None = _count(None, "Images per source, without replacement [default: all]", metavar="INT")
     subset_seed: int = _seed(0, "Seed of the order that --per-source takes images from", metavar="INT")
     holdout: str | os.PathLike | None = opt(None, "Second data set: what --per-source leaves over", metavar="DIR|ZIP")
+    val: str | os.PathLike | None = opt(None, "Third data set, apart from both: for --val-data", metavar="DIR|ZIP")
+    val_per_source: int | None = _count(None, "Its images per source, the same for every --per-source", metavar="INT")
     max_images: int | None = _count(None, "Only the first so many images (of the chosen sources)", metavar="INT")
     shuffle_labels: int | None = _seed(
         None, "Permute labels among the chosen sources with this seed (a control: sources made alike)", metavar="SEED"
@@ -350,11 +356,15 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
     """
     o = Conversion(**options)
     apply = make_transform(o.transform, o.resolution)
-    if o.holdout is not None and o.per_source is None:
-        raise ValueError("--holdout takes what --per-source leaves over: give --per-source=N too")
-    if o.holdout is not None and os.path.abspath(o.holdout) == os.path.abspath(dest):
-        raise ValueError("--holdout and --dest must be two files")
-    for path in filter(None, (dest, o.holdout)):
+    for option, path in (("--holdout", o.holdout), ("--val", o.val)):
+        if path is not None and o.per_source is None:
+            raise ValueError(f"{option} takes what --per-source leaves over: give --per-source=N too")
+    if (o.val is None) != (o.val_per_source is None):
+        raise ValueError("--val=ZIP and --val-per-source=N belong together: give both, or none")
+    written = [path for path in (dest, o.holdout, o.val) if path is not None]
+    if len({os.path.abspath(path) for path in written}) < len(written):
+        raise ValueError("--dest, --holdout and --val must be different files")
+    for path in written:
         check_dest(path, o.overwrite)
     source = source if isinstance(source, ImageSource) else open_source(source, o.split_folder)
     if source.latents and (o.transform is not None or o.resolution is not None or o.channels != "auto"):
@@ -370,9 +380,12 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
     labels = source.labels
     if o.shuffle_labels is not None:
         labels = permute_labels(labels, o.sources, o.shuffle_labels)
-    chosen, rest = select_images(labels, source.count, o.sources, o.per_source, o.max_images, o.subset_seed, accept)
+    drawn = (labels, source.count, o.sources, o.per_source, o.max_images, o.subset_seed, accept)
+    chosen, rest = select_images(*drawn, reserved=o.val_per_source or 0)
+    validation = np.setdiff1d(select_images(*drawn)[1], rest) if o.val else rest[:0]
     if o.skip_bad:
-        chosen, rest = (np.array([i for i in part if _is_sound(source, i, bad)], np.int64) for part in (chosen, rest))
+        sound = lambda part: np.array([i for i in part if _is_sound(source, i, bad)], np.int64)
+        chosen, rest, validation = sound(chosen), sound(rest), sound(validation)
         if not len(chosen):
             raise ValueError(f"--skip-bad: none of the chosen images can be read, such as {next(iter(bad.values()))}")
     if o.holdout is not None and not len(rest):
@@ -384,6 +397,7 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
         "dest": os.fspath(dest),
         "count": len(chosen),
         "holdout": len(rest) if o.holdout is not None else 0,
+        "val": len(validation),
         "skipped": 0,
         "bad": [source.describe(i) for i in sorted(i for i, why in bad.items() if why)],
         "channels": None if source.latents else len(mode),
@@ -395,10 +409,12 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
     }
     if o.dry_run:
         return summary
-    written = []
-    for path, indices in [(dest, chosen)] + ([(o.holdout, rest)] if o.holdout is not None else []):
+    contents = []
+    for path, indices in ((dest, chosen), (o.holdout, rest), (o.val, validation)):
+        if path is None:
+            continue
         with dataset_writer(path, o.overwrite, source) as writer:
-            written.append(writer.hashes)
+            contents.append(writer.hashes)
             for index in o.progress(indices.tolist(), os.path.basename(path)):
                 if source.latents:
                     writer.add_latents(index, source.read(index), labels[index], source.describe(index))
@@ -408,10 +424,11 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
                     summary["skipped"] += 1
                 else:
                     writer.add_image(index, image, labels[index], source.describe(index))
-    if o.holdout is not None:
-        kept, held = written
-        if shared := sum(map(set(kept).__contains__, held)):
-            where = f"{shared} of {len(held)} images of {o.holdout} are in {dest} too: the source has duplicates"
+    if len(contents) > 1:
+        held = [image for part in contents[1:] for image in part]
+        if shared := sum(map(set(contents[0]).__contains__, held)):
+            places = " and ".join(str(path) for path in written[1:])
+            where = f"{shared} of {len(held)} images of {places} are in {dest} too: the source has duplicates"
             summary["warnings"].append(f"{where}, so that scores on them say nothing about new images")
         summary["shared"] = shared
     return summary
