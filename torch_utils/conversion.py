@@ -16,6 +16,24 @@ def floating_types(state: dict[str, torch.Tensor]) -> list[str]:
     return sorted({str(value.dtype).removeprefix("torch.") for value in state.values() if value.is_floating_point()})
 
 
+def stored_type(snapshot: persistence.Snapshot, state: dict[str, torch.Tensor]) -> torch.dtype | None:
+    """The type that a file keeps the network's parameters in; None: several."""
+    tensors = [state[f"net.{name}"] for name, _ in snapshot.net.named_parameters()]
+    types = {value.dtype for value in tensors if value.is_floating_point()}
+    return types.pop() if len(types) == 1 else None
+
+
+# What a header says beside the format and the parts.
+_ABOUT = ("nimg", "ema", "options", "dataset", "sources", "source", "git_commit")
+
+
+def save_alike(dest: str | Path, snapshot: persistence.Snapshot, dtype: torch.dtype | None, **header: object) -> None:
+    """Write a snapshot that was read, with all that its header says; `header` wins. dtype: of the parameters."""
+    about = {name: snapshot.header[name] for name in _ABOUT if name in snapshot.header} | header
+    parts = dict(encoder=snapshot.encoder, process=snapshot.process, dtype=dtype)
+    persistence.save_snapshot(dest, snapshot.net, **parts, **about)
+
+
 def convert(path: str, dest: str | Path | None = None, part: str = "ema", plain: bool = False) -> dict:
     """Read a snapshot as data, write it to `dest` (None: nowhere) and return what was found, as plain data.
 
@@ -30,8 +48,7 @@ def convert(path: str, dest: str | Path | None = None, part: str = "ema", plain:
         raise ValueError(f"--dest={dest} is the file that is read: give another name")
     header, state = persistence.read_snapshot(source, part=part)
     snapshot = persistence.assemble(source, header, state)  # also where nothing is written: the tensors must fit
-    found = {name: header[name] for name in ("net", "encoder", "process", "nimg", "ema", "options", "dataset", "source")
-             if header.get(name) is not None}  # fmt: skip
+    found = {name: header[name] for name in ("net", "encoder", "process", *_ABOUT) if header.get(name) is not None}
     found |= {"parameters": sum(p.numel() for p in snapshot.net.parameters()), "types": floating_types(state)}
     if dest is None:
         return found
@@ -40,11 +57,5 @@ def convert(path: str, dest: str | Path | None = None, part: str = "ema", plain:
         with atomic_write(dest) as file:
             file.write(safetensors.torch.save(tensors))
     else:
-        known = {name: header[name] for name in ("nimg", "ema", "options", "dataset", "sources", "source", "git_commit")
-                 if name in header}  # fmt: skip
-        stored = {f"net.{name}" for name, _ in snapshot.net.named_parameters()}
-        types = {state[name].dtype for name in stored if state[name].is_floating_point()}
-        dtype = types.pop() if len(types) == 1 else None
-        parts = dict(encoder=snapshot.encoder, process=snapshot.process)
-        persistence.save_snapshot(dest, snapshot.net, **parts, dtype=dtype, **known)
+        save_alike(dest, snapshot, stored_type(snapshot, state))
     return found | {"dest": str(dest)}

@@ -1,14 +1,21 @@
 """Averages of the weights over training: power-function profiles (EDM2 sec. 3), half-life and fixed-decay averages.
 
-Every average has update(cur_nimg, batch_size), get() -> [(module, suffix)], state_dict() and load_state_dict().
+Every average has update(cur_nimg, batch_size), get() -> [(module, suffix)], state_dict() and load_state_dict(). Averages of
+power-function profiles that were stored during training make those of any other profile afterwards: `reconstruct`.
 """
 
 import copy
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from torch_utils import conversion, foreign, persistence
 
 
 def exp_to_std(exp: npt.ArrayLike) -> npt.NDArray[np.float64] | np.float64:
@@ -133,3 +140,189 @@ class DecayEMA(_Averages):
     def betas(self, cur_nimg: int, batch_size: int) -> list[float]:
         step = cur_nimg / batch_size
         return [min(self.decay, (1 + step) / (10 + step))]
+
+
+# --- reconstruction ---------------------------------------------------------------------------------------------------
+
+
+def profile_error(
+    in_ofs: npt.ArrayLike, in_std: npt.ArrayLike, out_ofs: npt.ArrayLike, out_std: npt.ArrayLike, x: npt.ArrayLike
+) -> npt.NDArray[np.float64]:
+    """Distance of the combinations x [I, O] from the wanted profiles, in L2 over time and relative to these; [O]."""
+    ofs, std = (np.broadcast_to(np.float64(v), len(x)).reshape(-1, 1) for v in (in_ofs, in_std))
+    gram = power_function_correlation(ofs, std, ofs.T, std.T)
+    right = power_function_correlation(ofs, std, out_ofs, out_std)
+    own = power_function_correlation(out_ofs, out_std, out_ofs, out_std)
+    square = (x * (gram @ x)).sum(axis=0) - 2 * (x * right).sum(axis=0) + own
+    return np.sqrt(np.maximum(square / own, 0))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A snapshot file of a power-function average."""
+
+    path: Path
+    nimg: int  # images seen
+    std: float  # of the profile, three decimals
+
+
+def parse_stds(text: str) -> list[float]:
+    """EMA stds such as 0.050,0.100 or, evenly spaced, 0.010,0.015,...,0.050; ascending, three decimals. Raises ValueError."""
+    values, gap = [], False
+    for part in str(text).split(","):
+        if part.strip() == "...":
+            if gap or len(values) < 2:
+                raise ValueError(f"{text!r}: ... stands between two numbers and one, as in 0.010,0.015,...,0.050")
+            gap = True
+            continue
+        try:
+            value = float(part)
+        except ValueError:
+            raise ValueError(f"{text!r} is no list of EMA stds: {part!r} is no number") from None
+        if not 0 < value < 0.2887:
+            raise ValueError(f"{text!r}: the EMA std {part.strip()} must lie in (0, 0.2887)")
+        if gap:
+            first, step = values[-1], values[-1] - values[-2]
+            count = (value - first) / step if step else 0
+            if count < 1 or abs(count - round(count)) > 1e-4 or count > 10_000:
+                raise ValueError(f"{text!r}: no number of equal steps leads from {first:g} to {value:g}")
+            values += [first + step * k for k in range(1, round(count))]
+            gap = False
+        values.append(value)
+    if gap:
+        raise ValueError(f"{text!r}: ... stands between two numbers and one, as in 0.010,0.015,...,0.050")
+    rounded = sorted({round(value, 3) for value in values})
+    if rounded[0] == 0:
+        raise ValueError(f"{text!r}: an EMA std below 0.0005, which file names (three decimals) cannot tell from 0")
+    return rounded
+
+
+def stored_profiles(folder: str | Path, prefix: str | None = None, stds: Sequence[float] | None = None) -> list[Stored]:
+    """The snapshots <prefix>-<kimg>-<std>.safetensors or .pkl of a folder, by time and std. stds: keep only these.
+
+    Raises ValueError where there are none, of several prefixes or of several files for one profile.
+    """
+    found, prefixes = {}, set()
+    for path in sorted(Path(folder).iterdir()):
+        match = re.fullmatch(r"(.*)-\d+-\d+\.\d+\.(pkl|safetensors)", path.name)
+        if match is None or prefix not in (None, match[1]):
+            continue
+        nimg, std = foreign.nimg_of(path)
+        if nimg is None:
+            raise ValueError(
+                f"{path}: its number is that of no multiple of 1024 images; profiles need the time in images"
+            )
+        if stds is not None and round(float(std), 3) not in stds:
+            continue
+        prefixes.add(match[1])
+        if (nimg, std) in found:
+            raise ValueError(f"{found[nimg, std].path} and {path.name} are one profile: leave one, or give --inprefix")
+        found[nimg, std] = Stored(path, nimg, round(float(std), 3))
+    if not found:
+        raise ValueError(f"{folder} holds no snapshots <prefix>-<kimg>-<std>.safetensors (or .pkl) of that kind")
+    if len(prefixes) > 1:
+        raise ValueError(f"{folder} holds snapshots of several kinds ({', '.join(sorted(prefixes))}): give --inprefix")
+    return sorted(found.values(), key=lambda s: (s.nimg, s.std))
+
+
+def select_inputs(stored: Sequence[Stored], nimg: int | None = None) -> tuple[list[Stored], int]:
+    """(those that can enter a profile that ends at `nimg`, nimg); None: the latest. Raises ValueError."""
+    nimg = max(s.nimg for s in stored) if nimg is None else nimg
+    inputs = [s for s in stored if 0 < s.nimg <= nimg]
+    if nimg not in {s.nimg for s in inputs}:
+        times = ", ".join(str(t // 1000) for t in sorted({s.nimg for s in stored if s.nimg}))
+        raise ValueError(f"no snapshot at {nimg // 1000} kimg, where the profile is to end; there are: {times}")
+    return inputs, nimg
+
+
+@dataclass
+class Reconstructed:
+    """An average that was made from stored ones."""
+
+    std: float
+    snapshot: persistence.Snapshot
+    dtype: torch.dtype | None  # of the parameters in the inputs
+    fit_error: float  # see profile_error
+
+
+@torch.no_grad()
+def reconstruct(
+    stored: Sequence[Stored],
+    stds: Sequence[float],
+    nimg: int | None = None,
+    batch: int = 8,
+    progress: Callable[[list], Iterable] = iter,
+) -> Iterator[Reconstructed]:
+    """Averages of any power-function profiles that end at `nimg` (None: the latest input), EDM2 sec. 3.2 and app. C.
+
+    Every `batch` of them takes one pass over the files; memory holds these, their sums in float32, and one file. Buffers are
+    those of the last input. progress: wraps the list of files of a pass. Raises ValueError for files that are not averages
+    of one network, or not finite.
+    """
+    inputs, nimg = select_inputs(stored, nimg)
+    if not stds:
+        return
+    about = [s.nimg for s in inputs], [s.std for s in inputs], nimg, np.float64(stds)
+    x = solve_posthoc_coefficients(*about)
+    errors = profile_error(*about, x)
+    shapes = lambda state: {name: value.shape for name, value in state.items()}
+    count = -(-len(stds) // batch)
+    for part in np.array_split(np.arange(len(stds)), count):
+        first = None
+        for entry, weights in zip(progress(inputs), x[:, part].tolist(), strict=True):
+            header, state = persistence.read_snapshot(entry.path)
+            if first is None:
+                first, layout = header, shapes(state)
+                names, dtype = _parameters(persistence.assemble(entry.path, header, state), state)
+                sums = [{name: torch.zeros(state[name].shape) for name in names} for _ in part]
+            elif header["net"] != first["net"] or shapes(state) != layout:
+                raise ValueError(f"{entry.path}: another network than {inputs[0].path.name}")
+            for name in names:
+                value = state[name].to(torch.float32)
+                if not value.isfinite().all():
+                    raise ValueError(f"{entry.path}: {name} is not finite")
+                for total, weight in zip(sums, weights, strict=True):
+                    total[name].add_(value, alpha=weight)
+        for index, total in zip(part, sums, strict=True):
+            header = first | {"nimg": nimg, "ema": f"{stds[index]:.3f}"}
+            made = persistence.assemble(inputs[0].path, header, {**state, **total})
+            yield Reconstructed(stds[index], made, dtype, float(errors[index]))
+
+
+def _parameters(snapshot, state):
+    """(names in the file of what is averaged, stored type of the network's parameters)."""
+    modules = {"net": snapshot.net, "process": snapshot.process}
+    modules = {where: module for where, module in modules.items() if isinstance(module, torch.nn.Module)}
+    names = [f"{where}.{name}" for where, module in modules.items() for name, _ in module.named_parameters()]
+    return names, conversion.stored_type(snapshot, state)
+
+
+def reconstruct_command(
+    indir: str,
+    outdir: str,
+    outstd: str,
+    inprefix: str | None = None,
+    instd: str | None = None,
+    outprefix: str = "phema",
+    outkimg: int | None = None,
+    skip: bool = False,
+    batch: int = 8,
+) -> dict:
+    """What reconstruct_phema.py does; returns what it found and wrote, as plain data. Raises ValueError."""
+    from tqdm import tqdm
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("averages are reconstructed by one process: start without torchrun")
+    stored = stored_profiles(indir, inprefix, None if instd is None else parse_stds(instd))
+    times = {s.nimg // 1000: s.nimg for s in stored}
+    inputs, nimg = select_inputs(stored, None if outkimg is None else times.get(outkimg, outkimg * 1000))
+    path = lambda std: Path(outdir) / f"{outprefix}-{nimg // 1000:07d}-{std:.3f}.safetensors"
+    stds = [std for std in parse_stds(outstd) if not (skip and path(std).exists())]
+    taken = {s.path.resolve() for s in stored} & {path(std).resolve() for std in stds}
+    if taken:
+        raise ValueError(f"{taken.pop()} is an input and would be written: give another --outprefix or --outdir")
+    made = []
+    for found in reconstruct(inputs, stds, nimg, batch, lambda files: tqdm(files, unit="file", desc="profiles")):
+        conversion.save_alike(path(found.std), found.snapshot, found.dtype, ema=f"{found.std:.3f}")
+        made.append({"file": str(path(found.std)), "std": found.std, "fit_error": found.fit_error})
+    return {"inputs": [s.path.name for s in inputs], "kimg": nimg // 1000, "outputs": made}
