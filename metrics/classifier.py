@@ -117,6 +117,8 @@ def load_classifier(path: str | os.PathLike, device: str | torch.device = "cpu")
         raise ValueError(f"classifier file '{path}' does not exist; {remedy}")
     try:
         snapshot = load_snapshot(path, kind=FORMAT)
+        if not isinstance(snapshot.net, ConvNet):
+            raise ValueError(f"holds a {type(snapshot.net).__name__}")
     except ValueError as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise ValueError(f"'{path}' is not a classifier file ({reason}); {remedy}") from None

@@ -4,12 +4,19 @@ import json
 import math
 import pickle
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
-from small_runs import python
+from small_runs import one_line, python, run, small_command
 
-from torch_utils.persistence import CLASSES, build, describe
+import calculate_metrics
+import dataset_tool
+import generate_images
+import train_edm2
+from torch_utils.persistence import CLASSES, build, describe, save_snapshot
 from training import encoders
+from training.networks_edm2 import Precond
 
 ENCODERS = [name for name, module in CLASSES.items() if module == "training.encoders"]
 
@@ -164,7 +171,7 @@ def test_vae_encode_and_decode_follow_edm2(tiny_vae):
 def test_missing_vae_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="cannot load the VAE") as err:
         encoders.StabilityVAEEncoder(vae_name=str(tmp_path)).decode(torch.zeros(1, 4, 2, 2))
-    assert "\n" not in str(err.value) and "--model-url" in str(err.value)
+    assert "\n" not in str(err.value) and "--vae" in str(err.value)
 
 
 # --- Specs ------------------------------------------------------------------------------------------------------------
@@ -195,3 +202,60 @@ def test_for_channels(channels, cls):
 
 def test_importing_encoders_leaves_diffusers_alone():
     python("-c", "import sys, training.encoders; sys.exit('diffusers' in sys.modules)")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """[(name, whether the network may be asked)] of every attempt to load a VAE; all fail."""
+    diffusers, calls = pytest.importorskip("diffusers"), []
+
+    def from_pretrained(name, local_files_only, use_safetensors):
+        calls.append((name, not local_files_only))
+        raise OSError("not there")
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", from_pretrained)
+    return calls
+
+
+def test_a_file_sends_nobody_to_the_network(asked, tmp_path, tiny_net):
+    """The header names a VAE; only what the user names is looked for on the hub."""
+    net, path = tiny_net(0), tmp_path / "net.safetensors"
+    save_snapshot(path, net, encoder=encoders.StabilityVAEEncoder(vae_name="somebody/else"))
+    command = [f"--net={path}", f"--outdir={tmp_path / 'out'}", "--seeds=0", "--steps=1", "--device=cpu"]
+    one_line(generate_images.main, *command, says=["somebody/else", "--vae=FOLDER"])
+    gen = ["gen", f"--net={path}", f"--ref={path}", "--num=2", "--device=cpu"]
+    one_line(calculate_metrics.cmdline, *gen, says=["somebody/else", "--vae=FOLDER"])
+    assert asked == [("somebody/else", False)] * 2
+    one_line(generate_images.main, *command, "--vae=my/own", says=["my/own", "--vae=FOLDER"])
+    one_line(calculate_metrics.cmdline, *gen, "--vae=my/own", says="my/own")
+    assert asked[2:] == [("my/own", False), ("my/own", True)] * 2
+
+
+def test_training_on_latents_goes_on_without_the_vae(asked, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(8):
+        np.save(data / f"img-mean-std-{i}.npy", np.random.RandomState(i).rand(8, 8, 8).astype(np.float32))
+    command = [word for word in small_command(data, tmp_path / "run", "--cond=False") if word != "--grid=False"]
+    with pytest.warns(UserWarning, match="without sample grids") as warned:
+        run(train_edm2.main, *command)
+    assert len(warned) == 1 and asked == [("stabilityai/sd-vae-ft-mse", False)]
+    assert list((tmp_path / "run").glob("network-snapshot-*")) and not list((tmp_path / "run").glob("samples-*"))
+    one_line(
+        dataset_tool.main, "decode", f"--source={data}", f"--dest={tmp_path}/x.zip", "--vae=my/own", says="--vae=FOLDER"
+    )
+    assert asked[1:] == [("my/own", False), ("my/own", True)]
+
+
+def test_sampling_with_the_vae_of_a_folder(tmp_path, tiny_vae, tiny_net):
+    folder, vae = tiny_vae
+    path = tmp_path / "net.safetensors"
+    torch.manual_seed(0)
+    net = Precond(8, 4, 0, model_channels=8, channel_mult=[1], num_blocks=1, channels_per_head=8)
+    save_snapshot(path, net, encoder=encoders.StabilityVAEEncoder())
+    command = [f"--net={path}", "--seeds=0", "--steps=1", "--device=cpu"]
+    run(generate_images.main, *command, f"--outdir={tmp_path / 'out'}", f"--vae={folder}")
+    assert PIL.Image.open(tmp_path / "out" / "000000.png").size == (16, 16)
+    save_snapshot(path, tiny_net(0), encoder=encoders.StandardRGBEncoder())
+    with pytest.warns(UserWarning, match="--vae=.*no effect"):
+        run(generate_images.main, *command, f"--outdir={tmp_path / 'rgb'}", f"--vae={folder}")

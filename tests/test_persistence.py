@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -318,3 +319,108 @@ def test_a_failed_write_leaves_the_old_file(snapshot, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         save_snapshot(path, net)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+# --- hostile headers --------------------------------------------------------------------------------------------------
+
+UNBUILT = {
+    "wide": dict(model_channels=10**9),
+    "wider than an address": dict(model_channels=2**62),
+    "many blocks": dict(num_blocks=10**9),
+    "many labels": dict(label_dim=10**9),
+    "many channels": dict(img_channels=10**9),
+    "large images": dict(img_resolution=2**40),
+    "an infinite number": dict(sigma_data="inf"),
+    "no number": dict(sigma_data="0.5"),
+    "negative": dict(sigma_data=-1),
+    "beyond float32": dict(concat_balance=1e308),
+    "word for a number": dict(concat_balance="x"),
+    "list for a number": dict(label_balance=[0.5]),
+    "strange word": {"x meta x": 1, "model_channels": 10**9},
+    "deep": dict(dropout=[[[[[[[0]]]]]]]),
+}
+
+
+@pytest.mark.parametrize("name", UNBUILT)
+def test_nothing_is_allocated_for_a_header(snapshot, tmp_path, name):
+    path, net = snapshot
+    header = read_header(path)
+    header["net"]["kwargs"].update(UNBUILT[name])
+    tensors = {f"net.{name}": value.contiguous() for name, value in net.state_dict().items()}
+    before = time.process_time()
+    with pytest.raises(ValueError, match="x.safetensors: ") as error:
+        load_snapshot(write(tmp_path / "x.safetensors", header, tensors))
+    assert "\n" not in str(error.value) and time.process_time() - before < 1
+
+
+@pytest.mark.parametrize(
+    "part, spec",
+    [
+        ("net", {"class": "iDDPMPrecond", "kwargs": {"img_resolution": 8, "img_channels": 1, "M": 10**9}}),
+        ("net", {"class": "ConvNet", "kwargs": {"image_shape": [1, 8, 8], "num_classes": 3}}),
+        ("net", {"class": "EDM", "kwargs": {}}),
+        ("net", {"class": "Learned", "kwargs": {}}),
+        ("net", {"class": "ToyModel", "kwargs": {"num_layers": 10**9}}),
+        ("encoder", {"class": "Precond", "kwargs": {"img_resolution": 8, "img_channels": 1, "label_dim": 0}}),
+        ("encoder", {"class": "EDM", "kwargs": {}}),
+        ("encoder", {"class": "StabilityVAEEncoder", "kwargs": {"raw_mean": [1] * 5}}),
+        ("encoder", {"class": "StabilityVAEEncoder", "kwargs": {"batch_size": 0}}),
+        ("encoder", {"class": "StabilityVAEEncoder", "kwargs": {"vae_name": ["x"]}}),
+        ("process", {"class": "StandardRGBEncoder", "kwargs": {}}),
+        ("process", {"class": "MALDA", "kwargs": {"V": 10**6}}),
+        ("process", {"class": "Learned", "kwargs": {"V": 10**9}}),
+        ("process", {"class": "LinearProcess", "kwargs": {"Q": [[0] * 65] * 65, "D": [[0] * 65] * 65}}),
+        ("options", []),
+        ("dataset", "x"),
+        ("nimg", "many"),
+        ("nimg", 2**63),
+        ("version", True),
+        ("net", {"class": ["Precond"], "kwargs": {}}),
+        ("extra", json.loads("[" * 99 + "]" * 99)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_part_of_a_header_is_checked(snapshot, tmp_path, part, spec):
+    path, net = snapshot
+    tensors = {f"net.{name}": value.contiguous() for name, value in net.state_dict().items()}
+    before = time.process_time()
+    with pytest.raises(ValueError, match="x.safetensors: ") as error:
+        load_snapshot(write(tmp_path / "x.safetensors", {**read_header(path), part: spec}, tensors))
+    assert "\n" not in str(error.value) and time.process_time() - before < 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308])
+def test_weights_that_are_no_numbers_are_named(snapshot, tmp_path, value):
+    path, net = snapshot
+    state = {f"net.{name}": v.contiguous().clone() for name, v in net.state_dict().items()}
+    state["net.unet.out_conv.weight"] = state["net.unet.out_conv.weight"].double()  # holds 1e308, the network cannot
+    state["net.unet.out_conv.weight"][0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match=r"x.safetensors: tensor unet.out_conv.weight holds NaN or infinity"):
+        load_snapshot(write(tmp_path / "x.safetensors", read_header(path), state))
+
+
+def test_all_networks_are_made_without_memory():
+    """Each class of the address book that is a network; `_require_fit` tells nothing of one that cannot be."""
+    made = {
+        "Precond": dict(img_resolution=8, img_channels=1, label_dim=3, model_channels=8, channels_per_head=8),
+        "ToyModel": {},
+        "MLPDenoiser": dict(label_dim=3, logvar_channels=4),
+        "ConvNet": dict(image_shape=[1, 8, 8], num_classes=3),
+    }
+    small = dict(img_resolution=8, img_channels=1, label_dim=3, model_channels=32, num_blocks=1, channel_mult=[1, 2])
+    made |= {f"{kind}Precond": {**small, "model_type": "SongUNet"} for kind in ("EDM", "VP", "VE", "iDDPM")}
+    for name, kwargs in made.items():
+        net = persistence.build({"class": name, "kwargs": kwargs})
+        state = net.state_dict()
+        again = persistence.build({"class": name, "kwargs": kwargs}, state=state)
+        assert all(torch.equal(a, b) for a, b in zip(state.values(), again.state_dict().values(), strict=True))
+        first = next(iter(state))
+        for wrong in (
+            {**state, "x": state[first]},
+            {k: v for k, v in state.items() if k != first},
+            {**state, first: torch.zeros(7, 7)},
+        ):
+            with pytest.raises(ValueError, match=f"does not fit class {name} .*tensor"):
+                persistence.build({"class": name, "kwargs": kwargs}, state=wrong)
+    modules = {name for name in persistence.CLASSES if issubclass(persistence._find_class(name, {}), torch.nn.Module)}
+    assert modules == {*made, "Learned"}

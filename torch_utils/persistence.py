@@ -11,7 +11,9 @@ import functools
 import importlib
 import inspect
 import json
+import math
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,11 +22,13 @@ import safetensors.torch
 import torch
 
 from dnnlib import download
+from dnnlib.reading import nested, parse_json
 from dnnlib.util import atomic_write, reason
 from torch_utils import foreign
 
 FORMAT = "multi-source-diffusion snapshot"
 VERSION = 2
+MOST_HEADER = 2**24  # characters
 
 # Where the project's classes live; a module is imported when a file asks for one of its classes.
 _MODULES = {
@@ -93,18 +97,91 @@ def build(spec: dict | None, classes: dict[str, type] | None = None, state: dict
     """The object that `describe` described, None for None. state: tensors of a module.
 
     Raises ValueError for a class that is neither in `classes` {name: class}, decorated nor in CLASSES, and for arguments
-    or tensors that do not fit it.
+    or tensors that do not fit it: known before any memory is taken, since a module is first made without.
     """
     if spec is None:
         return None
     cls = _find_class(spec["class"], classes or {})
     try:
-        made = cls(**{k: float(v) if v in ("inf", "-inf", "nan") else v for k, v in spec["kwargs"].items()})
+        if not isinstance(spec["kwargs"], dict) or nested(spec["kwargs"], 4) or not _sober(spec["kwargs"]):
+            raise ValueError("arguments that are no sober numbers, words, lists of them")
+        make = functools.partial(cls, **{k: float(v) if v in ("inf", "-inf") else v for k, v in spec["kwargs"].items()})
+        if state is not None and getattr(cls, "forward", torch.nn.Module.forward) is not torch.nn.Module.forward:
+            _require_fit(make, state, checked=spec["class"] in CLASSES)
+        made = make()
         if state is not None and isinstance(made, torch.nn.Module):
             made.load_state_dict(state)
     except Exception as err:  # every constructor fails in its own way
         raise ValueError(f"does not fit class {spec['class']} ({reason(err)})") from err
     return made
+
+
+def _sober(value):
+    """Whether no number in plain data is NaN or beyond 1e30."""
+    if isinstance(value, (list, dict)):
+        return all(map(_sober, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, (int, float)) or abs(value) <= 1e30
+
+
+def _require_fit(make, state, checked):
+    """Raises ValueError unless a module has the tensors of `state` {name: tensor}, and runs, if it is a denoiser.
+
+    It is made on torch's meta device, where tensors have shapes and no content. checked: a class of the project; others
+    may be such that they cannot be made there.
+    """
+    made = []
+
+    def count(*parameter):
+        made.append(parameter)
+        if len(made) > len(state):
+            raise ValueError(f"it has more tensors than the {len(state)} of the file")
+
+    hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            net = make()
+            own = net.state_dict()
+            for name in sorted({*own, *state}):
+                if name not in state or name not in own:
+                    raise ValueError(f"tensor {name} is {'too much' if name in state else 'missing'}")
+                kinds = [
+                    (list(t.shape), "numbers" if t.is_floating_point() else str(t.dtype))
+                    for t in (state[name], own[name])
+                ]
+                if kinds[0] != kinds[1]:
+                    raise ValueError(f"tensor {name} has {kinds[0]}, expected {kinds[1]}")
+            if hasattr(net, "img_resolution"):
+                shape = [1, net.img_channels, net.img_resolution, net.img_resolution]
+                labels = torch.zeros(1, net.label_dim) if net.label_dim else None
+                if list(net.eval()(torch.zeros(shape), torch.ones(1), labels).shape) != shape:
+                    raise ValueError("its output has another shape than its input")
+    except Exception as err:
+        if checked or not re.search(r"\bmeta\b", str(err), re.I):
+            raise
+    finally:
+        hook.remove()
+
+
+# What the class of a part must have one of.
+_PARTS = {"net": ("state_dict",), "encoder": ("decode",), "process": ("unit_noise", "project")}
+# What solvers and losses read of a denoiser: the least and the largest value.
+_OF_DENOISERS = {"img_resolution": (1, 2**13), "img_channels": (1, 2**13), "label_dim": (0, 10**6)}
+_OF_DENOISERS |= {"sigma_min": (0.0, 1e30), "sigma_max": (0.0, math.inf), "sigma_data": (0.0, 1e30)}
+
+
+def _require_denoiser(net):
+    for name, (least, most) in _OF_DENOISERS.items():
+        value = getattr(net, name, None)
+        known = type(value) is int or (type(value) is float and type(least) is float)
+        if not (known and least <= value <= most):
+            raise ValueError(f"{type(net).__name__} has {name}={value}: must be a number from {least} to {most}")
+
+
+def _require_finite(module):
+    for name, tensor in module.state_dict().items() if isinstance(module, torch.nn.Module) else ():
+        if not tensor.isfinite().all():
+            raise ValueError(f"tensor {name} holds NaN or infinity: the training broke down; take an earlier snapshot")
 
 
 def _find_class(name, classes):
@@ -153,7 +230,7 @@ def save_snapshot(
         state.update({f"process.{name}": value for name, value in process.state_dict().items()})
     # safetensors refuses shared memory
     state = {name: value.detach().to("cpu").contiguous().clone() for name, value in state.items()}
-    data = safetensors.torch.save(state, metadata={"header": json.dumps(header)})
+    data = safetensors.torch.save(state, metadata={"header": json.dumps(header, allow_nan=False)})
     with atomic_write(path) as file:
         file.write(data)
 
@@ -202,6 +279,12 @@ def _from_version_1(header):
     return header
 
 
+# What else a header may say, and as what; all may be missing.
+_FIELDS = dict.fromkeys(("options", "dataset", "source_accuracy"), (dict,)) | {"git_commit": (str,), "torch": (str,)}
+_FIELDS |= {"ema": (str, int, float), "accuracy": (int, float)}
+_FIELDS |= dict.fromkeys(("nimg", "epochs", "seed", "num_train", "num_holdout"), (int,))
+
+
 def read_header(path: str | Path, kind: str = FORMAT) -> dict:
     """The header of a file of `save_snapshot`, or that of another system's snapshot in the same form.
 
@@ -216,11 +299,17 @@ def read_header(path: str | Path, kind: str = FORMAT) -> dict:
         raise ValueError(f"{path}: not a snapshot ({', '.join(_SUFFIXES)})")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = _from_version_1(json.loads((file.metadata() or {})["header"]))
+            text = (file.metadata() or {})["header"]
+        if len(text) > MOST_HEADER:
+            raise ValueError(f"a header of {len(text)} characters")
+        header = _from_version_1(parse_json(text))
         if header["format"] != kind:
             raise KeyError("format")
-        if not isinstance(header["version"], int):
+        if type(header["version"]) is not int or nested(header):
             raise KeyError("version")
+        for name, types in _FIELDS.items():
+            if not isinstance(header.get(name), (*types, type(None))):
+                raise KeyError(name)
         for part in ("net", "encoder", "process"):
             spec = header.get(part)
             optional = part != "net" and spec is None
@@ -277,26 +366,19 @@ def assemble(
     own = {name[8:]: value for name, value in state.items() if name.startswith("process.")}
     state = {name.removeprefix("net."): value for name, value in state.items() if not name.startswith("process.")}
     try:
-        if foreign.is_foreign(path):
-            _require_fit(header["net"], state)
+        for part, methods in _PARTS.items():
+            cls = _find_class(header[part]["class"], classes or {}) if header.get(part) else None
+            if cls is not None and not any(hasattr(cls, name) for name in methods):
+                raise ValueError(f"{cls.__name__} stands in the place of the {part}")
         net = build(header["net"], classes, state)
         encoder = build(header.get("encoder"), classes)
         process = build(header.get("process"), classes, own)
+        if header["format"] == FORMAT and header["net"]["class"] in CLASSES:
+            _require_denoiser(net)
+        _require_finite(net), _require_finite(process)
     except ValueError as err:
         raise ValueError(f"{path}: {err}") from err
     if isinstance(process, torch.nn.Module):
         process.requires_grad_(False)
     net = net.to(device).eval().requires_grad_(False)
     return Snapshot(net=net, encoder=encoder, process=process, options=header.get("options", {}), header=header)
-
-
-def _require_fit(spec, state):
-    """Compares shapes before there is memory: the arguments in a file may describe any network."""
-    with torch.device("meta"):
-        expected = build(spec).state_dict()
-    for name in [*expected, *state]:
-        shapes = [list(part[name].shape) if name in part else None for part in (expected, state)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"does not fit class {spec['class']} ({name}: {shapes[1]} in the file, {shapes[0]} expected)"
-            )

@@ -113,6 +113,9 @@ class TrainingConfig:
     workers: int = _run(2, "Loader processes", at_least=0, at_most=256, free=True)  # more would take the machine down
     init: str | None = _run(None, "Start a new run from these weights", metavar="SNAPSHOT")
     grid: bool = _run(True, "Sample grid at every snapshot", free=True)
+    vae: str | None = _run(
+        None, "VAE of their latents: local folder, or name on the hub", metavar="DIR|NAME", free=True
+    )
     snapshot_fp16: bool = _run(False, "Store snapshots in half precision", free=True)
 
     def check(self) -> "TrainingConfig":

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 
 import torch
 
+from dnnlib.util import reason
 from torch_utils import random
 from torch_utils.persistence import persistent
 from torch_utils.random import Generator
@@ -185,17 +187,21 @@ class StabilityVAEEncoder(Encoder):
         final_std: float | Sequence[float] = 0.5,
         batch_size: int = 8,  # images per VAE call
     ):
-        self.vae_name, self.batch_size = vae_name, batch_size
+        if not isinstance(vae_name, str) or type(batch_size) is not int or batch_size < 1:
+            raise ValueError(f"vae_name={vae_name!r} must be a folder or name, batch_size={batch_size!r} a number >= 1")
+        self.vae_name, self.batch_size, self.given = vae_name, batch_size, None
         raw_mean, raw_std, final_mean, final_std = (
             torch.as_tensor(v, dtype=torch.float32) for v in (raw_mean, raw_std, final_mean, final_std)
         )
         self.scale = final_std / raw_std  # [C]
         self.bias = final_mean - raw_mean * self.scale  # [C]
+        if self.scale.ndim != 1 or self.bias.shape != self.scale.shape:
+            raise ValueError("raw_mean and raw_std must be as many numbers each, final_mean and final_std too, or one")
         self._vae = None
 
     def init(self, device: str | torch.device) -> None:
         if self._vae is None:
-            self._vae = load_stability_vae(self.vae_name)
+            self._vae = load_stability_vae(self.given or self.vae_name, hub=self.given is not None)
         self._vae.to(torch.device(device))
 
     def _per_channel(self, x):
@@ -236,8 +242,19 @@ class StabilityVAEEncoder(Encoder):
         return dict(self.__dict__, _vae=None)
 
 
-def load_stability_vae(vae_name: str = "stabilityai/sd-vae-ft-mse") -> torch.nn.Module:
-    """diffusers AutoencoderKL in eval mode without gradients: a local folder, else the local cache, else the hub.
+def use_vae(encoder: Encoder, vae: str | None) -> None:
+    """Let an encoder take its VAE from where the user says: a folder, or the hub. None: from where it can without network.
+
+    What a file says of its VAE is no reason to ask the network for it. Warns where the encoder has no VAE.
+    """
+    if vae is not None and not isinstance(encoder, StabilityVAEEncoder):
+        warnings.warn(f"--vae={vae} has no effect: the data are no VAE latents", stacklevel=2)
+    elif vae is not None:
+        encoder.given = vae
+
+
+def load_stability_vae(vae_name: str = "stabilityai/sd-vae-ft-mse", hub: bool = False) -> torch.nn.Module:
+    """diffusers AutoencoderKL in eval mode without gradients: a local folder, else the local cache, else, if `hub`, the hub.
 
     Only safetensors weights are read. ValueError where diffusers is missing or the weights cannot be found.
     """
@@ -246,16 +263,16 @@ def load_stability_vae(vae_name: str = "stabilityai/sd-vae-ft-mse") -> torch.nn.
     except ImportError as err:
         raise ValueError("VAE latents need the diffusers package: pip install diffusers") from err
     errors = []
-    for local_only in [True] if os.path.isdir(vae_name) else [True, False]:
+    for local_only in [True] if os.path.isdir(vae_name) or not hub else [True, False]:
         try:
             vae = AutoencoderKL.from_pretrained(vae_name, local_files_only=local_only, use_safetensors=True)
             return vae.eval().requires_grad_(False)
         except Exception as err:  # The hub's client raises many types, none of them shared.
             errors.append(err)
-    reason = str(errors[-1]).strip().splitlines()[:1]
+    places = "a local folder, the local cache or the hub" if hub else "a local folder or the local cache"
+    remedy = "download it and give --vae=FOLDER" + ("" if hub else f", or --vae={vae_name} to load it from the hub")
     raise ValueError(
-        f"cannot load the VAE {vae_name!r} from a local folder, the local cache or the hub "
-        f"({reason[0] if reason else type(errors[-1]).__name__}); download it and pass --model-url=FOLDER"
+        f"cannot load the VAE {vae_name!r:.200} from {places} ({reason(errors[-1])}): {remedy}"
     ) from errors[-1]
 
 

@@ -17,7 +17,7 @@ from torch_utils import distributed as dist
 from torch_utils import persistence
 from torch_utils.random import StackedRandomGenerator
 from training import choices, processes, samplers
-from training.encoders import StandardRGBEncoder
+from training.encoders import StandardRGBEncoder, use_vae
 from training.guidance import NullLabels, guided
 from training.images import png_bytes, save_grid
 from training.processes.options import make_process, require_gaussian
@@ -185,6 +185,7 @@ def batches(
     """
     sampler = choices.choose(samplers.SOLVERS, "solver", given.solver or "heun")
     net, encoder, kernel = _open(given.net, device)
+    use_vae(encoder, given.vae)
     trained = processes.aug_dim(kernel)
     if given.aug_dim not in (None, trained):
         raise ValueError(

@@ -5,6 +5,7 @@ The loop calls these through its contract; it knows none of them.
 
 import math
 import signal
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -33,11 +34,23 @@ def standard_hooks(run: "Run") -> dict:
     if run.held_out is not None:
         looks = Validation(run.held_out, run.periods.status_nimg, run.config.patience)
         chosen |= {"on_status": looks.on_status, "finished": looks.finished}
-    if run.config.grid:
+    if run.config.grid and _can_decode(run.encoder, run.feed.device):
         dataset = run.feed.dataset
         sources = sorted({int(k) for k in dataset.raw_labels}) if dataset.has_onehot_labels else None
         chosen["on_snapshot"] = grid_hook(sources)
     return chosen
+
+
+def _can_decode(encoder, device):
+    """Whether the encoder makes images; warns, on rank 0, if not. Others make no grids."""
+    if dist.get_rank() != 0:
+        return True
+    try:
+        encoder.init(device)
+    except ValueError as err:
+        warnings.warn(f"training goes on without sample grids: {err}", stacklevel=3)
+        return False
+    return True
 
 
 class Validation:

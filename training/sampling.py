@@ -44,6 +44,9 @@ class Sampling(ProcessChoice):
         None, "Class label, or balanced: seed modulo sources; default: random per seed", "--class", metavar="N|balanced"
     )
     sources: list | None = opt(None, "With --class=balanced: cycle through these labels only", type=cli.INTS)
+    vae: str | None = opt(
+        None, "VAE of latents: local folder, or name on the hub to download [default: local]", metavar="DIR|NAME"
+    )
     max_batch_size: int = opt(32, "Largest batch per process", "--batch", at_least=1)
     aug_dim: float | None = opt(
         None, "Refuse a snapshot that was not trained with this D of PFGM++", metavar="D", infinite=True

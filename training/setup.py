@@ -218,6 +218,7 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
     dataset = open_dataset(config)
     config.data_content = dataset.fingerprint()
     encoder = choose_encoder(dataset, config.encoder)
+    encoders.use_vae(encoder, config.vae)
     interface = interface_of(dataset, encoder)
     held_out = ImageFolderDataset(config.val_data, use_labels=config.cond) if config.val_data else None
     torch.backends.cudnn.benchmark = config.bench

@@ -326,7 +326,9 @@ class Conversion(_Writing):
 class LatentOptions(_Writing):
     """What encoding and decoding share (training/dataset/latents.py)."""
 
-    model_url: str = opt("stabilityai/sd-vae-ft-mse", "VAE: local folder or hub name", metavar="PATH|NAME")
+    model_url: str = opt(
+        "stabilityai/sd-vae-ft-mse", "VAE: local folder or hub name", "--model-url", "--vae", metavar="PATH|NAME"
+    )
     max_images: int | None = _count(None, "Only the first so many images", metavar="INT")
     batch: int = _count(8, "Images per call of the VAE", metavar="INT")
     sample_seed: int | None = opt(

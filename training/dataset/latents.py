@@ -56,6 +56,7 @@ def _translate(path, dest, o, read, translate, from_latents):
         return summary
     device = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     encoder = encoders.StabilityVAEEncoder(vae_name=o.model_url, batch_size=o.batch)
+    encoders.use_vae(encoder, o.model_url)
     encoder.init(device)
     labels = source.labels if source.labels is not None else [None] * source.count
     batches = [range(start, min(start + o.batch, count)) for start in range(0, count, o.batch)]

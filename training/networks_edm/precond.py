@@ -141,6 +141,8 @@ class iDDPMPrecond(_Precond):
     ):
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, **model_kwargs)
         self.C_1, self.C_2, self.M = C_1, C_2, M
+        if not 1 <= M <= 10_000:
+            raise ValueError(f"M={M}: the number of time steps must lie in 1..10000")
         steps = torch.arange(M + 1, dtype=torch.float32, device="cpu")
         alpha_bar = (0.5 * math.pi * steps / M / (C_2 + 1)).sin() ** 2
         ratio = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=C_1)  # [M]

@@ -22,6 +22,7 @@ from training.processes import numerics
 from training.processes.base import Process, Times, as_time, number
 from training.processes.states import apply_matrix, expand, flatten
 
+MOST_VARIABLES = 64  # per data dimension; states and matrices grow with them
 Matrix = torch.Tensor | Sequence
 Ends = Sequence[float]  # beta at t = 0 and t = 1
 
@@ -76,6 +77,8 @@ class LinearProcess(Process):
 
     def _setup(self, V, S, beta, init_aux_var):
         """Everything but Q and D."""
+        if V > MOST_VARIABLES:
+            raise ValueError(f"{V} variables per data dimension: at most {MOST_VARIABLES}")
         self.V = V  # variables per data dimension
         try:
             S = torch.as_tensor([1.0] * V if S is None else S, dtype=torch.float64).detach().cpu()

@@ -8,7 +8,7 @@ import torch
 
 from torch_utils.persistence import persistent
 from training.processes.base import number, positive
-from training.processes.linear import Ends, LinearProcess
+from training.processes.linear import MOST_VARIABLES, Ends, LinearProcess
 
 
 @persistent
@@ -102,7 +102,7 @@ class Learned(LinearProcess, torch.nn.Module):
 
 
 def count(name: str, value: object, least: int) -> int:
-    """An option as an integer >= least; else ValueError."""
-    if not (number(name, value).is_integer() and value >= least):  # neither inf nor NaN is
-        raise ValueError(f"{name} = {value}: give an integer >= {least}")
+    """An option as an integer from `least` to MOST_VARIABLES; else ValueError."""
+    if not (number(name, value).is_integer() and least <= float(value) <= MOST_VARIABLES):  # neither inf nor NaN is
+        raise ValueError(f"{name} = {value}: give an integer >= {least} and <= {MOST_VARIABLES}")
     return int(value)
