@@ -233,6 +233,11 @@ def bits_per_dim(
         columns.append(torch.stack([nats.detach().cpu(), kl.detach().double().cpu()]))
         progress(len(x))
     nats, kl = torch.cat(columns, dim=1)
+    if len(bad := (~nats.isfinite()).nonzero().flatten()):
+        raise ValueError(
+            f"the likelihood of {len(bad)} of {len(images)} images is not finite, first that of image {int(index[bad[0]])}: "
+            f"the network has diverged, or the noise levels are too extreme"
+        )
     dims = x[0].numel()
     bits = -nats / (dims * math.log(2)) + (OFFSET_BITS if dequantised else 0)
     kl_bits = float(kl.mean()) / (dims * math.log(2))

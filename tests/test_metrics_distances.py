@@ -1,11 +1,18 @@
 """Distances against scipy, closed forms, and plain numpy written from the papers' formulas."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from small_runs import run
 
 from metrics.distances import frechet_distance, kid, nearest_distance, prdc
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import frechet  # noqa: E402
 
 
 def moments(x):
@@ -26,6 +33,14 @@ def test_frechet_equals_the_matrix_square_root(width, n, m):  # the last two: fe
     expected = frechet_by_root(*moments(x), *moments(y))
     assert frechet_distance(*moments(x), *moments(y)) == pytest.approx(expected, rel=1e-6)
     assert frechet_distance(*moments(y), *moments(x)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_benchmark_compares_equal_distances():
+    """All forms at a small size: eigenvalues, singular values, matrix root; span of the samples and dense."""
+    table = run(frechet.main, "--width=48", "--images=400", "--few=20", "--repeats=1").stdout
+    values = [float(line.split("|")[-2]) for line in table.splitlines() if " images | " in line]
+    assert len(values) == 5 and values[:2] == pytest.approx([values[2]] * 2, rel=1e-8)
+    assert values[3] == pytest.approx(values[4], rel=1e-9) and values[3] > 2 * values[0]
 
 
 def test_frechet_of_commuting_covariances_is_closed_form():

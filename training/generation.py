@@ -74,7 +74,8 @@ def generate_images(
                     batch.class_ids = _class_ids(net.label_dim, chosen, class_idx, sources, generator, device)
                     batch.labels = torch.eye(net.label_dim, device=device)[batch.class_ids]
                 with torch.no_grad():
-                    batch.images = encoder.decode(run(batch.noise, batch.labels, randn_like=generator.randn_like))
+                    latents = run(batch.noise, batch.labels, randn_like=generator.randn_like)
+                    batch.images = encoder.decode(_finite(latents, chosen))
                 if outdir is not None:
                     records.extend(_write(Path(outdir), batch, subdirs))
             yield batch
@@ -82,6 +83,17 @@ def generate_images(
             _write_labels(Path(outdir), records, net.label_dim)
 
     return batches()
+
+
+def _finite(latents, seeds):
+    """The latents themselves. ValueError where they are not finite: as pixels they would look like any other image."""
+    if bool(latents.isfinite().all()):
+        return latents
+    bad = [seed for seed, image in zip(seeds, latents, strict=True) if not bool(image.isfinite().all())]
+    raise ValueError(
+        f"the images of {len(bad)} of {len(seeds)} seeds, the first {bad[0]}, hold NaN or infinity: the network diverged "
+        f"(take an earlier snapshot), or guidance and solver drive it beyond what it knows"
+    )
 
 
 def _way_back(

@@ -25,7 +25,8 @@ class HeldOut:
         """Mean of |D(y + sigma n) - y|^2 (sigma^2 + sd^2) / (sigma sd)^2 per pixel, at each noise level (EDM's weight).
 
         The noise of image i depends on (seed, i) alone. Returns {"loss": mean over levels and images, "levels":
-        {sigma: mean}, "sources": {label: mean}} (sources only where the data has labels).
+        {sigma: mean}, "sources": {label: mean}} (sources only where the data has labels). Raises ValueError where the
+        loss of an image is not finite.
         """
         device, sd, count = next(net.parameters()).device, net.sigma_data, len(self.images)
         table = torch.zeros(count, len(NOISE_LEVELS), dtype=torch.float64)
@@ -40,6 +41,12 @@ class HeldOut:
                 denoised = net(clean + sigma * noise.to(device), torch.full([len(clean)], sigma, device=device), onehot)
                 weight = (sigma**2 + sd**2) / (sigma * sd) ** 2
                 table[rows, column] = weight * (denoised - clean).double().square().flatten(1).mean(dim=1).cpu()
+        if len(bad := (~table.isfinite()).nonzero()):
+            (image, column), images = bad[0].tolist(), len(bad[:, 0].unique())
+            raise ValueError(
+                f"the denoising loss of {images} of {count} held-out images is not finite, first that of image {image} at "
+                f"sigma {NOISE_LEVELS[column]:g}: the network has diverged, or does not fit these data"
+            )
         levels = {f"{s:g}": float(v) for s, v in zip(NOISE_LEVELS, table.mean(0), strict=True)}
         result = {"loss": float(table.mean()), "levels": levels}
         if self.labels.shape[1]:

@@ -253,7 +253,9 @@ class DatasetWriter:
         self._add(f"{index:08d}"[:5] + f"/img{index:08d}.png", data, shape, label, described)
 
     def add_latents(self, index: int, array: np.ndarray, label: int | list | None, described: str) -> None:
-        """float32 [C,H,W] -> `IIIII/img-mean-std-IIIIIIII.npy`."""
+        """float32 [C,H,W] -> `IIIII/img-mean-std-IIIIIIII.npy`. Raises ValueError where they are not finite."""
+        if not np.isfinite(array).all():
+            raise ValueError(f"{described}: its latents hold NaN or infinity")
         data = io.BytesIO()
         np.save(data, np.asarray(array, dtype=np.float32))
         self._add(f"{index:08d}"[:5] + f"/img-mean-std-{index:08d}.npy", data, array.shape, label, described)

@@ -275,6 +275,8 @@ class ArrayDataset(Dataset):
             raise ValueError(f"images must have shape [N,C,H,W], got {list(self._images.shape)}")
         if self._images.dtype != np.uint8:
             self._images = self._images.astype(np.float32)
+            if bad := int((~np.isfinite(self._images)).any(axis=(1, 2, 3)).sum()):
+                raise ValueError(f"{bad} of {len(self._images)} images hold NaN or infinity; leave them out")
         self._labels = None if labels is None else np.asarray(labels)
         self._given_classes = num_classes
         self.class_names = class_names

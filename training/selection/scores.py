@@ -38,7 +38,7 @@ class Scorer:
         """{name: [B, ...]} in data order: sigma, source (label ids, -1 without one), and what the function declares.
 
         Features are the clean images. compare: both losses, whatever it declares; else the learner's is left out where the
-        function only counts.
+        function only counts. Raises ValueError for losses that are not finite: any choice by them would be arbitrary.
         """
         device = next(objective.parameters()).device
         scores = {
@@ -60,6 +60,11 @@ class Scorer:
                 columns = [self._losses(objective.loss, net, draws, low, high) for draws in parts]
                 scores[name] = _fill(self._gather(columns, device), scores["sigma"], low, high)
         objective.train(was_training)
+        for name in nets:
+            if bad := int((~scores[name].isfinite()).sum()):
+                raise ValueError(
+                    f"{name} of {bad} of {len(scores[name])} candidates is not finite: nothing can be selected"
+                )
         return scores
 
     def _losses(self, loss, net, draws, low, high):
