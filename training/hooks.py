@@ -17,11 +17,7 @@ from torch_utils.random import StackedRandomGenerator
 from training.dataset import Dataset
 from training.images import save_grid
 from training.samplers import heun
-<<<<<<< HEAD
-from training.training_loop import TrainingLoop
-=======
-from training.training_loop import REMEDY, TrainingFailed
->>>>>>> bd7e4fb (What is not finite is refused where it enters: generated latents, validation loss, likelihoods, selection scores, images in memory, encoded latents)
+from training.training_loop import REMEDY, TrainingFailed, TrainingLoop
 from training.validation import HeldOut
 
 if TYPE_CHECKING:
@@ -77,18 +73,14 @@ class Validation:
         if self.held_out is None:
             return {}
         with loop.average() as average:
-<<<<<<< HEAD
-            result = self.held_out.denoising_loss(average.net, loop.encoder)
+            try:
+                result = self.held_out.denoising_loss(average.net, loop.encoder)
+            except ValueError as err:
+                raise TrainingFailed(f"validation at {loop.kimg} kimg: {err}; {REMEDY}") from None
         if loop.state.cur_nimg % self.interval == 0:
             if result["loss"] < min(self._looks(loop), default=math.inf):
                 loop.save_snapshot(loop.run_dir / self.BEST, *loop.averages()[0], validation_loss=result["loss"])
             self.losses.append(result["loss"])
-=======
-            try:
-                result = held_out.denoising_loss(average.net, loop.encoder)
-            except ValueError as err:
-                raise TrainingFailed(f"validation at {loop.kimg} kimg: {err}; {REMEDY}") from None
->>>>>>> bd7e4fb (What is not finite is refused where it enters: generated latents, validation loss, likelihoods, selection scores, images in memory, encoded latents)
         fields = {"Loss/validation": result["loss"]}
         fields |= {f"Loss/validation_sigma{s}": v for s, v in result["levels"].items()}
         return fields | {f"Loss/validation_source{k}": v for k, v in result.get("sources", {}).items()}
