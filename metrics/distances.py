@@ -39,7 +39,7 @@ def _factor(sigma):
     sigma = (sigma + sigma.T) / 2
     lower, failed = torch.linalg.cholesky_ex(sigma)
     pivots = lower.diagonal().square()
-    if len(sigma) and not failed and pivots.amin() > 1e-6 * pivots.amax():
+    if len(sigma) and not failed and pivots.amin() > 1e-9 * pivots.amax():
         return lower  # [F, F]
     values, vectors = torch.linalg.eigh(sigma)
     keep = values > values.abs().amax() * len(values) * torch.finfo(values.dtype).eps
@@ -80,23 +80,24 @@ class Gaussian(NamedTuple):
         return cls(mu, x[1:].T / (n - 1) ** 0.5)
 
 
-def _singular_sum(m):
-    """Sum of the singular values of a matrix: from the eigenvalues of its smaller Gram matrix where rounding allows."""
-    m = m if m.shape[0] <= m.shape[1] else m.T
-    if 0 in m.shape:
-        return m.new_zeros([])
-    values = torch.linalg.eigvalsh(m @ m.T)  # [R]; off by about eps times the largest
-    roots = values.clamp(min=0).sqrt()
-    error = torch.finfo(m.dtype).eps * values[-1] * (0.5 / roots).sum()
-    return roots.sum() if error < 1e-12 * roots.sum() else torch.linalg.svdvals(m).sum()
-
-
 def frechet(a: Gaussian, b: Gaussian) -> float:
-    """`frechet_distance` of two Gaussians of the same width: with factors A and B, work on A' B alone."""
+    """`frechet_distance` of two Gaussians of the same width: with factors A and B, work on A' B alone.
+
+    The singular values of A' B are roots of the eigenvalues of its smaller Gram matrix, which is faster; where rounding of
+    these (eps times the largest) could change the distance by more than 1e-10 of itself, they are found directly.
+    """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"statistics of different widths: {len(a.mean)} and {len(b.mean)}")
-    traces = a.factor.square().sum() + b.factor.square().sum()
-    distance = (a.mean - b.mean).square().sum() + traces - 2 * _singular_sum(a.factor.T @ b.factor)
+    apart = (a.mean - b.mean).square().sum() + a.factor.square().sum() + b.factor.square().sum()
+    m = a.factor.T @ b.factor
+    m = m if m.shape[0] <= m.shape[1] else m.T
+    if 0 in m.shape:  # one covariance is zero
+        return float(apart)
+    values = torch.linalg.eigvalsh(m @ m.T)
+    roots = values.clamp(min=0).sqrt()
+    distance, error = apart - 2 * roots.sum(), torch.finfo(m.dtype).eps * values[-1] * (1 / roots).sum()
+    if not error < 1e-10 * distance:
+        distance = apart - 2 * torch.linalg.svdvals(m).sum()
     return max(float(distance), 0.0)  # rounding can leave -1e-13 for equal statistics
 
 
