@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -249,6 +250,20 @@ def helps(files, folder, without=""):
     parts = [part.partition("\n") for part in run.stdout.split("=" * 10 + " ")[1:]]
     assert [part[0] for part in parts] == command[5:], run.stdout + run.stderr
     return {f: part[2].rsplit("-" * 10 + " ", 1) for f, part in zip(files, parts, strict=True)}
+
+
+def test_promises_are_proved():
+    """Every row of docs/promises.md names tests, and every test named there is one of ours."""
+    rows = [
+        line.split("|")[1:-1] for line in (ROOT / "docs" / "promises.md").read_text().splitlines() if line[:2] == "| "
+    ]
+    faults = [row for row in rows[1:] if "**" not in row[0] and "---" not in row[0]]
+    assert len(faults) > 30
+    for fault, _, proof in faults:
+        named = re.findall(r"`(\w+\.py)::(test_\w+)`", proof)
+        assert named, fault
+        for file, name in named:
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{fault}: {file}::{name}"
 
 
 def test_every_script_prints_its_help_anywhere(tmp_path):
