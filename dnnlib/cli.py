@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -144,12 +145,21 @@ def _out_of_memory(err):
     )
 
 
+def _one_line_warning(message, category, *where):
+    """What users are told is one line; what developers are told keeps its place."""
+    return f"Warning: {message}\n" if category is UserWarning else _formatwarning(message, category, *where)
+
+
+_formatwarning = warnings.formatwarning
+
+
 class _OneLineErrors:
     """Mixed into click's classes: every error is one line, bad input exits with 2."""
 
     def main(self, args=None, prog_name=None, standalone_mode=True, **extra):
         if not standalone_mode:
             return super().main(args, prog_name, standalone_mode=False, **extra)
+        warnings.formatwarning = _one_line_warning
         try:
             code = super().main(args, prog_name, standalone_mode=False, **extra)
             sys.exit(code if isinstance(code, int) else 0)

@@ -1,19 +1,22 @@
 """Files by URL, downloaded once: DNNLIB_CACHE_DIR (default ~/.cache/dnnlib), sub-folder downloads.
 
-Beside each file stands the SHA-256 of its first download; a file that is no longer the same is refused.
+Beside each file stands the SHA-256 of its first download; a file that is no longer the same, here or at its source, is
+refused.
 """
 
 import hashlib
+import http.client
+import json
 import os
 import re
 import time
 import urllib.request
 from pathlib import Path
 
-from dnnlib.util import atomic_write, write_text
+from dnnlib.util import atomic_write, write_json, write_text
 
 ATTEMPTS, PAUSE = 10, 1  # number, seconds between two
-TIMEOUT = 60  # seconds without an answer
+TIMEOUT, ASK_TIMEOUT = 60, 10  # seconds without an answer: to a download, and to whether the file has changed
 
 
 def is_url(path: str | Path) -> bool:
@@ -28,16 +31,47 @@ def cache_path(url: str) -> Path:
     return cache / "downloads" / f"{hashlib.md5(url.encode(), usedforsecurity=False).hexdigest()}_{name}"
 
 
+STAMP = ("ETag", "Last-Modified", "Content-Length")  # what an answer says of the file's version
+
+STAMP = ("ETag", "Last-Modified", "Content-Length")  # what an answer says of the file's version
+
+
+def _stamp(answer):
+    return {name: answer.headers[name] for name in STAMP if answer.headers.get(name)}
+
+
+def _stamp_path(path):
+    return path.with_name(path.name + ".source")
+
+
+def _is_current(url, path):
+    """Whether the source still has the version that was downloaded; also where it cannot be asked or does not say.
+
+    A local source is as quick to read again as to compare.
+    """
+    try:
+        if url.startswith("file:"):
+            urllib.request.urlopen(url, timeout=TIMEOUT).close()
+            return False
+        ours = json.loads(_stamp_path(path).read_text(encoding="utf-8"))
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ASK_TIMEOUT) as answer:
+            theirs = _stamp(answer)
+        return all(theirs.get(name, value) == value for name, value in ours.items())
+    except (OSError, ValueError, AttributeError, http.client.HTTPException):
+        return True
+
+
 def cached(url: str) -> Path:
     """Path of the file at `url`, downloaded if it is not in the cache; appears there under its name only when complete.
 
-    Tries several times; an answer that will not change (404, ...) ends at once. Raises OSError with the URL and the reason,
-    and ValueError for content other than at the first use.
+    Tries several times; an answer that will not change (404, ...) ends at once. A source that cannot be reached leaves what
+    is cached. Raises OSError with the URL and the reason, and ValueError for content other than at the first use, in the
+    cache or at the source.
     """
     path = cache_path(url)
     record = path.with_name(path.name + ".sha256")
     for left in reversed(range(ATTEMPTS)):
-        if path.is_file():
+        if path.is_file() and _is_current(url, path):
             digest = hashlib.sha256()
             with open(path, "rb") as file:
                 while chunk := file.read(2**20):
@@ -54,6 +88,9 @@ def cached(url: str) -> Path:
                 if expected is not None and received != int(expected):
                     raise OSError(f"{received} of {expected} bytes arrived")
                 _compare(url, record, digest.hexdigest())
+            if not url.startswith("file:"):
+                write_json(_stamp_path(path), _stamp(answer))
+            break
         except OSError as err:
             status = getattr(err, "code", None)  # of an answer; a lost connection has none
             if left == 0 or (status is not None and status < 500):

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import torch
 
     from metrics.features import FeatureSet
+    from torch_utils.persistence import Snapshot
     from training.dataset import ImageFolderDataset
+    from training.fit import Side
 
 
 def start(device: str | None, alone: str | None = None) -> torch.device:
@@ -119,10 +121,18 @@ class Prepared(NamedTuple):
     training: dict[str, FeatureSet] | None
 
 
-def prepare(o: EasyDict, device: torch.device) -> Prepared:
-    """Open what calc and gen compare samples with; refuses before any long work."""
+def side_of(name: str, dataset: ImageFolderDataset) -> Side:
+    """What is compared of a data set of images."""
+    from training import fit
+
+    return fit.of_images(name, dataset.image_shape, dataset.declared_classes)
+
+
+def prepare(o: EasyDict, device: torch.device, samples: Side) -> Prepared:
+    """Open what calc and gen compare `samples` with; refuses before any long work."""
     from metrics.evaluate import MEASURES
     from metrics.references import load_references, require_detectors
+    from training import fit
 
     if (o.ref is None) == (o.data is None):
         raise ValueError("give either --ref=FILE or --data=ZIP as the reference")
@@ -131,22 +141,30 @@ def prepare(o: EasyDict, device: torch.device) -> Prepared:
         raise ValueError(f"--distances={','.join(o.distances)}: unknown distance '{unknown[0]}'; known: {known}")
     check_writable(o.dest)
     detectors = open_detectors(o.metrics, device)
+    opened = {option: open_images(o[option], f"--{option}") for option in ("data", "train") if o[option]}
+    for option, dataset in opened.items():
+        fit.check(side_of(f"--{option}={o[option]}", dataset), samples)
     if o.ref is None:
-        references = look(open_images(o.data, "--data"), detectors, "data", o)
+        references = look(opened["data"], detectors, "data", o)
     else:
         references = require_detectors(load_references(o.ref), detectors, o.ref)
-    training = look(open_images(o.train, "--train"), detectors, "train", o) if o.train else None
+        for key in detectors:
+            fit.check(references[key].side(f"--ref={o.ref}"), samples)
+    training = look(opened["train"], detectors, "train", o) if o.train else None
     return Prepared(detectors, references, training)
 
 
-def score(name: str, samples: dict[str, FeatureSet], prepared: Prepared, o: EasyDict) -> None:
-    """Compare on rank 0, print the JSON and write it to --dest; says where images were seen before."""
+def score(
+    name: str, samples: dict[str, FeatureSet], prepared: Prepared, o: EasyDict, trained: Sequence[int] | None
+) -> None:
+    """Compare on rank 0, print the JSON and write it to --dest; says where images were seen before. trained: see `compare`."""
     from metrics.evaluate import compare
     from torch_utils import distributed
 
     if distributed.get_rank() != 0:
         return
     options = {"seed": o.seed, "per_source": o.per_source, "splits": o.splits, "measures": o.distances}
+    options["trained"] = trained
     result = {"images": name, "seed": o.seed, "tags": o.tags, "overlap": overlaps(samples, prepared), "metrics": {}}
     for key, detector in prepared.detectors.items():
         seen, reference = samples[key].statistics, prepared.references[key]
@@ -155,6 +173,11 @@ def score(name: str, samples: dict[str, FeatureSet], prepared: Prepared, o: Easy
             click.echo(f"{key}: {seen.count()} images, {seen.width} features: {notice}", err=True)
         train = prepared.training and prepared.training[key]
         scores = compare(samples[key], reference, detector=detector, train=train, **options)
+        if left := scores.get("left_out"):
+            notice = (
+                f"sources {', '.join(left)}, which the reference or the training data lack, are left out of the overall"
+            )
+            click.echo(f"Warning: {key}: {sum(left.values())} images of {notice} numbers", err=True)
         result["metrics"][key] = scores | {"reference": reference.provenance}
     finish(result, o.dest)
 
@@ -202,14 +225,16 @@ def calc(o: EasyDict) -> None:
     dataset = open_images(o.images, "--images")
     if o.num is not None and o.num > len(dataset):
         raise ValueError(f"--num={o.num}: {o.images} holds {len(dataset)} images; generate more or lower --num")
-    prepared = prepare(o, start(o.device))
-    score(o.images, look(dataset, prepared.detectors, "images", o, num=o.num, seed=o.seed), prepared, o)
+    prepared = prepare(o, start(o.device), side_of(f"--images={o.images}", dataset))
+    samples = look(dataset, prepared.detectors, "images", o, num=o.num, seed=o.seed)
+    score(o.images, samples, prepared, o, range(dataset.num_classes))  # whatever made them was asked for these
 
 
 def gen(o: EasyDict) -> None:
     """Generate images from a snapshot and score them."""
     from metrics.features import collect, generated_batches, progress_bar
-    from training import generation, sampling
+    from torch_utils.persistence import load_snapshot
+    from training import fit, generation, sampling
 
     chosen = sampling.take(o)
     chosen.max_batch_size = o.batch
@@ -217,12 +242,13 @@ def gen(o: EasyDict) -> None:
         if not (path is None or path in generation.NULL_GUIDES or "://" in path or os.path.exists(path)):
             raise ValueError(f"{option}={path}: no such file; give a snapshot")
     device = start(o.device)
-    batches = generated_batches(generation.batches(chosen, range(o.seed, o.seed + o.num), device))
-    prepared = prepare(o, device)
+    snapshot = load_snapshot(chosen.net, device)
+    batches = generated_batches(generation.batches(chosen, range(o.seed, o.seed + o.num), device, net=snapshot))
+    prepared = prepare(o, device, fit.of_samples("--net", snapshot))
     num_sources = max(reference.num_sources for reference in prepared.references.values())
     with progress_bar(o.num, "gen") as progress:
         samples = collect(batches, prepared.detectors, num_sources=num_sources, num_images=o.num, progress=progress)
-    score(chosen.net, samples, prepared, o)
+    score(chosen.net, samples, prepared, o, snapshot.sources)
 
 
 def detector(o: EasyDict) -> None:
@@ -251,19 +277,30 @@ def detector(o: EasyDict) -> None:
     print_json({"dest": o.dest, "data": o.data, "detector": judge.identity} | report)
 
 
+def open_both(o: EasyDict, device: torch.device) -> tuple[Snapshot, ImageFolderDataset]:
+    """The network --net and the data set --data that it is measured on; refuses what does not fit."""
+    from torch_utils.persistence import load_snapshot
+    from training import fit
+    from training.encoders import StandardRGBEncoder
+
+    snapshot, dataset = load_snapshot(o.net, device), open_images(o.data, "--data")
+    snapshot.encoder = snapshot.encoder or StandardRGBEncoder()
+    dropout = bool(snapshot.options.get("label_dropout"))
+    fit.check_data(f"--data={o.data}", dataset, fit.of_snapshot("--net", snapshot), unlabelled=dropout)
+    return snapshot, dataset
+
+
 def loss(o: EasyDict) -> None:
     """Denoising loss on held-out images."""
     from metrics.features import content_hashes
-    from torch_utils.persistence import load_snapshot
     from training.validation import HeldOut
 
     check_writable(o.dest)
-    snapshot = load_snapshot(o.net, start(o.device, alone="the denoising loss is computed"))
-    dataset = open_images(o.data, "--data")
+    snapshot, dataset = open_both(o, start(o.device, alone="the denoising loss is computed"))
     if o.sources is not None:
         dataset = dataset.subset([i for source in o.sources for i in dataset.indices_of(source)])
     held = HeldOut(dataset, o.seed, o.num)
-    found = held.denoising_loss(snapshot.net, snapshot.encoder)
+    found = held.denoising_loss(snapshot.net, snapshot.encoder, snapshot.kernel)
     found["sources"] = {str(k): {"denoising_loss": v} for k, v in found.get("sources", {}).items()}
     found |= {"num": len(held.images), "reference_hashes": content_hashes(held.images, held.labels)}
     finish({"net": o.net, "seed": o.seed, "tags": o.tags, "metrics": {"denoising": found}}, o.dest)
@@ -273,18 +310,16 @@ def likelihood(o: EasyDict) -> None:
     """Bits per dimension under any process."""
     from metrics.evaluate import bits_per_dim, choose_encoder
     from metrics.features import progress_bar
-    from torch_utils.persistence import load_snapshot
     from training.processes.options import make_process, named, require_gaussian
 
     check_writable(o.dest)
-    snapshot = load_snapshot(o.net, start(o.device, alone="likelihoods are computed"))
+    snapshot, dataset = open_both(o, start(o.device, alone="likelihoods are computed"))
     process = make_process(o.process or "edm", o.process_options, trained=snapshot.process)
     require_gaussian(snapshot.process, process)
     encoder = choose_encoder(o.encoder, snapshot.encoder)
     of_method = {"elbo": ("num_samples",), "ode": ("probe", "hutch_probes", "rtol", "atol")}[o.method]
     names = ("num", "seed", "batch", "per_source", "prior", "t_min", "sigma_min", "sigma_max", *of_method)
     options = {name: o[name] for name in names if o[name] is not None}
-    dataset = open_images(o.data, "--data")
     with progress_bar(min(o.num or len(dataset), len(dataset)), "likelihood") as progress:
         result = bits_per_dim(snapshot.net, dataset, process, encoder, o.method, progress=progress, **options)
     about = {"net": o.net, "data": o.data, "seed": o.seed, "tags": o.tags, "method": o.method}

@@ -35,13 +35,17 @@ def compare(
     splits: int = 4,  # half-against-half splits of the reference
     k: int = 5,  # neighbours of precision and recall
     measures: Sequence[str] = MEASURES,
+    trained: Sequence[int] | None = None,  # sources in the training data of the samples' network; None: not known
 ) -> dict:
     """Nested dict of plain numbers (None where there are too few images or the features were not kept):
 
         {"detector", "num_images", "num_reference", "feature_width", "overall": {...}, "sources": {"0": {...}, ...},
-         "mean": {...}}                 mean over the sources that have samples, of every number that all of them have
+         "mean": {...}}                 mean over the sources that have samples (and references, where these are by source),
+                                        of every number that all of them have
 
-    "overall" holds all samples against the whole reference, also where the samples are of some sources only.
+    "overall" holds all samples against the whole reference, also where the samples are of some sources only. Given
+    `trained`, sources which training or the reference lack are left out of both; `left_out` {source: number of samples}
+    counts them, if any.
     "reference_hashes" {section: hash of its reference images}. Each section holds `count`, `reference_count` and
 
         fd, fd_floor, fd_floor_sd       Frechet distance; floor: two disjoint random halves of the reference, cut to
@@ -69,26 +73,43 @@ def compare(
             f"samples have features of width {samples.statistics.width}, the reference {reference.statistics.width}: "
             f"images of different size or channels?"
         )
-    verdicts = _verdicts(samples, reference, detector)
-    options = {"seed": seed, "splits": splits, "k": k, "measures": measures, "verdicts": verdicts, "train": train}
+    options = {"seed": seed, "splits": splits, "k": k, "measures": measures, "train": train}
+    left_out, *sides = _comparable(samples, reference, trained)
+    verdicts = _verdicts(*sides, detector)
     result = {
         "detector": samples.detector,
         "num_images": samples.count(),
         "num_reference": reference.count(),
         "feature_width": samples.statistics.width,
-        "overall": _section(samples, reference, None, **options),
-        "reference_hashes": {"overall": reference.content()},
-    }
+        "overall": _section(*sides, None, verdicts=verdicts, **options),
+        "reference_hashes": {"overall": sides[1].content()},
+    } | ({"left_out": left_out} if left_out else {})
     if verdicts:
         values, counts = np.unique(verdicts["agreement"][0], return_counts=True)
         result["predicted"] = {str(v): int(c) for v, c in zip(values, counts, strict=True)}
+    if left_out:
+        verdicts = _verdicts(samples, reference, detector)
     if per_source and samples.num_sources and (reference.num_sources or verdicts):
         ids = range(max(samples.num_sources, reference.num_sources))
         known = [s for s in ids if samples.count(s) or reference.count(s)]
-        result["sources"] = {str(s): _section(samples, reference, s, **options) for s in known}
+        found = {s: _section(samples, reference, s, verdicts=verdicts, **options) for s in known}
+        result["sources"] = {str(s): section for s, section in found.items()}
         result["reference_hashes"] |= {str(s): reference.content(s) for s in known if reference.count(s)}
-        result["mean"] = _mean([section for section in result["sources"].values() if section["count"]])
+        both = [v for v in found.values() if v["count"] and (v["reference_count"] or not reference.num_sources)]
+        result["mean"] = _mean(both)
     return result
+
+
+def _comparable(samples, reference, trained):
+    """({source: samples of it that are left out}, samples, reference) of the sources that training and reference have."""
+    ids, known = samples.sources, reference.sources
+    if ids is None or trained is None:
+        return {}, samples, reference
+    both = [k for k in (ids if known is None else known) if k in trained]
+    left_out = {str(k): samples.count(k) for k in ids if k not in both}
+    if known is not None and both != known:
+        reference = reference.only(both)
+    return left_out, samples.only(both) if left_out else samples, reference
 
 
 def _verdicts(samples, reference, detector):

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import tqdm
 from metrics.statistics import FeatureStatistics, gather_rows, require_memory
 from torch_utils.distributed import get_rank, get_world_size, split_batches
 from training.dataset import Dataset, hash_of_items
+from training.fit import Side, of_images
 
 FEATURE_LIMIT = 2**30  # bytes of float32 features kept in memory per detector; beyond it only the sums are kept
 
@@ -42,6 +43,25 @@ class FeatureSet:
     def count(self, source: int | None = None) -> int | None:
         """Images of one source or of all; None where a foreign file does not say."""
         return self.statistics.count(source) if source is None or source < self.num_sources else 0
+
+    @property
+    def sources(self) -> list[int] | None:
+        """Sources that have images; None where some images are of no known source."""
+        counts = [self.count(source) for source in range(self.num_sources)]
+        return [k for k, n in enumerate(counts) if n] if counts and sum(counts) == self.count() else None
+
+    def only(self, sources: Sequence[int]) -> FeatureSet:
+        """The images of some of the sources, without a division into sources. They have to be known."""
+        rows = None if self.labels is None else np.isin(self.labels, sources)
+        part = {name: getattr(self, name) for name in ("features", "labels", "hashes")}
+        part = {name: None if rows is None or value is None else value[rows] for name, value in part.items()}
+        provenance = {name: value for name, value in self.provenance.items() if name != "content_hash"}
+        return FeatureSet(self.detector, self.statistics.only(sources), **part, provenance=provenance)
+
+    def side(self, name: str) -> Side:
+        """What is known of the images themselves, for `fit.check`; files of others do not say."""
+        shape = self.provenance.get("image_shape")
+        return of_images(name, shape, self.provenance.get("num_classes")) if shape else Side(name)
 
     def rows(self, source: int | None = None) -> np.ndarray | None:
         """Features of one source or of all images, [n, F]; None where they were not kept."""
@@ -183,6 +203,8 @@ def collect_dataset(
     provenance = {"dataset": dataset.name, "num_images": len(indices), "image_shape": list(dataset[0][0].shape)}
     hashes = gather_rows({"items": np.array(list(items.values()))}, np.array(list(items)))["items"]
     provenance["content_hash"] = hash_of_items(hashes.tolist())
+    if dataset.declared_classes:
+        provenance["num_classes"] = dataset.declared_classes
     if len(indices) < len(dataset):
         provenance["subset_seed"] = seed
     for feature_set in sets.values():

@@ -7,6 +7,7 @@ exact, and n F numbers in place of F^2. Beyond that it keeps the sum of outer pr
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import numpy as np
 import psutil
@@ -40,6 +41,14 @@ class Group:
         self._rows.append(features)
         if self.outer is not None or self.n > len(self.sum):
             self._to_outer()
+
+    def merge(self, other: Group) -> None:
+        """Add the images of another group."""
+        if other.outer is None:
+            self.update(other.rows)
+            return
+        self._to_outer()
+        self.n, self.sum, self.outer = self.n + other.n, self.sum + other.sum, self.outer + other.outer
 
     def _to_outer(self):
         rows, self._rows = torch.cat([self.sum.new_zeros(0, len(self.sum)), *self._rows]), []
@@ -112,6 +121,15 @@ class FeatureStatistics:
 
     def _group(self, row):
         return self.groups.setdefault(row, Group(self.width))
+
+    def only(self, sources: Sequence[int]) -> FeatureStatistics:
+        """Statistics of the images of some of the sources; they have to be known by source."""
+        part = FeatureStatistics()
+        part.width = self.width
+        for row in (1 + source for source in sources):
+            if row in self.groups:
+                part._group(0).merge(self.groups[row])
+        return part
 
     def all_reduce(self) -> FeatureStatistics:
         """Sum over all processes, also those that saw no image and so do not know the width yet."""

@@ -30,6 +30,7 @@ Example:
 def main(nets, data, stf_refs, num, seed, dest, device):
     """Evaluate the training loss of each network against one-image and against stable targets, on the same draws."""
     from simulations.studies import robustness, stable_targets
+    from training import fit
     from training.config import TrainingConfig
     from training.dataset import ImageFolderDataset
 
@@ -37,9 +38,10 @@ def main(nets, data, stf_refs, num, seed, dest, device):
     for model in robustness.open_models(nets, start(device)):
         snapshot = model.snapshot
         dataset = ImageFolderDataset(data, use_labels=bool(snapshot.net.label_dim))
+        fit.check_data(f"--data={data}", dataset, fit.of_snapshot("--net", snapshot))
         density = [snapshot.options.get(name, getattr(TrainingConfig, name)) for name in ("P_mean", "P_std")]
         found = stable_targets.loss_statistics(
-            snapshot.net, model.kernel, dataset, snapshot.encoder, *density, num, stf_refs, seed=seed
+            snapshot.net, snapshot.kernel, dataset, snapshot.encoder, *density, num, stf_refs, seed=seed
         )
         rows += [{"label": model.label, "net": model.path, **row} for row in found]
     print_files([write_csv(dest, rows)])

@@ -263,7 +263,7 @@ def test_selection_with_a_reference_network(digits, tmp_path, tiny_net, monkeypa
         return (learner_loss - reference_loss).topk(size).indices
 
     reference = tmp_path / "reference.safetensors"
-    save_snapshot(reference, tiny_net(10))
+    save_snapshot(reference, tiny_net(10, sigma_data=0.75))
     monkeypatch.setitem(selection.FUNCTIONS, "gap", largest_gap)  # --select=gap
     setup.train(
         small_config(digits, select="gap", reference=str(reference), filter_ratio=0.5, **SHORT), tmp_path / "run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import sys
@@ -69,8 +70,8 @@ def load(path: str | Path, mmap: bool = False) -> dict:
     A file without a checksum beside it (a copy) is checked by the archive's own. mmap: leave tensors on the disk until used.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint")
+    if not path.is_file() or path.suffix == ".safetensors":
+        raise ValueError(f"{path}: no such checkpoint; give a training-state-*.pt (weights alone: --init=SNAPSHOT)")
     if _wanted(path) and (why := damage(path)):
         raise ValueError(f"{path}: damaged ({why}); resume from an earlier one")
     try:
@@ -90,7 +91,7 @@ def list_checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def newest_sound(run_dir: str | Path) -> Path | None:
-    """The newest checkpoint whose checksum matches, or None if there is none at all. Damaged ones are named on stderr.
+    """The newest checkpoint whose checksum matches (else that is whole), None if there is none. stderr names damaged ones.
 
     Raises ValueError if there are checkpoints and all are damaged: starting over is the user's decision.
     """
@@ -99,6 +100,11 @@ def newest_sound(run_dir: str | Path) -> Path | None:
         if (why := damage(path)) is None:
             return path
         print(f"Warning: {path} is damaged ({why}); looking for an earlier checkpoint", file=sys.stderr)
+    for path in reversed(paths):
+        if not _wanted(path):  # copied without its checksum: the archive has its own
+            with contextlib.suppress(ValueError):
+                load(path, mmap=True)
+                return path
     if paths:
         raise ValueError(f"{run_dir}: all checkpoints are damaged: restore one, or remove them to start over")
     return None

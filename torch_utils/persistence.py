@@ -8,6 +8,7 @@ executed: its classes are looked up by name in the caller's `classes`, among dec
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import inspect
 import json
@@ -91,6 +92,15 @@ def describe(obj: object) -> dict | None:
     if not hasattr(obj, "init_kwargs"):
         raise ValueError(f"{name} cannot be stored: decorate the class with @torch_utils.persistence.persistent")
     return {"class": name, "kwargs": obj.init_kwargs}
+
+
+def content_digest(net: object) -> str:
+    """Short hash of what a network computes: its description and every parameter and buffer, wherever they came from."""
+    found = hashlib.sha256(json.dumps([type(net).__name__, getattr(net, "init_kwargs", None)]).encode())
+    for name, value in sorted(net.state_dict().items() if isinstance(net, torch.nn.Module) else ()):
+        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return "sha256:" + found.hexdigest()[:12]
 
 
 def build(spec: dict | None, classes: dict[str, type] | None = None, state: dict | None = None) -> object:
@@ -203,6 +213,24 @@ class Snapshot:
     process: object = None  # kernel or process that the network was trained for, or None
     options: dict = field(default_factory=dict)  # training options, plain data
     header: dict = field(default_factory=dict)  # everything the file says about itself
+    path: str = ""  # of the file
+
+    @property
+    def kernel(self) -> object:
+        """The noise that the network was trained with, by its `unit_noise`; None: Gaussian."""
+        return self.process if hasattr(self.process, "unit_noise") else None
+
+    @property
+    def sources(self) -> list[int] | None:
+        """Source ids with images in the training data, ascending; None: not known. Raises ValueError for no such list."""
+        found = self.header.get("sources")
+        if found is None:
+            return None
+        if not (
+            isinstance(found, list) and found and all(type(k) is int and 0 <= k < self.net.label_dim for k in found)
+        ):
+            raise ValueError(f"{self.path}: sources={found!r} in the header are no ids below {self.net.label_dim}")
+        return sorted(set(found))
 
 
 def save_snapshot(
@@ -219,7 +247,8 @@ def save_snapshot(
 
     process: kernel or process; if it is a module, its tensors are stored as "process.<name>". dtype: storage type of the
     network's floating-point parameters (None: as they are). kind: what sort of file, for `read_header`. Other keywords go
-    into the header: nimg, options, dataset, git_commit... Raises ValueError for a class that cannot be stored.
+    into the header: nimg, options, dataset, sources (ids in the training data), git_commit... Raises ValueError for a
+    class that cannot be stored.
     """
     parts = {"net": describe(net), "encoder": describe(encoder), "process": describe(process)}
     header = {"format": kind, "version": VERSION, **parts, "torch": torch.__version__, **header}
@@ -381,4 +410,5 @@ def assemble(
     if isinstance(process, torch.nn.Module):
         process.requires_grad_(False)
     net = net.to(device).eval().requires_grad_(False)
-    return Snapshot(net=net, encoder=encoder, process=process, options=header.get("options", {}), header=header)
+    what = dict(options=header.get("options", {}), header=header, path=str(path))
+    return Snapshot(net=net, encoder=encoder, process=process, **what)

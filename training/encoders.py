@@ -36,6 +36,7 @@ class Encoder:
     """Interface; subclasses are `@persistent`."""
 
     log_scale = None  # log dz/dy of encoders that scale all values alike
+    stored = None  # type of what data sets store for it: "uint8" pixels or "float32" arrays; None: either
 
     def init(self, device: str | torch.device) -> None:
         """Load what decoding needs onto `device`; called by the methods themselves where they need it."""
@@ -55,6 +56,10 @@ class Encoder:
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Final latents -> uint8 pixels [N, C, H, W]."""
         raise NotImplementedError
+
+    def decoded_shape(self, shape: Sequence[int]) -> list[int]:
+        """[C, H, W] of the images that latents of shape `shape` = [C, H, W] are decoded to."""
+        return list(shape)
 
     def log_abs_det(self, x: torch.Tensor) -> torch.Tensor:
         """log |det dz/dy| at final latents x: float64 [N], nats (see the module's convention)."""
@@ -83,6 +88,8 @@ def _check_pixels(x, low=1, high=4):
 class IdentityEncoder(Encoder):
     """float32 data as it is (2-D points, foreign latents); `decode` returns float32."""
 
+    stored = "float32"
+
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
@@ -97,7 +104,7 @@ class IdentityEncoder(Encoder):
 class StandardRGBEncoder(Encoder):
     """Grey or colour pixels scaled into [-1, 1]: z = x / 127.5 - 1 (EDM2). 1 to 4 channels."""
 
-    log_scale = math.log(256 / 127.5)
+    log_scale, stored = math.log(256 / 127.5), "uint8"
 
     def encode_latents(self, x: torch.Tensor, generator: Generator = None) -> torch.Tensor:
         return x.to(torch.float32) / 127.5 - 1
@@ -113,7 +120,7 @@ class StandardRGBEncoder(Encoder):
 class UniformDequantizer(Encoder):
     """z = y = (x + U) / 256 with U uniform in [0, 1); U keeps 2^-12 from the ends so that float32 decodes exactly."""
 
-    log_scale = 0.0
+    log_scale, stored = 0.0, "uint8"
 
     def encode_latents(self, x: torch.Tensor, generator: Generator = None) -> torch.Tensor:
         if x.dtype != torch.uint8:
@@ -178,6 +185,8 @@ class StabilityVAEEncoder(Encoder):
     Pixels enter the VAE as [0, 1] and without the factor 0.18215: raw_mean and raw_std belong to this convention.
     """
 
+    stored = "float32"
+
     def __init__(
         self,
         vae_name: str = "stabilityai/sd-vae-ft-mse",  # local folder, or name on the Hugging Face hub
@@ -234,6 +243,12 @@ class StabilityVAEEncoder(Encoder):
         z = (z.to(torch.float32) - bias) / scale
         images = torch.cat([self._vae.decode(part)["sample"] for part in z.split(self.batch_size)])
         return images.clamp(0, 1).mul(255).to(torch.uint8)
+
+    def decoded_shape(self, shape: Sequence[int]) -> list[int]:
+        if self._vae is None:
+            self.init("cpu")
+        factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        return [3, *(factor * side for side in shape[1:])]
 
     def log_abs_det(self, x: torch.Tensor) -> torch.Tensor:
         raise ValueError("VAE latents have no bits/dim: decoding is not invertible; train on pixels for likelihoods")

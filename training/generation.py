@@ -2,26 +2,27 @@
 
 import functools
 import inspect
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from dnnlib import EasyDict, atomic_write
+from dnnlib import EasyDict
 from torch_utils import distributed as dist
 from torch_utils import persistence
 from torch_utils.random import StackedRandomGenerator
-from training import choices, processes, samplers
+from training import choices, fit, processes, samplers
 from training.encoders import StandardRGBEncoder, use_vae
 from training.guidance import NullLabels, guided
-from training.images import png_bytes, save_grid
+from training.images import save_grid
 from training.processes.options import make_process, require_gaussian
 from training.quantize import quantize_weights
+from training.sample_folder import SampleFolder, distinct, provenance
 from training.sampling import Sampling
 
 GRID_COLUMNS = 16
@@ -29,14 +30,14 @@ NULL_GUIDES = {"null": "zero", "null-last": "last"}  # --gnet for classifier-fre
 
 
 def generate_images(
-    net: Any,  # denoiser, or path of a snapshot
+    net: Any,  # denoiser, snapshot, or path of one
     seeds: Sequence[int] = range(16, 24),  # one image each
     outdir: str | Path | None = None,  # write images and dataset.json here; None: yield only
-    gnet: Any = None,  # guiding denoiser or path; None: no guidance
+    gnet: Any = None,  # likewise, for guidance; None: none
     encoder: Any = None,  # None: the snapshot's own, else pixels
     kernel: Any = None,  # noise of the prior; None: what the snapshot was trained with, else Gaussian
     class_idx: int | str | None = None,  # class id, "balanced", or None: uniform per seed
-    sources: Sequence[int] | None = None,  # ids that "balanced" cycles through; None: all
+    sources: Sequence[int] | None = None,  # ids that these two choose from; None: those of the training data
     subdirs: bool = False,  # a folder for every 1000 seeds
     max_batch_size: int = 32,
     process: Any = None,  # EDM or a linear process to sample through; None: heun in noise levels, as EDM2
@@ -52,18 +53,33 @@ def generate_images(
     Every process of a group gets the same number of batches, some possibly empty (images None). Noise, labels and the
     sampler's draws of a seed do not depend on batch size or process count. With `outdir`, files named by seed
     (SSSSSS.png) are written as in EDM2, and dataset.json with the labels at the end. With a process, noise is the state
-    [N, V, C, H, W] that its solver starts from. Raises ValueError for classes out of range, a guide that does not fit, or
-    a process for a network that was not trained with Gaussian noise.
+    [N, V, C, H, W] that its solver starts from. Raises ValueError for classes out of range, a guide that does not fit, a
+    process for a network that was not trained with Gaussian noise, seeds that mean the same image, and an `outdir` with
+    images made otherwise (see sample_folder).
     """
-    net, encoder, kernel = _open(net, device, encoder, kernel)
-    gnet = None if gnet is None else _open(gnet, device)[0]
-    encoder = StandardRGBEncoder() if encoder is None else encoder
+    snapshot = _open(net, device)
+    snapshot = replace(snapshot, encoder=encoder or snapshot.encoder, process=kernel or snapshot.process)
+    net, encoder, kernel = snapshot.net, snapshot.encoder or StandardRGBEncoder(), snapshot.kernel
+    if gnet is not None:
+        guide = _open(gnet, device)
+        fit.check(fit.of_snapshot("--net", snapshot), fit.of_snapshot("--gnet", guide))
+        gnet = guide.net
     encoder.init(torch.device(device))
     start, run = _way_back(net, gnet, kernel, process, device, **sampling)
-    _check_classes(net.label_dim, class_idx, sources)
+    sources = _sources(net.label_dim, class_idx, sources, snapshot.sources)
+    seeds, folder = distinct(seeds), None
+    if outdir is not None:
+        how = dict(
+            encoder=encoder,
+            vae=getattr(encoder, "given", None),
+            noise=processes.noise_law(kernel),
+            process=process,
+            **sampling,
+        )
+        classes = [class_idx, sources] if isinstance(class_idx, (str, type(None))) else class_idx
+        folder = SampleFolder(outdir, provenance(net, gnet, **how), classes, seeds, subdirs)
 
     def batches():
-        records = []
         for index, chosen in enumerate(dist.split_batches(seeds, max_batch_size)):
             batch = EasyDict(images=None, labels=None, class_ids=None, noise=None, seeds=chosen, batch_idx=index)
             if chosen:
@@ -71,16 +87,16 @@ def generate_images(
                 size = [len(chosen), net.img_channels, net.img_resolution, net.img_resolution]
                 batch.noise = start(size, generator)
                 if net.label_dim:
-                    batch.class_ids = _class_ids(net.label_dim, chosen, class_idx, sources, generator, device)
+                    batch.class_ids = _class_ids(chosen, class_idx, sources, generator, device)
                     batch.labels = torch.eye(net.label_dim, device=device)[batch.class_ids]
                 with torch.no_grad():
                     latents = run(batch.noise, batch.labels, randn_like=generator.randn_like)
                     batch.images = encoder.decode(_finite(latents, chosen))
-                if outdir is not None:
-                    records.extend(_write(Path(outdir), batch, subdirs))
+                if folder is not None:
+                    folder.write(batch)
             yield batch
-        if outdir is not None:
-            _write_labels(Path(outdir), records, net.label_dim)
+        if folder is not None:
+            folder.finish(net.label_dim)
 
     return batches()
 
@@ -130,99 +146,75 @@ def _known_levels(net, sampler: Callable, options):
     return options
 
 
-def _check_classes(label_dim, class_idx, sources):
+def _sources(label_dim, class_idx, sources, trained):
+    """The ids to draw from: those given, else those trained, else all; a word about classes without training images."""
     if class_idx is not None and label_dim == 0:
         warnings.warn(f"--class={class_idx} has no effect: the network is unconditional", stacklevel=3)
-        return
-    asked = sources or [] if class_idx == "balanced" else [] if class_idx is None else [class_idx]
-    unknown = [k for k in asked if not 0 <= k < label_dim]
-    if unknown:
+        return []
+    asked = sources or [] if class_idx in ("balanced", None) else [class_idx]
+    if unknown := [k for k in asked if not 0 <= k < label_dim]:
         raise ValueError(f"class {unknown[0]} is out of range: the network knows classes 0 to {label_dim - 1}")
+    if untrained := sorted({*asked} - {*(trained or asked)}):
+        what = f"class {untrained[0]} had" if len(untrained) == 1 else f"classes {', '.join(map(str, untrained))} had"
+        known = ",".join(map(str, trained))
+        warnings.warn(f"--class: {what} no training images, the network was trained on {known}", stacklevel=3)
+    return [*(sources or trained or range(label_dim))]
 
 
-def _class_ids(label_dim, seeds, class_idx, sources, generator, device):
+def _class_ids(seeds, class_idx, sources, generator, device):
     """Class ids int64 [N]. The uniform draw always happens, so that later draws do not depend on the choice."""
-    ids = generator.randint(label_dim, size=[len(seeds)], device=device)
+    known = torch.as_tensor(sources, device=device)
+    ids = known[generator.randint(len(known), size=[len(seeds)], device=device)]
     if class_idx == "balanced":
-        cycle = torch.as_tensor(sources or range(label_dim), device=device)
-        return cycle[torch.as_tensor(seeds, device=device, dtype=torch.int64) % len(cycle)]
+        return known[torch.as_tensor(seeds, device=device, dtype=torch.int64) % len(known)]
     return ids if class_idx is None else torch.full_like(ids, class_idx)
 
 
-def _open(net, device, encoder=None, kernel=None):
-    """A loaded network with its encoder and noise; what is given wins over what the snapshot says."""
-    if not isinstance(net, (str, Path)):
-        return net, encoder, kernel
-    snapshot = persistence.load_snapshot(net, device)
-    process = snapshot.process if hasattr(snapshot.process, "unit_noise") else None
-    return snapshot.net, snapshot.encoder if encoder is None else encoder, process if kernel is None else kernel
-
-
-def _write(outdir, batch, subdirs):
-    records = []
-    for i, seed in enumerate(batch.seeds):
-        name = f"{seed - seed % 1000:06d}/{seed:06d}.png" if subdirs else f"{seed:06d}.png"
-        with atomic_write(outdir / name) as file:
-            file.write(png_bytes(batch.images[i].cpu()))
-        records.append([name, None if batch.class_ids is None else int(batch.class_ids[i])])
-    return records
-
-
-def _write_labels(outdir, records, label_dim):
-    """dataset.json for all images of all processes; images of earlier calls in the same folder keep their labels."""
-    gathered = [records] * dist.get_world_size()
-    if dist.get_world_size() > 1:
-        torch.distributed.all_gather_object(gathered, records)
-    if dist.get_rank() != 0:
-        return
-    path = outdir / "dataset.json"
-    labels = {}
-    if path.is_file():
-        try:
-            labels = {n: k for n, k in json.loads(path.read_text())["labels"] or [] if (outdir / n).is_file()}
-        except (ValueError, KeyError, TypeError):
-            warnings.warn(f"{path} was not readable and is replaced", stacklevel=2)
-    labels.update({name: label for part in gathered for name, label in part})
-    content = {"labels": sorted(labels.items()), "num_classes": label_dim} if label_dim else {"labels": None}
-    with atomic_write(path, "w") as file:
-        json.dump(content, file)
+def _open(net, device):
+    """The Snapshot that `net` is or names; of a denoiser one of which nothing else is known."""
+    if isinstance(net, (str, Path)):
+        return persistence.load_snapshot(net, device)
+    return net if isinstance(net, persistence.Snapshot) else persistence.Snapshot(net)
 
 
 def batches(
-    given: Sampling, seeds: Sequence[int], device: str | torch.device = "cpu", **output: Any
+    given: Sampling, seeds: Sequence[int], device: str | torch.device = "cpu", net: Any = None, **output: Any
 ) -> Iterator[EasyDict]:
-    """The batches of `generate_images` that a command's options mean; output: its outdir and subdirs.
+    """The batches of `generate_images` that a command's options mean; net: the open --net; output: its outdir and subdirs.
 
     Opens the snapshots, rounds their weights, makes guide and process. Raises ValueError for what does not fit together.
     """
     sampler = choices.choose(samplers.SOLVERS, "solver", given.solver or "heun")
-    net, encoder, kernel = _open(given.net, device)
-    use_vae(encoder, given.vae)
-    trained = processes.aug_dim(kernel)
+    net, gnet = _open(net or given.net, device), given.gnet
+    use_vae(net.encoder, given.vae)
+    trained = processes.aug_dim(net.kernel)
     if given.aug_dim not in (None, trained):
         raise ValueError(
             f"--aug-dim={given.aug_dim:g} contradicts the snapshot, trained with D={trained:g}: leave it out"
         )
-    net, gnet = quantize_weights(net, given.quantize_bits, given.quantize_policy), given.gnet
+    rounded = lambda snapshot: replace(
+        snapshot, net=quantize_weights(snapshot.net, given.quantize_bits, given.quantize_policy)
+    )
+    net = rounded(net)
     if gnet in NULL_GUIDES:
-        gnet = NullLabels(net, NULL_GUIDES[gnet])
+        gnet = NullLabels(net.net, NULL_GUIDES[gnet])
     elif gnet is not None:
-        gnet = quantize_weights(_open(gnet, device)[0], given.quantize_bits, given.quantize_policy)
+        gnet = rounded(_open(gnet, device))
     if given.plain:
         process, sampler = None, samplers.noisy_heun(given.inject_noise)
     elif given.process in (None, "edm") and not given.process_options:
         process = processes.EDM(sigma_max=given.sigma_max)
     else:
-        process = make_process(given.process or "edm", given.process_options, trained=kernel)
+        process = make_process(given.process or "edm", given.process_options, trained=net.process)
     same = ("class_idx", "sources", "max_batch_size", "guidance", "guidance_interval", "prior")
     options = {name: getattr(given, name) for name in same} | given.solver_options() | output
-    options |= dict(gnet=gnet, encoder=encoder, kernel=kernel, process=process, sampler=sampler)
+    options |= dict(gnet=gnet, process=process, sampler=sampler)
     return generate_images(net, seeds, device=device, **options)
 
 
 def run(given: Sampling, seeds: Sequence[int], outdir: str, subdirs: bool, grid: bool, device: str | None) -> None:
     """What generate_images.py does: generate, write images, labels and the grid."""
-    device = dist.init(device)
+    device, seeds = dist.init(device), distinct(seeds)
     made = batches(given, seeds, device, outdir=outdir, subdirs=subdirs)
     dist.print0(f"Generating {len(seeds)} images to {outdir} ...")
     shown = {}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training import fit
 from training.processes import Process
 from training.processes.score import make_score
 from training.processes.states import expand
@@ -61,12 +62,7 @@ def _check(net, gnet, guidance, interval):
         if guidance != 1:
             raise ValueError(f"guidance={guidance} needs a guiding network; give one (--gnet) or leave guidance at 1")
         return
-    for name in ("img_resolution", "img_channels", "label_dim"):
-        ours, theirs = getattr(net, name, None), getattr(gnet, name, None)
-        if None in (ours, theirs) or ours == theirs or (name == "label_dim" and theirs == 0):
-            continue
-        kind = "use the same or an unconditional guide" if name == "label_dim" else "it makes images of another shape"
-        raise ValueError(f"the guide has {name}={theirs}, the network {ours}: {kind} (--gnet)")
+    fit.check(fit.of_network("the network", net), fit.of_network("the guide (--gnet)", gnet))
 
 
 def _forward_attributes(wrapper, net):

@@ -35,9 +35,7 @@ def standard_hooks(run: "Run") -> dict:
         looks = Validation(run.held_out, run.periods.status_nimg, run.config.patience)
         chosen |= {"on_status": looks.on_status, "finished": looks.finished}
     if run.config.grid and _can_decode(run.encoder, run.feed.device):
-        dataset = run.feed.dataset
-        sources = sorted({int(k) for k in dataset.raw_labels}) if dataset.has_onehot_labels else None
-        chosen["on_snapshot"] = grid_hook(sources)
+        chosen["on_snapshot"] = grid_hook(run.feed.dataset.sources)
     return chosen
 
 
@@ -74,7 +72,7 @@ class Validation:
             return {}
         with loop.average() as average:
             try:
-                result = self.held_out.denoising_loss(average.net, loop.encoder)
+                result = self.held_out.denoising_loss(average.net, loop.encoder, getattr(average.loss, "kernel", None))
             except ValueError as err:
                 raise TrainingFailed(f"validation at {loop.kimg} kimg: {err}; {REMEDY}") from None
         if loop.state.cur_nimg % self.interval == 0:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
+import PIL.PngImagePlugin
 import torch
 
 from dnnlib.util import atomic_write
@@ -18,10 +19,12 @@ def to_pil(image: torch.Tensor | np.ndarray) -> PIL.Image.Image:
     return PIL.Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
 
 
-def png_bytes(image: torch.Tensor | np.ndarray) -> bytes:
-    """The bytes of `image` [C, H, W] as an uncompressed PNG (as EDM2's tools write them)."""
-    buffer = io.BytesIO()
-    to_pil(image).save(buffer, format="png", compress_level=0, optimize=False)
+def png_bytes(image: torch.Tensor | np.ndarray, texts: dict[str, str] | None = None) -> bytes:
+    """The bytes of `image` [C, H, W] as an uncompressed PNG (as EDM2's tools write them). texts: {keyword: text} beside it."""
+    buffer, info = io.BytesIO(), PIL.PngImagePlugin.PngInfo()
+    for keyword, text in (texts or {}).items():
+        info.add_text(keyword, text)
+    to_pil(image).save(buffer, format="png", compress_level=0, optimize=False, pnginfo=info)
     return buffer.getvalue()
 
 

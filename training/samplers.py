@@ -36,6 +36,16 @@ def last_of(states: Iterator[State]) -> State:
 
 
 @torch.no_grad()
+def _roots(rho, *sigmas):
+    """sigma^(1/rho) of every noise level. Raises ValueError where that is no number."""
+    try:
+        return [sigma ** (1 / rho) for sigma in sigmas]
+    except (OverflowError, ZeroDivisionError):
+        raise ValueError(
+            f"rho={rho} (--rho) is no exponent for noise levels up to {max(sigmas):g}: give 1 or more"
+        ) from None
+
+
 def heun_states(
     net: Callable,  # denoiser net(x, sigma, labels)
     noise: Tensor,  # unit noise [N, *data_shape], scaled by sigma_max inside
@@ -62,7 +72,7 @@ def heun_states(
 
     # EDM eq. 5. One step has sigma_max as its only noise level: the image is D(x, sigma_max).
     index = torch.arange(num_steps, dtype=dtype, device=noise.device)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    low, high = _roots(rho, sigma_min, sigma_max)
     sigmas = (high + index / max(num_steps - 1, 1) * (low - high)) ** rho
     sigmas = torch.cat([sigmas, torch.zeros_like(sigmas[:1])])
 
@@ -112,6 +122,7 @@ def noisy_heun(alpha: float | None) -> Callable:
                 state.state.add_(alpha * state.time * randn_like(state.state))
         return state.state
 
+    sampler.alpha = alpha  # for those who note how images were made
     return sampler
 
 
@@ -183,7 +194,7 @@ def time_grid(
     elif grid == "quadratic":
         times = t_min + (t_max - t_min) * left**2
     elif grid == "sigma":
-        low, high = (float(process.sigma(t)) ** (1 / rho) for t in (t_min, t_max))
+        low, high = _roots(rho, *(float(process.sigma(t)) for t in (t_min, t_max)))
         times = process.time((low + (high - low) * left).clamp(low, high) ** rho)
     else:
         raise ValueError(f"grid {grid!r}: choose sigma, uniform or quadratic")

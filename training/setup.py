@@ -6,7 +6,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from dnnlib.util import locked, logged, reason, write_json
 from torch_utils import checkpoint, persistence
 from torch_utils import distributed as dist
 from torch_utils.random import hash_seed
-from training import encoders, losses, processes, selection
+from training import encoders, fit, losses, processes, selection
 from training.choices import ARCHS, EMAS, ENCODERS, LOSSES, OPTIMIZERS, SCHEDULES, augment_pipe, choose, given
 from training.config import TrainingConfig, check_same_run, differences, has_own_levels
 from training.dataset import Dataset, ImageFolderDataset
@@ -119,8 +119,9 @@ def choose_encoder(dataset: Dataset, name: str | None = None) -> encoders.Encode
 
 
 def interface_of(dataset: Dataset, encoder: encoders.Encoder) -> dict[str, int]:
-    """{img_resolution, img_channels, label_dim} as the network sees them."""
+    """{img_resolution, img_channels, label_dim} as the network sees them. Raises ValueError for images that are not square."""
     image, label = dataset[0]
+    _ = dataset.resolution  # fail now
     latent = encoder.encode_latents(torch.as_tensor(image)[None])
     return dict(img_resolution=latent.shape[-1], img_channels=latent.shape[1], label_dim=len(label))
 
@@ -129,7 +130,7 @@ SIZES = ("channels", "channel_mult", "num_blocks", "attn_resolutions", "channels
 
 
 def build_network(config: TrainingConfig, interface: dict[str, int], device: torch.device) -> torch.nn.Module:
-    """The network with weights that depend on the seed alone, or from --init."""
+    """The network with weights that depend on the seed alone."""
     torch.manual_seed(hash_seed(config.seed, 0))
     try:
         net = choose(ARCHS, "arch", config.arch)(config, interface).to(device)
@@ -140,13 +141,18 @@ def build_network(config: TrainingConfig, interface: dict[str, int], device: tor
         raise ValueError(
             f"--arch={config.arch} cannot be built with {sizes} for images of {interface} ({reason(err)}): give other sizes"
         ) from err
-    if config.init is not None:
-        donor = persistence.load_snapshot(config.init, device).net
-        try:
-            net.load_state_dict(donor.state_dict())
-        except RuntimeError as err:
-            raise ValueError(f"--init={config.init} does not fit the network ({reason(err)})") from err
     return net.train().requires_grad_(True)
+
+
+def start_from(net: torch.nn.Module, path: str, own: fit.Side) -> None:
+    """Copy the weights of the snapshot --init=`path`. own: of `net`. Raises ValueError where they do not fit."""
+    donor = persistence.load_snapshot(path)
+    side = fit.of_snapshot("--init", donor)
+    fit.check(side, own), fit.check(own, side)
+    try:
+        net.load_state_dict(donor.net.state_dict())
+    except RuntimeError as err:
+        raise ValueError(f"--init={path} does not fit the network ({reason(err)})") from err
 
 
 def build_process(config: TrainingConfig) -> Any:
@@ -194,8 +200,12 @@ def _references(feed, encoder):
     return references
 
 
-def build_selector(config: TrainingConfig, device: torch.device, ema: Any = None) -> selection.IdentitySelector:
-    """IdentitySelector, or a LossSelector around the function named by --select. ema: for --reference=ema."""
+def build_selector(
+    config: TrainingConfig, device: torch.device, ema: Any = None, own: fit.Side | None = None
+) -> selection.IdentitySelector:
+    """IdentitySelector, or a LossSelector around the function named by --select. ema: for --reference=ema. own: of the
+    network, for the reference to fit.
+    """
     if config.select == "none":
         return selection.IdentitySelector()
     function = choose(selection.FUNCTIONS, "select", config.select)
@@ -205,7 +215,10 @@ def build_selector(config: TrainingConfig, device: torch.device, ema: Any = None
             raise ValueError("--reference=ema needs an average of the weights: not with --ema=none")
         reference = ema.get()[0][0].net
     elif config.reference is not None:
-        reference = persistence.load_snapshot(config.reference, device).net
+        snapshot = persistence.load_snapshot(config.reference, device)
+        if own is not None:
+            fit.check(own, fit.of_snapshot("--reference", snapshot))
+        reference = snapshot.net
     stretch = dict(when=config.select_when, select_from=config.select_from, **given(select_until=config.select_until))
     scores = dict(score_scale=config.score_scale, cheap=config.select_cheap, options=config.select_options)
     how = dict(filter_ratio=config.filter_ratio, scope=config.select_scope, **stretch, **scores)
@@ -220,7 +233,6 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
     encoder = choose_encoder(dataset, config.encoder)
     encoders.use_vae(encoder, config.vae)
     interface = interface_of(dataset, encoder)
-    held_out = ImageFolderDataset(config.val_data, use_labels=config.cond) if config.val_data else None
     torch.backends.cudnn.benchmark = config.bench
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -228,10 +240,17 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
     feed = Feed(dataset, config.seed, config.block, device, **ranks, workers=config.workers)
     net = build_network(config, interface, device)
     loss = build_loss(config, _references(feed, encoder)).to(device)
+    own = fit.Side(f"--data={config.data}", **interface, encoder=encoder, sigma_data=getattr(net, "sigma_data", None))
+    own = replace(own, noise=processes.noise_law(getattr(loss, "kernel", None)))
+    held_out = ImageFolderDataset(config.val_data, use_labels=config.cond) if config.val_data else None
+    if held_out is not None:
+        fit.check_data(f"--val-data={config.val_data}", held_out, own)
+    if config.init is not None:
+        start_from(net, config.init, own)
     objective = losses.Objective(net, loss)
     ema = choose(EMAS, "ema", config.ema)(config, objective)
     optimizer = choose(OPTIMIZERS, "optimizer", config.optimizer)(config, objective.param_groups())
-    selector = build_selector(config, device, ema)
+    selector = build_selector(config, device, ema, own)
     schedule = choose(SCHEDULES, "lr-schedule", config.lr_schedule)
     _warn_no_effect(config)
     about = dict(
@@ -248,7 +267,7 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
         periods=Periods(**{f.name: getattr(config, f.name) for f in fields(Periods)}),
         batch_gpu=config.batch_gpu or None,
         **{name: getattr(config, name) for name in ("batch_size", "seed", "loss_scaling", "grad_clip")},
-        header=dict(options=config.to_dict(), dataset=about, git_commit=git_commit()),
+        header=dict(options=config.to_dict(), dataset=about, sources=dataset.sources, git_commit=git_commit()),
         snapshot_dtype=torch.float16 if config.snapshot_fp16 else None,
         config=config,
         held_out=held_out,

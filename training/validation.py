@@ -5,6 +5,7 @@ import torch
 from torch_utils.random import seeded_generator
 from training.dataset import Dataset, load_arrays
 from training.encoders import Encoder
+from training.processes import GaussianKernel
 
 NOISE_LEVELS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 BATCH = 256
@@ -21,13 +22,14 @@ class HeldOut:
         self.seed = seed
 
     @torch.no_grad()
-    def denoising_loss(self, net: torch.nn.Module, encoder: Encoder) -> dict:
+    def denoising_loss(self, net: torch.nn.Module, encoder: Encoder, kernel: object = None) -> dict:
         """Mean of |D(y + sigma n) - y|^2 (sigma^2 + sd^2) / (sigma sd)^2 per pixel, at each noise level (EDM's weight).
 
-        The noise of image i depends on (seed, i) alone. Returns {"loss": mean over levels and images, "levels":
-        {sigma: mean}, "sources": {label: mean}} (sources only where the data has labels). Raises ValueError where the
-        loss of an image is not finite.
+        n is the noise of `kernel`, for which the network was trained (None: Gaussian), and depends on (seed, i) alone for
+        image i. Returns {"loss": mean over levels and images, "levels": {sigma: mean}, "sources": {label: mean}} (sources
+        only where the data has labels). Raises ValueError where the loss of an image is not finite.
         """
+        kernel = kernel or GaussianKernel()
         device, sd, count = next(net.parameters()).device, net.sigma_data, len(self.images)
         table = torch.zeros(count, len(NOISE_LEVELS), dtype=torch.float64)
         for start in range(0, count, BATCH):
@@ -37,7 +39,7 @@ class HeldOut:
             clean = encoder.encode_latents(raw, seeded_generator(device, self.seed, 8, start))
             onehot = self.labels[rows].to(device) if self.labels.shape[1] and net.label_dim else None
             for column, sigma in enumerate(NOISE_LEVELS):
-                noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators])
+                noise = torch.cat([kernel.unit_noise([1, *clean.shape[1:]], g) for g in generators])
                 denoised = net(clean + sigma * noise.to(device), torch.full([len(clean)], sigma, device=device), onehot)
                 weight = (sigma**2 + sd**2) / (sigma * sd) ** 2
                 table[rows, column] = weight * (denoised - clean).double().square().flatten(1).mean(dim=1).cpu()

@@ -8,7 +8,7 @@ import functools
 import glob
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from metrics.table import Cell, paired_difference
 from metrics.table import markdown as markdown_table
 from torch_utils import distributed as dist
 from torch_utils import persistence
-from training import processes, quantize, samplers
+from training import fit, processes, quantize, samplers
 from training.dataset import ImageFolderDataset
 from training.generation import generate_images
 
@@ -59,17 +59,15 @@ class Model:
     label: str
     path: str
     snapshot: persistence.Snapshot
-    kernel: object
-    D: float  # of the kernel
+    D: float  # of its kernel
     digest: str  # of the file: results of another file of this name are not reused
 
 
 def open_model(path: str, label: str = "", device: str = "cpu") -> Model:
     """A Model of a snapshot file or run folder, which means its newest one. Default label: D=<D of the snapshot>."""
     snapshot = persistence.load_snapshot(path, device)
-    kernel = snapshot.process if hasattr(snapshot.process, "unit_noise") else None
-    D = processes.aug_dim(kernel)
-    return Model(label or f"D={D:g}", path, snapshot, kernel, D, cells.digest(persistence.resolve(path)))
+    D = processes.aug_dim(snapshot.kernel)
+    return Model(label or f"D={D:g}", path, snapshot, D, cells.digest(snapshot.path))
 
 
 def open_models(texts: Sequence[str], device: str = "cpu") -> list[Model]:
@@ -98,6 +96,7 @@ class Judge:
         else:
             self.reference = require_detectors(load_references(ref), self.detectors, ref)[self.identity]
         self.name = f"{Path(data or ref).name}:{self.reference.count()}"
+        self.side = self.reference.side(f"--ref={ref}" if data is None else f"--data={data}")
 
 
 def measure(model: Model, setting: Setting, judge: Judge, first: int, grid, device: str = "cpu") -> dict:
@@ -105,15 +104,16 @@ def measure(model: Model, setting: Setting, judge: Judge, first: int, grid, devi
 
     first: seed of the first image. agreement: None where the detector does not classify.
     """
-    net = model.snapshot.net
+    net, trained = model.snapshot.net, model.snapshot.sources
     batches = generate_images(
-        quantize.quantize_weights(net, setting.bits, grid.policy), range(first, first + grid.num),
-        encoder=model.snapshot.encoder, kernel=model.kernel, class_idx=grid.class_idx if net.label_dim else None,
+        replace(model.snapshot, net=quantize.quantize_weights(net, setting.bits, grid.policy)),
+        range(first, first + grid.num), class_idx=grid.class_idx if net.label_dim else None,
         max_batch_size=grid.batch, sampler=samplers.noisy_heun(setting.alpha), num_steps=setting.steps, device=device,
     )  # fmt: skip
     sizes = {"num_sources": judge.reference.num_sources, "num_images": grid.num}
     found = collect(generated_batches(batches), judge.detectors, **sizes)[judge.identity]
-    result = compare(found, judge.reference, detector=judge.detector, per_source=False, measures=("fd",))["overall"]
+    options = dict(detector=judge.detector, per_source=False, measures=("fd",), trained=trained)
+    result = compare(found, judge.reference, **options)["overall"]
     return {name: result.get(name) for name in ("fd", "fd_floor", "fd_at_floor_size", "agreement")}
 
 
@@ -122,8 +122,11 @@ def run_grid(
 ) -> dict[str, list[dict]]:
     """{experiment: rows}: every model x sampling seed x value. A setting that two experiments share is measured once.
 
-    grid: run_robustness.Grid. Finished cells are kept in `folder`.
+    grid: run_robustness.Grid. Finished cells are kept in `folder`. Raises ValueError for a reference that no model fits.
     """
+
+    for model in models:
+        fit.check(judge.side, fit.of_samples("--net", model.snapshot))
 
     def columns(model, setting, first):
         """Of a row before its scores."""

@@ -14,14 +14,15 @@ from dnnlib.cells import digest
 from dnnlib.cells import run as run_cells
 from metrics.detectors import get_detectors
 from metrics.distances import frechet_distance
+from metrics.evaluate import choose_encoder
 from metrics.table import grouped, mean_and_error
 from simulations import toy_data
 from torch_utils import persistence
 from torch_utils.random import StackedRandomGenerator, hash_seed, seeded_generator
-from training import likelihood, samplers
+from training import fit, likelihood, samplers
 from training.dataset import ImageFolderDataset, load_arrays
-from training.processes import Learned, LinearProcess
-from training.processes.options import make_process
+from training.processes import VP, Learned, LinearProcess
+from training.processes.options import make_process, require_gaussian
 from training.processes.states import expand
 from training.samplers import SOLVERS
 
@@ -181,6 +182,14 @@ def mixture_rows(study, seeds: Sequence[int], num: int) -> list[dict]:
     return rows
 
 
+def open_both(net: str, data: str) -> tuple[persistence.Snapshot, ImageFolderDataset]:
+    """--net and --data of a study. Raises ValueError unless they fit, and the noise is what linear processes make."""
+    snapshot, dataset = persistence.load_snapshot(net), ImageFolderDataset(data)
+    require_gaussian(snapshot.kernel, VP())
+    fit.check_data(f"--data={data}", dataset, fit.of_snapshot("--net", snapshot))
+    return snapshot, dataset
+
+
 @torch.no_grad()
 def digit_rows(study, path: str, data: str, detector: str, seeds: Sequence[int], per_source: int) -> list[dict]:
     """Rows of a study per source: Frechet distance to the images of `data` in the features of a classifier.
@@ -198,7 +207,7 @@ def digit_rows(study, path: str, data: str, detector: str, seeds: Sequence[int],
         features = {k: torch.as_tensor(judge.features(images[ids == k])).double() for k in ids.unique().tolist()}
         return {k: (seen.mean(0), seen.T.cov()) for k, seen in features.items()}
 
-    dataset, snapshot = ImageFolderDataset(data), persistence.load_snapshot(path)
+    snapshot, dataset = open_both(path, data)
     images, labels = load_arrays(dataset)
     heldout = moments(images, labels.argmax(dim=1))
     net, ids = snapshot.net, torch.tensor([*heldout]).repeat_interleave(per_source)
@@ -207,7 +216,7 @@ def digit_rows(study, path: str, data: str, detector: str, seeds: Sequence[int],
     inputs += [digest(persistence.resolve(file)) for file in (path, study.learned) if file]
 
     def work(seed, cell):
-        images, nfe = sample(net, cell, shape, seed, torch.eye(net.label_dim)[ids], learned)
+        images, nfe = sample(net, cell, shape, seed, torch.eye(net.label_dim)[ids] if net.label_dim else None, learned)
         found = moments(snapshot.encoder.decode(images), ids)
         errors = {k: frechet_distance(*found[k], *heldout[k]) for k in heldout}
         return [row(cell, nfe, seed, error, source=k, per_source=per_source) for k, error in errors.items()]
@@ -253,9 +262,10 @@ def bound_rows(study, net: str, data: str, num: int, num_samples: int, seed: int
     Of the first `num` images. Matched prior; sigma from 0.002 to the least sigma(T) of the processes: the named ones, one
     with random matrices, and the learned one if there is. draws: "common" to all processes, or each its "own".
     """
-    net, (_, learned) = persistence.load_snapshot(net).net, open_study(study)
-    images, labels = (part[:num] for part in load_arrays(ImageFolderDataset(data)))
-    x, labels = images.float() / 127.5 - 1, labels if net.label_dim else None
+    (snapshot, dataset), (_, learned) = open_both(net, data), open_study(study)
+    images, labels = (part[:num] for part in load_arrays(dataset))
+    net, encoder = snapshot.net, choose_encoder("discrete", snapshot.encoder)
+    x, labels = encoder.encode_latents(images), labels if net.label_dim else None
     generator = torch.Generator().manual_seed(0)
     q, b = (torch.randn(3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     processes = {

@@ -33,7 +33,8 @@ class Dataset(torch.utils.data.Dataset):
     """
 
     class_names: list[str] | None = None  # of the sources
-    _given_classes: int | None = None  # number of sources where it is known apart from the labels
+    _given_classes: int | None = None  # number of sources
+    declared_classes: int | None = None  # the same, where somebody says so and it is not read off the labels
 
     def __init__(
         self,
@@ -114,6 +115,11 @@ class Dataset(torch.utils.data.Dataset):
     @property
     def has_onehot_labels(self) -> bool:
         return self._use_labels and self._file_labels.dtype == np.int64
+
+    @property
+    def sources(self) -> list[int] | None:
+        """Class indices that have images, ascending; None without class indices."""
+        return np.unique(self.raw_labels).tolist() if self.has_onehot_labels else None
 
     def get_label(self, idx: int) -> np.ndarray:
         """float32 [label_dim]: one-hot of a class index, or the stored vector; length 0 without labels."""
@@ -226,6 +232,8 @@ class ImageFolderDataset(Dataset):
         self.about, self._image_names = layout.sentence, layout.names
         self._labels = None if layout.labels is None else np.array(layout.labels)
         self.class_names, self._given_classes = layout.class_names, layout.num_classes
+        if layout.written_here or layout.class_names:
+            self.declared_classes = layout.num_classes
         shape = self._read_image(self._image_names[0]).shape
         if resolution is not None and shape[1:] != (resolution, resolution):
             raise ValueError(
@@ -278,7 +286,7 @@ class ArrayDataset(Dataset):
             if bad := int((~np.isfinite(self._images)).any(axis=(1, 2, 3)).sum()):
                 raise ValueError(f"{bad} of {len(self._images)} images hold NaN or infinity; leave them out")
         self._labels = None if labels is None else np.asarray(labels)
-        self._given_classes = num_classes
+        self._given_classes = self.declared_classes = num_classes
         self.class_names = class_names
         super().__init__(name, self._images.shape, **options)
         _ = self._file_labels  # fail now, in the caller's line

@@ -55,6 +55,7 @@ def inspect_dataset(
         "num_classes": dataset.num_classes,
         "class_names": dataset.class_names,
         "images_per_source": counts,
+        "hint": _label_hint(dataset),
         "mean": means,
         "std": stds,
         "latents": {"encoder": type(encoder).__name__, "mean": mean, "std": std},
@@ -65,6 +66,16 @@ def inspect_dataset(
     if with_hash:
         result["content_hash"] = dataset.content_hash()
     return result
+
+
+def _label_hint(dataset):
+    """A word where labels look as if they were counted from 1, or None."""
+    found, num = dataset.sources or [0], dataset.num_classes
+    if found[0] == 0 or (dataset.declared_classes and found != [*range(1, num)]):
+        return None
+    return (
+        f"source 0 has no images: labels count from 0; if yours count from 1, subtract 1 (sources {num - 1}, not {num})"
+    )
 
 
 def _sums(x):  # [B,C,H,W] -> [2,C]
@@ -102,6 +113,8 @@ def format_report(info: dict) -> list[str]:
     for label, n in (info["images_per_source"] or {}).items():
         name = info["class_names"][int(label)] if info["class_names"] else ""
         lines.append(f"  source {label:>4}  {n:>8}  {name if name != label else ''}".rstrip())
+    if info["hint"]:
+        lines.append(f"hint        {info['hint']}")
     lines += [
         f"stored      mean {numbers(info['mean'])}   std {numbers(info['std'])}",
         f"latents     mean {info['latents']['mean']:.4f}   std {info['latents']['std']:.4f}   "

@@ -8,14 +8,14 @@ A new linear process is a class with its Q and D; decorated, snapshots can hold 
             super().__init__(Q=[[0, -1], [1, 0]], D=[[0, 0], [0, friction]], **options)
 """
 
-from training.processes.base import GaussianKernel, Process, aug_dim, is_linear
+from training.processes.base import GaussianKernel, Process, aug_dim, is_linear, noise_law
 from training.processes.edm import EDM
 from training.processes.linear import LinearProcess
 from training.processes.named import ALDA, CLD, MALDA, VP, Learned
 from training.processes.pfgmpp import PFGMpp
 
 __all__ = ["ALDA", "CLD", "EDM", "MALDA", "VP", "GaussianKernel", "Learned", "LinearProcess", "PFGMpp", "Process"]
-__all__ += ["REGISTRY", "aug_dim", "get", "is_linear"]
+__all__ += ["REGISTRY", "aug_dim", "get", "is_linear", "noise_law"]
 
 REGISTRY = dict(edm=EDM, pfgmpp=PFGMpp, vp=VP, cld=CLD, alda=ALDA, malda=MALDA, learned=Learned, linear=LinearProcess)
 

@@ -45,6 +45,15 @@ def aug_dim(kernel: object) -> float:
     return getattr(kernel, "aug_dim", math.inf)
 
 
+def noise_law(kernel: object) -> str:
+    """The law of a kernel's noise in words, the same for all that are Gaussian: None, linear processes, D = inf."""
+    plain = kernel is None or type(kernel) is GaussianKernel or is_linear(kernel)
+    if plain or (aug_dim(kernel) == math.inf and hasattr(kernel, "aug_dim")):
+        return "Gaussian"
+    options = getattr(kernel, "init_kwargs", {})
+    return f"{type(kernel).__name__}({', '.join(f'{name}={value}' for name, value in options.items())})"
+
+
 @persistent
 class GaussianKernel:
     """Standard normal noise. A kernel of your own needs `unit_noise(shape, generator=None)` only."""

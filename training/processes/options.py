@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from pathlib import Path
 
@@ -89,10 +88,9 @@ def named(process: processes.Process) -> dict:
 
 
 def require_gaussian(kernel: object, process: processes.Process) -> None:
-    """Raises ValueError where a network trained with PFGM++ noise is asked for a linear process."""
-    D = processes.aug_dim(kernel)
-    if math.isfinite(D):
+    """Raises ValueError where a network trained with other noise is asked for a linear process."""
+    if (law := processes.noise_law(kernel)) != "Gaussian":
         raise ValueError(
-            f"--process={named(process)['name']} needs a network trained with Gaussian noise; this one knows PFGM++ "
-            f"noise (D={D:g}), which no linear process makes: leave --process and --solver out"
+            f"--process={named(process)['name']} needs a network trained with Gaussian noise; this one knows noise of "
+            f"{law}, which no linear process makes: leave --process and --solver out"
         )
