@@ -173,6 +173,7 @@ def likelihood(**options):
     "--arms", "Which should win, and against which; default: multi,single (--against: all)", "LIST", type=cli.STRINGS
 )
 @_text("--metric", "Of which detector, where score files hold several: its identity, or pixel, classifier, ...", "NAME")
+@_choice("--measure", "What decides between the two arms", "fd", "denoising_loss")
 @_text("--against", "Compare any number of arms with this one, by training seed", "ARM")
 @_choice("--section", "--against: all samples, or mean of sources", "overall", "mean")
 @_text("--train-multi", "Training data of the shared model: proves that both arms saw the same images", "ZIP")

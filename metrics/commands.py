@@ -339,5 +339,5 @@ def report(o: EasyDict) -> None:
     arms = o.arms or ["multi", "single"]
     if len(arms) != 2:
         raise ValueError(f"--arms={','.join(arms)}: give two names, such as multi,single")
-    names = ("metric", "train_multi", "train_single", "real", "net", "detector", "notes")
+    names = ("metric", "measure", "train_multi", "train_single", "real", "net", "detector", "notes")
     print(write_report(o.scores, o.dest, arms, **{name: o[name] for name in names}))

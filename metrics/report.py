@@ -10,6 +10,7 @@ import numpy as np
 
 from dnnlib.util import write_text
 from metrics import report_grid
+from metrics.report_grid import MEASURES
 from metrics.results import Row, of_detector, of_sources, read_scores, sources_of, theory_ratio
 from metrics.table import Cells, Verdict, collect, markdown, mean_and_deviation, numbers, seeds_mean, verdict, write_csv
 
@@ -26,7 +27,8 @@ COLUMNS = (
     "recall",
     "bits_per_dim",
 )
-SPREAD = ("fd", "agreement")  # stand in the Markdown table with their spread over training seeds
+SHORT = {"fd": "FD", "denoising_loss": "loss"}
+SPREAD = ("fd", "denoising_loss", "agreement")  # stand in the Markdown table with their spread over training seeds
 STRIP = 12  # images of each arm and source in the figure
 
 
@@ -45,13 +47,21 @@ def table_rows(cells: Cells, arms: Sequence[str], sources: Sequence[str]) -> lis
     return rows
 
 
-def to_markdown(cells: Cells, arms: Sequence[str], sources: Sequence[str], main: Verdict, notes: Sequence[str]) -> str:
-    """The table as Markdown: per source and mean, FD and agreement of both arms, floor, nearest neighbours, verdict."""
+def to_markdown(
+    cells: Cells,
+    arms: Sequence[str],
+    sources: Sequence[str],
+    verdicts: dict[str, Verdict],  # by measure, the one that decides first
+    notes: Sequence[str],
+) -> str:
+    """The table as Markdown: per source and mean, what the arms are judged by, agreement, floor, neighbours, verdicts."""
     a, b = arms
+    main = next(iter(verdicts.values()))
+    measured = [(f"{SHORT[measure]} {arm}", (measure, arm)) for measure in verdicts for arm in arms]
     columns = {
-        f"FD {a}": ("fd", a),
-        f"FD {b}": ("fd", b),
+        **dict(measured[:2]),
         "advantage": None,
+        **dict(measured[2:]),
         "floor*": ("fd_floor", a),
         f"FD {a}*": ("fd_at_floor_size", a),
         f"FD {b}*": ("fd_at_floor_size", b),
@@ -70,14 +80,18 @@ def to_markdown(cells: Cells, arms: Sequence[str], sources: Sequence[str], main:
         value, spread, _ = numbers(cells, arm, source, name, sources)
         if value is None:
             return ""
-        scale, digits, unit = (100, 1, " %") if name.startswith("agreement") else (1, 2, "")
+        scale, digits, unit = (100, 1, " %") if name.startswith("agreement") else (1, 3 if "loss" in name else 2, "")
         shown = [value] if spread is None or source == "mean" or name not in SPREAD else [value, spread]
         return " +- ".join(f"{v * scale:.{digits}f}" for v in shown) + unit
 
+    columns = {name: c for name, c in columns.items() if c is None or any((c[1], s, c[0]) in cells for s in sources)}
     rows = [[source, *(text(source, column) for column in columns.values())] for source in [*sources, "mean"]]
+    lines = "\n\n".join(f"**{MEASURES[measure]}: {found}**" for measure, found in verdicts.items())
     return (
-        f"{markdown(['source', *columns], rows)}\n\n**{main}**\n\n"
-        "FD: Frechet distance to held-out images in the detector's features; mean +- standard deviation over training seeds. "
+        f"{markdown(['source', *columns], rows)}\n\n{lines}\n\n"
+        "Intervals: 95 %, Student's t over the differences of equal training seeds. Loss: denoising loss on held-out images, "
+        "mean over noise levels. FD: Frechet distance to held-out images in the detector's features. Mean +- standard "
+        "deviation over training seeds. "
         "*: at the size of half the held-out images, which is what the floor (half against half) can be compared with. "
         "Nearest train: mean distance of samples, and of held-out images, to the nearest training image of the source."
         "\n\n" + "".join(f"- {note}\n" for note in notes)
@@ -85,34 +99,35 @@ def to_markdown(cells: Cells, arms: Sequence[str], sources: Sequence[str], main:
 
 
 def figure(
-    stem: Path, cells: Cells, arms: Sequence[str], sources: Sequence[str], strips: dict, main: Verdict
+    stem: Path, cells: Cells, arms: Sequence[str], sources: Sequence[str], strips: dict, judged: tuple[str, Verdict]
 ) -> list[Path]:
-    """stem.png and stem.svg: a strip of images per source for real data and every arm, and the bars of FD with their spread.
+    """stem.png and stem.svg: a strip of images per source for real data and every arm, and bars of the measure with spread.
 
     strips: {(row title, source): [uint8 images]}.
     """
     from metrics import figures
 
+    measure, main = judged
     height = max(2.8, 0.4 * len(sources) * max(len({title for title, _ in strips}), 1) + 0.6)
     fig, (left, right) = figures.figure(2, 4.75, height, gridspec_kw={"width_ratios": [1.5, 1]})
     _draw_strips(left, [(f"{title}, source {s}", strips[title, s]) for s in sources for title, at in strips if at == s])
     x = np.arange(len(sources) + 1)
     for i, (arm, colour) in enumerate(zip(arms, figures.colours(arms), strict=True)):
-        found = [cells[arm, s, "fd"] for s in sources]
+        found = [cells[arm, s, measure] for s in sources]
         means, errors = [c.mean for c in found], [c.sd_training or 0 for c in found]
-        over_sources = seeds_mean(found, [1] * len(found))
+        over_sources = seeds_mean(found, [1] * len(found)).values()
         errors.append(mean_and_deviation(over_sources)[1] if len(over_sources) > 1 else 0)
         offset, label = (i - (len(arms) - 1) / 2) * 0.8 / len(arms), figures.LABEL.get(arm, arm)
         style = {"capsize": 3, "color": colour, "label": label}
         right.bar(x + offset, [*means, np.mean(means)], 0.8 / len(arms), yerr=errors, **style)
     floors = [cells[arms[0], s, "fd_floor"].mean for s in sources if (arms[0], s, "fd_floor") in cells]
-    if len(floors) == len(sources):
+    if measure == "fd" and len(floors) == len(sources):
         style = {"colors": "black", "linestyles": "dashed", "linewidth": 1, "label": "floor: held-out, half vs half"}
         right.hlines([*floors, np.mean(floors)], x - 0.45, x + 0.45, **style)
     right.set_xticks(x, [*sources, "mean"])
-    right.set(xlabel="source", ylabel="Frechet distance", ylim=(None, right.get_ylim()[1] * 1.3))
+    right.set(xlabel="source", ylabel=MEASURES[measure], ylim=(None, right.get_ylim()[1] * 1.3))
     right.legend(fontsize=8, loc="upper left", ncols=2)
-    error = "" if main.interval is None else f" +- {main.standard_error:.1%}"
+    error = "" if main.interval is None else f" ({main.interval[0]:.1%} to {main.interval[1]:.1%})"
     title = f"{main.better} better in {main.wins} of {len(main.per_source)} sources, mean advantage {main.advantage:.1%}{error}"
     fig.suptitle(title, fontsize=10)
     return figures.save(fig, stem, dpi=150)
@@ -170,6 +185,7 @@ def write_report(
     arms: Sequence[str] = ("multi", "single"),
     *,
     metric: str | None = None,
+    measure: str = "fd",
     train_multi: str | None = None,
     train_single: str | None = None,
     real: str | None = None,
@@ -179,15 +195,17 @@ def write_report(
 ) -> str:
     """Write table.csv, table.md and comparison.png into the folder `dest`; returns the text of table.md.
 
-    scores: glob of score files; metric: of which detector, None: the only one; the others are options of
-    `calculate_metrics.py report`. Raises ValueError for missing scores or tags, and for two detectors without a choice.
+    scores: glob of score files; metric: of which detector, None: the only one; measure: what decides; the others are
+    options of `calculate_metrics.py report`. Raises ValueError for missing scores or tags, and for two detectors without
+    a choice.
     """
     rows = of_sources(of_detector(read_scores(scores), metric))
     notes, dest = list(notes), Path(dest)
     if any("cell" in row.tags for row in rows):
         return report_grid.write_grid_report(rows, dest, arms, net, notes)
     sources, cells = sources_of(rows), collect(rows)
-    main = verdict(cells, sources, *arms)
+    judged = [m for m in (measure, *MEASURES) if m == measure or any(m in row.numbers for row in rows)]
+    verdicts = {m: verdict(cells, sources, *arms, m) for m in judged}
     if detector is not None:
         from metrics.classifier import load_classifier
 
@@ -206,14 +224,14 @@ def write_report(
         from torch_utils.persistence import load_snapshot
 
         theory = theory_ratio(load_snapshot(net).net, len(sources))
-        a, b = (main.levels[arm] for arm in arms)
+        a, b = (verdicts[measure].levels[arm] for arm in arms)
         notes.append(
             f"Theory (order of the bounds): ratio {theory['ratio']:.3f} = sqrt(1 - (K-1)/K beta) with beta "
             f"{theory['beta_sim']:.4f} ({theory['shared']} shared parameters, {theory['per_source']} per source); "
-            f"measured ratio of the mean FDs {a / b:.3f}."
+            f"measured ratio of the means of {MEASURES[measure]} {a / b:.3f}."
         )
-    text = to_markdown(cells, arms, sources, main, notes)
+    text = to_markdown(cells, arms, sources, verdicts, notes)
     write_csv(dest / "table.csv", table_rows(cells, arms, sources))
     write_text(dest / "table.md", text)
-    figure(dest / "comparison", cells, arms, sources, _strips(rows, arms, sources, real), main)
+    figure(dest / "comparison", cells, arms, sources, _strips(rows, arms, sources, real), (measure, verdicts[measure]))
     return text

@@ -91,10 +91,13 @@ def _compared(result, section, values):
 
 
 def require_comparable(rows: Iterable[Row]) -> None:
-    """Raises ValueError, naming two files, where a section was compared with other images, or has other numbers of them."""
+    """Raises ValueError, naming two files, where a section was compared with other images, or has other numbers of them.
+
+    Rows with a tag `draw` are of an experiment that draws its data anew: they agree within a draw.
+    """
     first = {}
     for row in rows:
-        other = first.setdefault((row.detector, row.section), row)
+        other = first.setdefault((row.detector, row.section, row.tags.get("draw")), row)
         for field, a, b in zip(Compared._fields, other.compared, row.compared, strict=True):
             if a != b:
                 what = "source " + row.section if row.section.isdigit() else row.section

@@ -184,8 +184,8 @@ class Verdict:
     other: str
     wins: int  # sources in which `better` has the smaller mean
     advantage: float  # mean over sources of (other - better) / other
-    standard_error: float | None  # from the spread over training seeds; None with a single one
-    interval: tuple[float, float] | None  # 95 %, Welch-Satterthwaite
+    standard_error: float | None  # of the differences between the arms' equal training seeds; None with a single one
+    interval: tuple[float, float] | None  # 95 %, Student's t
     per_source: dict[str, float]
     levels: dict[str, float]  # arm -> mean over sources
 
@@ -204,34 +204,28 @@ def verdict(
 ) -> Verdict:
     """Compare two arms over the sources, with the uncertainty that the training seeds show.
 
-    One model of the shared arm serves all sources, so its seeds are averaged over sources first; the models of the other
-    arm are treated likewise, seed by seed, which is right for shared and for separate models: separate ones only vary
-    independently within a seed. Raises ValueError where an arm has no scores.
+    One model of the shared arm serves all sources, so the seeds of both arms are averaged over sources first; the arms are
+    then paired by training seed, which stands for the draw of the data, too, where every seed has its own. Raises
+    ValueError where an arm has no scores.
     """
-    import scipy.stats
-
     for arm in (better, other):
         if missing := [s for s in sources if (arm, s, column) not in cells]:
             raise ValueError(f"arm {arm!r} has no {column!r} for source {', '.join(missing)}: score these first")
     base, mine = ([cells[arm, s, column].mean for s in sources] for arm in (other, better))
     per_source = {s: (b - m) / b for s, b, m in zip(sources, base, mine, strict=True)}
     wins, advantage = sum(v > 0 for v in per_source.values()), fmean(per_source.values())
-    error = interval = None
-    # Of each arm's relative mean over sources, from its training seeds.
-    relative = [seeds_mean([cells[arm, s, column] for s in sources], base) for arm in (better, other)]
-    if min(map(len, relative)) > 1:
-        errors = [mean_and_error(values)[1] ** 2 for values in relative]
-        spread = sum(e**2 / (len(v) - 1) for e, v in zip(errors, relative, strict=True))
-        error, freedom = math.sqrt(sum(errors)), sum(errors) ** 2 / max(spread, 1e-300)
-        half = float(scipy.stats.t.ppf(0.975, max(freedom, 1))) * error
-        interval = advantage - half, advantage + half
+    # Of each arm's relative mean over sources, by training seed.
+    relative = [seeds_mean([cells[arm, s, column] for s in sources], base) for arm in (other, better)]
+    common = sorted(set.intersection(*map(set, relative)))
+    _, error, *interval = paired_difference(*([values[seed] for seed in common] for values in relative))
+    error, interval = (error, tuple(interval)) if len(common) > 1 else (None, None)
     return Verdict(
         better, other, wins, advantage, error, interval, per_source, {better: fmean(mine), other: fmean(base)}
     )
 
 
-def seeds_mean(cells: Sequence[Cell], units: Sequence[float]) -> list[float]:
-    """Means over cells, each in its own unit, one for every training seed that all cells have."""
+def seeds_mean(cells: Sequence[Cell], units: Sequence[float]) -> dict[str, float]:
+    """Means over cells, each in its own unit, by training seed, for every seed that all cells have."""
     tables = [cell.by_seed() for cell in cells]
     common = sorted(set.intersection(*map(set, tables)))
-    return [fmean(t[seed] / unit for t, unit in zip(tables, units, strict=True)) for seed in common]
+    return {seed: fmean(t[seed] / unit for t, unit in zip(tables, units, strict=True)) for seed in common}

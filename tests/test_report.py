@@ -48,12 +48,12 @@ def test_verdict_against_plain_formulas(tmp_path, noisy):
     base = means[1].mean(axis=1)
     relative = (means / base[None, :, None]).mean(axis=1)  # [arm, training seed]
     advantage = 1 - relative[0].mean()
-    variances = relative.var(axis=1, ddof=1) / 3
-    freedom = variances.sum() ** 2 / (variances**2 / 2).sum()
-    half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variances.sum())
+    differences = relative[1] - relative[0]
+    error = differences.std(ddof=1) / np.sqrt(3)
+    interval = scipy.stats.ttest_rel(relative[1], relative[0]).confidence_interval(0.95)
     assert got.advantage == pytest.approx(advantage, abs=1e-12)
-    assert got.standard_error == pytest.approx(np.sqrt(variances.sum()), rel=1e-12)
-    assert got.interval == pytest.approx((advantage - half, advantage + half), rel=1e-9)
+    assert got.standard_error == pytest.approx(error, rel=1e-12)
+    assert got.interval == pytest.approx((interval.low, interval.high), rel=1e-9)
     assert (got.wins, len(got.per_source)) == (2, 2)
     assert "clear of zero" in str(got)
 
