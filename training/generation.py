@@ -16,7 +16,7 @@ from dnnlib import EasyDict
 from torch_utils import distributed as dist
 from torch_utils import persistence
 from torch_utils.random import StackedRandomGenerator
-from training import choices, fit, processes, samplers
+from training import ablation, choices, fit, processes, samplers
 from training.encoders import StandardRGBEncoder, use_vae
 from training.guidance import NullLabels, guided
 from training.images import save_grid
@@ -201,7 +201,8 @@ def batches(
     elif gnet is not None:
         gnet = rounded(_open(gnet, device))
     if given.plain:
-        process, sampler = None, samplers.noisy_heun(given.inject_noise)
+        process = None
+        sampler = ablation.ablation if given.solver == "ablation" else samplers.noisy_heun(given.inject_noise)
     elif given.process in (None, "edm") and not given.process_options:
         process = processes.EDM(sigma_max=given.sigma_max)
     else:

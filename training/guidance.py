@@ -66,7 +66,7 @@ def _check(net, gnet, guidance, interval):
 
 
 def _forward_attributes(wrapper, net):
-    for name in FORWARDED:
+    for name in (*FORWARDED, "round_sigma"):
         if hasattr(net, name):
             setattr(wrapper, name, getattr(net, name))
 

@@ -3,49 +3,27 @@
 import functools
 import math
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import scipy.integrate
 import torch
 from torch import Tensor
 
+from training.ablation import ablation_states, roots
 from training.guidance import guided
 from training.processes import Process
 from training.processes.score import make_score, require_linear
 from training.processes.states import apply_matrix
+from training.states import State, last_of
 
 Draw = Callable[[Tensor], Tensor]  # standard normal noise in the shape of what it gets
 Labels = Tensor | None  # [N, K]
 Level = float | None
 
 
-class State(NamedTuple):
-    """What a solver's generator yields: after `step` steps the state stands at `time` (heun: the noise level)."""
-
-    step: int
-    time: float
-    state: Tensor
-
-
-def last_of(states: Iterator[State]) -> State:
-    """Run a generator of States to its end and return the last one."""
-    return deque(states, maxlen=1).pop()
-
-
 @torch.no_grad()
-def _roots(rho, *sigmas):
-    """sigma^(1/rho) of every noise level. Raises ValueError where that is no number."""
-    try:
-        return [sigma ** (1 / rho) for sigma in sigmas]
-    except (OverflowError, ZeroDivisionError):
-        raise ValueError(
-            f"rho={rho} (--rho) is no exponent for noise levels up to {max(sigmas):g}: give 1 or more"
-        ) from None
-
-
 def heun_states(
     net: Callable,  # denoiser net(x, sigma, labels)
     noise: Tensor,  # unit noise [N, *data_shape], scaled by sigma_max inside
@@ -69,11 +47,12 @@ def heun_states(
     if not 0 < sigma_min <= sigma_max:
         raise ValueError(f"sigma_min = {sigma_min}, sigma_max = {sigma_max}: need 0 < sigma_min <= sigma_max")
     net = guided(net, gnet, guidance)
+    rounded = getattr(net, "round_sigma", lambda sigma: sigma)  # to levels that the network was trained for
 
     # EDM eq. 5. One step has sigma_max as its only noise level: the image is D(x, sigma_max).
     index = torch.arange(num_steps, dtype=dtype, device=noise.device)
-    low, high = _roots(rho, sigma_min, sigma_max)
-    sigmas = (high + index / max(num_steps - 1, 1) * (low - high)) ** rho
+    low, high = roots(rho, sigma_min, sigma_max)
+    sigmas = rounded((high + index / max(num_steps - 1, 1) * (low - high)) ** rho)
     sigmas = torch.cat([sigmas, torch.zeros_like(sigmas[:1])])
 
     levels = sigmas.tolist()
@@ -83,7 +62,7 @@ def heun_states(
         x = x_next
         if S_churn > 0 and S_min <= levels[step] <= S_max:
             gamma = min(S_churn / num_steps, 2**0.5 - 1)
-            sigma_hat = sigma + gamma * sigma
+            sigma_hat = rounded(sigma + gamma * sigma)
             x = x + (sigma_hat**2 - sigma**2).sqrt() * S_noise * randn_like(x)
             sigma = sigma_hat
         slope = (x - net(x, sigma, labels).to(dtype)) / sigma
@@ -194,7 +173,7 @@ def time_grid(
     elif grid == "quadratic":
         times = t_min + (t_max - t_min) * left**2
     elif grid == "sigma":
-        low, high = _roots(rho, *(float(process.sigma(t)) for t in (t_min, t_max)))
+        low, high = roots(rho, *(float(process.sigma(t)) for t in (t_min, t_max)))
         times = process.time((low + (high - low) * left).clamp(low, high) ** rho)
     else:
         raise ValueError(f"grid {grid!r}: choose sigma, uniform or quadratic")
@@ -467,6 +446,9 @@ class HeunInSigma(Plan):
     S_max: float = math.inf
     S_noise: float = 1
 
+    own = "num_steps", "sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", "dtype"
+    way_back = staticmethod(heun_states)  # whose options are `own`
+
     @torch.no_grad()
     def __post_init__(self) -> None:
         if self.grid != "sigma" or self.times is not None:
@@ -477,12 +459,27 @@ class HeunInSigma(Plan):
     @torch.no_grad()
     def states(self, latents: Tensor, labels: Labels = None, randn_like: Draw | None = None) -> Iterator[State]:
         y = (self.process.project(latents, self.times[0])[0] / self.sigma_max).float()
-        own = "num_steps", "sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", "dtype"
-        options = {name: getattr(self, name) for name in own}
-        return heun_states(self.net, y, labels, randn_like=randn_like or self.randn_like, **options)
+        options = {name: getattr(self, name) for name in self.own}
+        return type(self).way_back(self.net, y, labels, randn_like=randn_like or self.randn_like, **options)
 
     def __call__(self, latents: Tensor, labels: Labels = None, randn_like: Draw | None = None) -> Tensor:
         return last_of(self.states(latents, labels, randn_like)).state
+
+
+@dataclass
+class AblationInSigma(HeunInSigma):
+    """EDM's sampler of ablations (training/ablation.py) as a solver of any process, as HeunInSigma."""
+
+    num_steps: int = 18
+    dtype: torch.dtype = torch.float64
+    method: str = "heun"
+    disc: str = "edm"
+    schedule: str = "linear"
+    scaling: str = "none"
+    alpha: float = 1.0
+
+    own = (*HeunInSigma.own, "method", "disc", "schedule", "scaling", "alpha")
+    way_back = staticmethod(ablation_states)
 
 
 euler_maruyama, sscs, probability_flow = Solver(EulerMaruyama), Solver(SSCS), Solver(Flow)
@@ -496,4 +493,5 @@ SOLVERS: dict[str, Callable] = {
     "sscs": sscs,
     "ode": Solver(Flow, method="rk45", num_steps=None),
     "flow": probability_flow,
+    "ablation": Solver(AblationInSigma),
 }

@@ -13,10 +13,13 @@ from training import presets
 
 process_opt = functools.partial(opt, group="Process")
 sampler_opt = functools.partial(opt, group="Sampler")
+ablation_opt = functools.partial(opt, group="Solver ablation (EDM table 1)")
 guidance_opt = functools.partial(opt, group="Guidance")
 
 # Options that act in one solver only.
-OWN = {"sscs": ("half_step",), "ode": ("rtol", "atol"), "heun": ("S_churn", "S_min", "S_max", "S_noise")}
+_CHURN = ("S_churn", "S_min", "S_max", "S_noise")
+OWN = {"sscs": ("half_step",), "ode": ("rtol", "atol"), "heun": _CHURN}
+OWN["ablation"] = ("method", "disc", "schedule", "scaling", "alpha", *_CHURN)
 
 
 @dataclass
@@ -66,7 +69,9 @@ class Sampling(ProcessChoice):
     S_noise: float = sampler_opt(1.0, "Noise inflation of churn")
     inject_noise: float | None = sampler_opt(None, "Add ALPHA sigma eps before every step", metavar="ALPHA", at_least=0)
 
-    solver: str | None = process_opt(None, "heun, em, sscs, ode (adaptive RK45) or flow", metavar="NAME", shown="heun")
+    solver: str | None = process_opt(
+        None, "heun, em, sscs, ode (adaptive RK45), flow or ablation", metavar="NAME", shown="heun"
+    )
     time_grid: str = process_opt("sigma", "Grid of steps", choices=("sigma", "uniform", "quadratic"))
     prior: str = process_opt("matched", "Start of a process", choices=("matched", "stationary"))
     t_min: float | None = process_opt(None, "Last time, instead of --sigma_min", above=0)
@@ -79,6 +84,12 @@ class Sampling(ProcessChoice):
     rtol: float = process_opt(1e-5, "ode: relative tolerance", above=0)
     atol: float = process_opt(1e-5, "ode: absolute tolerance", above=0)
 
+    method: str = ablation_opt("heun", "Order: two evaluations a step, or one", choices=("heun", "euler"))
+    disc: str = ablation_opt("edm", "Where the noise levels lie", choices=("edm", "vp", "ve", "iddpm"))
+    schedule: str = ablation_opt("linear", "Noise level over time", choices=("linear", "vp", "ve"))
+    scaling: str = ablation_opt("none", "Scale of the image over time", choices=("none", "vp"))
+    alpha: float = ablation_opt(1.0, "Place of the second evaluation in a step", above=0, at_most=1)
+
     gnet: str | None = guidance_opt(
         None, "Guiding network; null: --net without its label; null-last: with its last label", metavar="SNAPSHOT"
     )
@@ -90,7 +101,8 @@ class Sampling(ProcessChoice):
     @property
     def plain(self) -> bool:
         """Whether EDM2's sampler runs, with the noise that the network was trained with, rather than a process."""
-        return self.process in (None, "edm") and self.solver in (None, "heun") and not self.process_options
+        edm = self.process in (None, "edm") and not self.process_options
+        return edm and self.solver in (None, "heun", "ablation")
 
     def check(self) -> "Sampling":
         """Fill in the preset and return self; ValueError for what cannot be together, warnings for what has no effect."""
@@ -115,14 +127,13 @@ class Sampling(ProcessChoice):
             raise ValueError(f"--sigma_min={self.sigma_min:g} must be below --sigma_max={self.sigma_max:g}")
         if self.plain and (self.t_min is not None or self.time_grid != "sigma" or self.denoise != "yes"):
             raise ValueError("--t-min, --time-grid and --denoise need --process or --solver (em, sscs, ode or flow)")
-        if self.inject_noise and not self.plain:
+        if self.inject_noise and not (self.plain and self.solver != "ablation"):
             alpha = f"--inject-noise={self.inject_noise:g}"
             raise ValueError(f"{alpha} is for EDM's own sampler: leave --process and --solver out")
-        for owner, names in OWN.items():
-            for name in names if owner != (self.solver or "heun") else ():
-                if getattr(self, name) != getattr(Sampling, name):
-                    flag = options.flag(Sampling, name)
-                    warnings.warn(f"{flag} has no effect with --solver={self.solver or 'heun'}", stacklevel=2)
+        solver = self.solver or "heun"
+        for name in sorted({name for names in OWN.values() for name in names} - {*OWN.get(solver, ())}):
+            if getattr(self, name) != getattr(Sampling, name):
+                warnings.warn(f"{options.flag(Sampling, name)} has no effect with --solver={solver}", stacklevel=2)
         return self
 
     def _check_guidance(self):
@@ -141,6 +152,9 @@ class Sampling(ProcessChoice):
         names = ["num_steps", "sigma_min", "sigma_max", "rho", *OWN.get(self.solver or "heun", ())]
         keywords = {name: getattr(self, name) for name in names}
         if self.plain:
+            if self.solver == "ablation":  # each discretisation has levels of its own
+                levels = {name: keywords[name] for name in ("sigma_min", "sigma_max")}
+                keywords |= {name: None if v == getattr(Sampling, name) else v for name, v in levels.items()}
             return keywords
         denoise = {"yes": True, "no": False}.get(self.denoise, self.denoise)
         return keywords | {"grid": self.time_grid, "t_min": self.t_min, "denoise": denoise}

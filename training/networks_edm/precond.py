@@ -118,6 +118,17 @@ class VEPrecond(_Precond):
         return torch.ones_like(sigma), sigma, torch.ones_like(sigma), (0.5 * sigma).log()
 
 
+def iddpm_levels(M: int, C_1: float, C_2: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Noise levels u [M + 1] of improved DDPM, falling to 0 (EDM Appendix C.3.4)."""
+    steps = torch.arange(M + 1, dtype=dtype, device="cpu")
+    alpha_bar = (0.5 * math.pi * steps / M / (C_2 + 1)).sin() ** 2
+    ratio = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=C_1)  # [M]
+    u = torch.zeros(M + 1, dtype=dtype, device="cpu")
+    for j in range(M, 0, -1):
+        u[j - 1] = ((u[j] ** 2 + 1) / ratio[j - 1] - 1).sqrt()
+    return u
+
+
 @persistent
 class iDDPMPrecond(_Precond):
     """Improved DDPM (Nichol & Dhariwal 2021) seen as a denoiser (EDM Table 1, third column).
@@ -143,12 +154,7 @@ class iDDPMPrecond(_Precond):
         self.C_1, self.C_2, self.M = C_1, C_2, M
         if not 1 <= M <= 10_000:
             raise ValueError(f"M={M}: the number of time steps must lie in 1..10000")
-        steps = torch.arange(M + 1, dtype=torch.float32, device="cpu")
-        alpha_bar = (0.5 * math.pi * steps / M / (C_2 + 1)).sin() ** 2
-        ratio = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=C_1)  # [M]
-        u = torch.zeros(M + 1, dtype=torch.float32, device="cpu")
-        for j in range(M, 0, -1):  # EDM Appendix C.3.4
-            u[j - 1] = ((u[j] ** 2 + 1) / ratio[j - 1] - 1).sqrt()
+        u = iddpm_levels(M, C_1, C_2)
         self.register_buffer("u", torch.tensor(u.tolist()))
         self.sigma_min, self.sigma_max = float(u[M - 1]), float(u[0])
 
