@@ -5,13 +5,13 @@ import io
 import pickle
 import struct
 import tarfile
+from pathlib import Path
 
-import lmdb
 import numpy as np
 import PIL.Image
 import pytest
 
-from training.dataset import archives
+from training.dataset import archives, lmdb_file
 from training.dataset.convert import convert
 from training.dataset.sources import open_source
 
@@ -307,6 +307,7 @@ def test_tiny_imagenet(tmp_path):
 
 
 def test_lmdb(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
     base = lmdb.open(str(tmp_path / "data.mdb"), subdir=False, map_size=2**20)
     with base.begin(write=True) as transaction:
         for i in range(12):
@@ -325,6 +326,26 @@ def test_lmdb(tmp_path):
         refused(tmp_path, "data.mdb")
     (tmp_path / "data.mdb").write_bytes(bytes(8192))
     refused(tmp_path, "no readable LMDB")
+
+
+def test_lmdb_as_its_library_reads_it(tmp_path):
+    """Several levels of pages, values in pages of their own, removed and replaced ones."""
+    lmdb = pytest.importorskip("lmdb")
+    path, rng = str(tmp_path / "data.mdb"), np.random.RandomState(0)
+    base = lmdb.open(path, subdir=False, map_size=2**26)
+    for step in range(3):
+        with base.begin(write=True) as transaction:
+            for key in map(str, rng.randint(5000, size=3000)):
+                if step and rng.rand() < 0.3:
+                    transaction.delete(key.encode())
+                else:
+                    transaction.put(key.encode(), rng.bytes(rng.choice([0, 1, 50, 2000, 5000])))
+    with base.begin() as transaction:
+        expected = [(bytes(key), bytes(value)) for key, value in transaction.cursor()]
+    assert base.stat()["depth"] >= 3
+    base.close()
+    data = Path(path).read_bytes()
+    assert [(key, data[start : start + length]) for key, start, length in lmdb_file.entries(path)] == expected
 
 
 def test_unknown_files_are_refused(tmp_path):

@@ -20,6 +20,7 @@ import numpy as np
 from dnnlib.reading import require_file, require_honest
 from dnnlib.util import natural_key, reason
 from torch_utils import pickles
+from training.dataset import lmdb_file
 from training.dataset.format import MOST_CLASSES, MOST_ITEM, ImageSource, base_name, open_image
 
 
@@ -314,46 +315,32 @@ def _image_of_example(features, name):
     return PIL.Image.fromarray(raw[0] if shape[0] == 1 else np.ascontiguousarray(raw.transpose(1, 2, 0)))
 
 
-# --- LMDB (with the lmdb package) -------------------------------------------------------------------------------------
+# --- LMDB ------------------------------------------------------------------------------------------------------------
 
 
 def _lmdb(path):
     """Folder with data.mdb, or a file .lmdb or .mdb: encoded images, or raw uint8 [S,S,3]. No labels."""
     file = os.path.join(path, "data.mdb") if os.path.isdir(path) else path
-    if not os.path.isfile(file) or not file.lower().endswith((".mdb", ".lmdb")):
+    if not os.path.exists(file) or not file.lower().endswith((".mdb", ".lmdb")):
         return None
-    try:
-        import lmdb
-    except ImportError as err:
-        raise ValueError(f"--source={path}: LMDB needs the lmdb package: pip install lmdb") from err
     import PIL.Image
 
-    try:
-        base = lmdb.open(file, subdir=False, readonly=True, lock=False, readahead=False)
-        # The library maps the file: reading past its end would end the process.
-        if os.path.getsize(file) < (base.info()["last_pgno"] + 1) * base.stat()["psize"]:
-            raise ValueError(f"{file}: damaged LMDB file (it ends early); copy it again")
-        with base.begin() as transaction:
-            keys = list(map(bytes, transaction.cursor().iternext(values=False)))
-    except lmdb.Error as err:
-        raise ValueError(f"{file}: no readable LMDB file ({err})") from err
-    if not keys:
+    places = sorted(lmdb_file.entries(file), key=lambda place: natural_key(place[0].decode("latin1")))
+    if not places:
         raise ValueError(f"--source={path}: no images found")
-    keys.sort(key=lambda key: natural_key(key.decode("latin1")))
-
-    describe = lambda i: f"{path}[{keys[i]!r}]"
+    describe = lambda i: f"{path}[{places[i][0]!r}]"
 
     def read(i):
-        with base.begin() as transaction:
-            data = transaction.get(keys[i])
-        if data is None:
-            raise ValueError(f"{describe(i)}: no longer there; copy the file again")
+        _, offset, length = places[i]
+        with open(file, "rb") as opened:
+            opened.seek(offset)
+            data = opened.read(length)
         side = int(round((len(data) / 3) ** 0.5))
         if side and 3 * side * side == len(data) and data[:4] not in (b"\x89PNG", b"\xff\xd8\xff\xe0", b"RIFF"):
             return PIL.Image.fromarray(np.frombuffer(data, dtype=np.uint8).reshape(side, side, 3))
         return open_image(data, describe(i))
 
-    return ImageSource(base_name(path), len(keys), read, describe=describe)
+    return ImageSource(base_name(path), len(places), read, describe=describe)
 
 
 # --- Tiny ImageNet ----------------------------------------------------------------------------------------------------
