@@ -17,6 +17,7 @@ import click
 from dnnlib.reading import read_yaml
 from dnnlib.util import parse_integers, parse_nimg, parse_seeds, reason
 
+MOST_LINE = 2000  # characters of an error
 INTERRUPTED = 75  # exit code of a training that was stopped by a signal after writing a checkpoint (EX_TEMPFAIL)
 
 
@@ -180,7 +181,8 @@ class _OneLineErrors:
 
     @staticmethod
     def _fail(message, code):
-        print("Error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+        text = " ".join(str(message)[: 4 * MOST_LINE].split())  # files may say things without end
+        print("Error: " + (text if len(text) <= MOST_LINE else f"{text[:MOST_LINE]}..."), file=sys.stderr, flush=True)
         sys.exit(code)
 
 

@@ -9,9 +9,12 @@ import os
 import stat
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dnnlib.util import reason
+
+if TYPE_CHECKING:
+    import numpy
 
 MOST_BYTES = 2**28  # of a JSON file: labels of five million images
 MOST_CONFIG = 2**18  # of a YAML file, in characters
@@ -127,3 +130,20 @@ def require_honest(archive: zipfile.ZipFile) -> None:
     for info in archive.infolist():
         if info.file_size > max(2**26, 100 * info.compress_size):
             raise ValueError(f"{info.filename} unpacks from {info.compress_size} bytes to {info.file_size}")
+
+
+def read_npz(path: str | os.PathLike) -> "dict[str, numpy.ndarray]":
+    """The arrays of an npz file, no objects among them. OSError where it cannot be opened."""
+    import numpy
+
+    try:
+        with zipfile.ZipFile(require_file(path)) as archive:
+            require_honest(archive)
+        with numpy.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except OSError:
+        raise
+    except Exception as err:  # zip and the headers of arrays fail in many ways
+        raise ValueError(f"no readable npz file ({reason(err):.200})") from err
+    _require(all(isinstance(array, numpy.ndarray) for array in arrays.values()), "it holds what is no array")
+    return arrays

@@ -16,6 +16,7 @@ from torch_utils.persistence import load_snapshot, persistent, save_snapshot
 
 FORMAT = "classifier-detector-2"
 MEASURED = ("epochs", "seed", "num_train", "num_holdout", "accuracy", "source_accuracy")  # what a file says of itself
+MOST_SIDE = 2048  # of an image
 LEARNING_RATE = 4e-3
 SHIFT = 1  # augmentation: pixels by which an image may move
 
@@ -32,6 +33,8 @@ class ConvNet(torch.nn.Module):
     def __init__(self, image_shape: Sequence[int], num_classes: int, width: int = 32, features: int = 64):
         super().__init__()
         self.image_shape = tuple(image_shape)  # C, H, W
+        if len(self.image_shape) != 3 or not all(type(n) is int and 0 < n <= MOST_SIDE for n in self.image_shape):
+            raise ValueError(f"image_shape={list(image_shape)} must be channels, rows, columns from 1 to {MOST_SIDE}")
         c, h, w = image_shape
         layers = _block(c, width, 1)
         while min(h, w) > 4:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import zipfile
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from dnnlib.util import atomic_write
+from dnnlib.reading import parse_json, read_npz, require_file
+from dnnlib.util import atomic_write, reason
 from metrics.distances import Gaussian
 from metrics.features import FeatureSet
 from metrics.statistics import FeatureStatistics, Group
@@ -61,12 +59,15 @@ def load_references(path: str | os.PathLike) -> dict[str, FeatureSet]:
     """
     if not os.path.isfile(path):
         raise ValueError(f"reference file '{path}' does not exist; make it with `calculate_metrics.py ref`")
-    data = Path(path).read_bytes()
     try:
-        return _from_npz(data) if data[:2] == b"PK" else _from_dict(pickles.load(data))
-    except (zipfile.BadZipFile, LookupError, EOFError, TypeError, ValueError, OverflowError, MemoryError) as error:
-        reason = f"no entry {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"'{path}' is no readable reference file ({reason})") from None
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"PK"
+        return _from_npz(read_npz(path)) if zipped else _from_dict(pickles.load(require_file(path, 2**30).read_bytes()))
+    except OSError:
+        raise
+    except Exception as error:  # arrays of any shape and kind
+        why = f"no entry {error}" if isinstance(error, KeyError) else reason(error)
+        raise ValueError(f"'{path}' is no readable reference file ({why:.300})") from None
 
 
 def require_detectors(
@@ -82,12 +83,10 @@ def require_detectors(
     return references
 
 
-def _from_npz(data):
-    with np.load(io.BytesIO(data), allow_pickle=False) as file:
-        arrays = dict(file)
+def _from_npz(arrays):
     if "header" not in arrays:
         return _from_dict({"fid": {"mu": arrays["mu"], "sigma": arrays["sigma"]}})  # EDM
-    header = json.loads(str(arrays["header"]))
+    header = parse_json(str(arrays["header"]))
     if header.get("format") not in (FORMAT, FIRST_FORMAT):
         raise ValueError(f"format {header.get('format')!r}, expected {FORMAT!r}")
     result = {}
@@ -96,6 +95,8 @@ def _from_npz(data):
         if header["format"] == FIRST_FORMAT:
             own |= {f"{row}/{name}": part for name in ("sum", "outer") for row, part in enumerate(own[name])}
         identity, features, labels = entry["identity"], own.get("features"), own.get("labels")
+        if not isinstance(identity, str) or not isinstance(entry["provenance"], dict):
+            raise ValueError("a detector without a name or provenance")
         statistics = _statistics(own, features, labels)
         result[identity] = FeatureSet(identity, statistics, features, labels, entry["provenance"], own.get("hashes"))
     return result
@@ -156,11 +157,13 @@ def _from_dict(data):
     if not isinstance(data, dict):
         raise ValueError(f"holds a {type(data).__name__}, expected a dict of statistics")
     n = int(data["num_images"]) if "num_images" in data else None  # EDM's npz does not say
+    if n is not None and not 2 <= n < 2**53:
+        raise ValueError(f"num_images={n}")
     result = {}
     for name, entry in data.items():
         if isinstance(entry, dict):
             mu, sigma = (np.asarray(entry[key], np.float64) for key in ("mu", "sigma"))
-            if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
                 raise ValueError(f"'{name}': mu and sigma have shapes {mu.shape} and {sigma.shape}")
             if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
                 raise ValueError(f"'{name}': mu or sigma holds NaN or infinity")

@@ -399,8 +399,8 @@ def test_weights_that_are_no_numbers_are_named(snapshot, tmp_path, value):
         load_snapshot(write(tmp_path / "x.safetensors", read_header(path), state))
 
 
-def test_all_networks_are_made_without_memory():
-    """Each class of the address book that is a network; `_require_fit` tells nothing of one that cannot be."""
+def test_all_networks_keep_to_the_memory_of_their_file():
+    """Each class of the address book that is a network."""
     made = {
         "Precond": dict(img_resolution=8, img_channels=1, label_dim=3, model_channels=8, channels_per_head=8),
         "ToyModel": {},

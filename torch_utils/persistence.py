@@ -14,7 +14,6 @@ import inspect
 import json
 import math
 import re
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,22 +106,25 @@ def build(spec: dict | None, classes: dict[str, type] | None = None, state: dict
     """The object that `describe` described, None for None. state: tensors of a module.
 
     Raises ValueError for a class that is neither in `classes` {name: class}, decorated nor in CLASSES, and for arguments
-    or tensors that do not fit it: known before any memory is taken, since a module is first made without.
+    or tensors that do not fit it: before more memory is taken than the tensors have.
     """
     if spec is None:
         return None
     cls = _find_class(spec["class"], classes or {})
     try:
-        if not isinstance(spec["kwargs"], dict) or nested(spec["kwargs"], 4) or not _sober(spec["kwargs"]):
+        kwargs = {k: float(v) if v in ("inf", "-inf") else v for k, v in spec["kwargs"].items()}
+        if nested(spec["kwargs"], 4) or not _sober(spec["kwargs"]):
             raise ValueError("arguments that are no sober numbers, words, lists of them")
-        make = functools.partial(cls, **{k: float(v) if v in ("inf", "-inf") else v for k, v in spec["kwargs"].items()})
-        if state is not None and getattr(cls, "forward", torch.nn.Module.forward) is not torch.nn.Module.forward:
-            _require_fit(make, state, checked=spec["class"] in CLASSES)
-        made = make()
-        if state is not None and isinstance(made, torch.nn.Module):
-            made.load_state_dict(state)
+        if state is None or not issubclass(cls, torch.nn.Module):
+            return cls(**kwargs)
+        if spec["class"] in CLASSES:
+            _require_kinds(kwargs)
+        with _Budget(state):
+            made = cls(**kwargs)
+        _require_fit(made.state_dict(), state)
+        made.load_state_dict(state)
     except Exception as err:  # every constructor fails in its own way
-        raise ValueError(f"does not fit class {spec['class']} ({reason(err)})") from err
+        raise ValueError(f"does not fit class {spec['class']} ({reason(err):.300})") from err
     return made
 
 
@@ -133,44 +135,64 @@ def _sober(value):
     return not isinstance(value, (int, float)) or abs(value) <= 1e30
 
 
-def _require_fit(make, state, checked):
-    """Raises ValueError unless a module has the tensors of `state` {name: tensor}, and runs, if it is a denoiser.
+# Arguments of networks that are not plain numbers; constructors check the words.
+_WORDS = {"model_type", "embedding_type", "encoder_type", "decoder_type", "reduced_dtype"}
+_LISTS = {"channel_mult", "attn_resolutions", "resample_filter", "image_shape", "beta"}
+_MAY_LACK = {"channel_mult_noise", "channel_mult_emb"}
+MOST_ENTRIES = 64  # of such a list
 
-    It is made on torch's meta device, where tensors have shapes and no content. checked: a class of the project; others
-    may be such that they cannot be made there.
-    """
-    made = []
 
-    def count(*parameter):
-        made.append(parameter)
-        if len(made) > len(state):
-            raise ValueError(f"it has more tensors than the {len(state)} of the file")
+def _require_kinds(kwargs):
+    for name, value in kwargs.items():
+        numbers = value if isinstance(value, list) and name in _LISTS else [value]
+        known = (isinstance(value, str) and name in _WORDS) or (value is None and name in _MAY_LACK)
+        if not known and (len(numbers) > MOST_ENTRIES or not all(isinstance(n, (int, float)) for n in numbers)):
+            raise ValueError(f"{name}={value!r:.60} is of the wrong kind")
 
-    hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
-    try:
-        with torch.device("meta"), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            net = make()
-            own = net.state_dict()
-            for name in sorted({*own, *state}):
-                if name not in state or name not in own:
-                    raise ValueError(f"tensor {name} is {'too much' if name in state else 'missing'}")
-                kinds = [
-                    (list(t.shape), "numbers" if t.is_floating_point() else str(t.dtype))
-                    for t in (state[name], own[name])
-                ]
-                if kinds[0] != kinds[1]:
-                    raise ValueError(f"tensor {name} has {kinds[0]}, expected {kinds[1]}")
-            if hasattr(net, "img_resolution"):
-                shape = [1, net.img_channels, net.img_resolution, net.img_resolution]
-                labels = torch.zeros(1, net.label_dim) if net.label_dim else None
-                if list(net.eval()(torch.zeros(shape), torch.ones(1), labels).shape) != shape:
-                    raise ValueError("its output has another shape than its input")
-    except Exception as err:
-        if checked or not re.search(r"\bmeta\b", str(err), re.I):
-            raise
-    finally:
-        hook.remove()
+
+class _Budget(torch.overrides.TorchFunctionMode):
+    """While a module is made: refuses to make tensors, before there is memory, of more than the file can fill."""
+
+    MAKERS = {torch.randn, torch.rand, torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.arange}
+    MAKERS |= {torch.logspace, torch.linspace}
+
+    def __init__(self, state):
+        super().__init__()
+        self.left = 4 * sum(tensor.numel() for tensor in state.values()) + 2**20
+        self.modules = 64 * (len(state) + 16)  # also those that hold nothing
+
+    def __enter__(self):
+        register = torch.nn.modules.module.register_module_module_registration_hook
+        self.hook = register(lambda *_: self._take("modules", 1))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.hook.remove()
+        return super().__exit__(*error)
+
+    def _take(self, what, count):
+        setattr(self, what, getattr(self, what) - count)
+        if min(self.left, self.modules) < 0:
+            raise ValueError("it is larger than the tensors of the file")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.MAKERS:
+            sizes = [*args, *(kwargs or {}).values()]
+            sizes = [n for size in sizes for n in (size if isinstance(size, (list, tuple)) else [size])]
+            self._take("left", math.prod(max(abs(n), 1) for n in sizes if type(n) is int))
+        return function(*args, **(kwargs or {}))
+
+
+def _require_fit(own, state):
+    """Raises ValueError where names, shapes or kinds of the tensors of a module and of a file differ."""
+    for name in sorted({*own, *state}):
+        if name not in state or name not in own:
+            raise ValueError(f"tensor {name:.60} is {'too much' if name in state else 'missing'}")
+        forms = [
+            (list(t.shape), "numbers" if t.is_floating_point() else str(t.dtype)) for t in (state[name], own[name])
+        ]
+        if forms[0] != forms[1]:
+            raise ValueError(f"tensor {name:.60} has {forms[0]}, expected {forms[1]}")
 
 
 # What the class of a part must have one of.
@@ -345,7 +367,7 @@ def read_header(path: str | Path, kind: str = FORMAT) -> dict:
             if not optional and not (isinstance(spec["class"], str) and isinstance(spec["kwargs"], dict)):
                 raise KeyError(part)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OSError) as err:
-        raise ValueError(f"{path}: not a snapshot of this project, or damaged ({err})") from err
+        raise ValueError(f"{path}: not a snapshot of this project, or damaged ({reason(err):.300})") from err
     if header["version"] > VERSION:
         raise ValueError(f"{path}: snapshot version {header['version']} is newer than this program ({VERSION}): update")
     return header

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dnnlib.reading import require_file, require_honest
+from dnnlib.reading import read_npz, require_file
 from dnnlib.util import natural_key, reason
 from torch_utils import pickles
 from training.dataset import lmdb_file
@@ -156,10 +156,9 @@ def _npz_shards(path):
     images, labels = [], []
     for file in files:
         try:
-            with np.load(require_file(file), allow_pickle=False) as shard:
-                require_honest(shard.zip)
-                data, values = shard["data"], shard["labels"]
-        except Exception as err:  # zip and array headers fail in many ways
+            shard = read_npz(file)
+            data, values = shard["data"], shard["labels"]
+        except (ValueError, KeyError) as err:
             raise ValueError(f"{file}: no readable npz with arrays `data` and `labels` ({reason(err)})") from err
         side = int(round((data.shape[1] / 3) ** 0.5)) if data.ndim == 2 else 0
         if data.dtype != np.uint8 or side < 1 or 3 * side * side != data.shape[1] or values.shape != data.shape[:1]:
