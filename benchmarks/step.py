@@ -26,7 +26,7 @@ from dnnlib import atomic_write, cli
 from torch_utils import distributed as dist
 from training import phema, selection, setup
 from training.config import make_config
-from training.dataset import ArrayDataset
+from training.dataset import ArrayDataset, label_rows, load_arrays
 from training.encoders import IdentityEncoder
 from training.feed import Feed
 from training.losses import Objective
@@ -157,7 +157,7 @@ def measure(config, interface, device, precision, compiled, steps, warmup, sampl
         config.net_options = dict(config.net_options, reduced_dtype=PRECISIONS[precision])
     loop = make_loop(config, interface, device)
     parameters = sum(p.numel() for p in loop.objective.net.parameters())
-    plain = PlainStep(loop.objective.net, config, loop.feed.arrays, device)
+    plain = PlainStep(loop.objective.net, config, load_arrays(loop.feed.dataset), device)
     if compiled:
         for net in (loop.objective.net, plain.net):
             net.compile()
@@ -169,7 +169,7 @@ def measure(config, interface, device, precision, compiled, steps, warmup, sampl
     noise = torch.randn(shape, device=device)
     labels = None
     if interface["label_dim"]:
-        labels = torch.eye(interface["label_dim"], device=device)[torch.arange(len(noise)) % interface["label_dim"]]
+        labels = label_rows(torch.arange(len(noise), device=device) % interface["label_dim"], interface["label_dim"])
     sample, plain_sample = timed(
         [
             lambda: heun(net, noise, labels, num_steps=sampling_steps),

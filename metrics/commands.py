@@ -256,20 +256,20 @@ def detector(o: EasyDict) -> None:
     import tqdm
 
     from metrics.classifier import train_classifier
-    from training.dataset import load_arrays
+    from training.dataset import load_raw
 
     device = start(o.device, alone="the detector is trained")
     check_writable(o.dest)
 
     def labelled(path, option):
-        images, labels = load_arrays(open_images(path, option))
-        if not labels.shape[1]:
-            raise ValueError(f"{option}={path}: images have no labels; a classifier needs them")
-        return images, labels
+        dataset = open_images(path, option)
+        if not dataset.has_onehot_labels:
+            raise ValueError(f"{option}={path}: images have no labels that are classes; a classifier needs them")
+        return (*load_raw(dataset), dataset.label_dim)
 
-    images, labels = labelled(o.data, "--data")
-    held = labelled(o.holdout, "--holdout") if o.holdout else None
-    options = {"num_classes": labels.shape[1], "epochs": o.epochs, "seed": o.seed, "device": device}
+    images, labels, num_classes = labelled(o.data, "--data")
+    held = labelled(o.holdout, "--holdout")[:2] if o.holdout else None
+    options = {"num_classes": num_classes, "epochs": o.epochs, "seed": o.seed, "device": device}
     options["progress"] = lambda epochs: tqdm.tqdm(epochs, desc="detector", unit="epoch", file=sys.stderr)
     judge = train_classifier(images, labels, holdout=held, **options)
     judge.save(o.dest)

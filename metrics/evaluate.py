@@ -17,7 +17,7 @@ from metrics.distances import Gaussian, frechet, kid, nearest_distance, prdc
 from metrics.features import FeatureSet, content_hashes
 from torch_utils.random import StackedRandomGenerator, hash_seed
 from training import encoders, likelihood
-from training.dataset import Dataset, load_arrays
+from training.dataset import Dataset, label_rows, load_raw
 
 MEASURES = ("fd", "kid", "prdc")
 ENCODERS = {"center": encoders.CenterEncoder, "logit": encoders.LogitEncoder, "discrete": encoders.StandardRGBEncoder}
@@ -228,7 +228,7 @@ def bits_per_dim(
     index = torch.arange(len(dataset))
     if num is not None and num < len(dataset):
         index = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num].sort().values
-    images, labels = load_arrays(dataset.subset(index.numpy()))
+    images, labels = load_raw(dataset.subset(index.numpy()))
     device = next((p.device for p in getattr(net, "parameters", tuple)()), torch.device("cpu"))
     dequantised = isinstance(encoder, encoders.UniformDequantizer)
     discrete = isinstance(encoder, encoders.StandardRGBEncoder)
@@ -237,7 +237,8 @@ def bits_per_dim(
         rows = slice(start, start + batch)
         generator = StackedRandomGenerator(device, [hash_seed(seed, int(i)) for i in index[rows]])
         x = encoder.encode_latents(images[rows].to(device), generator)
-        onehot = labels[rows].to(device) if labels.shape[1] and net.label_dim else None
+        given = dataset.label_dim and net.label_dim
+        onehot = label_rows(labels[rows], dataset.label_dim).to(device) if given else None
         common = {"generator": generator, "terms": True, **options}
         if method == "elbo":
             decoder = "discretised" if discrete else "gaussian"
@@ -264,9 +265,8 @@ def bits_per_dim(
     kl_bits = float(kl.mean()) / (dims * math.log(2))
     result = {**_bits(bits), "nats": float(nats.mean()), "endpoint_kl": kl_bits, **info}
     result["reference_hashes"] = content_hashes(images, labels)
-    if per_source and labels.shape[1]:
-        ids = labels.argmax(dim=1)
-        result["sources"] = {str(int(k)): _bits(bits[ids == k]) for k in ids.unique()}
+    if per_source and labels.ndim == 1:
+        result["sources"] = {str(int(k)): _bits(bits[labels == k]) for k in labels.unique()}
     return result
 
 

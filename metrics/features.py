@@ -92,15 +92,16 @@ def combined_hash(hashes: np.ndarray) -> str:
 
 
 def content_hashes(images: torch.Tensor, labels: torch.Tensor) -> dict[str, str]:
-    """{"overall": hash, source: hash, ...} of images [N, C, H, W] with labels [N, K] (one-hot; K = 0: no sources)."""
-    hashes, ids = image_hashes(images), np.array([label_of(label) for label in labels.numpy()])
-    of_sources = {str(k): combined_hash(hashes[ids == k]) for k in np.unique(ids).tolist() if k >= 0}
+    """{"overall": hash, source: hash, ...} of images [N, C, H, W] with labels [N] (vectors [N, K]: no sources)."""
+    hashes, ids = image_hashes(images), labels.numpy() if labels.ndim == 1 else np.zeros(0, dtype=np.int64)
+    of_sources = {str(k): combined_hash(hashes[ids == k]) for k in np.unique(ids).tolist()}
     return {"overall": combined_hash(hashes), **of_sources}
 
 
 def label_of(label: np.ndarray) -> int:
-    """Source id of a one-hot or soft label; -1 for a vector of length 0."""
-    return int(label.argmax()) if len(label) else -1
+    """Source id of a one-hot label; -1 for any other vector, which is no source."""
+    k = int(label.argmax()) if len(label) else -1
+    return k if len(label) and label[k] == 1 and (label != 0).sum() == 1 else -1
 
 
 Batch = tuple[torch.Tensor, np.ndarray, np.ndarray]  # images uint8 [n, C, H, W], labels [n], positions [n]
@@ -196,7 +197,7 @@ def collect_dataset(
     sets = collect(
         seen(),
         detectors,
-        num_sources=(dataset.num_classes or dataset.label_dim) if per_source else 0,
+        num_sources=dataset.num_classes if per_source else 0,
         num_images=len(indices),
         **options,
     )

@@ -14,7 +14,7 @@ import torch.utils.data
 
 from torch_utils.distributed import share
 from torch_utils.random import hash_seed, seeded_generator
-from training.dataset import Dataset, load_arrays, order
+from training.dataset import Dataset, label_rows, load_raw, order
 from training.encoders import Encoder
 from training.losses import Draws, Loss
 
@@ -49,7 +49,7 @@ class Feed:
         if cache is None:
             image, _ = dataset[0]
             cache = image.nbytes * len(dataset) < CACHE_BYTES
-        self.arrays = load_arrays(dataset) if cache else None
+        self.arrays = load_raw(dataset) if cache else None
         self.loader, self.expected = None, None
 
     def slices(self, position: int, count: int) -> list[tuple[int, int]]:
@@ -65,8 +65,7 @@ class Feed:
         slices = self.slices(position, count)
         for first, size in slices:
             if self.arrays is not None:
-                index = torch.as_tensor(self.order(first, size))
-                images, labels = (a[index] for a in self.arrays)
+                images, labels = self._kept(torch.as_tensor(self.order(first, size)))
             else:
                 images, labels = self._next(position, count, restart=first == slices[0][0])
             yield first, images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
@@ -74,10 +73,15 @@ class Feed:
     def examples(self, index: torch.Tensor) -> list[torch.Tensor]:
         """[images [n, C, H, W], labels [n, K]] of data-set indices [n] (CPU), on `device`."""
         if self.arrays is not None:
-            chosen = [a[index] for a in self.arrays]
+            chosen = self._kept(index)
         else:
             chosen = torch.utils.data.default_collate([self.dataset[i] for i in index.tolist()])
         return [part.to(self.device) for part in chosen]
+
+    def _kept(self, index):
+        """[images, labels] that are in memory: one-hot rows only of these, however many classes there are."""
+        images, labels = self.arrays
+        return [images[index], label_rows(labels[index], self.dataset.label_dim)]
 
     def _rounds(self, position, count):
         """Endless lists of data-set indices, one list per block of this rank; rounds follow each other without a gap."""

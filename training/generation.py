@@ -1,6 +1,7 @@
 """Images from a network: seeds in, batches of uint8 pixels out, and files with their labels beside them."""
 
 import functools
+import hashlib
 import inspect
 import math
 import warnings
@@ -13,10 +14,13 @@ import torch
 from tqdm import tqdm
 
 from dnnlib import EasyDict
+from dnnlib.reading import MOST_BYTES, require_file
 from torch_utils import distributed as dist
 from torch_utils import persistence
 from torch_utils.random import StackedRandomGenerator
 from training import ablation, choices, fit, processes, samplers
+from training.dataset import ImageFolderDataset, label_rows
+from training.dataset.labels import check_labels, parse_meta
 from training.encoders import StandardRGBEncoder, use_vae
 from training.guidance import NullLabels, guided
 from training.images import save_grid
@@ -36,7 +40,7 @@ def generate_images(
     gnet: Any = None,  # likewise, for guidance; None: none
     encoder: Any = None,  # None: the snapshot's own, else pixels
     kernel: Any = None,  # noise of the prior; None: what the snapshot was trained with, else Gaussian
-    class_idx: int | str | None = None,  # class id, "balanced", or None: uniform per seed
+    class_idx: Any = None,  # class id, "balanced", label vectors [M, K] to draw from, or None: uniform per seed
     sources: Sequence[int] | None = None,  # ids that these two choose from; None: those of the training data
     subdirs: bool = False,  # a folder for every 1000 seeds
     max_batch_size: int = 32,
@@ -44,7 +48,10 @@ def generate_images(
     device: str | torch.device = "cpu",
     **sampling: Any,  # see below
 ) -> Iterator[EasyDict]:
-    """Iterator of batches with images uint8 [N, C, H, W], labels [N, K] one-hot or None, class_ids, noise, seeds, batch_idx.
+    """Iterator of batches with images uint8 [N, C, H, W], labels [N, K] or None, class_ids, noise, seeds, batch_idx.
+
+    Labels are one-hot, with their class_ids, or drawn from label vectors: those given, or in the snapshot of a network that
+    was trained on such.
 
     sampling: `sampler`, without process a callable like samplers.heun, with one a solver of training/samplers.py; its
     options num_steps, sigma_min, sigma_max, rho, S_churn, grid, t_min, denoise, ...; `guidance` and `guidance_interval`;
@@ -66,7 +73,8 @@ def generate_images(
         gnet = guide.net
     encoder.init(torch.device(device))
     start, run = _way_back(net, gnet, kernel, process, device, **sampling)
-    sources = _sources(net.label_dim, class_idx, sources, snapshot.sources)
+    vectors = _vectors(class_idx, snapshot, device)
+    sources = _sources(net.label_dim, class_idx, sources, snapshot.sources) if vectors is None else None
     seeds, folder = distinct(seeds), None
     if outdir is not None:
         how = dict(
@@ -76,7 +84,10 @@ def generate_images(
             process=process,
             **sampling,
         )
-        classes = [class_idx, sources] if isinstance(class_idx, (str, type(None))) else class_idx
+        if vectors is not None:
+            classes = "vectors " + hashlib.sha256(vectors.cpu().numpy().tobytes()).hexdigest()
+        else:
+            classes = [class_idx, sources] if isinstance(class_idx, (str, type(None))) else class_idx
         folder = SampleFolder(outdir, provenance(net, gnet, **how), classes, seeds, subdirs)
 
     def batches():
@@ -86,9 +97,11 @@ def generate_images(
                 generator = StackedRandomGenerator(device, chosen)
                 size = [len(chosen), net.img_channels, net.img_resolution, net.img_resolution]
                 batch.noise = start(size, generator)
-                if net.label_dim:
+                if vectors is not None:
+                    batch.labels = vectors[generator.randint(len(vectors), size=[len(chosen)], device=device)]
+                elif net.label_dim:
                     batch.class_ids = _class_ids(chosen, class_idx, sources, generator, device)
-                    batch.labels = torch.eye(net.label_dim, device=device)[batch.class_ids]
+                    batch.labels = label_rows(batch.class_ids, net.label_dim)
                 with torch.no_grad():
                     latents = run(batch.noise, batch.labels, randn_like=generator.randn_like)
                     batch.images = encoder.decode(_finite(latents, chosen))
@@ -170,6 +183,37 @@ def _class_ids(seeds, class_idx, sources, generator, device):
     return ids if class_idx is None else torch.full_like(ids, class_idx)
 
 
+def label_vectors(path: str, label_dim: int) -> torch.Tensor:
+    """The label vectors float32 [M, K] of a data set, or of its dataset.json alone. Raises ValueError (--labels)."""
+    if Path(path).suffix == ".json":
+        labels = parse_meta(require_file(path, MOST_BYTES).read_bytes(), path)["labels"] or {}
+        vectors = check_labels([*labels.values()], len(labels), where=path, names=[*labels])
+    else:
+        vectors = ImageFolderDataset(path).raw_labels
+    if vectors.ndim != 2 or vectors.shape[1] != label_dim or not len(vectors):
+        found = f"{vectors.shape[1]} numbers per image" if vectors.ndim == 2 else "class indices"
+        raise ValueError(f"--labels={path}: holds {found}, but the network takes label vectors of length {label_dim}")
+    return torch.from_numpy(vectors)
+
+
+def _vectors(class_idx, snapshot, device):
+    """The label vectors to draw from: those given, else those in the snapshot; None where labels are classes."""
+    label_dim, known = snapshot.net.label_dim, (snapshot.header.get("dataset") or {}).get("label_vectors")
+    if torch.is_tensor(class_idx):
+        vectors = class_idx
+    elif known is None:
+        return None
+    elif class_idx is not None:
+        raise ValueError(f"--class={class_idx}: the network was trained on label vectors, not classes: leave it out")
+    else:
+        vectors = torch.from_numpy(check_labels(known, len(known), where=f"{snapshot.path}: label_vectors"))
+        text = f"labels are drawn from {len(known)} label vectors of the training data; give --labels=DATA for others"
+        warnings.warn(text, stacklevel=3)
+    if vectors.ndim != 2 or vectors.shape[1] != label_dim or not len(vectors):
+        raise ValueError(f"label vectors {list(vectors.shape)} do not fit a network with label_dim={label_dim}")
+    return vectors.to(device)
+
+
 def _open(net, device):
     """The Snapshot that `net` is or names; of a denoiser one of which nothing else is known."""
     if isinstance(net, (str, Path)):
@@ -210,6 +254,8 @@ def batches(
     same = ("class_idx", "sources", "max_batch_size", "guidance", "guidance_interval", "prior")
     options = {name: getattr(given, name) for name in same} | given.solver_options() | output
     options |= dict(gnet=gnet, process=process, sampler=sampler)
+    if given.labels is not None:
+        options["class_idx"] = label_vectors(given.labels, net.net.label_dim)
     return generate_images(net, seeds, device=device, **options)
 
 

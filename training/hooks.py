@@ -14,7 +14,7 @@ import torch
 from dnnlib.util import read_stats
 from torch_utils import distributed as dist
 from torch_utils.random import StackedRandomGenerator
-from training.dataset import Dataset
+from training.dataset import Dataset, label_rows
 from training.images import save_grid
 from training.samplers import heun
 from training.training_loop import REMEDY, TrainingFailed, TrainingLoop
@@ -35,7 +35,7 @@ def standard_hooks(run: "Run") -> dict:
         looks = Validation(run.held_out, run.periods.status_nimg, run.config.patience)
         chosen |= {"on_status": looks.on_status, "finished": looks.finished}
     if run.config.grid and _can_decode(run.encoder, run.feed.device):
-        chosen["on_snapshot"] = grid_hook(run.feed.dataset.sources)
+        chosen["on_snapshot"] = grid_hook(*grid_labels(run.feed.dataset))
     return chosen
 
 
@@ -98,8 +98,23 @@ class Validation:
         return f"the validation loss has not fallen for {self.patience} looks (lowest: {min(looks):.4f})"
 
 
-def grid_hook(sources: list[int] | None) -> Callable:
-    """on_snapshot hook: `samples-<kimg>.png` with a row per source (None: the first ones), from the first average."""
+def grid_labels(dataset: Dataset) -> tuple[torch.Tensor | None, list[int] | None]:
+    """Labels of the rows of a grid, [rows, GRID_COLUMNS, K], and their titles; (None, None) without labels.
+
+    A row for each of the first sources; where labels are vectors, two rows of training images' own, drawn by seed 0.
+    """
+    if not dataset.has_labels:
+        return None, None
+    if dataset.has_onehot_labels:
+        titles = dataset.sources[:GRID_ROWS]
+        return label_rows(torch.tensor(titles), dataset.label_dim)[:, None].expand(-1, GRID_COLUMNS, -1), titles
+    raw = torch.from_numpy(dataset.raw_labels)
+    drawn = torch.randint(len(raw), [2, GRID_COLUMNS], generator=torch.Generator().manual_seed(0))
+    return raw[drawn], None
+
+
+def grid_hook(labels: torch.Tensor | None = None, titles: list[int] | None = None) -> Callable:
+    """on_snapshot hook: `samples-<kimg>.png` with a row per row of `grid_labels`, from the first average."""
 
     @torch.no_grad()
     def on_snapshot(loop):
@@ -111,14 +126,12 @@ def grid_hook(sources: list[int] | None) -> Callable:
             net = average.net
             shape = [net.img_channels, net.img_resolution, net.img_resolution]
             columns = max(1, min(GRID_COLUMNS, GRID_CHANNELS_TOTAL // (math.prod(shape) * GRID_ROWS)))
-            rows = list(range(net.label_dim) if sources is None else sources)[:GRID_ROWS] or [None]
-            for label in rows:
+            for row in [None] if labels is None else labels.to(device):
                 generator = StackedRandomGenerator(device, range(columns))
                 size = [columns, *shape]
                 noise = generator.randn(size, device=device) if kernel is None else kernel.unit_noise(size, generator)
-                onehot = None if label is None else torch.eye(net.label_dim, device=device)[[label] * columns]
-                pictures.append(loop.encoder.decode(heun(net, noise.to(device), onehot, num_steps=18)).cpu())
-        titles = None if rows == [None] else rows
+                row = None if row is None else row[:columns]
+                pictures.append(loop.encoder.decode(heun(net, noise.to(device), row, num_steps=18)).cpu())
         save_grid(loop.run_dir / f"samples-{loop.kimg:07d}.png", pictures, titles)
 
     return on_snapshot

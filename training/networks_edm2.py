@@ -80,6 +80,19 @@ class MPFourier(torch.nn.Module):
         return (y.cos() * math.sqrt(2)).to(x.dtype)
 
 
+LOOKUP_WIDTH = 4096  # from so many classes on, rows of weights are looked up
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N, K] @ weight [C, K].T; for large K and rows with one entry each, such as labels, that column times the entry."""
+    if x.shape[1] >= LOOKUP_WIDTH and not x.is_meta:
+        entries = x != 0
+        if bool((entries.sum(dim=1) <= 1).all()):
+            index = entries.int().argmax(dim=1)
+            return weight.t()[index] * x.gather(1, index[:, None])
+    return x @ weight.t()
+
+
 class MPConv(torch.nn.Module):
     """Convolution or (kernel=[]) fully connected layer with forced weight normalisation (EDM2 eq. 47, 66).
 
@@ -100,7 +113,7 @@ class MPConv(torch.nn.Module):
         w = normalize(w) * (gain / math.sqrt(w[0].numel()))
         w = w.to(x.dtype)
         if w.ndim == 2:
-            return x @ w.t()
+            return project(x, w)
         return conv2d(x, w, padding=w.shape[-1] // 2)
 
 

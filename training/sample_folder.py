@@ -96,7 +96,7 @@ class SampleFolder:
         self, path: str | Path, made: dict[str, Any], classes: Any, seeds: Sequence[int], subdirs: bool
     ) -> None:
         self.path, self.made, self.classes, self.subdirs = Path(path), made, classes, subdirs
-        self.records = []  # (name, class id or None)
+        self.records = []  # (name, class id, label vector or None)
         held = self._held()
         wanted = {seed % 2**SEED_BITS: seed for seed in seeds} if held else {}
         for number, (seed, name) in enumerate(held.items()):
@@ -145,7 +145,8 @@ class SampleFolder:
     def write(self, batch: EasyDict) -> None:
         """Write the images of a batch of generate_images."""
         for i, seed in enumerate(batch.seeds):
-            label = None if batch.class_ids is None else int(batch.class_ids[i])
+            label = batch.labels if batch.class_ids is None else batch.class_ids
+            label = None if label is None else label[i].tolist()
             name = file_name(seed, self.subdirs)
             text = json.dumps({"made": self.made, "classes": plain(self.classes), "label": label})
             with atomic_write(self.path / name) as file:
@@ -162,7 +163,9 @@ class SampleFolder:
         labels = {name: label for part in gathered for name, label in part}
         if label_dim:
             labels |= {name: self._read(name)["label"] for name in self._held().values() if name not in labels}
-        content = {"labels": sorted(labels.items()), "num_classes": label_dim} if label_dim else {"labels": None}
+        content = {"labels": sorted(labels.items()) if label_dim else None}
+        if label_dim and all(isinstance(label, int) for label in labels.values()):  # no vectors
+            content["num_classes"] = label_dim
         with atomic_write(self.path / LABELS_FILE, "w") as file:
             json.dump(content, file)
 

@@ -50,6 +50,9 @@ class Sampling(ProcessChoice):
     vae: str | None = opt(
         None, "VAE of latents: local folder, or name on the hub to download [default: local]", metavar="DIR|NAME"
     )
+    labels: str | None = opt(
+        None, "Draw label vectors from this data set [default: those trained on]", metavar="DIR|ZIP|JSON"
+    )
     max_batch_size: int = opt(32, "Largest batch per process", "--batch", at_least=1)
     aug_dim: float | None = opt(
         None, "Refuse a snapshot that was not trained with this D of PFGM++", metavar="D", infinite=True
@@ -123,6 +126,8 @@ class Sampling(ProcessChoice):
             self.class_idx = int(self.class_idx)
         if self.sources and self.class_idx != "balanced":
             raise ValueError(f"--sources={','.join(map(str, self.sources))} needs --class=balanced")
+        if self.labels is not None and self.class_idx is not None:
+            raise ValueError(f"--labels={self.labels} and --class={self.class_idx} exclude each other: give one")
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"--sigma_min={self.sigma_min:g} must be below --sigma_max={self.sigma_max:g}")
         if self.plain and (self.t_min is not None or self.time_grid != "sigma" or self.denoise != "yes"):

@@ -126,6 +126,7 @@ def interface_of(dataset: Dataset, encoder: encoders.Encoder) -> dict[str, int]:
     return dict(img_resolution=latent.shape[-1], img_channels=latent.shape[1], label_dim=len(label))
 
 
+VECTOR_NUMBERS = 2**16  # of label vectors in the header of a snapshot
 SIZES = ("channels", "channel_mult", "num_blocks", "attn_resolutions", "channels_per_head", "net_options")
 
 
@@ -256,6 +257,8 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
     about = dict(
         path=str(config.data), num_images=len(dataset), label_dim=dataset.label_dim, class_names=dataset.class_names
     )
+    if dataset.has_labels and not dataset.has_onehot_labels:
+        about["label_vectors"] = some_vectors(dataset.raw_labels)
     return Run(
         objective=objective,
         feed=feed,
@@ -273,6 +276,12 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
         held_out=held_out,
         identity=config.fixed(),
     )
+
+
+def some_vectors(labels: np.ndarray) -> list[list[float]]:
+    """Label vectors [N, K] of the training images, a random thousand where there are more: what sampling draws from."""
+    most = max(1, min(1000, VECTOR_NUMBERS // labels.shape[1]))
+    return labels[np.random.RandomState(0).permutation(len(labels))[:most]].tolist()
 
 
 def git_commit() -> str | None:

@@ -3,7 +3,7 @@
 import torch
 
 from torch_utils.random import seeded_generator
-from training.dataset import Dataset, load_arrays
+from training.dataset import Dataset, label_rows, load_raw
 from training.encoders import Encoder
 from training.processes import GaussianKernel
 
@@ -18,8 +18,8 @@ class HeldOut:
         if len(dataset) > max_images:
             order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
             dataset = dataset.subset(order[:max_images].sort().values.numpy())
-        self.images, self.labels = load_arrays(dataset)
-        self.seed = seed
+        self.images, self.labels = load_raw(dataset)
+        self.label_dim, self.seed = dataset.label_dim, seed
 
     @torch.no_grad()
     def denoising_loss(self, net: torch.nn.Module, encoder: Encoder, kernel: object = None) -> dict:
@@ -27,7 +27,7 @@ class HeldOut:
 
         n is the noise of `kernel`, for which the network was trained (None: Gaussian), and depends on (seed, i) alone for
         image i. Returns {"loss": mean over levels and images, "levels": {sigma: mean}, "sources": {label: mean}} (sources
-        only where the data has labels). Raises ValueError where the loss of an image is not finite.
+        only where labels are class ids). Raises ValueError where the loss of an image is not finite.
         """
         kernel = kernel or GaussianKernel()
         device, sd, count = next(net.parameters()).device, net.sigma_data, len(self.images)
@@ -37,10 +37,11 @@ class HeldOut:
             generators = [seeded_generator("cpu", self.seed, 7, i) for i in range(rows.start, rows.stop)]
             raw = self.images[rows].to(device)
             clean = encoder.encode_latents(raw, seeded_generator(device, self.seed, 8, start))
-            onehot = self.labels[rows].to(device) if self.labels.shape[1] and net.label_dim else None
+            given = self.label_dim and net.label_dim
+            labels = label_rows(self.labels[rows], self.label_dim).to(device) if given else None
             for column, sigma in enumerate(NOISE_LEVELS):
                 noise = torch.cat([kernel.unit_noise([1, *clean.shape[1:]], g) for g in generators])
-                denoised = net(clean + sigma * noise.to(device), torch.full([len(clean)], sigma, device=device), onehot)
+                denoised = net(clean + sigma * noise.to(device), torch.full([len(clean)], sigma, device=device), labels)
                 weight = (sigma**2 + sd**2) / (sigma * sd) ** 2
                 table[rows, column] = weight * (denoised - clean).double().square().flatten(1).mean(dim=1).cpu()
         if len(bad := (~table.isfinite()).nonzero()):
@@ -51,7 +52,7 @@ class HeldOut:
             )
         levels = {f"{s:g}": float(v) for s, v in zip(NOISE_LEVELS, table.mean(0), strict=True)}
         result = {"loss": float(table.mean()), "levels": levels}
-        if self.labels.shape[1]:
-            ids = self.labels.argmax(dim=1)
+        if self.labels.ndim == 1:
+            ids = self.labels
             result["sources"] = {int(k): float(table[ids == k].mean()) for k in ids.unique()}
         return result

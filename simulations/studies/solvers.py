@@ -20,7 +20,7 @@ from simulations import toy_data
 from torch_utils import persistence
 from torch_utils.random import StackedRandomGenerator, hash_seed, seeded_generator
 from training import fit, likelihood, samplers
-from training.dataset import ImageFolderDataset, load_arrays
+from training.dataset import ImageFolderDataset, label_rows, load_arrays
 from training.processes import VP, Learned, LinearProcess
 from training.processes.options import make_process, require_gaussian
 from training.processes.states import expand
@@ -216,7 +216,7 @@ def digit_rows(study, path: str, data: str, detector: str, seeds: Sequence[int],
     inputs += [digest(persistence.resolve(file)) for file in (path, study.learned) if file]
 
     def work(seed, cell):
-        images, nfe = sample(net, cell, shape, seed, torch.eye(net.label_dim)[ids] if net.label_dim else None, learned)
+        images, nfe = sample(net, cell, shape, seed, label_rows(ids, net.label_dim) if net.label_dim else None, learned)
         found = moments(snapshot.encoder.decode(images), ids)
         errors = {k: frechet_distance(*found[k], *heldout[k]) for k in heldout}
         return [row(cell, nfe, seed, error, source=k, per_source=per_source) for k, error in errors.items()]

@@ -2,8 +2,8 @@
 
 from training.dataset.order import order
 
-__all__ = ["ArrayDataset", "Dataset", "ImageFolderDataset", "InfiniteSampler", "content_hash"]
-__all__ += ["hash_of_items", "load_arrays", "order"]
+__all__ = ["ArrayDataset", "Dataset", "ImageFolderDataset", "InfiniteSampler", "content_hash", "hash_of_items"]
+__all__ += ["label_rows", "load_arrays", "load_raw", "order"]
 
 
 def __getattr__(name):  # late: writing a data set needs no torch

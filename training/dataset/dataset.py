@@ -311,10 +311,24 @@ def hash_of_items(hashes: Iterable[str]) -> str:
     return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
 
 
+def load_raw(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Small data in memory: (images uint8 or float32 [N,C,H,W], labels as stored: int64 [N] or float32 [N,K]), CPU tensors."""
+    return torch.from_numpy(np.stack([dataset[i][0] for i in range(len(dataset))])), torch.from_numpy(
+        dataset.raw_labels
+    )
+
+
 def load_arrays(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Small data in memory: (images uint8 or float32 [N,C,H,W], labels float32 [N,label_dim]), CPU tensors."""
-    images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
-    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
+    """`load_raw` with labels float32 [N,label_dim]: where there are many sources, many numbers."""
+    images, labels = load_raw(dataset)
+    return images, label_rows(labels, dataset.label_dim)
+
+
+def label_rows(labels: torch.Tensor, label_dim: int) -> torch.Tensor:
+    """Labels as stored -> float32 [N,label_dim]: one-hot rows of class indices [N]; vectors stay."""
+    if labels.ndim == 2:
+        return labels
+    return torch.zeros([len(labels), label_dim], device=labels.device).scatter_(1, labels[:, None], 1)
 
 
 class InfiniteSampler(torch.utils.data.Sampler):

@@ -41,8 +41,8 @@ class StableTargets:
         images = torch.cat([draws.images, images.to(draws.images)])
         mask = None
         if draws.labels is not None and labels is not None:
-            keys = torch.cat([draws.labels, labels.to(draws.labels)])
-            mask = (draws.labels[:, None] == keys[None]).all(dim=2)  # [B, R]
+            _, keys = torch.cat([draws.labels, labels.to(draws.labels)]).unique(dim=0, return_inverse=True)
+            mask = keys[: len(draws.labels), None] == keys  # [B, R]
             mask |= (draws.labels == 0).all(dim=1)[:, None]  # a dropped label belongs to every source
         targets, _ = stf_targets(draws.images + draws.noise, images, draws.sigma, self.D, mask)
         return targets

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.networks_edm2 import LOOKUP_WIDTH, project
+
 
 def require(name: str, value: str, known: Collection[str]) -> None:
     """Raises ValueError unless `value` is one of the known ones."""
@@ -47,6 +49,9 @@ class Linear(torch.nn.Module):
         self.bias = torch.nn.Parameter(init_tensor([out_features], **fans) * init_bias) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] >= LOOKUP_WIDTH and x.ndim == 2:
+            y = project(x, self.weight.to(x.dtype))
+            return y if self.bias is None else y + self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
