@@ -26,6 +26,10 @@ def _text(name, help, metavar, default=None, **options):
     return click.option(*name.split(), help=help, metavar=metavar, **options)
 
 
+def _dest(help, writes, metavar="FILE", **options):
+    return _text("--dest", help, metavar, cls=cli.Output, writes=writes, **options)
+
+
 def _options(*decorators):
     return lambda function: functools.reduce(lambda made, decorate: decorate(made), reversed(decorators), function)
 
@@ -36,7 +40,7 @@ def _choice(name, help, *values):
 
 DEVICE = _text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR")
 DEST = _options(
-    _text("--dest", "Also write the JSON to this file", "FILE"),
+    _dest("Also write the JSON to this file", commands.SCORES),
     _text("--tag tags", "Note in the JSON, repeatable", "NAME=VALUE", multiple=True, callback=commands.parse_tags),
 )
 EXTRACT = _options(
@@ -84,7 +88,7 @@ def cmdline():
 
 @cmdline.command()
 @_text("--data", "Reference images", "DIR|ZIP", required=True)
-@_text("--dest", "Where to write the statistics (.npz)", "FILE", required=True)
+@_dest("Where to write the statistics (.npz)", commands.REFERENCE, required=True)
 @EXTRACT
 @click.option("--features/--no-features", help="Keep features, for floors, KID, precision", default=True)
 def ref(**options):
@@ -113,7 +117,7 @@ def gen(**options):
 @cmdline.command()
 @_text("--data", "Labelled images to train on", "DIR|ZIP", required=True)
 @_text("--holdout", "Images to measure accuracy on; default: a fifth of --data", "DIR|ZIP")
-@_text("--dest", "Where to write the detector (.safetensors)", "FILE", required=True)
+@_dest("Where to write the detector (.safetensors)", commands.DETECTOR, required=True)
 @_int("--epochs", "Passes over the data", 20, at_least=1)
 @_int("--seed", "Of initialisation, order and split", 0)
 @DEVICE
@@ -163,9 +167,9 @@ def likelihood(**options):
 
 @cmdline.command()
 @_text("--scores", "Score files of calc --dest, with the tags arm, source, seed, sampling", "GLOB", required=True)
-@_text(
-    "--dest",
+@_dest(
     "Folder of table.csv, table.md, comparison.png; --against: what .md, .csv, .png follow",
+    commands.report_kind,
     "DIR",
     required=True,
 )

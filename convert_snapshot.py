@@ -4,7 +4,7 @@ import json
 
 import click
 
-from dnnlib import cli
+from dnnlib import cli, outputs
 
 EXAMPLES = """
 \b
@@ -18,11 +18,18 @@ Examples:
   # Its tensors alone, by their names in the network, for other programs:
   python convert_snapshot.py --net=training-runs/digits --state-dict --dest=weights.safetensors
 """
+SNAPSHOT = outputs.Kind("a snapshot of this project", outputs.safetensors_with("diffusion snapshot"))
+TENSORS = outputs.Kind("a .safetensors file of tensors alone", outputs.safetensors_with())
 
 
 @cli.command(epilog=EXAMPLES)
 @click.option("--net", metavar="SNAPSHOT", required=True, help="File, URL, or run folder (its newest snapshot)")
-@click.option("--dest", metavar="FILE", help="Write this .safetensors file; default: only say what is there")
+@cli.output(
+    "--dest",
+    lambda o: TENSORS if o["plain"] else SNAPSHOT,
+    metavar="FILE",
+    help="Write this .safetensors file; default: only say what is there",
+)
 @click.option("--part", type=click.Choice(["ema", "net"]), default="ema", help="Of a file with both: averaged or raw")
 @click.option("--state-dict", "plain", is_flag=True, help="Tensors alone, without description")
 def main(net, dest, part, plain):

@@ -31,7 +31,7 @@ def generate_images(*args, **kwargs):
 
 
 @cli.command(epilog=EXAMPLES)
-@click.option("--outdir", metavar="DIR", required=True, help="Where to write the images")
+@cli.output("--outdir", sampling.IMAGES, metavar="DIR", required=True, help="Where to write the images")
 @click.option("--subdirs", is_flag=True, help="A folder for every 1000 seeds")
 @click.option("--seeds", type=cli.SEEDS, default="16-19", help="Random seeds, e.g. 1,2,5-10")
 @click.option("--grid", is_flag=True, help="Also write <outdir>-grid.png with a row per source")

@@ -5,7 +5,7 @@ import os
 
 import click
 
-from dnnlib import cli, experiment
+from dnnlib import cli, experiment, outputs
 from dnnlib.reading import parse_yaml
 from dnnlib.util import locked, reason
 
@@ -78,6 +78,7 @@ def main(file, budget, settings, out, list_only, names, index, jobs):
             if not names or step.name in names:
                 print(f"{i:4d} {'done' if experiment.is_done(settings['out'], step) else 'todo'} {step.name}")
         return
+    outputs.check("--out", settings["out"], outputs.RESULTS, [outputs.Named("FILE", file)])
     chosen = [step for step in steps if not names or step.name in names]
     with contextlib.nullcontext() if names else locked(settings["out"]):  # single steps may run side by side
         experiment.run(chosen, settings["out"], load_scripts, jobs or min(os.cpu_count() or 1, 8))

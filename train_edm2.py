@@ -6,7 +6,7 @@ import click
 
 from dnnlib import cli
 from dnnlib.options import options
-from training.config import TrainingConfig, make_config
+from training.config import RUN, TrainingConfig, make_config
 
 EXAMPLES = """
 \b
@@ -25,7 +25,7 @@ Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM or SIG
 
 
 @cli.command(epilog=EXAMPLES)
-@click.option("--outdir", metavar="DIR", required=True, help="Run folder; an existing run is resumed")
+@cli.output("--outdir", RUN, metavar="DIR", required=True, help="Run folder; an existing run is resumed")
 @click.option("--preset", metavar="NAME", default="edm2-img512-s", help="Row of training/presets.py")
 @options(TrainingConfig)
 @click.option("--chunks", type=click.IntRange(min=1), help="jest, easy, diverse: number of chunks")

@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dnnlib import atomic_write, cli
+from dnnlib import atomic_write, cli, outputs
 from torch_utils import distributed as dist
 from training import phema, selection, setup
 from training.config import make_config
@@ -230,7 +230,7 @@ def machine(device):
 @click.option("--steps", type=click.IntRange(min=1), default=10, help="Training steps to time, after the warm-up")
 @click.option("--warmup", type=click.IntRange(min=0), default=3, help="Training steps before")
 @click.option("--sampling-steps", type=click.IntRange(min=1), default=18, help="Heun steps")
-@click.option("--dest", metavar="FILE", help="Also write the table to this Markdown file")
+@cli.output("--dest", outputs.TABLE, metavar="FILE", help="Also write the table to this Markdown file")
 def main(preset, batch, batch_gpu, resolution, channels, classes, device, precision, compiled, steps, warmup,
          sampling_steps, dest):  # fmt: skip
     """Time the training step and sampling of a preset and print a Markdown table."""

@@ -4,16 +4,19 @@ A script uses `@cli.command()` or `@cli.group()` in place of click's. ValueError
 on stderr; set DNNLIB_TRACEBACK=1 to see where they come from.
 """
 
+import contextlib
+import hashlib
 import math
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
+from dnnlib import outputs
 from dnnlib.reading import read_yaml
 from dnnlib.util import parse_integers, parse_nimg, parse_seeds, reason
 
@@ -186,8 +189,82 @@ class _OneLineErrors:
         sys.exit(code)
 
 
+class Output(click.Option):
+    """An option that names what the command writes; writes: its outputs.Kind, or a function of the parameters to it."""
+
+    def __init__(self, *args: Any, writes: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.writes = writes
+
+
+def output(flag: str, writes: Any, **more: Any) -> Callable:
+    """click.option of an Output."""
+    return click.option(flag, cls=Output, writes=writes, **more)
+
+
+_PATHS = re.compile("FILE|DIR|ZIP|PATH|SNAPSHOT|GLOB|NPZ|SPEC|STEM")  # metavars of options that take a path
+
+
+def _texts(ctx: click.Context) -> Iterator[tuple[click.Option, str]]:
+    """(option, a value that is text) of all options of a command that were given or have a default."""
+    for param in ctx.command.params:
+        value = ctx.params.get(param.name)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, (str, os.PathLike)):
+                yield param, os.fspath(item)
+
+
+def _flag(param: click.Parameter) -> str:
+    long = (name for name in param.opts if name.startswith("--"))
+    return next(long, param.human_readable_name)
+
+
+def _naming_option(message: str, ctx: click.Context) -> str:
+    """What went wrong with a path, with the option that gave the path."""
+    if message.startswith("--"):
+        return message
+    given = [
+        (_flag(param), path)
+        for param, text in _texts(ctx)
+        if isinstance(param, click.Option) and _PATHS.search(param.metavar or "")
+        for path in [*outputs.paths_in(text), os.path.normpath(text)]
+    ]
+    for flag, path in sorted(given, key=lambda item: -len(item[1])):
+        found = re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", message)
+        if found and re.search(r"\w", path):
+            return f"{flag}{': ' if found.start() else '='}{message}"
+    return message
+
+
+def given_options() -> dict[str, str]:
+    """{option: digest of its value} of the command that is running, for comparing processes; empty outside of one."""
+    ctx = click.get_current_context(silent=True)
+    digest = lambda value: hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+    return {_flag(p): digest(ctx.params[p.name]) for p in ctx.command.params if p.name in ctx.params} if ctx else {}
+
+
 class Command(_OneLineErrors, click.Command):
-    """A command that takes no empty values (they come from unset shell variables), with options under headings."""
+    """A command that takes no empty values (they come from unset shell variables), with options under headings.
+
+    What it writes passes the door of dnnlib/outputs.py first, and is held until it ends; errors name the option.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Check and hold the outputs, then run."""
+        try:
+            with contextlib.ExitStack() as held:
+                for param, text in _texts(ctx):
+                    if kind := getattr(param, "writes", None):
+                        kind = kind if isinstance(kind, outputs.Kind) else kind(ctx.params)
+                        enter = outputs.check if ctx.params.get("dry_run") else outputs.claimed
+                        door = enter(_flag(param), text, kind, _others(ctx, param))
+                        held.enter_context(door or contextlib.nullcontext())
+                return super().invoke(ctx)
+        except (ValueError, OSError) as err:
+            message = _reason(err) if isinstance(err, OSError) else str(err)
+            if (better := _naming_option(message, ctx)) != message:
+                raise ValueError(better) from err
+            raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections = {}
@@ -204,6 +281,14 @@ class Command(_OneLineErrors, click.Command):
             if re.fullmatch(r"-[-\w]*=", word) or not word:
                 raise click.UsageError(f"{word[:-1] or 'an argument'} is empty: give a value, or leave it out", ctx)
         return super().parse_args(ctx, [expand_home(word) for word in args])
+
+
+def _others(ctx, output):
+    """Every other path on the command line."""
+    for param, text in _texts(ctx):
+        if param is not output:
+            collection = "ZIP" in (param.metavar or "").split("|")
+            yield from (outputs.Named(_flag(param), path, collection) for path in outputs.paths_in(text))
 
 
 def expand_home(text: str) -> str:

@@ -39,6 +39,7 @@ class Opt:
     group: str | None  # heading in --help
     free: bool  # whether a resumed run may change it
     shown: str | None  # default as --help shows it; None: the value itself
+    writes: Any  # outputs.Kind of what it names, where the command writes that; None: nothing
 
     def range(self) -> str:
         """The bounds in words that follow `must`; empty without bounds."""
@@ -96,7 +97,7 @@ class Option(click.Option):
 
     def __init__(self, declarations: list[str], own: Opt, default_shown: Any, **rest: Any) -> None:
         super().__init__(declarations, help=own.help, metavar=own.metavar, default=None, **rest)  # also for flags
-        self.own, self.group, self.shown = own, own.group, default_shown
+        self.own, self.group, self.shown, self.writes = own, own.group, default_shown, own.writes
 
     def make_metavar(self, ctx: click.Context) -> str:
         return "|".join(self.own.choices) if self.own.choices and not self.metavar else super().make_metavar(ctx)

@@ -1,9 +1,11 @@
-"""Small utilities shared by every room: EasyDict, a tee for log.txt, atomic writes, number formats."""
+"""Small utilities shared by every room: EasyDict, a tee for log.txt, atomic writes, locks, number formats."""
 
 import contextlib
+import errno
 import json
 import os
 import re
+import shutil
 import socket
 import sys
 import tempfile
@@ -53,16 +55,24 @@ class _Tee:
         return getattr(self.stream, name)
 
 
+TEMPORARY = (
+    ".dnnlib-tmp"  # `.NAME.xxxxxxxx.dnnlib-tmp`: a file or folder NAME that is being written; nobody else's name
+)
+REPLACED = ".old"  # behind it: the folder NAME of before, until the new one stands in its place
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary neighbour of `path` for writing; it takes the name of `path` only when all went well.
 
     The data is on the disk before the rename, so a crash leaves either the old file or the new one.
-    A failed write raises OSError that names `path`, and leaves nothing behind.
+    A failed write raises OSError that names `path`, and leaves nothing behind; what is no file is not replaced.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "is no regular file; give another place", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
         with os.fdopen(fd, mode, **text) as file:
@@ -79,6 +89,24 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         if isinstance(err, OSError) and err.errno is not None and err.filename is None:
             raise OSError(err.errno, f"{err.strerror}; free some space or choose another place", str(path)) from err
         raise
+
+
+def remove_leftovers(folder: str | Path, name: str | None = None, deep: bool = False) -> None:
+    """Delete what writes that were cut short left in `folder`: of the file or folder `name`, or of all (deep: also below).
+
+    A folder that was about to be replaced gets its name back. For the holder of the lock; other hidden files stay.
+    """
+    names = re.compile(
+        rf"\.({'.+' if name is None else re.escape(name)})\.[a-z0-9_]{{8}}{re.escape(TEMPORARY)}({REPLACED})?"
+    )
+    for path in sorted(Path(folder).rglob(f".*{TEMPORARY}*") if deep else Path(folder).glob(f".*{TEMPORARY}*")):
+        match = names.fullmatch(path.name)
+        if match and match[2] and not path.with_name(match[1]).exists():
+            os.replace(path, path.with_name(match[1]))
+        elif match and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif match:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -102,46 +130,87 @@ def read_stats(run: str | Path) -> list[dict]:
         raise ValueError(f"{run}: no readable stats.jsonl ({reason(err)}); give run folders") from err
 
 
-LOCK_NAME = ".lock"
+LOCK_NAME = ".dnnlib-lock"
+_HELD = set()  # open lock files; a forked child must not keep what its parent held beyond the parent's end
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in _HELD])
+
+
+class Lock:
+    """What the holder of a lock may know and say."""
+
+    def __init__(self, file: IO | None = None):
+        self.file = file
+        if file is not None:
+            file.seek(0)
+        self.unfinished = [] if file is None else file.read().splitlines()[1:]  # of a holder that was killed
+
+    def announce(self, status: os.stat_result) -> None:
+        """Say that what has this status will take the place now: the next holder may replace it, if this one is killed."""
+        if self.file is not None:
+            self.file.write(f"{_identity(status)}\n")
+            self.file.flush()
+
+    def wrote(self, path: str | Path) -> bool:
+        """Whether a holder that was killed had put there what is there."""
+        return _identity(os.stat(path)) in self.unfinished
+
+
+def _identity(status):
+    return f"{status.st_dev}:{status.st_ino}:{status.st_mtime_ns}"
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Hold `folder` (made if need be) for this process; the end of the process, however it comes, lets go.
+def locked(path: str | Path, beside: bool = False) -> Iterator[Lock]:
+    """Hold the folder `path`, or (beside: the lock lies in the folder around it) the file or folder `path`, for this process.
 
-    Advisory (flock): on network file systems without it, and where there is no fcntl, nothing is held. Raises ValueError
-    that says who holds it.
+    Folders are made if need be, and go again where nothing came of it. The end of the process, however it comes, lets go.
+    Advisory (flock): network file systems may lock for each machine only (NFS before Linux 2.6.12, or mounted with nolock)
+    or not at all (said in a warning); there, and where there is no fcntl, run one command at a time. Raises ValueError that
+    says who holds it.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    place = path.with_name(f".{path.name}{LOCK_NAME}") if beside else path / LOCK_NAME
+    made = [folder for folder in place.parents if not folder.exists()]
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield Lock()
         return
-    path = Path(folder) / LOCK_NAME
     while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end of the block)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(place, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end of the block)
+        except FileNotFoundError:
+            continue  # another holder has just removed the folder
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read(200).strip() or "another process"
+            holder = file.readline(200).strip() or "another process"
             file.close()
-            raise ValueError(f"{folder} is being written by {holder}: wait for it, or give another folder") from None
+            raise ValueError(f"{path} is being written by {holder}: wait for it, or give another place") from None
         except OSError as err:  # a file system without locks
-            print(f"Warning: {folder} cannot be locked ({err.strerror}): one command at a time", file=sys.stderr)
+            print(f"Warning: {path} cannot be locked ({err.strerror}): one command at a time", file=sys.stderr)
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(place)):
                 break  # and not a file that its last holder has removed
         file.close()
     with file:
+        _HELD.add(file)
+        lock = Lock(file)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         try:
-            yield
+            yield lock
         finally:
-            path.unlink(missing_ok=True)
+            _HELD.discard(file)
+            place.unlink(missing_ok=True)
+            for folder in made:
+                with contextlib.suppress(OSError):  # not empty: something came of it
+                    folder.rmdir()
 
 
 _NIMG = re.compile(r"([0-9]{1,18})(Ki|Mi|Gi|)")

@@ -11,10 +11,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from dnnlib import outputs
 from dnnlib.util import EasyDict, write_json
 
 if TYPE_CHECKING:
@@ -24,6 +26,27 @@ if TYPE_CHECKING:
     from torch_utils.persistence import Snapshot
     from training.dataset import ImageFolderDataset
     from training.fit import Side
+
+
+def _npz(dest):
+    """Where `ref` writes: statistics are stored as npz, whatever the name."""
+    return Path(f"{dest.with_suffix('') if dest.suffix in ('.npz', '.pkl') else dest}.npz")
+
+
+SCORES = outputs.Kind("a score file", outputs.json_with("metrics"))
+REFERENCE = outputs.Kind(
+    "a reference file of ours",
+    outputs.zip_with("header.npy", "feature-reference".encode("utf-32-le")),
+    files=lambda dest: [_npz(dest)],
+)
+DETECTOR = outputs.Kind("a detector file", outputs.safetensors_with("classifier-detector-"))
+
+
+def report_kind(o: dict) -> outputs.Kind:
+    """What `report` writes, by its options."""
+    if o["against"] is not None:
+        return outputs.written("a report", ".md", ".csv", ".png", ".svg")
+    return outputs.written("a report", "table.md", "table.csv", "comparison.png", "comparison.svg", folder=True)
 
 
 def start(device: str | None, alone: str | None = None) -> torch.device:
@@ -58,19 +81,6 @@ def open_detectors(metrics: str, device: torch.device) -> dict[str, object]:
         return get_detectors(metrics, device)
     except ValueError as error:
         raise ValueError(f"--metrics={metrics}: {error}") from None
-
-
-def check_writable(path: str | None) -> None:
-    """Fail before the work, not after it."""
-    if path is None:
-        return
-    folder = os.path.dirname(os.path.abspath(path))
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--dest={path}: {error.strerror}; give a file in a writable folder") from None
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise ValueError(f"--dest={path}: cannot write there; give a file in a writable folder")
 
 
 def parse_tags(context: click.Context, option: click.Parameter, words: Sequence[str]) -> dict[str, str]:
@@ -139,7 +149,6 @@ def prepare(o: EasyDict, device: torch.device, samples: Side) -> Prepared:
     if unknown := [name for name in o.distances if name not in MEASURES]:
         known = ", ".join(MEASURES)
         raise ValueError(f"--distances={','.join(o.distances)}: unknown distance '{unknown[0]}'; known: {known}")
-    check_writable(o.dest)
     detectors = open_detectors(o.metrics, device)
     opened = {option: open_images(o[option], f"--{option}") for option in ("data", "train") if o[option]}
     for option, dataset in opened.items():
@@ -204,11 +213,9 @@ def ref(o: EasyDict) -> None:
     from torch_utils import distributed
 
     device = start(o.device)
-    root, suffix = os.path.splitext(o.dest)
-    dest = o.dest if suffix == ".npz" else (root if suffix == ".pkl" else o.dest) + ".npz"
-    if dest != o.dest:
+    dest = str(_npz(Path(o.dest)))
+    if Path(dest) != Path(o.dest):
         click.echo(f"Statistics are stored as npz: writing {dest}", err=True)
-    check_writable(dest)
     detectors, dataset = open_detectors(o.metrics, device), open_images(o.data, "--data")
     sets = look(dataset, detectors, "ref", o, per_source=o.per_source)
     if distributed.get_rank() != 0:
@@ -259,7 +266,6 @@ def detector(o: EasyDict) -> None:
     from training.dataset import load_raw
 
     device = start(o.device, alone="the detector is trained")
-    check_writable(o.dest)
 
     def labelled(path, option):
         dataset = open_images(path, option)
@@ -295,7 +301,6 @@ def loss(o: EasyDict) -> None:
     from metrics.features import content_hashes
     from training.validation import HeldOut
 
-    check_writable(o.dest)
     snapshot, dataset = open_both(o, start(o.device, alone="the denoising loss is computed"))
     if o.sources is not None:
         dataset = dataset.subset([i for source in o.sources for i in dataset.indices_of(source)])
@@ -312,7 +317,6 @@ def likelihood(o: EasyDict) -> None:
     from metrics.features import progress_bar
     from training.processes.options import make_process, named, require_gaussian
 
-    check_writable(o.dest)
     snapshot, dataset = open_both(o, start(o.device, alone="likelihoods are computed"))
     process = make_process(o.process or "edm", o.process_options, trained=snapshot.process)
     require_gaussian(snapshot.process, process)

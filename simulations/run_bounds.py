@@ -10,12 +10,13 @@ from pathlib import Path
 
 import click
 
-from dnnlib import cli
+from dnnlib import cli, outputs
 from dnnlib.util import write_json
 from simulations import bounds
 from simulations.configs import shared_count
 from simulations.sweeps import DELTA
 
+BOUND = outputs.Kind("a bound", outputs.json_with("model", "inputs"))
 _COUNT = click.IntRange(min=1)
 _DEFAULTS = {  # the paper's simulations; it has no EBM one
     "gaussian": {"K": 5, "d": 10, "B": 5.0, "n": 500},
@@ -47,7 +48,7 @@ _DEFAULTS = {  # the paper's simulations; it has no EBM one
 @click.option("--as-published", is_flag=True, help="Sharp bound with the logarithm as printed, errors included")
 @click.option("--target-tv", type=cli.Float(0, min_open=True), help="Error to reach; needs --solve-for")
 @click.option("--solve-for", type=click.Choice(["n"]), help="Smallest n whose bound is at most --target-tv")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON here as well")
+@cli.output("--out", BOUND, type=click.Path(path_type=Path), help="Write the JSON here as well")
 def main(model, n, delta, eps, as_published, target_tv, solve_for, out, **options):
     """Print the bounds of the theory paper as JSON, with constants, beta_sim, ratio and vacuity.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from dnnlib import cli
+from dnnlib import cli, outputs
 from dnnlib.options import from_options, opt, options
 from dnnlib.util import write_text
 from metrics.commands import start
@@ -66,7 +66,9 @@ class Grid:
 @click.option("--ref", metavar="FILE", help="Reference statistics (calculate_metrics.py ref), instead of --data")
 @click.option("--detector", metavar="SPEC", default="pixel", help="pixel, classifier:FILE, ...")
 @options(Grid)
-@click.option("--dest", metavar="DIR", required=True, help="Where robustness-<experiment>.csv, .png and .svg go")
+@cli.output(
+    "--dest", outputs.RESULTS, metavar="DIR", required=True, help="Where robustness-<experiment>.csv, .png and .svg go"
+)
 @DEVICE
 @click.option("-n", "--dry-run", is_flag=True, help="Print the size of the grid and stop")
 def main(nets, data, ref, detector, dest, device, dry_run, **given):

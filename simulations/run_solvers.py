@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from dnnlib import cli
+from dnnlib import cli, outputs
 from dnnlib.options import from_options, opt, options
 from dnnlib.util import write_text
 
@@ -36,7 +36,7 @@ class Study:
     arms: list = opt([], "Some of the processes with their solvers [all]", type=cli.STRINGS)
     grids: list = opt(["sigma", "uniform", "quadratic"], "Time grids", type=cli.STRINGS)
     learned: str | None = opt(None, "Snapshot of the learned process [random matrices]", metavar="FILE|DIR")
-    dest: str = opt("results/linear", "Where the rows go", metavar="DIR")
+    dest: str = opt("results/linear", "Where the rows go", metavar="DIR", writes=outputs.RESULTS)
 
 
 WITHOUT_CELLS = ("nfes", "arms", "grids")
@@ -100,8 +100,8 @@ def bound(net, data, samples, num, seed, **given):
 
 
 @main.command()
-@click.option("--figure", metavar="STEM", default="docs/figures/linear-nfe", help="Figure without suffix")
-@click.option("--tables", metavar="FILE", help="Write the tables there instead of printing them")
+@cli.output("--figure", outputs.FIGURE, metavar="STEM", default="docs/figures/linear-nfe", help="Figure without suffix")
+@cli.output("--tables", outputs.TABLE, metavar="FILE", help="Write the tables there instead of printing them")
 @options(Study, [*WITHOUT_CELLS, "learned"])
 def plot(figure, tables, **given):
     """Draw what there is, and print it as Markdown tables."""

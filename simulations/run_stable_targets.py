@@ -5,7 +5,7 @@ if not __package__:
 
 import click
 
-from dnnlib import cli
+from dnnlib import cli, outputs
 from metrics.commands import start
 from metrics.table import write_csv
 from simulations.run_robustness import DEVICE, NETS
@@ -25,7 +25,7 @@ Example:
 @click.option("--stf-refs", type=click.IntRange(min=1), default=512, help="Reference images per 64 evaluated ones")
 @click.option("--num", "--num-images", type=click.IntRange(min=2), default=4096, help="Images with noise to evaluate")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of images, noise and references")
-@click.option("--dest", metavar="FILE", required=True, help="Table (.csv)")
+@cli.output("--dest", outputs.TABLE, metavar="FILE", required=True, help="Table (.csv)")
 @DEVICE
 def main(nets, data, stf_refs, num, seed, dest, device):
     """Evaluate the training loss of each network against one-image and against stable targets, on the same draws."""

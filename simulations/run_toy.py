@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import click
 import numpy as np
 
-from dnnlib import atomic_write, cli
+from dnnlib import atomic_write, cli, outputs
 from dnnlib.options import from_options, opt, options
+from training.config import RUN
 from training.sampling import ProcessChoice
 
 EXAMPLES = """
@@ -22,6 +23,7 @@ Examples:
   python simulations/run_toy.py sample --net=results/toy --process=cld --solver=sscs --steps=50 --dest=points.npz
   python simulations/run_toy.py plot --net=results/toy --process=cld --figure=figures/toy
 """
+POINTS = outputs.Kind("a file of points", outputs.zip_with("points.npy"))
 NET = click.option("--net", metavar="FILE|DIR", required=True, help="Snapshot of a network of points, or run folder")
 
 
@@ -58,7 +60,7 @@ def main():
 
 
 @main.command()
-@click.option("--outdir", metavar="DIR", required=True, help="Run folder")
+@cli.output("--outdir", RUN, metavar="DIR", required=True, help="Run folder")
 @options(Training)
 def train(outdir, **given):
     """Train a denoiser of points, with EDM's noise levels or a process's own."""
@@ -70,7 +72,7 @@ def train(outdir, **given):
 @main.command()
 @NET
 @options(Way)
-@click.option("--dest", metavar="NPZ", required=True, help="points [n, 2], times, states [steps + 1, n, V, 2]")
+@cli.output("--dest", POINTS, metavar="NPZ", required=True, help="points [n, 2], times, states [steps + 1, n, V, 2]")
 def sample(net, dest, **given):
     """Sample points, and keep the way of every variable."""
     from simulations import toy
@@ -86,7 +88,7 @@ def sample(net, dest, **given):
 @NET
 @click.option("--dataset", metavar="NAME", help="Default: what the network was trained on")
 @options(Way)
-@click.option("--figure", metavar="STEM", default="figures/toy", help="Figure without suffix")
+@cli.output("--figure", outputs.FIGURE, metavar="STEM", default="figures/toy", help="Figure without suffix")
 def plot(net, dataset, figure, **given):
     """Trajectories of data and auxiliaries, score field, density against truth; prints quality and likelihood as JSON."""
     from simulations import toy

@@ -11,6 +11,7 @@ from dnnlib import cli
 from dnnlib.options import options
 from simulations.configs import TreeConfig
 from simulations.sweeps import figure_stem, place, print_files
+from training.config import RUN
 
 EXAMPLES = """
 \b
@@ -35,7 +36,9 @@ DEVICE = click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu
 
 
 @main.command()
-@place("--outdir", at="results/tree/run", type=click.STRING, metavar="DIR", help="Run folder")
+@place(
+    "--outdir", at="results/tree/run", type=click.STRING, metavar="DIR", help="Run folder", cls=cli.Output, writes=RUN
+)
 @options(TreeConfig)
 @click.option("--guidance/--no-guidance", "use_guide", default=None, help="Use --guide; default: if it is given")
 @click.option("--selection", "random", is_flag=True, help="Same as --select=random")

@@ -7,7 +7,7 @@ import json
 
 import click
 
-from dnnlib import cli
+from dnnlib import cli, outputs
 from simulations.run_tree import CLASSES, DEVICE
 from simulations.sweeps import place, print_files
 
@@ -36,8 +36,8 @@ ARMS = "baseline,random,jest,ajest,early-ajest,diverse"
 @click.option("--n-samples", type=click.IntRange(min=1), default=2048, help="Samples behind each score")
 @CLASSES
 @click.option("--jobs", type=click.IntRange(min=1), default=1, help="Seeds side by side; makes times noisy")
-@place("--outdir", at="results/tree-sweep", type=click.STRING, metavar="DIR")
-@click.option("--figure", metavar="STEM", help="Figure; default: <outdir>/selection-tree")
+@place("--outdir", at="results/tree-sweep", type=click.STRING, metavar="DIR", cls=cli.Output, writes=outputs.RESULTS)
+@cli.output("--figure", outputs.FIGURE, metavar="STEM", help="Figure; default: <outdir>/selection-tree")
 @DEVICE
 @click.option("-n", "--dry-run", is_flag=True, help="Print the runs and stop")
 def main(arms, seeds, reference_iter, reference_batch, n_samples, jobs, outdir, figure, dry_run, **options):

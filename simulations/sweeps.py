@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from dnnlib import cells, cli
+from dnnlib import cells, cli, outputs
 from dnnlib.options import options
 from metrics.table import mean_and_error, read_csv, write_csv
 from simulations.bounds import Bound
@@ -37,9 +37,12 @@ def place(*flags: str, at: str | None, type: click.ParamType = FOLDER, **more: o
     return click.option(*flags, type=type, default=at and HERE / at, show_default=at and f"simulations/{at}", **more)
 
 
-def results_dir(folder: str | None, help: str) -> Callable:
-    """--results-dir, by default `folder` of simulations/results."""
-    return place("--results-dir", "--results_dir", at=folder and f"results/{folder}", help=help)
+WRITES = {"cls": cli.Output, "writes": outputs.RESULTS}  # of an option for a folder of results
+
+
+def results_dir(folder: str | None, help: str, **more: object) -> Callable:
+    """--results-dir, by default `folder` of simulations/results; more: WRITES, where the command writes there."""
+    return place("--results-dir", "--results_dir", at=folder and f"results/{folder}", help=help, **more)
 
 
 def values_options(tags: Sequence[str]) -> Callable:
@@ -55,12 +58,13 @@ def figure_stem(flag: str, name: str) -> Callable:
     """Where one figure goes, by default `name` in simulations/figures; its suffix may be left out."""
     stem = lambda ctx, param, path: path.with_suffix("") if path.suffix in (".png", ".svg") else path
     kind, help = click.Path(path_type=Path), "Figure, written as .png and .svg"
-    return place(flag, at=f"figures/{name}", type=kind, metavar="FILE", help=help, callback=stem)
+    how = {"callback": stem, "cls": cli.Output, "writes": outputs.FIGURE}
+    return place(flag, at=f"figures/{name}", type=kind, metavar="FILE", help=help, **how)
 
 
 def figure_options(folder: str, script: str) -> Callable:
     """Where a plot command reads and writes, and the resolution."""
-    figures_dir = place("--figures-dir", at="figures", help="For the figures")
+    figures_dir = place("--figures-dir", at="figures", help="For the figures", **WRITES)
     dpi = click.option("--dpi", type=click.IntRange(50, 1200), default=200, help="Resolution of the PNG")
     return decorators(results_dir(folder, f"Where {script} wrote"), figures_dir, dpi)
 
@@ -73,7 +77,7 @@ def sweep_options(config: type, budgets: Mapping) -> Callable:
         click.option("--budget", type=click.Choice(list(budgets)), default="small", help="Defaults of what follows"),
         values_options(tags),
         options(config),
-        results_dir(None, "Where results go; default: simulations/results/<experiment>/<budget>"),
+        results_dir(None, "Where results go; default: simulations/results/<experiment>/<budget>", **WRITES),
         click.option("--seeds", type=cli.SEEDS, help="Seeds of truth, data and networks, e.g. 0-4"),
         click.option("--fresh", is_flag=True, help="Run finished cells again"),
         click.option("--threads", type=click.IntRange(min=1), default=1, help="CPU threads; the networks are small"),

@@ -15,6 +15,14 @@ import sys
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["torch", "torch._dynamo", "scipy", "train_edm2", "training.setup", "training.hooks", "training.generation"]
+    + [
+        "calculate_metrics",
+        "dataset_tool",
+        "generate_images",
+        "metrics.classifier",
+        "metrics.evaluate",
+        "sklearn.datasets",
+    ]
 )
 
 

@@ -43,6 +43,12 @@ def archive(path, files=None, labels="auto", **meta):
     return path
 
 
+def reference(path):
+    """What is recognised as a reference file."""
+    np.savez(path, header=np.array(json.dumps({"format": "feature-reference-1", "detectors": []})))
+    return path
+
+
 def truncated(path):
     archive(path)
     path.write_bytes(path.read_bytes()[:-300])
@@ -93,11 +99,11 @@ def test_inspecting_and_scoring_bad_data(name, tmp_path):
     path = tmp_path / "data.zip"
     make(path)
     one_line(dataset_tool.main, "inspect", path, says="data.zip")
-    dest = tmp_path / "refs.npz"
-    dest.write_bytes(b"earlier")
+    dest = reference(tmp_path / "refs.npz")
+    earlier = dest.read_bytes()
     options = ["ref", f"--data={path}", f"--dest={dest}", "--device=cpu"]
-    one_line(calculate_metrics.cmdline, *options, says="data.zip")
-    assert dest.read_bytes() == b"earlier"
+    one_line(calculate_metrics.cmdline, *options, says=["--data", "data.zip"])
+    assert dest.read_bytes() == earlier
 
 
 @pytest.mark.parametrize(
@@ -260,18 +266,18 @@ def test_disk_full_while_writing_a_snapshot(digits, tmp_path):
 
 def test_disk_full_while_converting_and_scoring(digits, tmp_path):
     log, dest = tmp_path / "log", tmp_path / "data.zip"
-    dest.write_bytes(b"earlier")
+    earlier = archive(dest).read_bytes()
     convert = ["convert", "--source=sklearn:digits", f"--dest={dest}", "--overwrite"]
     code, output = child_runs.run("dataset_tool", convert, log, file_limit=20_000)
-    assert code == 2 and str(dest) in last_line(output), output
-    assert dest.read_bytes() == b"earlier" and {p.name for p in tmp_path.iterdir()} == {"log", "data.zip"}
-    refs = tmp_path / "refs.npz"
-    refs.write_bytes(b"earlier")
+    assert code == 2 and str(dest) in last_line(output) and "File too large" in last_line(output), output
+    assert dest.read_bytes() == earlier and {p.name for p in tmp_path.iterdir()} == {"log", "data.zip"}
+    refs = reference(tmp_path / "refs.npz")
+    earlier = refs.read_bytes()
     code, output = child_runs.run(
         "calculate_metrics", ["ref", f"--data={digits}", f"--dest={refs}"], log, file_limit=2000
     )
-    assert code == 2 and str(refs) in last_line(output), output
-    assert refs.read_bytes() == b"earlier" and {p.name for p in tmp_path.iterdir()} == {"log", "data.zip", "refs.npz"}
+    assert code == 2 and str(refs) in last_line(output) and "File too large" in last_line(output), output
+    assert refs.read_bytes() == earlier and {p.name for p in tmp_path.iterdir()} == {"log", "data.zip", "refs.npz"}
 
 
 def test_disk_full_while_generating(tmp_path):
@@ -280,4 +286,64 @@ def test_disk_full_while_generating(tmp_path):
     options = [f"--net={net}", f"--outdir={tmp_path / 'out'}", "--seeds=0-3", "--steps=1", "--device=cpu"]
     code, output = child_runs.run("generate_images", options, tmp_path / "log", file_limit=2000)
     assert code == 2 and "000000.png" in last_line(output), output
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+# --- which option was it ------------------------------------------------------------------------------------------------
+
+CALC = ["calc", "--images=W/data.zip", "--data=W/data.zip", "--distances=fd"]
+LOSS = ["loss", "--net=W/net.safetensors", "--data=W/data.zip"]
+GEN = ["gen", "--net=W/net.safetensors", "--num=2", "--steps=1", "--data=W/data.zip"]
+GENERATE = ["--net=W/net.safetensors", "--outdir=W/out", "--seeds=0", "--steps=1"]
+REPORT = ["report", "--scores=W/s.json", "--dest=W/out"]
+NAMED = [
+    *((calculate_metrics.cmdline, CALC, option) for option in ("--images", "--data", "--train")),
+    (calculate_metrics.cmdline, [*CALC[:2], "--distances=fd"], "--ref"),
+    (calculate_metrics.cmdline, CALC, "--metrics=classifier:"),
+    (calculate_metrics.cmdline, ["ref", "--dest=W/r.npz"], "--data"),
+    (calculate_metrics.cmdline, ["detector", "--dest=W/d"], "--data"),
+    (calculate_metrics.cmdline, ["detector", "--dest=W/d", "--data=W/data.zip"], "--holdout"),
+    *((calculate_metrics.cmdline, GEN, option) for option in ("--net", "--data")),
+    (calculate_metrics.cmdline, [*GEN, "--guidance=2"], "--gnet"),
+    *((calculate_metrics.cmdline, LOSS, option) for option in ("--net", "--data")),
+    *((calculate_metrics.cmdline, ["likelihood", *LOSS[1:]], option) for option in ("--net", "--data", "--process")),
+    (calculate_metrics.cmdline, REPORT[::2], "--scores"),
+    (calculate_metrics.cmdline, [*REPORT[::2], "--against=a"], "--scores"),
+    (calculate_metrics.cmdline, ["best"], "--scores"),
+    *((dataset_tool.main, [command, "--dest=W/n.zip"], "--source") for command in ("convert", "encode", "decode")),
+    (generate_images.main, GENERATE, "--net"),
+    (generate_images.main, [*GENERATE, "--guidance=2"], "--gnet"),
+    *((train_edm2.main, ["TRAIN"], option) for option in ("--data", "--val-data", "--init", "--resume", "--config")),
+    (train_edm2.main, ["TRAIN", "--select=jest"], "--reference"),
+]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x89 no such format"], ids=["missing", "empty", "garbage"])
+@pytest.mark.parametrize("command, words, option", NAMED, ids=lambda v: v if isinstance(v, str) else None)
+def test_the_line_names_the_option(tmp_path, net8, command, words, option, content):
+    """What is wrong with a file is said of the option that gave it, in every command."""
+    archive(tmp_path / "data.zip")
+    (tmp_path / "net.safetensors").write_bytes(net8)
+    bad = tmp_path / "bad.safetensors"
+    if content is not None:
+        bad.write_bytes(content or b"[" * (option == "--config"))  # an empty configuration is one
+    words = small_command("W/data.zip", "W/run", *words[1:]) if words[0] == "TRAIN" else words
+    typed = [word.replace("W/", f"{tmp_path}/") for word in words if not word.startswith(f"{option}=")]
+    typed.append(f"{option}{'' if option.endswith(':') else '='}{bad}")
+    line = one_line(command, *typed, says=[option.partition("=")[0], "bad.safetensors"])
+    assert line.startswith(("Error: --", "Error: Invalid value for '--")), line
+
+
+@pytest.mark.parametrize("text", ["./data.zip", "data.zip", "../x/data.zip"])
+def test_the_line_names_the_option_however_the_path_is_written(tmp_path, monkeypatch, text):
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path / "x")
+    truncated(tmp_path / "x" / "data.zip")
+    one_line(calculate_metrics.cmdline, "ref", f"--data={text}", "--dest=r.npz", says="Error: --data")
+
+
+@pytest.fixture(scope="module")
+def net8(tmp_path_factory):
+    path = tmp_path_factory.mktemp("net") / "net.safetensors"
+    save_snapshot(path, Precond(8, 1, 3, model_channels=8, channel_mult=[1], num_blocks=1, channels_per_head=8))
+    return path.read_bytes()

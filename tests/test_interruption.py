@@ -1,19 +1,25 @@
-"""Killed at any moment, told to stop at any moment, split over invocations: the same final weights, bit for bit."""
+"""Killed at any moment, told to stop at any moment, split over invocations, raced: the same files in the end, bit for bit."""
 
 import json
+import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import child_runs
 import pytest
 import safetensors.torch
+import torch
 from conftest import convert_digits
 from small_runs import assert_identical, final_state, small_command
 
+from dnnlib.util import locked
 from torch_utils import checkpoint
+from torch_utils.persistence import save_snapshot
+from training.networks_edm2 import Precond
 
-KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+KILL, TERM, INT, STOP = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +216,194 @@ def test_one_of_two_processes_is_killed(digits, tmp_path):
     codes, logs = both(tmp_path / "stopped")
     assert codes == [0, 0], logs
     assert_identical(final_state(tmp_path / "whole", 3), final_state(tmp_path / "stopped", 3))
+
+
+# --- the other commands: killed, then the same again; two at once --------------------------------------------------------
+
+CONVERT = ["convert", "--source=sklearn:digits", "--sources=0,1", "--resolution=4x4"]
+SCORE = ["--metrics=pixel", "--distances=fd", "--device=cpu"]
+# name: script, arguments of a folder and of the data (and a snapshot) there, what is written last.
+WRITERS = {
+    "zip": ("dataset_tool", lambda w: [*CONVERT, f"--dest={w}/d.zip"], "d.zip"),
+    "zips": (
+        "dataset_tool",
+        lambda w: [*CONVERT, "--per-source=9", f"--dest={w}/d.zip", f"--holdout={w}/h.zip"],
+        "d.zip",
+    ),
+    "folder": ("dataset_tool", lambda w: [*CONVERT, f"--dest={w}/d"], "d"),
+    "images": ("generate_images", lambda w: [*GENERATE(w), "--subdirs", "--grid"], "dataset.json"),
+    "reference": (
+        "calculate_metrics",
+        lambda w: ["ref", f"--data={w.parent}/data.zip", f"--dest={w}/r.npz", *SCORE[::2]],
+        "r.npz",
+    ),
+    "detector": ("calculate_metrics", lambda w: [*DETECTOR(w), f"--dest={w}/d.safetensors"], "d.safetensors"),
+    "scores": ("calculate_metrics", lambda w: [*CALC(w), *SCORE, f"--dest={w}/s.json"], "s.json"),
+    "run": ("train_edm2", lambda w: command(f"{w.parent}/data.zip", w / "run"), "training-state-0000001.pt"),
+}
+GENERATE = lambda w: [
+    f"--net={w.parent}/net.safetensors",
+    f"--outdir={w}/g",
+    "--seeds=0-5",
+    "--steps=1",
+    "--device=cpu",
+]
+DETECTOR = lambda w: ["detector", f"--data={w.parent}/data.zip", "--epochs=1", "--device=cpu"]
+CALC = lambda w: ["calc", f"--images={w.parent}/data.zip", f"--data={w.parent}/data.zip"]
+FOREIGN = (".d.zip.tmp", ".d.zip.abcdefgh.tmp", ".lock", ".r.npz.swp", ".e.zip.abcdefgh.dnnlib-tmp")
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def world(digits, tmp_path_factory):
+    """A folder with data.zip and net.safetensors, and {name: the files of WRITERS that nobody disturbed}."""
+    root = tmp_path_factory.mktemp("world")
+    (root / "data.zip").write_bytes(digits.read_bytes())
+    torch.manual_seed(0)
+    net = Precond(4, 1, 3, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[], channels_per_head=8)
+    save_snapshot(root / "net.safetensors", net)
+    return root, {}
+
+
+def undisturbed(world, name):
+    root, found = world
+    if name not in found:
+        script, arguments, _ = WRITERS[name]
+        folder = root / f"{name}-whole"
+        folder.mkdir()
+        code, output = child_runs.run(script, arguments(folder), root / "log")
+        assert code == 0, output
+        found[name] = contents(folder)
+    return found[name]
+
+
+KILLS = [
+    *(
+        ("zip", *moment)
+        for moment in (("half-written", "d.zip"), ("before-rename", "d.zip"), ("after-rename", "d.zip"))
+    ),
+    *(
+        ("zips", *moment)
+        for moment in (("after-rename", "h.zip"), ("before-rename", "d.zip"), ("after-rename", "d.zip"))
+    ),
+    *(("folder", *moment) for moment in (("before-rename", "d"), ("after-rename", "d"))),
+    ("images", "half-written", "000003.png"),
+    ("images", "after-rename", "000004.png"),
+    ("images", "half-written", "dataset.json"),
+    ("images", "after-rename", "dataset.json"),
+    *((name, "half-written", WRITERS[name][2]) for name in ("reference", "detector", "scores")),
+]
+
+
+@pytest.mark.parametrize("name, what, which", KILLS, ids=lambda value: value)
+def test_killed_and_run_again(world, tmp_path, name, what, which):
+    """The same files as undisturbed, nothing of the killed command left; hidden files of others stay."""
+    whole = undisturbed(world, name)
+    script, arguments, _ = WRITERS[name]
+    folder = world[0] / f"{name}-{what}-{which}"
+    folder.mkdir()
+    for foreign in FOREIGN:
+        (folder / foreign).write_text("mine")
+    assert child_runs.run(script, arguments(folder), tmp_path / "log", moment=(KILL, what, which))[0] == -KILL
+    assert len(list(folder.rglob(".*"))) > len(FOREIGN)  # the kill left something
+    code, output = child_runs.run(script, arguments(folder), tmp_path / "log")
+    assert code == 0, output
+    assert contents(folder) == whole | dict.fromkeys(FOREIGN, b"mine")
+
+
+def test_killed_while_replacing_a_folder(world, tmp_path):
+    """Between the two renames: the next command of any outcome finds the data set of before."""
+    script, arguments, _ = WRITERS["folder"]
+    command, log = arguments(tmp_path), tmp_path / "log"
+    assert child_runs.run(script, command, log)[0] == 0
+    before = contents(tmp_path / "d")
+    moment = (KILL, "after-rename", ".d.*.old")
+    assert child_runs.run(script, [*command, "--overwrite", "--max-images=3"], log, moment=moment)[0] == -KILL
+    assert not (tmp_path / "d").exists()
+    code, output = child_runs.run(script, command, log)
+    assert code == 2 and "exists already" in output, output
+    assert contents(tmp_path / "d") == before and {p.name for p in tmp_path.iterdir()} == {"d", "log"}
+
+
+def test_what_a_user_put_in_place_after_a_kill_is_not_replaced(world, tmp_path):
+    script, arguments, _ = WRITERS["zip"]
+    command, log = arguments(tmp_path), tmp_path / "log"
+    assert child_runs.run(script, command, log, moment=(KILL, "before-rename", "d.zip"))[0] == -KILL
+    (tmp_path / "d.zip").write_bytes((world[0] / "data.zip").read_bytes())
+    code, output = child_runs.run(script, command, log)
+    assert code == 2 and "exists already" in output, output
+    assert (tmp_path / "d.zip").read_bytes() == (world[0] / "data.zip").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["zips", "images", "detector"])
+def test_killed_at_moments_that_nobody_chose(world, tmp_path, name):
+    whole, moments = undisturbed(world, name), random.Random(name)
+    script, arguments, _ = WRITERS[name]
+    folder = world[0] / f"{name}-random"
+    folder.mkdir()
+    codes = []
+    while 0 not in codes and len(codes) < 40:
+        process = child_runs.start(script, arguments(folder), tmp_path / "log")
+        process.join(moments.uniform(0.02, 0.1) * 1.4 ** len(codes))
+        process.kill()
+        codes.append(child_runs.wait(process))
+    assert codes[-1] == 0 and len(codes) > 1 and set(codes[:-1]) == {-KILL}, (tmp_path / "log").read_text()
+    assert contents(folder) == whole
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_two_commands_into_one_place(world, tmp_path, name):
+    """The second says who holds it and changes nothing; the first, stopped meanwhile, ends as if alone."""
+    script, arguments, last = WRITERS[name]
+    folder = world[0] / f"{name}-raced"
+    folder.mkdir()
+    moment = (STOP, "after-rename" if name in ("images", "run") else "before-rename", last)
+    first = child_runs.start(script, arguments(folder), tmp_path / "log", moment=moment)
+    state = lambda: Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    while first.is_alive() and state() != "T":
+        time.sleep(0.02)
+    before = contents(folder)
+    code, output = child_runs.run(script, arguments(folder), tmp_path / "log2")
+    assert code == 2 and len(output.splitlines()) == 1, output
+    assert (
+        "is being written by" in output and f"process {first.pid} on " in output and output.startswith("Error: --")
+    ), output
+    assert contents(folder) == before
+    os.kill(first.pid, signal.SIGCONT)
+    assert child_runs.wait(first) == 0, (tmp_path / "log").read_text()
+    assert not list(folder.rglob(".*"))
+    if name != "run":
+        assert contents(folder) == undisturbed(world, name)
+
+
+def test_two_at_the_same_moment(tmp_path):
+    """Whoever is first: one of them writes the data set."""
+    arguments = WRITERS["zip"][1](tmp_path)
+    processes = [child_runs.start("dataset_tool", arguments, tmp_path / f"log{i}") for i in range(3)]
+    assert sorted(child_runs.wait(process) for process in processes) == [0, 2, 2]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_children_of_a_killed_command_do_not_hold_its_lock(tmp_path):
+    """Loader processes live on for a moment."""
+    read, write = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        with locked(tmp_path / "run"):
+            child = os.fork()
+            if child:
+                os.write(write, str(child).encode())
+            time.sleep(60)
+    child = int(os.read(read, 20))
+    with pytest.raises(ValueError, match=f"is being written by process {parent} on "), locked(tmp_path / "run"):
+        pass
+    os.kill(parent, KILL)
+    os.waitpid(parent, 0)
+    try:
+        with locked(tmp_path / "run"):
+            os.kill(child, 0)  # it is still there
+    finally:
+        os.kill(child, KILL)

@@ -110,12 +110,6 @@ def newest_sound(run_dir: str | Path) -> Path | None:
     return None
 
 
-def remove_leftovers(run_dir: str | Path) -> None:
-    """Delete the temporary files of writes that were cut short."""
-    for path in Path(run_dir).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
-
-
 def remove_old(run_dir: str | Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints (0 keeps all), and only once the newest one reads back sound."""
     paths = list_checkpoints(run_dir)

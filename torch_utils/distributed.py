@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed
+
+from dnnlib import cli
+from dnnlib.util import reason
 
 T = TypeVar("T")
 
@@ -17,6 +22,7 @@ def init(device: str | None = None) -> torch.device:
 
     Sets the CUDA device from LOCAL_RANK. Returns the device of this process. Raises ValueError for one that is not there.
     """
+    rank, world_size = _announced()
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
         device = torch.device(name)
@@ -27,11 +33,55 @@ def init(device: str | None = None) -> torch.device:
         if (device.index or 0) >= count:
             raise ValueError(f"--device={name}: {count} GPUs are available; give another or --device=cpu")
         if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
+            device = torch.device("cuda", _number("LOCAL_RANK", 0) % count)
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_initialized():
-        torch.distributed.init_process_group(backend="nccl" if device.type == "cuda" else "gloo")
+    if world_size > 1 and not is_initialized():
+        try:
+            torch.distributed.init_process_group(backend="nccl" if device.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as err:
+            where = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+            why = reason(err)
+            raise ValueError(f"process {rank} of {world_size} cannot reach the others at {where} ({why})") from err
+        _check_same_options()
     return device
+
+
+def _number(name, default, most=None):
+    """An environment variable that torchrun sets."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text) or (most is not None and int(text) > most):
+        limit = "" if most is None else f" from 0 to {most}"
+        raise ValueError(f"{name}={text} in the environment is no number{limit}: start with torchrun, or unset it")
+    return int(text)
+
+
+def _announced():
+    """(rank, world size) of the environment. Raises ValueError where it makes no sense."""
+    world_size = _number("WORLD_SIZE", 1)
+    if world_size == 0:
+        raise ValueError("WORLD_SIZE=0 in the environment is no number of processes: start with torchrun, or unset it")
+    if world_size > 1:
+        lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if lacking:
+            raise ValueError(f"WORLD_SIZE={world_size} in the environment, but no {lacking[0]}: start with torchrun")
+        host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0, 65535)
+        try:
+            socket.getaddrinfo(host, port)
+        except OSError as err:  # the process group would try for minutes
+            raise ValueError(f"MASTER_ADDR={host} in the environment is no known address ({err.strerror})") from None
+    return _number("RANK", 0, world_size - 1), world_size
+
+
+def _check_same_options():
+    """Raises ValueError, on every process, where they were not started by the same command line, the device aside."""
+    given = [{}] * get_world_size()
+    torch.distributed.all_gather_object(given, cli.given_options())
+    for rank, options in enumerate(given):
+        other = next(
+            (o for o in {**given[0], **options} if o != "--device" and given[0].get(o) != options.get(o)), None
+        )
+        if other is not None:
+            raise ValueError(f"{other} differs between process 0 and process {rank}: start all with the same options")
 
 
 def is_initialized() -> bool:

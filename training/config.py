@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dnnlib import cli, options
+from dnnlib import cli, options, outputs
 from dnnlib.options import opt
 from training import choices, presets
 
@@ -23,6 +23,14 @@ _period = functools.partial(_run, type=cli.NIMG, at_least=0, free=True)
 
 TIME_SAMPLING, WEIGHTING = ("uniform", "importance", "snr"), ("likelihood", "reweightedv1", "reweightedv2")
 WHEN, CHEAP = ("always", "early", "late"), ("half", "levels", "lowres")
+
+RUN = outputs.Kind(
+    "a run folder",
+    outputs.folder_with(
+        r"training_options\.json", r"log\.txt", r"stats\.jsonl", r"(network-snapshot|training-state)-.*"
+    ),
+    folder=True,
+)
 
 
 @dataclass

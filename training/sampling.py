@@ -7,7 +7,7 @@ import math
 import warnings
 from dataclasses import dataclass
 
-from dnnlib import cli, options
+from dnnlib import cli, options, outputs
 from dnnlib.options import opt
 from training import presets
 
@@ -21,13 +21,20 @@ _CHURN = ("S_churn", "S_min", "S_max", "S_noise")
 OWN = {"sscs": ("half_step",), "ode": ("rtol", "atol"), "heun": _CHURN}
 OWN["ablation"] = ("method", "disc", "schedule", "scaling", "alpha", *_CHURN)
 
+IMAGES = outputs.Kind(
+    "a folder of generated images",
+    outputs.folder_of(r"\d{6,}(\.png)?", r".*\.json"),
+    folder=True,
+    beside=("-grid.png",),
+)
+
 
 @dataclass
 class ProcessChoice:
     """Which process; `training.processes.options.make_process` makes it."""
 
     process: str | None = process_opt(
-        None, "edm, vp, cld, alda, malda, learned, linear, or a snapshot whose process to take", metavar="NAME"
+        None, "edm, vp, cld, alda, malda, learned, linear, or a snapshot whose process to take", metavar="NAME|SNAPSHOT"
     )
     process_options: dict = process_opt(
         {}, "Of the process: M=0.25,beta=4:4,init_aux_var=0.01; V=3; full=true; Q=0:-1;1:0 (lists by :, rows by ;)"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dnnlib import cli
-from dnnlib.util import locked, logged, reason, write_json
+from dnnlib.util import logged, reason, remove_leftovers, write_json
 from torch_utils import checkpoint, persistence
 from torch_utils import distributed as dist
 from torch_utils.random import hash_seed
@@ -76,7 +76,7 @@ class Run:
             resume = dist.broadcast_object(str(checkpoint.newest_sound(outdir) or "") if first else None)
         if first:
             outdir.mkdir(parents=True, exist_ok=True)
-            checkpoint.remove_leftovers(outdir)
+            remove_leftovers(outdir)
             if self.config is not None:
                 write_json(outdir / "training_options.json", self.config.to_dict())
                 net = self.objective.net
@@ -340,7 +340,9 @@ def train_command(
     try:
         run = build(config, device)
         run.check(outdir, resume)
-        with locked(outdir) if first else nullcontext(), logged(Path(outdir) / "log.txt") if first else nullcontext():
+        if first:
+            Path(outdir).mkdir(parents=True, exist_ok=True)
+        with logged(Path(outdir) / "log.txt") if first else nullcontext():
             return _watched(run, outdir, resume, standard_hooks(run))
     finally:
         dist.shutdown()

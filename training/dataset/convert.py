@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -23,12 +24,14 @@ import click
 import numpy as np
 import PIL.Image
 
-from dnnlib import atomic_write, cli
+from dnnlib import atomic_write, cli, outputs
 from dnnlib.options import opt
+from dnnlib.util import REPLACED, TEMPORARY, Lock
 from training.choices import given
 from training.dataset.format import LABELS_FILE, ImageSource, extension
 from training.dataset.sources import open_source
 
+_NO_IMAGES = "nothing is written, no images are left"
 _NO_DESTINATION = (".tar", ".tgz", ".gz", ".7z", ".rar", ".npz", ".npy", ".png", ".jpg", ".json")
 
 # --- Crops (EDM2 dataset tool). Each takes and returns a PIL image; center-crop-wide may return None: skipped ---------
@@ -169,24 +172,30 @@ def permute_labels(labels: Sequence | None, sources: Sequence[int] | None, seed:
 # --- Writing ----------------------------------------------------------------------------------------------------------
 
 
-def check_dest(dest: str | os.PathLike, overwrite: bool = False) -> None:
-    """ValueError where `dest` exists already (an empty folder is fine) or is neither a folder name nor .zip."""
-    dest = os.fspath(dest)
-    if extension(dest) in _NO_DESTINATION:
-        raise ValueError(f"{dest}: the destination must be a folder or end in .zip")
-    if os.path.isdir(dest):
-        if extension(dest) == ".zip":
-            raise ValueError(f"{dest}: is a folder; choose another name for the zip")
-        if not os.listdir(dest):
-            return
-        if overwrite and not os.path.isfile(os.path.join(dest, LABELS_FILE)):
-            raise ValueError(f"{dest}: not replaced: the folder holds no {LABELS_FILE}, so it is no data set")
-    if os.path.exists(dest) and not overwrite:
-        raise ValueError(f"{dest}: exists already; choose another name or pass --overwrite")
+def _is_data_set(path):
+    if not path.is_dir():
+        return extension(path.name) == ".zip" and outputs.zip_with(LABELS_FILE)(path)
+    names = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
+    ours = re.compile(r"\d{5}/img(\d{8}\.png|-mean-std-\d{8}\.npy)|" + re.escape(LABELS_FILE))
+    return extension(path.name) != ".zip" and LABELS_FILE in names and all(map(ours.fullmatch, names))
+
+
+DATA_SET = outputs.Kind(
+    f"a data set as written here (with {LABELS_FILE}, and in a folder nothing else)", _is_data_set, folder=None
+)
+
+
+def check_dest(option: str, dest: str | os.PathLike, others: Iterable[outputs.Named], new: bool = False) -> None:
+    """ValueError where `dest` is neither a folder name nor .zip, or `outputs.check` refuses it; new: or where it exists."""
+    if extension(os.fspath(dest)) in _NO_DESTINATION:
+        raise ValueError(f"{option}={dest}: the destination must be a folder or end in .zip")
+    outputs.check(option, dest, DATA_SET, others)
+    if new:
+        outputs.refuse_existing(option, dest)
 
 
 @contextlib.contextmanager
-def _zip_writer(dest):
+def _zip_writer(dest, lock):
     """Function (name, bytes) into a zip. Stored, with fixed time stamps: equal images give equal bytes on every system."""
 
     def write(name, data):
@@ -194,16 +203,18 @@ def _zip_writer(dest):
         info.create_system, info.external_attr = 3, 0o644 << 16
         archive.writestr(info, data)
 
-    with atomic_write(dest) as file, zipfile.ZipFile(file, "w", compression=zipfile.ZIP_STORED) as archive:
-        yield write
+    with atomic_write(dest) as file:
+        with zipfile.ZipFile(file, "w", compression=zipfile.ZIP_STORED) as archive:
+            yield write
+        file.flush()
+        lock.announce(os.fstat(file.fileno()))
 
 
 @contextlib.contextmanager
-def _folder_writer(dest):
+def _folder_writer(dest, lock):
     """Function (name, bytes) into a folder that takes its name, and the place of an older one, when all is written."""
     parent, name = os.path.split(os.path.abspath(dest))
-    os.makedirs(parent, exist_ok=True)
-    folder = tempfile.mkdtemp(dir=parent, prefix=f".{name}.", suffix=".tmp")
+    folder = tempfile.mkdtemp(dir=parent, prefix=f".{name}.", suffix=TEMPORARY)
 
     def write(name, data):
         path = os.path.join(folder, name)
@@ -214,13 +225,14 @@ def _folder_writer(dest):
     try:
         yield write
         os.chmod(folder, 0o755)
+        lock.announce(os.stat(folder))
         if os.path.isdir(dest):
-            os.replace(dest, folder + ".old")
+            os.replace(dest, folder + REPLACED)
         os.replace(folder, dest)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    shutil.rmtree(folder + ".old", ignore_errors=True)
+    shutil.rmtree(folder + REPLACED, ignore_errors=True)
 
 
 class DatasetWriter:
@@ -262,15 +274,20 @@ class DatasetWriter:
 
 
 @contextlib.contextmanager
-def dataset_writer(dest: str | os.PathLike, overwrite: bool, source: ImageSource) -> Iterator[DatasetWriter]:
-    """Context that writes one data set of images of `source`; `dest` appears, whole, only when it ends without an error."""
-    check_dest(dest, overwrite)
+def dataset_writer(dest: str | os.PathLike, lock: Lock, source: ImageSource) -> Iterator[DatasetWriter]:
+    """Context that writes one data set of images of `source`; `dest` appears, whole, only when it ends without an error.
+
+    lock: of `dest` (see outputs.claimed). Raises ValueError, and leaves what is there, where no image was added.
+    """
+    make = _zip_writer if extension(os.fspath(dest)) == ".zip" else _folder_writer
     try:
-        with (_zip_writer if extension(os.fspath(dest)) == ".zip" else _folder_writer)(dest) as write:
+        with make(dest, lock) as write:
             writer = DatasetWriter(write)
             yield writer
+            if not writer.labels:
+                raise ValueError(f"--source={source.name}: {_NO_IMAGES} for {dest}")
             meta = {"labels": None}
-            if writer.labels and all(label is not None for _, label in writer.labels):
+            if all(label is not None for _, label in writer.labels):
                 about = given(num_classes=source.num_classes, class_names=source.class_names)
                 meta = {"labels": writer.labels, **about}
             write(LABELS_FILE, json.dumps(meta).encode())
@@ -365,11 +382,13 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
             raise ValueError(f"{option} takes what --per-source leaves over: give --per-source=N too")
     if (o.val is None) != (o.val_per_source is None):
         raise ValueError("--val=ZIP and --val-per-source=N belong together: give both, or none")
-    written = [path for path in (dest, o.holdout, o.val) if path is not None]
-    if len({os.path.abspath(path) for path in written}) < len(written):
-        raise ValueError("--dest, --holdout and --val must be different files")
-    for path in written:
-        check_dest(path, o.overwrite)
+    places = {"--dest": dest, "--holdout": o.holdout, "--val": o.val}
+    places = {option: path for option, path in places.items() if path is not None}
+    named = [] if isinstance(source, ImageSource) else [outputs.Named("--source", os.fspath(source), True)]
+    named += [outputs.Named(option, os.fspath(path), written=True) for option, path in places.items()]
+    others = {option: [other for other in named if other.option != option] for option in places}
+    for option, path in places.items():
+        check_dest(option, path, others[option], new=o.dry_run and not o.overwrite)
     source = source if isinstance(source, ImageSource) else open_source(source, o.split_folder)
     if source.latents and (o.transform is not None or o.resolution is not None or o.channels != "auto"):
         raise ValueError("latents are copied as they are: drop --transform, --resolution and --channels")
@@ -394,6 +413,8 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
             raise ValueError(f"--skip-bad: none of the chosen images can be read, such as {next(iter(bad.values()))}")
     if o.holdout is not None and not len(rest):
         raise ValueError(f"--holdout={o.holdout}: no images are left for it; lower --per-source={o.per_source}")
+    if not len(chosen):
+        raise ValueError(f"--source={source.name}: {_NO_IMAGES}")
     labels = labels if labels is not None else [None] * source.count
     unlabelled = sum(labels[i] is None for i in chosen) if source.labels is not None else 0
     summary = {
@@ -413,13 +434,13 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
     }
     if o.dry_run:
         return summary
-    contents = []
-    for path, indices in ((dest, chosen), (o.holdout, rest), (o.val, validation)):
-        if path is None:
-            continue
-        with dataset_writer(path, o.overwrite, source) as writer:
-            contents.append(writer.hashes)
-            for index in o.progress(indices.tolist(), os.path.basename(path)):
+    with contextlib.ExitStack() as stack:  # all take their names at the end, and only then are let go
+        claim = lambda option, path: outputs.claimed(option, path, DATA_SET, others[option], new=not o.overwrite)
+        locks = {option: stack.enter_context(claim(option, path)) for option, path in places.items()}
+        writers = [stack.enter_context(dataset_writer(places[option], locks[option], source)) for option in places]
+        parts = {"--dest": chosen, "--holdout": rest, "--val": validation}
+        for (option, path), writer in zip(places.items(), writers, strict=True):
+            for index in o.progress(parts[option].tolist(), os.path.basename(path)):
                 if source.latents:
                     writer.add_latents(index, source.read(index), labels[index], source.describe(index))
                     continue
@@ -428,11 +449,12 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
                     summary["skipped"] += 1
                 else:
                     writer.add_image(index, image, labels[index], source.describe(index))
+    contents = [writer.hashes for writer in writers]
     if len(contents) > 1:
         held = [image for part in contents[1:] for image in part]
         if shared := sum(map(set(contents[0]).__contains__, held)):
-            places = " and ".join(str(path) for path in written[1:])
-            where = f"{shared} of {len(held)} images of {places} are in {dest} too: the source has duplicates"
+            where = " and ".join(str(path) for path in [*places.values()][1:])
+            where = f"{shared} of {len(held)} images of {where} are in {dest} too: the source has duplicates"
             summary["warnings"].append(f"{where}, so that scores on them say nothing about new images")
         summary["shared"] = shared
     return summary

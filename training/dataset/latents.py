@@ -8,8 +8,9 @@ import numpy as np
 import PIL.Image
 import torch
 
+from dnnlib import outputs
 from training import encoders
-from training.dataset.convert import LatentOptions, check_dest, dataset_writer
+from training.dataset.convert import DATA_SET, LatentOptions, check_dest, dataset_writer
 from training.dataset.sources import open_source
 
 
@@ -42,7 +43,8 @@ def decode_dataset(source: str, dest: str, **options: object) -> dict:
 
 def _translate(path, dest, o, read, translate, from_latents):
     """read: item of the source -> array [C,H,W]; translate: (encoder, [N,C,H,W], device) -> N items to write."""
-    check_dest(dest, o.overwrite)
+    others = [outputs.Named("--source", path, True), outputs.Named("--model-url", o.model_url, True)]
+    check_dest("--dest", dest, others, new=o.dry_run and not o.overwrite)
     source = open_source(path)
     if source.latents != from_latents:
         raise ValueError(
@@ -60,7 +62,8 @@ def _translate(path, dest, o, read, translate, from_latents):
     encoder.init(device)
     labels = source.labels if source.labels is not None else [None] * source.count
     batches = [range(start, min(start + o.batch, count)) for start in range(0, count, o.batch)]
-    with dataset_writer(dest, o.overwrite, source) as writer:
+    claim = outputs.claimed("--dest", dest, DATA_SET, others, new=not o.overwrite)
+    with claim as lock, dataset_writer(dest, lock, source) as writer:
         add = writer.add_image if from_latents else writer.add_latents
         for indices in o.progress(batches, os.path.basename(dest)):
             names = [source.describe(i) for i in indices]
