@@ -496,8 +496,10 @@ def fuzz(loader, seeds, folder):
     path.write_bytes(sound)
     load(path)
     PIL.Image.init()
-    for codec in ("cp437", "latin1", "utf-16", "utf-32", "idna", "unicode_escape", "raw_unicode_escape", "hex", "zlib"):
+    for codec in ("cp437", "latin1", "utf_8_sig", "idna", "unicode_escape", "raw_unicode_escape"):
         codecs.lookup(codec)
+    for codec in (f"utf_{bits}{order}" for bits in (16, 32) for order in ("", "_le", "_be")):
+        codecs.lookup(codec)  # what a text file may begin like
     for data in (sound[: len(sound) // 2], b"", sound[1:], bytes(len(sound))):  # what errors import
         path.write_bytes(data)
         with contextlib.suppress(ValueError, OSError):

@@ -337,6 +337,7 @@ UNBUILT = {
     "word for a number": dict(concat_balance="x"),
     "list for a number": dict(label_balance=[0.5]),
     "strange word": {"x meta x": 1, "model_channels": 10**9},
+    "fraction of a head": dict(channels_per_head=8.0),
     "deep": dict(dropout=[[[[[[[0]]]]]]]),
 }
 
@@ -402,7 +403,9 @@ def test_weights_that_are_no_numbers_are_named(snapshot, tmp_path, value):
 def test_all_networks_keep_to_the_memory_of_their_file():
     """Each class of the address book that is a network."""
     made = {
-        "Precond": dict(img_resolution=8, img_channels=1, label_dim=3, model_channels=8, channels_per_head=8),
+        "Precond": dict(
+            img_resolution=8, img_channels=1, label_dim=3, model_channels=8, channels_per_head=8, clip_act=None
+        ),
         "ToyModel": {},
         "MLPDenoiser": dict(label_dim=3, logvar_channels=4),
         "ConvNet": dict(image_shape=[1, 8, 8], num_classes=3),

@@ -135,10 +135,23 @@ def _sober(value):
     return not isinstance(value, (int, float)) or abs(value) <= 1e30
 
 
-# Arguments of networks that are not plain numbers; constructors check the words.
+# Arguments of modules that are no integers; constructors check the words.
 _WORDS = {"model_type", "embedding_type", "encoder_type", "decoder_type", "reduced_dtype"}
 _LISTS = {"channel_mult", "attn_resolutions", "resample_filter", "image_shape", "beta"}
-_MAY_LACK = {"channel_mult_noise", "channel_mult_emb"}
+_MAY_LACK = {"channel_mult_noise", "channel_mult_emb", "clip_act"}
+_REAL = {
+    "sigma_min",
+    "sigma_max",
+    "sigma_data",
+    "dropout",
+    "label_dropout",
+    "beta_d",
+    "beta_min",
+    "epsilon_t",
+    "C_1",
+    "C_2",
+}
+_REAL |= {"res_balance", "attn_balance", "label_balance", "concat_balance", "clip_act", "M", "init_aux_var"}
 MOST_ENTRIES = 64  # of such a list
 
 
@@ -146,7 +159,8 @@ def _require_kinds(kwargs):
     for name, value in kwargs.items():
         numbers = value if isinstance(value, list) and name in _LISTS else [value]
         known = (isinstance(value, str) and name in _WORDS) or (value is None and name in _MAY_LACK)
-        if not known and (len(numbers) > MOST_ENTRIES or not all(isinstance(n, (int, float)) for n in numbers)):
+        kinds = (int, float) if name in _REAL | _LISTS else int
+        if not known and (len(numbers) > MOST_ENTRIES or not all(isinstance(n, kinds) for n in numbers)):
             raise ValueError(f"{name}={value!r:.60} is of the wrong kind")
 
 
