@@ -281,3 +281,16 @@ def test_numbers_without_end_in_records(value, tmp_path):
 def test_arrays_of_numbers_that_float32_lacks(value, tmp_path):
     np.save(tmp_path / "a.npy", np.full([8, 8, 8], value))
     quick(dataset_tool.main, "inspect", tmp_path, says="a.npy")
+
+
+def test_a_checkpoint_that_unfolds(tmp_path):
+    from torch_utils import checkpoint
+
+    path = tmp_path / "training-state-0000001.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02}.")
+        archive.writestr("x/data/0", bytes(2**27))
+    before = time.process_time()
+    with pytest.raises(ValueError, match="training-state-0000001.pt: .*unpacks"):
+        checkpoint.load(path)
+    assert time.process_time() - before < 1

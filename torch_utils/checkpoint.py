@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from dnnlib.reading import require_honest
 from dnnlib.util import atomic_write, reason, write_text
 
 _NAME = re.compile(r"training-state-(\d+)\.pt")
@@ -75,10 +76,10 @@ def load(path: str | Path, mmap: bool = False) -> dict:
     if _wanted(path) and (why := damage(path)):
         raise ValueError(f"{path}: damaged ({why}); resume from an earlier one")
     try:
-        if not _wanted(path):
-            with zipfile.ZipFile(path) as archive:
-                if bad := archive.testzip():
-                    raise ValueError(f"damaged at {bad}")
+        with zipfile.ZipFile(path) as archive:
+            require_honest(archive)
+            if not _wanted(path) and (bad := archive.testzip()):
+                raise ValueError(f"damaged at {bad}")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as err:  # zip, pickle and storage errors have no common base
         raise ValueError(f"{path}: not a readable checkpoint ({reason(err)})") from err
