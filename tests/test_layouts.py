@@ -385,7 +385,7 @@ def test_labels_that_are_refused(tmp_path, pairs, files, says):
     assert "d/dataset.json" in line
     with pytest.raises(ValueError) as err:
         ImageFolderDataset(source)
-    assert f"Error: {err.value}" == line
+    assert f"Error: --source={err.value}" == line
 
 
 @pytest.mark.parametrize(("label", "read"), [(3.0, 3), ("3", 3), ("3.0", 3), (True, 1), (False, 0), ("dog", 1)])

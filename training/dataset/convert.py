@@ -389,6 +389,7 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
     others = {option: [other for other in named if other.option != option] for option in places}
     for option, path in places.items():
         check_dest(option, path, others[option], new=o.dry_run and not o.overwrite)
+    where = source.name if isinstance(source, ImageSource) else os.fspath(source)
     source = source if isinstance(source, ImageSource) else open_source(source, o.split_folder)
     if source.latents and (o.transform is not None or o.resolution is not None or o.channels != "auto"):
         raise ValueError("latents are copied as they are: drop --transform, --resolution and --channels")
@@ -414,7 +415,7 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
     if o.holdout is not None and not len(rest):
         raise ValueError(f"--holdout={o.holdout}: no images are left for it; lower --per-source={o.per_source}")
     if not len(chosen):
-        raise ValueError(f"--source={source.name}: {_NO_IMAGES}")
+        raise ValueError(f"--source={where}: {_NO_IMAGES}")
     labels = labels if labels is not None else [None] * source.count
     unlabelled = sum(labels[i] is None for i in chosen) if source.labels is not None else 0
     summary = {
