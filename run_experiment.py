@@ -15,6 +15,7 @@ Examples:
   python run_experiment.py experiments/quickstart.yaml
   python run_experiment.py experiments/quickstart.yaml --list
   python run_experiment.py experiments/quickstart.yaml --set sources=0,1,2,3 --set per_source=100
+  python run_experiment.py experiments/own-data.yaml --set source=photos
   python run_experiment.py experiments/quickstart.yaml --step=train-multi-seed0
   sbatch --array=0-7 --wrap='python run_experiment.py sweep.yaml --index=$SLURM_ARRAY_TASK_ID'
 """
@@ -39,11 +40,22 @@ def load_scripts():
     }
 
 
-def parse_setting(text):
-    """'name=value' -> (name, value), the value read as YAML; a comma-separated list of scalars is a list."""
+def class_ids(source):
+    """Of a data set, for settings such as `sources: {classes: "{source}"}`."""
+    from training.dataset.convert import class_ids
+
+    return class_ids(source)
+
+
+def parse_setting(text, texts=()):
+    """'name=value' -> (name, value), the value of `texts` as written, of others read as YAML; a comma-separated list of
+    scalars is a list.
+    """
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--set {text}: give NAME=VALUE")
+    if name in texts:
+        return name, value
     try:
         parts = [parse_yaml(part) for part in value.split(",")]
         return name, parse_yaml(value) if len(parts) == 1 or value.lstrip().startswith(("[", "{")) else parts
@@ -62,10 +74,11 @@ def parse_setting(text):
 @click.option("--jobs", type=click.IntRange(min=1), help="Steps side by side; default: number of cores, at most 8")
 def main(file, budget, settings, out, list_only, names, index, jobs):
     """Run the experiment described by FILE. Run the same command again to resume."""
-    overrides = dict(parse_setting(text) for text in settings)
+    texts = experiment.texts(file)
+    overrides = dict(parse_setting(text, texts) for text in settings)
     if out is not None:
         overrides["out"] = out
-    settings, steps = experiment.load(file, budget, overrides)
+    settings, steps = experiment.load(file, budget, overrides, {"classes": class_ids})
     if index is not None:
         if index >= len(steps):
             raise ValueError(f"--index={index}: {file} has steps 0 to {len(steps) - 1}")

@@ -10,7 +10,8 @@
 
 `{name}` in a step is a setting, `{out}` the folder of the results, and `{name,}` a list joined by commas. `foreach` repeats
 the step for every combination of the lists it names (or writes out); an entry that is a mapping sets several names at once,
-which later names may be lists of.
+which later names may be lists of. A setting without a value must be given with --set, and `{classes: "{source}"}` is the list
+of the classes in a data set (what may stand there besides, and what it reads, the caller says).
 The repetitions of one step are independent of each other and may run side by side; steps follow each other in order.
 A run line may start with `torchrun --standalone --nproc_per_node=2`: the step then runs in so many processes.
 `summary: true` marks a step that is done again whenever another one was. A step is done when its marker
@@ -80,8 +81,10 @@ class Step:
 
     @functools.cached_property
     def key(self) -> str:
-        """Identity: the command line, size and time of the outside files it names, identities of the steps it needs."""
-        outside = {p: [os.path.getsize(p), os.stat(p).st_mtime_ns] for p in sorted(self.reads) if os.path.isfile(p)}
+        """Identity: the command line, size and time of the outside files and folders it names, identities of the steps it
+        needs.
+        """
+        outside = {path: _traits(path) for path in sorted(self.reads) if os.path.isfile(path) or path in self.folders}
         return _digest([self.argv, outside, [step.key for step in self.needs]])
 
     @property
@@ -108,6 +111,14 @@ class Step:
         options = (word[2:].partition("=") for word in self.argv if word.startswith("--"))
         return {os.path.normpath(value) for name, _, value in options if name in names and value}
 
+    @property
+    def folders(self) -> set[str]:
+        """Outside folders that whole options name."""
+        values = {
+            os.path.normpath(word.partition("=")[2]) for word in self.argv if word.startswith("--") and "=" in word
+        }
+        return {path for path in values & self.reads if path != "." and os.path.isdir(path)}
+
     @functools.cached_property
     def reads(self) -> set[str]:
         """All that may be a path in the command line and is not written by it; `%s` stands for anything."""
@@ -116,6 +127,18 @@ class Step:
             value = word.partition("=")[2] if word.startswith("--") else word
             found |= {value, value.partition(":")[2], *re.split(r"[,:]", value)}
         return {os.path.normpath(path.replace("%s", "*")) for path in found if path} - self.writes
+
+
+def _traits(path):
+    """Size and time of a file; of a folder a digest over all that is in it."""
+    if os.path.isfile(path):
+        return [os.path.getsize(path), os.stat(path).st_mtime_ns]
+    found = []
+    for folder, folders, files in os.walk(path):
+        folders.sort()
+        stats = ((name, os.lstat(os.path.join(folder, name))) for name in sorted(files))
+        found.append([os.path.relpath(folder, path), [[name, s.st_size, s.st_mtime_ns] for name, s in stats]])
+    return _digest(found)
 
 
 def _digest(content):
@@ -202,11 +225,8 @@ def _folder_name(name, budget, overrides):
     return f"{plain[:100]}-{hashlib.sha256(repr(choices).encode()).hexdigest()[:6]}"
 
 
-def load(path: str | Path, budget: str | None = None, overrides: dict | None = None) -> tuple[dict, list[Step]]:
-    """The settings and the steps of an experiment file. Raises ValueError with the file and what is wrong.
-
-    budget: names (comma-separated) of entries under `budgets`, applied in order; overrides: {setting: value}, last.
-    """
+def read(path: str | Path) -> dict:
+    """The content of an experiment file: settings, budgets and steps are there. ValueError with the file and what is wrong."""
     try:
         spec = read_yaml(path)
     except (OSError, ValueError) as err:
@@ -216,9 +236,38 @@ def load(path: str | Path, budget: str | None = None, overrides: dict | None = N
     for key in ("settings", "budgets"):
         if not isinstance(spec.get(key) or {}, dict) or not all(isinstance(n, str) for n in spec.get(key) or {}):
             raise ValueError(f"{path}: {key} must map names to values")
+    for stage, entry in enumerate(spec["steps"]):
+        where = f"{path}, step {stage}"
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "run")):
+            raise ValueError(f"{where}: a step has a name and a run line")
+        if not isinstance(entry.get("foreach") or {}, dict):
+            raise ValueError(f"{where}: foreach must map names to lists")
+    return {**spec, "settings": spec.get("settings") or {}, "budgets": spec.get("budgets") or {}}
+
+
+def texts(path: str | Path) -> set[str]:
+    """Settings that are a text, or must be given, and that no foreach goes through: their values are taken as written."""
+    spec = read(path)
+    listed = {
+        name for entry in spec["steps"] for name in (entry.get("foreach") or {}).values() if isinstance(name, str)
+    }
+    return {name for name, value in spec["settings"].items() if value is None or isinstance(value, str)} - listed
+
+
+def load(
+    path: str | Path,
+    budget: str | None = None,
+    overrides: dict | None = None,
+    readers: dict[str, Callable[[str], list]] | None = None,
+) -> tuple[dict, list[Step]]:
+    """The settings and the steps of an experiment file. Raises ValueError with the file and what is wrong.
+
+    budget: names (comma-separated) of entries under `budgets`, applied in order; overrides: {setting: value}, last.
+    readers: {name: function of a text}; a setting `{name: text}` becomes what the function returns.
+    """
+    spec = read(path)
     name = spec.get("name") or Path(path).stem
-    settings = dict(spec.get("settings") or {})
-    budgets = {"default": {}, **(spec.get("budgets") or {})}
+    settings, budgets = dict(spec["settings"]), {"default": {}, **spec["budgets"]}
     for part in (budget or "default").split(","):
         if part not in budgets:
             raise ValueError(f"--budget={part} is unknown to {path}; known: {', '.join(sorted(budgets))}")
@@ -231,18 +280,24 @@ def load(path: str | Path, budget: str | None = None, overrides: dict | None = N
             f"--set {sorted(unknown)[0]}: {path} has no such setting; known: {', '.join(sorted(settings))}"
         )
     settings.update(overrides or {})
+    wanted = [name for name, value in spec["settings"].items() if value is None]
+    missing = next((name for name in wanted if settings[name] in (None, "")), None)
+    if missing is not None:
+        raise ValueError(f"{path}: {missing} has no value; give --set {missing}=...")
     settings.setdefault("out", "results/" + _folder_name(name, budget, overrides or {}))
+    for name, value in settings.items():
+        if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in (readers or {}):
+            ((reader, text),) = value.items()
+            settings[name] = readers[reader](_fill(str(text), settings, f"{path}, {name}"))
     steps = []
     for stage, entry in enumerate(spec["steps"]):
         where = f"{path}, step {stage}"
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "run")):
-            raise ValueError(f"{where}: a step has a name and a run line")
         try:
             words = shlex.split(entry["run"])
         except ValueError as err:
             raise ValueError(f"{where}: the run line is not readable ({err})") from err
-        if not words or not isinstance(entry.get("foreach") or {}, dict):
-            raise ValueError(f"{where}: run must name a script, and foreach must map names to lists")
+        if not words:
+            raise ValueError(f"{where}: run must name a script")
         for assignment in _combinations(entry.get("foreach"), settings, where):
             values = {**settings, **assignment}
             argv = []

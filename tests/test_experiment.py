@@ -42,7 +42,8 @@ def file(tmp_path):
 @click.command()
 @click.option("--text")
 @click.option("--dest", "to")
-def note(text, to):
+@click.option("--source")
+def note(text, to, source):
     """A script that notes what it was told, and fails on demand."""
     if text == "fail":
         raise click.UsageError("--text=fail was asked for")
@@ -328,3 +329,45 @@ def test_a_step_starts_scripts_of_the_project_only(tmp_path, options):
         return
     one_line(run_experiment.main, path, f"--out={tmp_path}/out", says="step a: ")
     assert not (tmp_path / "out").exists()
+
+
+READING = """
+settings: {folder: , pair: "a, b", list: x, found: {classes: "{folder}"}, kept: {other: 1}, out: "%s"}
+steps:
+  - {name: "all-{f}", foreach: {f: found}, run: 'note.py --text={f}:{pair} --source={folder} --dest={out}/all-{f}'}
+  - {name: "list-{l}", foreach: {l: list}, run: "note.py --text={l} --dest={out}/list-{l}"}
+"""
+
+
+def test_settings_that_must_be_given_are_read_as_written_and_may_be_read_from_data(tmp_path):
+    path = tmp_path / "reading.yaml"
+    path.write_text(READING % (tmp_path / "out"))
+    assert experiment.texts(path) == {"folder", "pair", "out"}  # a foreach goes through `list`
+    parsed = [run_experiment.parse_setting(f"{name}=007, [1", experiment.texts(path)) for name in ("folder", "pair")]
+    assert parsed == [("folder", "007, [1"), ("pair", "007, [1")]
+    assert run_experiment.parse_setting("list=1,2", experiment.texts(path)) == ("list", [1, 2])
+    for value in (None, ""):
+        with pytest.raises(ValueError, match="reading.yaml: folder has no value; give --set folder="):
+            experiment.load(path, overrides={"folder": value})
+    readers = {"classes": lambda text: [len(text), text[0]]}
+    settings, steps = experiment.load(path, None, {"folder": "my, é"}, readers)
+    assert settings["found"] == [5, "m"] and settings["kept"] == {"other": 1}
+    assert commands(steps) == {"all-5": "--text=5:a, b", "all-m": "--text=m:a, b", "list-x": "--text=x"}
+    assert steps[0].argv[2] == "--source=my, é"
+
+
+@pytest.mark.parametrize("change", ["add", "grow", "remove", "deep"])
+def test_a_step_is_done_again_when_the_folder_it_reads_changed(change, tmp_path):
+    path, folder = tmp_path / "reading.yaml", tmp_path / "my, é"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "1.png").write_bytes(b"1")
+    path.write_text(READING % (tmp_path / "out"))
+    load = lambda: experiment.load(path, None, {"folder": str(folder)}, {"classes": lambda text: [0]})[1]
+    experiment.run(load(), tmp_path / "out", load_scripts, progress=False)
+    assert all(experiment.is_done(tmp_path / "out", step) for step in load())
+    if change == "remove":
+        (folder / "a" / "1.png").unlink()
+    else:
+        name = {"add": "2.png", "grow": "a/1.png", "deep": "a/b.png"}[change]
+        (folder / name).write_bytes(b"12")
+    assert [experiment.is_done(tmp_path / "out", step) for step in load()] == [False, True]

@@ -114,6 +114,12 @@ def _class_indices(labels, options):
     return np.array(labels, dtype=np.int64)
 
 
+def class_ids(source: str) -> list[int]:
+    """Ids of the classes that have images in a folder, archive or package, ascending. ValueError where there is none."""
+    labels = open_source(source).labels
+    return np.unique(_class_indices(labels, f"--source={source}: sources need")).tolist()
+
+
 def select_images(
     labels: Sequence | None,
     count: int,
