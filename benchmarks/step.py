@@ -39,7 +39,9 @@ PRECISIONS = {"fp32": None, "fp16": "float16", "bf16": "bfloat16"}
 def interface_of(preset, resolution, channels, classes):
     """The shape of the data that a preset is made for; options win."""
     grey, latent = preset.startswith("digits"), "img512" in preset or "img256" in preset
-    side = {"digits8": 8, "digits28": 28}.get(preset, 32 if "cifar" in preset or "img256" in preset else 64)
+    side = {"digits8": 8, "digits28": 28, "small32": 32}.get(
+        preset, 32 if "cifar" in preset or "img256" in preset else 64
+    )
     return dict(
         img_resolution=resolution or side,
         img_channels=channels or (1 if grey else 4 if latent else 3),
