@@ -43,7 +43,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dnnlib.reading import read_json, read_yaml
-from dnnlib.util import reason, write_json
+from dnnlib.util import file_sum, reason, write_json
 
 ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
 LAUNCHER = "torchrun"
@@ -332,15 +332,30 @@ def _read_marker(out, step):
 
 
 def _files(out, step):
-    """{path: size} of everything that a step's outputs consist of now; the experiment's own folder says nothing of one."""
-    found = {}
+    """Sorted paths of all files that a step's outputs consist of now; the experiment's own folder says nothing of one."""
+    found = set()
     for path in sorted(step.writes - {os.path.normpath(out)}):
         if os.path.isdir(path):
-            found |= {str(p): p.stat().st_size for p in sorted(Path(path).rglob("*")) if p.is_file()}
+            found |= {str(p) for p in Path(path).rglob("*") if p.is_file()}
         else:
-            beside = [path, *glob.glob(glob.escape(path) + ".*")]
-            found |= {p: os.path.getsize(p) for p in beside if os.path.isfile(p)}
-    return found
+            found |= {p for p in [path, *glob.glob(glob.escape(path) + ".*")] if os.path.isfile(p)}
+    return sorted(found)
+
+
+def _state(path):
+    """[size, time, sha256] of a file."""
+    with open(path, "rb") as file:
+        stat = os.fstat(file.fileno())
+        return [stat.st_size, stat.st_mtime_ns, file_sum(file)]
+
+
+def _unchanged(path, then):
+    """Whether a file is what it was; its content is read only where its time has changed, as in copies of results."""
+    try:
+        stat = os.stat(path)
+        return [stat.st_size, stat.st_mtime_ns] == then[:2] or (stat.st_size == then[0] and _state(path)[2] == then[2])
+    except (OSError, TypeError, IndexError):
+        return False
 
 
 def is_done(out: str | Path, step: Step) -> bool:
@@ -350,8 +365,7 @@ def is_done(out: str | Path, step: Step) -> bool:
         return False
     if "files" not in marker:  # written by an earlier version, which knew the command line only
         return marker["key"] == _digest(step.argv)
-    sizes = marker["files"]
-    return marker["key"] == step.key and all(os.path.isfile(p) and os.path.getsize(p) == n for p, n in sizes.items())
+    return marker["key"] == step.key and all(_unchanged(path, then) for path, then in marker["files"].items())
 
 
 def _set_aside(out, step):
@@ -390,7 +404,8 @@ def execute(out: str | Path, step: Step, load_scripts: Callable[[], dict]) -> st
             return f"step {step.name}: {message or type(err).__name__} (see {log})"
     if code:
         return f"step {step.name} ended with code {code} (see {log})"
-    record = {"key": step.key, "argv": step.argv, "seconds": round(time.time() - start, 3), "files": _files(out, step)}
+    record = {"key": step.key, "argv": step.argv, "seconds": round(time.time() - start, 3)}
+    record["files"] = {path: _state(path) for path in _files(out, step)}
     write_json(_marker(out, step), record)
     return None
 

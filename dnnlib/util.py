@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -119,6 +120,14 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_json(path: str | Path, value: object) -> Path:
     """Write strict JSON atomically; returns its path. Raises ValueError for NaN or infinity."""
     return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def file_sum(file: IO[bytes]) -> str:
+    """sha256 (hex) of the rest of a binary file."""
+    digest = hashlib.sha256()
+    while chunk := file.read(2**20):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_stats(run: str | Path) -> list[dict]:

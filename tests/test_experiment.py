@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 import re
+import shutil
 
 import click
 import pytest
@@ -312,6 +313,14 @@ def test_what_reads_a_changed_output_is_done_again(tmp_path):
     assert ran(text="two") == ["b", "c"]
     (out / "other" / "x").write_text("changed by hand")
     assert ran(text="two") == ["other"]
+    written = out / "a.txt"
+    written.write_text(written.read_text()[::-1])  # of the same size
+    assert ran(text="two") == ["a", "b", "c"]
+    moved = out.with_name("moved")
+    shutil.copytree(out, moved)  # with other times
+    shutil.rmtree(out)
+    shutil.copytree(moved, out, copy_function=shutil.copy)
+    assert ran(text="two") == []
     given.write_text("second, longer")
     assert ran(text="two") == ["outside"]
     assert ran(text="one") == ["a", "b", "c"]

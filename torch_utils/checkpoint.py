@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import sys
 import zipfile
@@ -12,17 +11,9 @@ from pathlib import Path
 import torch
 
 from dnnlib.reading import require_honest
-from dnnlib.util import atomic_write, reason, write_text
+from dnnlib.util import atomic_write, file_sum, reason, write_text
 
 _NAME = re.compile(r"training-state-(\d+)\.pt")
-
-
-def _sum(file):
-    """sha256 (hex) of the rest of a binary file."""
-    digest = hashlib.sha256()
-    while chunk := file.read(2**20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _sum_path(path):
@@ -39,7 +30,7 @@ def save(path: str | Path, state: dict) -> None:
     with atomic_write(path, "w+b") as file:
         torch.save(state, file)
         file.seek(0)
-        line = f"{_sum(file)}  {path.name}\n"
+        line = f"{file_sum(file)}  {path.name}\n"
         earlier = _wanted(path) if path.is_file() else []
         write_text(_sum_path(path), line + "".join(f"{old}  {path.name}\n" for old in earlier))
     if earlier:
@@ -62,7 +53,7 @@ def damage(path: str | Path) -> str | None:
     if not wanted:
         return "its checksum file is missing"
     with open(path, "rb") as file:
-        return None if _sum(file) in wanted else "its checksum does not match"
+        return None if file_sum(file) in wanted else "its checksum does not match"
 
 
 def load(path: str | Path, mmap: bool = False) -> dict:
