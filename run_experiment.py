@@ -67,7 +67,7 @@ def parse_setting(text, texts=()):
 @click.argument("file", metavar="FILE", type=click.Path(exists=True, dir_okay=False))
 @click.option("--budget", metavar="NAME", help="Named overrides in the file, e.g. smoke; several with commas")
 @click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="Override one setting; may be repeated")
-@click.option("--out", metavar="DIR", help="Where the results go; default: results/<name>")
+@cli.output("--out", outputs.RESULTS, metavar="DIR", help="Where the results go; default: results/<name>")
 @click.option("--list", "list_only", is_flag=True, help="Print the steps, with their index and whether they are done")
 @click.option("--step", "names", metavar="NAME", multiple=True, help="Run only this step; may be repeated")
 @click.option("--index", type=click.IntRange(min=0), help="Run only the step of this index (for job arrays)")

@@ -224,15 +224,15 @@ def _naming_option(message: str, ctx: click.Context) -> str:
     if message.startswith("--"):
         return message
     given = [
-        (_flag(param), path)
+        (param, path)
         for param, text in _texts(ctx)
         if isinstance(param, click.Option) and _PATHS.search(param.metavar or "")
         for path in [*outputs.paths_in(text), os.path.normpath(text)]
     ]
-    for flag, path in sorted(given, key=lambda item: -len(item[1])):
+    for param, path in sorted(given, key=lambda item: -len(item[1])):
         found = re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", message)
-        if found and re.search(r"\w", path):
-            return f"{flag}{': ' if found.start() else '='}{message}"
+        if found and re.search(r"\w", path) and not (found.start() and getattr(param, "writes", None)):
+            return f"{_flag(param)}{': ' if found.start() else '='}{message}"
     return message
 
 

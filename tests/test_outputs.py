@@ -285,3 +285,9 @@ def test_recognised_by_what_is_inside(w):
     assert outputs.zip_with("dataset.json")(w / "data.zip") and not outputs._tried(
         outputs.zip_with("x"), w / "data.zip"
     )
+
+
+def test_an_output_named_in_passing_is_not_to_blame(w):
+    (w / "bad.yaml").write_text("steps: [{name: a, run: dataset_tool.py inspect nothing.zip}]")
+    line = one_line(run_experiment.main, w / "bad.yaml", f"--out={w / 'out'}", "--jobs=1", says="nothing.zip")
+    assert line.startswith("Error: step a: ") and str(w / "out" / "logs") in line
