@@ -41,10 +41,13 @@ def load_scripts():
 
 
 def class_ids(source):
-    """Of a data set, for settings such as `sources: {classes: "{source}"}`."""
+    """Of a data set, for settings such as `sources: {classes: "{source}"}`; says on stderr which they are."""
     from training.dataset.convert import class_ids
 
-    return class_ids(source)
+    ids, understood = class_ids(source)
+    if understood:
+        click.echo(understood, err=True)
+    return ids
 
 
 def parse_setting(text, texts=()):

@@ -130,14 +130,18 @@ class Step:
 
 
 def _traits(path):
-    """Size and time of a file; of a folder a digest over all that is in it."""
+    """Size and time of a file; of a folder a digest over all that is in it, links followed."""
     if os.path.isfile(path):
         return [os.path.getsize(path), os.stat(path).st_mtime_ns]
-    found = []
-    for folder, folders, files in os.walk(path):
-        folders.sort()
-        stats = ((name, os.lstat(os.path.join(folder, name))) for name in sorted(files))
-        found.append([os.path.relpath(folder, path), [[name, s.st_size, s.st_mtime_ns] for name, s in stats]])
+    found, seen = [], set()
+    for folder, folders, files in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(folders)  # links may lead in circles
+        for name in [] if real in seen else sorted(files):
+            file = os.path.join(folder, name)
+            traits = os.stat(file, follow_symlinks=os.path.exists(file))
+            found.append([os.path.relpath(file, path), traits.st_size, traits.st_mtime_ns])
+        seen.add(real)
     return _digest(found)
 
 

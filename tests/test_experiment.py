@@ -365,11 +365,14 @@ def test_settings_that_must_be_given_are_read_as_written_and_may_be_read_from_da
     assert steps[0].argv[2] == "--source=my, é"
 
 
-@pytest.mark.parametrize("change", ["add", "grow", "remove", "deep"])
+@pytest.mark.parametrize("change", ["add", "grow", "remove", "deep", "link"])
 def test_a_step_is_done_again_when_the_folder_it_reads_changed(change, tmp_path):
     path, folder = tmp_path / "reading.yaml", tmp_path / "my, é"
     (folder / "a").mkdir(parents=True)
     (folder / "a" / "1.png").write_bytes(b"1")
+    (tmp_path / "elsewhere").mkdir()
+    for name, target in {"b": tmp_path / "elsewhere", "a/round": folder, "gone": tmp_path / "none"}.items():
+        (folder / name).symlink_to(target)
     path.write_text(READING % (tmp_path / "out"))
     load = lambda: experiment.load(path, None, {"folder": str(folder)}, {"classes": lambda text: [0]})[1]
     experiment.run(load(), tmp_path / "out", load_scripts, progress=False)
@@ -377,6 +380,6 @@ def test_a_step_is_done_again_when_the_folder_it_reads_changed(change, tmp_path)
     if change == "remove":
         (folder / "a" / "1.png").unlink()
     else:
-        name = {"add": "2.png", "grow": "a/1.png", "deep": "a/b.png"}[change]
+        name = {"add": "2.png", "grow": "a/1.png", "deep": "a/b.png", "link": "b/3.png"}[change]
         (folder / name).write_bytes(b"12")
     assert [experiment.is_done(tmp_path / "out", step) for step in load()] == [False, True]

@@ -64,6 +64,11 @@ def test_from_the_folder_to_the_table(photos, tmp_path):
     assert not experiment.is_done(out, changed[1][0])
 
 
+def test_it_says_which_sources_it_found(photos, tmp_path):
+    said = run(run_experiment.main, YAML, "--set", f"source={photos}", f"--out={tmp_path}", "--list").stderr
+    assert said == "3 sources: 10: 20, Häuser, alt 20, sea & sky 20 (3 stray files ignored)\n"
+
+
 def test_sources_are_those_of_the_folder_or_the_chosen_ones(photos, tmp_path):
     names = listed(photos, tmp_path)
     assert [n for n in names if n.startswith("train-single") and n.endswith("seed0")] == [

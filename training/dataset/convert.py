@@ -114,10 +114,14 @@ def _class_indices(labels, options):
     return np.array(labels, dtype=np.int64)
 
 
-def class_ids(source: str) -> list[int]:
-    """Ids of the classes that have images in a folder, archive or package, ascending. ValueError where there is none."""
-    labels = open_source(source).labels
-    return np.unique(_class_indices(labels, f"--source={source}: sources need")).tolist()
+def class_ids(source: str) -> tuple[list[int], str]:
+    """Ids of the classes that have images in a folder, archive or package, ascending, and a sentence on what was understood.
+
+    Raises ValueError where an image has no class.
+    """
+    opened = open_source(source)
+    labels = _class_indices(opened.labels, f"--source={source}: sources need")
+    return np.unique(labels).tolist(), opened.about
 
 
 def select_images(
