@@ -386,5 +386,5 @@ def _tiny_imagenet(path):
         num_classes=len(wnids),
         class_names=[f"{wnid} {words[wnid]}" if wnid in words else wnid for wnid in wnids],
         describe=lambda i: str(files[i][0]),
-        size=lambda i: read(i, header_only=True).size,
+        header=lambda i: read(i, header_only=True),
     )

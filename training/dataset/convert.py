@@ -29,6 +29,7 @@ from dnnlib.options import opt
 from dnnlib.util import REPLACED, TEMPORARY, Lock
 from training.choices import given
 from training.dataset.format import LABELS_FILE, ImageSource, extension
+from training.dataset.pixels import GREY, Pixels, upright_size
 from training.dataset.sources import open_source
 
 _NO_IMAGES = "nothing is written, no images are left"
@@ -268,7 +269,7 @@ class DatasetWriter:
         self.labels.append([name, label])
 
     def add_image(self, index: int, image: PIL.Image.Image, label: int | list | None, described: str) -> None:
-        """PIL image (L or RGB) -> `IIIII/imgIIIIIIII.png`, uncompressed."""
+        """PIL image (L, RGB or RGBA) -> `IIIII/imgIIIIIIII.png`, uncompressed."""
         data = io.BytesIO()
         image.save(data, format="png", compress_level=0, optimize=False)
         shape = (len(image.getbands()), image.size[1], image.size[0])
@@ -347,7 +348,16 @@ class Conversion(_Writing):
     )
     transform: str | None = opt(None, "Crop mode [default: resize]", type=click.Choice(list(TRANSFORMS)))
     channels: str = opt(
-        "auto", "auto: RGB, but digits and grey data sets stay grey", type=click.Choice(["auto", "1", "3"])
+        "auto",
+        "auto: RGB, but digits and grey data sets stay grey; 4 keeps alpha",
+        type=click.Choice(["auto", "1", "3", "4"]),
+    )
+    background: str = opt("white", "Colour behind transparent images", metavar="COLOUR")
+    depth: str | None = opt(
+        None,
+        "How more than 8 bits become 8: scale16 (0..65535), unit (0..1), minmax (of each image), LOW:HIGH "
+        "[default: refuse]",
+        metavar="RULE",
     )
 
 
@@ -378,6 +388,15 @@ def _is_sound(source, index, known):
     return known[index] is None
 
 
+def _all_grey(count, header):
+    """Whether all images that can be opened are grey."""
+    for i in range(count):
+        with contextlib.suppress(ValueError):
+            if header(i).mode not in GREY:
+                return False
+    return True
+
+
 def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **options: object) -> dict:
     """Write the data set(s); returns a summary (`count`, `holdout`, `skipped`, `per_source`, ...). ValueError.
 
@@ -387,6 +406,7 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
     """
     o = Conversion(**options)
     apply = make_transform(o.transform, o.resolution)
+    Pixels(3, o.background, o.depth)  # known colour and rule
     for option, path in (("--holdout", o.holdout), ("--val", o.val)):
         if path is not None and o.per_source is None:
             raise ValueError(f"{option} takes what --per-source leaves over: give --per-source=N too")
@@ -401,15 +421,13 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
         check_dest(option, path, others[option], new=o.dry_run and not o.overwrite)
     where = source.name if isinstance(source, ImageSource) else os.fspath(source)
     source = source if isinstance(source, ImageSource) else open_source(source, o.split_folder)
-    if source.latents and (o.transform is not None or o.resolution is not None or o.channels != "auto"):
-        raise ValueError("latents are copied as they are: drop --transform, --resolution and --channels")
-    mode = "L" if o.channels == "1" or (o.channels == "auto" and source.grey) else "RGB"
-    bad, vetoes = {}, []
+    if source.latents and (o.transform or o.resolution or o.depth or o.channels != "auto"):
+        raise ValueError("latents are copied as they are: drop --transform, --resolution, --channels and --depth")
+    bad, vetoes, header = {}, [], source.header or source.read
     if o.skip_bad:
         vetoes.append(lambda i: _is_sound(source, i, bad))
     if o.transform == "center-crop-wide":
-        size = source.size or (lambda i: source.read(i).size)
-        vetoes.append(lambda i: wide_rows(size(i), *o.resolution) is not None)
+        vetoes.append(lambda i: wide_rows(upright_size(header(i)), *o.resolution) is not None)
     accept = (lambda i: all(veto(i) for veto in vetoes)) if vetoes else None
     labels = source.labels
     if o.shuffle_labels is not None:
@@ -426,6 +444,9 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
         raise ValueError(f"--holdout={o.holdout}: no images are left for it; lower --per-source={o.per_source}")
     if not len(chosen):
         raise ValueError(f"--source={where}: {_NO_IMAGES}")
+    grey = _all_grey(source.count, header) if source.grey is None else source.grey
+    channels = (1 if grey else 3) if o.channels == "auto" else int(o.channels)
+    pixels = Pixels(channels, o.background, o.depth)
     labels = labels if labels is not None else [None] * source.count
     unlabelled = sum(labels[i] is None for i in chosen) if source.labels is not None else 0
     summary = {
@@ -436,7 +457,7 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
         "val": len(validation),
         "skipped": 0,
         "bad": [source.describe(i) for i in sorted(i for i, why in bad.items() if why)],
-        "channels": None if source.latents else len(mode),
+        "channels": None if source.latents else channels,
         "num_classes": source.num_classes,
         "per_source": dict(sorted(Counter(labels[i] for i in chosen if isinstance(labels[i], int)).items())),
         "unlabelled": unlabelled,
@@ -455,11 +476,12 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
                 if source.latents:
                     writer.add_latents(index, source.read(index), labels[index], source.describe(index))
                     continue
-                image = apply(source.read(index).convert(mode))
+                image = apply(pixels(source.read(index), source.describe(index)))
                 if image is None:
                     summary["skipped"] += 1
                 else:
                     writer.add_image(index, image, labels[index], source.describe(index))
+    summary["warnings"] += pixels.notes(automatic=o.channels == "auto")
     contents = [writer.hashes for writer in writers]
     if len(contents) > 1:
         held = [image for part in contents[1:] for image in part]

@@ -234,7 +234,8 @@ class ImageFolderDataset(Dataset):
         self.class_names, self._given_classes = layout.class_names, layout.num_classes
         if layout.written_here or layout.class_names:
             self.declared_classes = layout.num_classes
-        shape = self._read_image(self._image_names[0]).shape
+        first = self._read_image(self._image_names[0])
+        shape, self._dtype = first.shape, first.dtype
         if resolution is not None and shape[1:] != (resolution, resolution):
             raise ValueError(
                 f"{self.path}: images are {shape[2]}x{shape[1]}, but resolution={resolution} was asked for; "
@@ -259,6 +260,10 @@ class ImageFolderDataset(Dataset):
             raise ValueError(
                 f"{self.path}: {name} has shape {list(image.shape)}, but the first image has {self.image_shape}; "
                 f"convert with --resolution=WxH so that all images agree"
+            )
+        if image.dtype != self._dtype:
+            raise ValueError(
+                f"{self.path}: {name} holds {image.dtype}, but the first image {self._dtype}; keep one kind"
             )
         return image
 

@@ -8,12 +8,15 @@ import io
 import lzma
 import os
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from training.dataset.pixels import note_depth, orientation, see_through
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -37,6 +40,7 @@ ZIP_ERRORS = (
     MemoryError,  # a header may ask for any amount
 )
 _PIL_MODES = {"L": "L", "RGB": "RGB", "RGBA": "RGBA", "LA": "LA", "1": "L", "P": "RGB"}  # stored mode -> mode read
+_MOST_TEXT = 2**26  # bytes of one text or profile of a PNG, unpacked; four times as many of all texts
 
 
 def base_name(path: str) -> str:
@@ -66,15 +70,19 @@ IMAGE_FORMATS = (
     "SGI",
     "QOI",
 )
-MOST_PIXELS = 2**27  # of one image: some bytes can stand for as many pixels as one likes
+MOST_PIXELS = 2**28  # of one image: some bytes can stand for as many pixels as one likes
 
 
 @functools.lru_cache
 def _image_formats():
     """(formats, lower-case extensions) of IMAGE_FORMATS that this Pillow knows."""
     import PIL.Image
+    import PIL.PngImagePlugin
 
     PIL.Image.init()
+    PIL.Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # open_image checks: Pillow warns here, and refuses twice as many
+    warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
+    PIL.PngImagePlugin.MAX_TEXT_CHUNK, PIL.PngImagePlugin.MAX_TEXT_MEMORY = _MOST_TEXT, 4 * _MOST_TEXT
     known = [name for name in IMAGE_FORMATS if name in PIL.Image.OPEN]
     return known, frozenset(ending for ending, name in PIL.Image.EXTENSION.items() if name in known)
 
@@ -90,12 +98,25 @@ def item_extensions() -> frozenset[str]:
 
 
 def decode_image(data: bytes, fname: str) -> np.ndarray:
-    """Bytes of a PNG (or any Pillow format) or NPY file -> [C,H,W], uint8 or float32. ValueError names `fname`."""
+    """Bytes of a PNG (or any Pillow format) or NPY file -> [C,H,W], uint8 or float32, as stored. ValueError names `fname`.
+
+    Alpha is a channel (as `convert --channels=4` writes it). Refused is what `convert` would scale, turn or composite.
+    """
     if extension(fname) == ".npy":
         return load_npy(data, fname)
     image = open_image(data, fname)
+    if image.info.get("deep"):
+        raise ValueError(
+            f"{fname} has more than 8 bits per channel (pixel mode {image.mode}); run `dataset_tool.py convert --depth=...`"
+        )
     if image.mode not in _PIL_MODES:
         raise ValueError(f"{fname} has pixel mode {image.mode}, not grey or RGB; run `dataset_tool.py convert`")
+    if image.info.get("turned") or orientation(image) != 1:
+        raise ValueError(
+            f"{fname} has an orientation tag, so it is not as viewers show it; run `dataset_tool.py convert`"
+        )
+    if image.mode not in ("LA", "RGBA") and see_through(image):
+        raise ValueError(f"{fname} has a transparent colour; run `dataset_tool.py convert --background=white`")
     pixels = np.array(image if _PIL_MODES[image.mode] == image.mode else image.convert(_PIL_MODES[image.mode]))
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -119,21 +140,33 @@ def load_npy(data: bytes, name: str) -> np.ndarray:
 
 
 def open_image(data: bytes, name: str, header_only: bool = False) -> PIL.Image.Image:
-    """Bytes -> PIL image with 8-bit channels. ValueError names the file where it is corrupt or deeper than 8 bits."""
+    """Bytes -> PIL image as stored, see `pixels`. ValueError names a file that is corrupt or too large.
+
+    `info` tells what loading hides: `deep` (more than 8 bits per channel), `turned` (by Pillow), `frames` (several).
+    """
     import PIL.Image
 
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=_image_formats()[0])
-        if image.size[0] * image.size[1] > MOST_PIXELS:
-            raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are more than {MOST_PIXELS}")
-        if not header_only:
-            image.load()
+        too_many = image.size[0] * image.size[1] > MOST_PIXELS
+        if not too_many:
+            note_depth(image, data)
+            turn = orientation(image)
+            if not header_only:
+                image.load()
+                image.info["turned"] = turn != orientation(image)
+                image.info["frames"] = getattr(image, "is_animated", False)
     except PIL.UnidentifiedImageError as err:  # its message names the buffer, which tells nobody anything
         raise ValueError(f"{name} is corrupt or no image (unknown format); replace or remove it") from err
+    except PIL.Image.DecompressionBombError:
+        too_many = True
     except Exception as err:  # Every plugin of Pillow fails in its own way.
+        if "MAX_TEXT" in str(err):
+            most = f"more than {_MOST_TEXT >> 20} MiB of text or profile"
+            raise ValueError(f"{name} is a PNG with {most}; save it without metadata") from err
         raise ValueError(f"{name} is corrupt or no image ({err}); replace or remove it") from err
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{name} has pixel mode {image.mode}; convert it to 8 bits per channel first")
+    if too_many:
+        raise ValueError(f"{name} has more than {MOST_PIXELS >> 20} x 2**20 pixels; make it smaller or remove it")
     return image
 
 
@@ -147,10 +180,10 @@ class ImageSource:
     labels: list | None = None  # Per image: int, list of floats, or None where there is no entry.
     num_classes: int | None = None  # Number of sources in the whole collection.
     class_names: list | None = None
-    grey: bool = False  # Grey by nature: stays one channel under --channels=auto.
+    grey: bool | None = False  # Grey by nature: stays one channel under --channels=auto. None: where all images are.
     latents: bool = False  # Items are arrays to be copied, not images.
     describe: Callable = str  # index -> name for messages
-    size: Callable | None = None  # index -> (width, height) without decoding
+    header: Callable | None = None  # index -> PIL image, not decoded where that can be
     about: str = ""  # what was understood of a folder or zip, in one line
     warnings: Sequence[str] = ()
     missing: str | None = None  # a sentence about images without a label
@@ -180,5 +213,4 @@ class ImageSource:
             class_names=class_names,
             grey=grey,
             describe=lambda i: f"{name}[{i}]",
-            size=lambda i: images[i].shape[1::-1],
         )

@@ -59,8 +59,6 @@ def _list_images(files, part):
         data = files.read(images[i])
         return load_npy(data, images[i]) if latents else open_image(data, f"{path}: {images[i]}")
 
-    # EDM2 turns every image into RGB. A file with `num_classes` was written here: then what is grey stays grey.
-    grey = not latents and layout.written_here and read(0).mode in ("L", "LA", "1")
     return ImageSource(
         name=base_name(path),
         count=len(images),
@@ -68,10 +66,11 @@ def _list_images(files, part):
         labels=layout.labels,
         num_classes=layout.num_classes,
         class_names=layout.class_names,
-        grey=grey,
+        # EDM2 turns every image into RGB. A file with `num_classes` was written here: then what is grey stays grey.
+        grey=None if layout.written_here and not latents else False,
         latents=latents,
         describe=lambda i: images[i],
-        size=lambda i: open_image(files.read(images[i]), f"{path}: {images[i]}", header_only=True).size,
+        header=lambda i: open_image(files.read(images[i]), f"{path}: {images[i]}", header_only=True),
         about=layout.sentence,
         warnings=layout.warnings,
         missing=layout.missing,
