@@ -47,6 +47,18 @@ def table_rows(cells: Cells, arms: Sequence[str], sources: Sequence[str]) -> lis
     return rows
 
 
+def seed_rows(cells: Cells, arms: Sequence[str], sources: Sequence[str]) -> list[dict[str, object]]:
+    """Lines of seeds.csv: the numbers behind every mean and interval, one line per arm, source and training seed."""
+    names = [c for c in COLUMNS if any((a, s, c) in cells for a in arms for s in sources)]
+    rows = []
+    for arm, source in itertools.product(arms, sources):
+        values = {name: cells[arm, source, name].by_seed() for name in names if (arm, source, name) in cells}
+        for seed in dict.fromkeys(itertools.chain(*values.values())):
+            found = {name: values.get(name, {}).get(seed, "") for name in names}
+            rows.append({"arm": arm, "source": source, "seed": seed, **found})
+    return rows
+
+
 def to_markdown(
     cells: Cells,
     arms: Sequence[str],
@@ -193,7 +205,7 @@ def write_report(
     detector: str | None = None,
     notes: Sequence[str] = (),
 ) -> str:
-    """Write table.csv, table.md and comparison.png into the folder `dest`; returns the text of table.md.
+    """Write table.csv, seeds.csv, table.md and comparison.png into the folder `dest`; returns the text of table.md.
 
     scores: glob of score files; metric: of which detector, None: the only one; measure: what decides; the others are
     options of `calculate_metrics.py report`. Raises ValueError for missing scores or tags, and for two detectors without
@@ -232,6 +244,7 @@ def write_report(
         )
     text = to_markdown(cells, arms, sources, verdicts, notes)
     write_csv(dest / "table.csv", table_rows(cells, arms, sources))
+    write_csv(dest / "seeds.csv", seed_rows(cells, arms, sources))
     write_text(dest / "table.md", text)
     figure(dest / "comparison", cells, arms, sources, _strips(rows, arms, sources, real), (measure, verdicts[measure]))
     return text

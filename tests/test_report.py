@@ -86,6 +86,11 @@ def test_files(tmp_path, noisy):
     within = [np.var([noisy["multi", 0, t, q] for q in (0, 1)], ddof=1) for t in range(3)]
     assert float(first["fd_sd_sampling"]) == pytest.approx(np.sqrt(np.mean(within)), rel=1e-5)
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
+    seeds = table.read_csv(tmp_path / "out" / "seeds.csv")
+    assert [(r["arm"], r["source"], r["seed"]) for r in seeds][:4] == [("multi", 0, t) for t in range(3)] + [
+        ("multi", 1, 0)
+    ]
+    assert [r["fd"] for r in seeds[:3]] == pytest.approx(means, rel=1e-12)
 
 
 def test_one_training_seed_has_no_uncertainty(tmp_path):
