@@ -205,8 +205,8 @@ def verdict(
     """Compare two arms over the sources, with the uncertainty that the training seeds show.
 
     One model of the shared arm serves all sources, so the seeds of both arms are averaged over sources first; the arms are
-    then paired by training seed, which stands for the draw of the data, too, where every seed has its own. Raises
-    ValueError where an arm has no scores.
+    then paired by training seed, which stands for the draw of the data, too, where every seed has its own; seeds of which
+    the arms have none in common are paired in their order. Raises ValueError where an arm has no scores.
     """
     for arm in (better, other):
         if missing := [s for s in sources if (arm, s, column) not in cells]:
@@ -216,9 +216,12 @@ def verdict(
     wins, advantage = sum(v > 0 for v in per_source.values()), fmean(per_source.values())
     # Of each arm's relative mean over sources, by training seed.
     relative = [seeds_mean([cells[arm, s, column] for s in sources], base) for arm in (other, better)]
-    common = sorted(set.intersection(*map(set, relative)))
-    _, error, *interval = paired_difference(*([values[seed] for seed in common] for values in relative))
-    error, interval = (error, tuple(interval)) if len(common) > 1 else (None, None)
+    if set(relative[0]).isdisjoint(relative[1]):  # nothing in common, as where an arm is compared with itself
+        pairs = list(zip(*(values.values() for values in relative), strict=False))
+    else:
+        pairs = [(value, relative[1][seed]) for seed, value in relative[0].items() if seed in relative[1]]
+    _, error, *interval = paired_difference(*zip(*pairs, strict=True))
+    error, interval = (error, tuple(interval)) if len(pairs) > 1 else (None, None)
     return Verdict(
         better, other, wins, advantage, error, interval, per_source, {better: fmean(mine), other: fmean(base)}
     )

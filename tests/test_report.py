@@ -58,6 +58,18 @@ def test_verdict_against_plain_formulas(tmp_path, noisy):
     assert "clear of zero" in str(got)
 
 
+def test_arms_without_a_common_seed_are_paired_in_order():
+    cells = defaultdict(table.Cell)
+    values = {"multi": [8.0, 9.0, 8.5], "single": [10.0, 11.5, 9.5]}
+    for (arm, found), first in zip(values.items(), (0, 100), strict=True):
+        for i, value in enumerate(found):
+            cells[arm, "0", "fd"].values[str(first + i), "0"] = value
+    got = table.verdict(cells, ["0"])
+    base = np.mean(values["single"])
+    truth = scipy.stats.ttest_rel(np.array(values["single"]) / base, np.array(values["multi"]) / base)
+    assert got.interval == pytest.approx(tuple(truth.confidence_interval(0.95)), rel=1e-9)
+
+
 def test_interval_covers_zero_for_equal_arms_at_its_rate():
     """200 experiments in which both arms are the same: the 95 % interval misses zero in about 5 % of them."""
     rng = np.random.default_rng(1)
