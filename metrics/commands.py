@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from metrics.features import FeatureSet
     from torch_utils.persistence import Snapshot
-    from training.dataset import ImageFolderDataset
+    from training.dataset import Dataset
     from training.fit import Side
 
 
@@ -63,12 +63,12 @@ def start(device: str | None, alone: str | None = None) -> torch.device:
     return found
 
 
-def open_images(path: str, option: str) -> ImageFolderDataset:
-    """The data set at `path`; a ValueError names the option."""
-    from training.dataset import ImageFolderDataset
+def open_images(path: str, option: str) -> Dataset:
+    """The data set at `path`, also a .npz or .npy of images (guided-diffusion); a ValueError names the option."""
+    from training.dataset import ImageFolderDataset, open_stack
 
     try:
-        return ImageFolderDataset(path)
+        return open_stack(path) if Path(path).suffix.lower() in (".npz", ".npy") else ImageFolderDataset(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"{option}: {error}") from None
 
@@ -110,7 +110,7 @@ def finish(result: dict, dest: str | None) -> None:
 
 
 def look(
-    dataset: ImageFolderDataset, detectors: dict[str, object], what: str, o: EasyDict, **options: object
+    dataset: Dataset, detectors: dict[str, object], what: str, o: EasyDict, **options: object
 ) -> dict[str, FeatureSet]:
     """What the detectors see in a data set, with a bar that is called `what`; options of `features.collect_dataset`."""
     from metrics.features import collect_dataset, progress_bar
@@ -131,7 +131,7 @@ class Prepared(NamedTuple):
     training: dict[str, FeatureSet] | None
 
 
-def side_of(name: str, dataset: ImageFolderDataset) -> Side:
+def side_of(name: str, dataset: Dataset) -> Side:
     """What is compared of a data set of images."""
     from training import fit
 
@@ -283,7 +283,7 @@ def detector(o: EasyDict) -> None:
     print_json({"dest": o.dest, "data": o.data, "detector": judge.identity} | report)
 
 
-def open_both(o: EasyDict, device: torch.device) -> tuple[Snapshot, ImageFolderDataset]:
+def open_both(o: EasyDict, device: torch.device) -> tuple[Snapshot, Dataset]:
     """The network --net and the data set --data that it is measured on; refuses what does not fit."""
     from torch_utils.persistence import load_snapshot
     from training import fit

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import pickle
 import struct
 import tarfile
@@ -10,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from small_runs import one_line, run
 
-from training.dataset import archives, lmdb_file
+import calculate_metrics
+from training.dataset import ImageFolderDataset, archives, lmdb_file
 from training.dataset.convert import convert
 from training.dataset.sources import open_source
 
@@ -131,11 +134,109 @@ def test_broken_cifar(tmp_path, content, message):
 
 
 def test_other_and_truncated_tars(tmp_path, cifar_rows):
-    refused(tar(tmp_path / "photos.tar.gz", {"a.png": b""}), "no CIFAR batches")
+    refused(tar(tmp_path / "notes.tar.gz", {"a.txt": b""}), "no CIFAR batches.* no images as in WebDataset")
     path = tar(tmp_path / "c.tar.gz", {"data_batch_1": python2_batch(cifar_rows, [0] * 5)})
     data = (tmp_path / "c.tar.gz").read_bytes()
     (tmp_path / "c.tar.gz").write_bytes(data[: len(data) // 2])
     refused(path, "truncated")
+
+
+def cifar_binary(rows, *labels):
+    return b"".join(bytes(k) + row.tobytes() for row, *k in zip(rows, *labels, strict=True))
+
+
+@pytest.mark.parametrize("extracted", [False, True])
+def test_cifar_binary_and_parts(tmp_path, cifar_rows, extracted):
+    """Records of a label (CIFAR-100: a coarse and a fine one) and 3 x 1024 pixels, as on the data sets' page."""
+    ten = {
+        "data_batch_1.bin": cifar_binary(cifar_rows[:2], [3, 9]),
+        "test_batch.bin": cifar_binary(cifar_rows[2:], [0, 1, 2]),
+        "batches.meta.txt": "\n".join(f"class{i}" for i in range(10)).encode(),
+        "readme.html": b"",
+    }
+    hundred = {"train.bin": cifar_binary(cifar_rows, [0] * 5, [7, 99, 0, 1, 2]), "fine_label_names.txt": b"a b"}
+    paths = []
+    for name, files in (("ten", ten), ("hundred", hundred), ("test", {"test_batch.bin": ten["test_batch.bin"]})):
+        if extracted:
+            (tmp_path / name).mkdir()
+            for file, data in files.items():
+                (tmp_path / name / file).write_bytes(data)
+            paths.append(tmp_path / name)
+        else:
+            paths.append(tar(tmp_path / f"{name}.tar.gz", {f"cifar/{file}": data for file, data in files.items()}))
+    pixels = lambda source: images_of(source).transpose(0, 3, 1, 2).reshape(source.count, -1)
+    train, test = open_source(paths[0]), open_source(paths[0], "test")
+    assert train.labels == [3, 9] and train.num_classes == 10 and train.class_names[9] == "class9"
+    assert np.array_equal(pixels(train), cifar_rows[:2]) and "part train; left out: test" in train.about
+    assert test.labels == [0, 1, 2] and np.array_equal(pixels(test), cifar_rows[2:])
+    source = open_source(paths[1])
+    assert source.labels == [7, 99, 0, 1, 2] and source.num_classes == 100
+    alone = open_source(paths[2])
+    assert alone.count == 3 and "part test" in alone.about
+    with pytest.raises(ValueError, match="--split-folder=val: no such part.*train, test"):
+        open_source(paths[0], "val")
+    refused(tar(tmp_path / "short.tar", {"data_batch_1.bin": bytes(3072)}), "no records of 3073")
+    refused(tar(tmp_path / "label.tar", {"data_batch_1.bin": bytes([10]) + bytes(3072)}), "label 10 is no class")
+
+
+# --- WebDataset -------------------------------------------------------------------------------------------------------
+
+
+def encoded(value, side=8, kind="png"):
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (side, side), (value, 2 * value, 0)).save(file, format=kind)
+    return file.getvalue()
+
+
+def plain_tar(path, files):
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_webdataset(tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    first = {"0.png": encoded(1), "0.cls": b"3\n", "0.txt": b"a caption", "._0.png": b"junk"}
+    plain_tar(shards / "s-2.tar", first)
+    second = {
+        "a/1.jpg": encoded(9, kind="jpeg"),
+        "a/1.json": b'{"label": 0}',
+        "a/2.img.png": encoded(7),
+        "a/2.cls": b"1",
+    }
+    with tarfile.open(shards / "s-10.tar.gz", "w:gz") as archive:
+        for name, data in second.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    source = open_source(shards)
+    assert source.labels == [3, 0, 1] and source.num_classes == 4 and "1 stray file" in source.about
+    assert np.array_equal(images_of(source)[[0, 2], 0, 0], [[1, 2, 0], [7, 14, 0]])
+    assert open_source(shards / "s-2.tar").labels == [3]
+    assert convert(shards / "s-2.tar", tmp_path / "o.zip")["count"] == 1
+    assert open_source(plain_tar(tmp_path / "bare.tar", {"0.png": encoded(1)})).labels is None
+    refused(plain_tar(tmp_path / "x.tar", {"a/0.png": encoded(1), "b/0.png": encoded(1)}), "extract it")
+    refused(plain_tar(tmp_path / "y.tar", {"0.png": encoded(1), "0.cls": b"cat"}), "y.tar: 0.cls: label .*cat")
+    refused(plain_tar(tmp_path / "z.tar", {"0.a.png": encoded(1), "0.b.png": encoded(1)}), "several images")
+    part = open_source(plain_tar(tmp_path / "p.tar", {"0.png": encoded(1), "1.png": encoded(1), "1.cls": b"1"}))
+    assert part.labels == [None, 1] and "1 of 2 samples" in part.missing
+    (tmp_path / "cut.tar").write_bytes((shards / "s-2.tar").read_bytes()[:700])
+    refused(tmp_path / "cut.tar", "truncated")
+
+
+def test_webdataset_as_its_library_reads_it(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    files = {f"{k}/{i}.{e}": d for k in "ab" for i in range(3) for e, d in (("png", encoded(i)), ("cls", b"%d" % i))}
+    path = plain_tar(tmp_path / "x.tar", files)
+    theirs = [(s["png"], int(s["cls"])) for s in webdataset.WebDataset(str(path), shardshuffle=False)]
+    source = open_source(path)
+    assert source.labels == [label for _, label in theirs]
+    for i, (data, _) in enumerate(theirs):
+        assert np.array_equal(source.read(i), PIL.Image.open(io.BytesIO(data)))
 
 
 # --- MNIST idx --------------------------------------------------------------------------------------------------------
@@ -183,11 +284,118 @@ def test_npz_shards(tmp_path):
     np.savez(tmp_path / "bad.npz", data=rows.astype(np.float32), labels=np.ones(5, int))
     refused(tmp_path / "bad.npz", "must be uint8")
     np.savez(tmp_path / "keys.npz", images=rows)
-    refused(tmp_path / "keys.npz", "`data` and `labels`")
+    refused(tmp_path / "keys.npz", r"images: shape \[5, 48\] is not")
     np.savez(tmp_path / "object.npz", data=np.array([Evil()], dtype=object), labels=np.ones(1, int))
     refused(tmp_path / "object.npz", "no readable npz")
     (tmp_path / "text.npz").write_text("no npz")
     refused(tmp_path / "text.npz", "no readable npz")
+
+
+def test_sample_batches_and_medmnist(tmp_path):
+    x = np.random.RandomState(0).randint(0, 256, [4, 16, 16, 3]).astype(np.uint8)
+    np.savez(tmp_path / "adm.npz", x)
+    np.savez(tmp_path / "adm_labels.npz", x, np.arange(4))
+    parts = {"train_images": x, "train_labels": [[k] for k in (1, 0, 1, 1)], "test_images": x[:1], "test_labels": [[0]]}
+    np.savez(tmp_path / "medmnist.npz", **parts)
+    np.savez(tmp_path / "multi.npz", train_images=x[..., 0], train_labels=np.eye(4, 14, dtype=np.uint8))
+    np.savez(tmp_path / "keras.npz", x_train=x[..., 0], y_train=np.arange(4, dtype=np.uint8), x_test=x[..., 0])
+    for name, labels in (("adm", None), ("adm_labels", [0, 1, 2, 3]), ("medmnist", [1, 0, 1, 1])):
+        source = open_source(tmp_path / f"{name}.npz")
+        assert source.labels == labels and np.array_equal(images_of(source), x), name
+    test = open_source(tmp_path / "medmnist.npz", "test")
+    assert test.count == 1 and test.labels == [0] and "left out: train" in test.about
+    assert open_source(tmp_path / "multi.npz").labels == np.eye(4, 14).tolist()
+    grey = open_source(tmp_path / "keras.npz")
+    assert np.array_equal(images_of(grey), x[..., 0]) and grey.grey and grey.labels == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="--split-folder=val: no such part.*train, test"):
+        open_source(tmp_path / "medmnist.npz", "val")
+    with pytest.raises(ValueError, match="--split-folder=test: is for collections with such parts"):
+        open_source(tmp_path / "adm.npz", "test")
+    np.savez(tmp_path / "short.npz", x, np.arange(3))
+    refused(tmp_path / "short.npz", r"`arr_1` int64 \[3\] are no labels")
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.zeros([3, 3]))
+    refused(tmp_path / "other.npz", r"no array of images called .*mu \[3\], sigma \[3, 3\]")
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, expected",
+    [
+        ([5, 8, 8], "u1", [5, 1, 8, 8]),
+        ([5, 8, 8, 3], "u1", [5, 3, 8, 8]),
+        ([5, 3, 8, 8], "u1", [5, 3, 8, 8]),
+        ([5, 4, 4, 3], "u1", [5, 3, 4, 4]),
+        ([5, 4, 4, 4], "f4", [5, 4, 4, 4]),
+        ([5, 6, 8, 3], "u1", [5, 3, 6, 8]),
+        ([5, 8, 8, 16], "f2", [5, 16, 8, 8]),
+        ([5, 8, 4, 4], "f8", [5, 8, 4, 4]),
+        ([5, 8, 8], "?", [5, 1, 8, 8]),
+        ([5, 16, 8, 8], "u1", "neither"),
+        ([5, 8, 8], "i8", "save pixels as uint8"),
+        ([5, 8], "u1", "is not"),
+        ([2, 5, 3, 8, 8], "u1", "is not"),
+    ],
+)
+def test_layouts_of_stacks(tmp_path, shape, dtype, expected):
+    array = (np.random.RandomState(0).rand(*shape) * 200).astype(dtype)
+    np.save(tmp_path / "x.npy", array)
+    if isinstance(expected, str):
+        refused(tmp_path / "x.npy", expected)
+        return
+    source = open_source(tmp_path / "x.npy")
+    assert source.count == 5 and source.latents == (array.dtype.kind == "f") and source.labels is None
+    last = expected[1] == shape[-1] and expected[1:] != shape[1:]
+    plain = array[:, None] if len(shape) == 3 else np.moveaxis(array, -1, 1) if last else array
+    read = np.stack([decode(source.read(i)) for i in range(5)])
+    assert list(read.shape) == expected and np.array_equal(
+        read, plain * 255 if dtype == "?" else plain.astype(read.dtype)
+    )
+
+
+def test_metrics_read_sample_batches(tmp_path):
+    """calc --images=samples.npz (guided-diffusion) scores what a folder of the same images scores."""
+    x = np.random.RandomState(0).randint(0, 256, [24, 8, 8, 3]).astype(np.uint8)
+    (tmp_path / "folder").mkdir()
+    for i, image in enumerate(x):
+        PIL.Image.fromarray(image).save(tmp_path / "folder" / f"{i}.png")
+    np.savez(tmp_path / "x.npz", x)
+    common = [f"--data={tmp_path / 'folder'}", "--metrics=pixel", "--device=cpu", "--workers=0"]
+    scores = [run(calculate_metrics.cmdline, "calc", f"--images={tmp_path / n}", *common) for n in ("x.npz", "folder")]
+    scores = [json.loads(score.stdout) for score in scores]
+    assert scores[0]["metrics"] == scores[1]["metrics"]
+    np.savez(tmp_path / "mu.npz", mu=np.zeros(3))
+    text = one_line(calculate_metrics.cmdline, "calc", f"--images={tmp_path / 'mu.npz'}", *common)
+    assert "--images: " in text and "mu.npz: no array of images called" in text
+
+
+def decode(item):
+    """Item of a source -> [C,H,W]."""
+    array = np.asarray(item)
+    if not isinstance(item, PIL.Image.Image):
+        return array
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def test_arrays_in_folders_are_pixels_by_dtype(tmp_path):
+    """One item a file: uint8 are pixels also after convert; floats stay; stacks are many items."""
+    x = np.random.RandomState(0).randint(0, 256, [4, 8, 8, 3]).astype(np.uint8)
+    for k, label in enumerate("ab"):
+        (tmp_path / "p" / label).mkdir(parents=True)
+        np.save(tmp_path / "p" / label / "0.npy", x[k])
+        np.save(tmp_path / "p" / label / "1.npy", x[2 + k].transpose(2, 0, 1))
+    summary = convert(tmp_path / "p", tmp_path / "p.zip")
+    dataset = ImageFolderDataset(tmp_path / "p.zip")
+    assert summary["per_source"] == {0: 2, 1: 2} and dataset[0][0].dtype == np.uint8
+    assert all(np.array_equal(dataset[i][0], x[k].transpose(2, 0, 1)) for i, k in enumerate([0, 2, 1, 3]))
+    assert np.array_equal(ImageFolderDataset(tmp_path / "p")[0][0], x[0].transpose(2, 0, 1))
+    np.save(tmp_path / "p" / "b" / "1.npy", x[0].astype(np.float32))
+    refused(tmp_path / "p", "b/1.npy holds float32, unlike a/0.npy")
+    (tmp_path / "s").mkdir()
+    for i in (2, 10):
+        np.save(tmp_path / "s" / f"{i}.npy", np.full([3, 4, 8, 8], i, np.float32))
+    stacks = open_source(tmp_path / "s")
+    assert stacks.count == 6 and stacks.read(3).shape == (4, 8, 8) and stacks.read(3)[0, 0, 0] == 10
+    (tmp_path / "s" / "dataset.json").write_text('{"labels": null}')
+    refused(tmp_path / "s", "holds 3 items")
 
 
 # --- TFRecords --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from training.dataset.order import order
 
 __all__ = ["ArrayDataset", "Dataset", "ImageFolderDataset", "InfiniteSampler", "content_hash", "hash_of_items"]
-__all__ += ["label_rows", "load_arrays", "load_raw", "order"]
+__all__ += ["label_rows", "load_arrays", "load_raw", "open_stack", "order"]
 
 
 def __getattr__(name):  # late: writing a data set needs no torch

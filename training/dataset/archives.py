@@ -1,7 +1,6 @@
-"""Readers of published archives: CIFAR, MNIST idx, ImageNet32 npz shards, TFRecords, LMDB, Tiny ImageNet.
+"""Readers of archives: MNIST idx, TFRecords, LMDB, Tiny ImageNet; those of `tars` and `stacks`.
 
-Nothing inside a file is ever executed: CIFAR's pickles are read as data (torch_utils/pickles.py), protocol buffers
-are taken apart here. Needs no torch.
+Nothing inside a file is ever executed: protocol buffers are taken apart here. Needs no torch.
 """
 
 from __future__ import annotations
@@ -11,104 +10,28 @@ import math
 import os
 import re
 import struct
-import tarfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from dnnlib.reading import read_npz, require_file
+from dnnlib.reading import require_file
 from dnnlib.util import natural_key, reason
-from torch_utils import pickles
 from training.dataset import lmdb_file
 from training.dataset.format import MOST_CLASSES, MOST_ITEM, ImageSource, base_name, open_image
+from training.dataset.listing import shards
+from training.dataset.stacks import open_stacks
+from training.dataset.tars import open_tars
 
 
-def open_archive(path: str) -> ImageSource | None:
-    """Path -> ImageSource, or None where it is none of the known archives. ValueError where it is one but broken."""
-    sources = (reader(path) for reader in (_tiny_imagenet, _cifar, _mnist, _npz_shards, _tfrecords, _lmdb))
+def open_archive(path: str, part: str | None = None) -> ImageSource | None:
+    """Path -> ImageSource, or None where it is none of the known archives. ValueError where it is one but broken.
+
+    part: of those with parts, which one.
+    """
+    plain = (lambda path, _, reader=reader: reader(path) for reader in (_tiny_imagenet, _mnist, _tfrecords, _lmdb))
+    sources = (reader(path, part) for reader in (*plain, open_tars, open_stacks))
     return next((source for source in sources if source is not None), None)
-
-
-def _shards(path, matches):
-    """The file `path`, or the files of that folder in natural order; none if it is, or also holds, something else."""
-    if not os.path.isdir(path):
-        return [path] if matches(path) else []
-    names = [name for name in os.listdir(path) if not name.startswith(".")]
-    return [os.path.join(path, n) for n in sorted(names, key=natural_key)] if all(map(matches, names)) else []
-
-
-# --- CIFAR-10 and CIFAR-100, python version ---------------------------------------------------------------------------
-
-
-MOST_CIFAR = 2**29  # bytes of all files together; published: 186 MB
-
-
-def _load_plain_pickle(data, name):
-    try:
-        content = pickles.load(data)
-    except ValueError as err:
-        raise ValueError(f"{name}: not read ({err})") from err
-    if not isinstance(content, dict):
-        raise ValueError(f"{name}: not read (no dictionary inside)")
-    return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
-
-
-def _cifar(path):
-    """The .tar.gz as published, or the folder inside it. The training part: 50 000 images, 10 or 100 classes."""
-    if os.path.isdir(path):
-        names = [name for name in os.listdir(path) if os.path.isfile(os.path.join(path, name))]
-        if not ({"data_batch_1", "batches.meta"} <= set(names) or {"train", "test", "meta"} <= set(names)):
-            return None
-        files = {
-            name: require_file(Path(path, name), MOST_CIFAR).read_bytes() for name in names if _is_cifar_part(name)
-        }
-    elif path.lower().endswith((".tar.gz", ".tgz", ".tar")):
-        try:
-            files = _read_tar(path)
-        except Exception as err:  # tar, gzip, bzip2 and xz fail in many ways
-            raise ValueError(f"--source={path}: no readable tar archive, perhaps truncated ({reason(err)})") from err
-    else:
-        return None
-    parts = sorted(name for name in files if name.startswith("data_batch_") or name == "train")
-    if not parts:
-        raise ValueError(f"--source={path}: holds no CIFAR batches (data_batch_1 ... or train); extract other archives")
-    images, labels = [], []
-    for part in parts:
-        batch = _load_plain_pickle(files[part], f"{path}: {part}")
-        data = batch.get("data")
-        values = batch.get("labels", batch.get("fine_labels"))
-        fits = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3072
-        if not fits or not isinstance(values, list):
-            raise ValueError(f"{path}: {part} has no uint8 data [N,3072] with labels")
-        images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        labels += values
-    meta_name = next((name for name in ("batches.meta", "meta") if name in files), None)
-    meta = _load_plain_pickle(files[meta_name], f"{path}: {meta_name}") if meta_name else {}
-    class_names = meta.get("label_names", meta.get("fine_label_names"))
-    num_classes = 100 if parts == ["train"] else 10
-    if isinstance(class_names, list) and len(class_names) == num_classes:
-        class_names = [name.decode("latin1") if isinstance(name, bytes) else str(name) for name in class_names]
-    else:
-        class_names = None
-    return ImageSource.of_arrays(f"cifar{num_classes}", np.concatenate(images), labels, num_classes, class_names)
-
-
-def _read_tar(path):
-    """{base name: content} of CIFAR's files in a tar archive."""
-    files, total = {}, 0
-    with tarfile.open(path) as tar:
-        for member in tar:
-            name, total = os.path.basename(member.name), total + member.size
-            if not 0 <= total <= MOST_CIFAR:  # before it is unpacked to find the next one
-                raise ValueError(f"it unpacks to more than {MOST_CIFAR} bytes")
-            if member.isfile() and _is_cifar_part(name):
-                files[name] = tar.extractfile(member).read()
-    return files
-
-
-def _is_cifar_part(name):
-    return re.fullmatch(r"data_batch_\d+|train|batches\.meta|meta", name) is not None
 
 
 # --- MNIST and its relatives: idx files -------------------------------------------------------------------------------
@@ -145,42 +68,12 @@ def read_idx(path: str, dimensions: int) -> np.ndarray:
     return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
-# --- npz shards: downsampled ImageNet ---------------------------------------------------------------------------------
-
-
-def _npz_shards(path):
-    """One .npz or a folder of them, with `data` uint8 [N,3*S*S] and `labels` (downsampled ImageNet counts from 1)."""
-    files = _shards(path, lambda name: name.lower().endswith(".npz"))
-    if not files:
-        return None
-    images, labels = [], []
-    for file in files:
-        try:
-            shard = read_npz(file)
-            data, values = shard["data"], shard["labels"]
-        except (ValueError, KeyError) as err:
-            raise ValueError(f"{file}: no readable npz with arrays `data` and `labels` ({reason(err)})") from err
-        side = int(round((data.shape[1] / 3) ** 0.5)) if data.ndim == 2 else 0
-        if data.dtype != np.uint8 or side < 1 or 3 * side * side != data.shape[1] or values.shape != data.shape[:1]:
-            raise ValueError(f"{file}: `data` must be uint8 [N,3*S*S] with `labels` [N]")
-        if values.dtype.kind not in "iu" or not values.size or not 0 <= values.min() <= values.max() <= MOST_CLASSES:
-            raise ValueError(f"{file}: `labels` must be integers from 0 to {MOST_CLASSES}, and some")
-        images.append(data.reshape(-1, 3, side, side).transpose(0, 2, 3, 1))
-        labels.append(values.astype(np.int64))
-        if images[-1].shape[1:] != images[0].shape[1:]:
-            raise ValueError(f"{file}: images of side {side}, unlike {files[0]}")
-    labels = np.concatenate(labels)
-    from_one = labels.min() >= 1
-    count = 1000 if from_one and labels.max() <= 1000 else None
-    return ImageSource.of_arrays(base_name(path), np.concatenate(images), labels - int(from_one), count)
-
-
 # --- TFRecords, without TensorFlow ------------------------------------------------------------------------------------
 
 
 def _tfrecords(path):
     """One .tfrecord(s) file or a folder of them. Examples hold `data` (raw [C,H,W]) with `shape`, or an encoded image."""
-    files = _shards(path, lambda name: re.search(r"\.tfrecords?(-\d+-of-\d+)?$", name.lower()))
+    files = shards(path, lambda name: re.search(r"\.tfrecords?(-\d+-of-\d+)?$", name.lower()))
     if not files:
         return None
     places = [(file, start, length) for file in files for start, length in index_tfrecord(file)]

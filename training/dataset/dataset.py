@@ -20,10 +20,11 @@ import torch
 from numpy.typing import ArrayLike
 
 from dnnlib import EasyDict
-from training.dataset.format import LABELS_FILE, base_name, decode_image, extension
+from training.dataset.format import LABELS_FILE, base_name, decode_image, extension, to_array
 from training.dataset.labels import check_labels
 from training.dataset.listing import Container, understand
 from training.dataset.order import order
+from training.dataset.sources import open_source
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -304,6 +305,13 @@ class ArrayDataset(Dataset):
 
     def _raw_checksums(self):
         return hashlib.sha256(self._images.tobytes()).hexdigest()
+
+
+def open_stack(path: str | os.PathLike, **options: object) -> ArrayDataset:
+    """The images of a .npz or .npy file in memory, as `convert` reads them. options: those of ArrayDataset. ValueError."""
+    source = open_source(path)
+    images = np.stack([to_array(source.read(i)) for i in range(source.count)])
+    return ArrayDataset(images, source.labels, source.num_classes, source.class_names, source.name, **options)
 
 
 def content_hash(*datasets: Dataset) -> str:

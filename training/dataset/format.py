@@ -20,6 +20,7 @@ from training.dataset.pixels import note_depth, orientation, see_through
 
 if TYPE_CHECKING:
     import PIL.Image
+    from numpy.typing import ArrayLike
 
 LABELS_FILE = "dataset.json"
 MOST_ITEM = 2**30  # bytes of one file of a data set
@@ -122,21 +123,72 @@ def decode_image(data: bytes, fname: str) -> np.ndarray:
 
 
 def load_npy(data: bytes, name: str) -> np.ndarray:
-    """Bytes of an NPY file -> uint8 or float32 [C,H,W]; leading axes are flattened into C. ValueError names it."""
+    """Bytes of an NPY file with one item -> uint8 or float32 [C,H,W]. ValueError names it.
+
+    [H,W] has one channel; leading axes of length 1 are dropped; [H,W,C] as in `as_items`.
+    """
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as err:  # A damaged header can also ask for more memory than there is.
         raise ValueError(f"{name} is no readable NPY array ({err})") from err
-    if not isinstance(array, np.ndarray) or array.ndim < 2 or array.size == 0 or array.dtype.kind not in "uif":
+    if not isinstance(array, np.ndarray) or array.ndim < 2 or array.size == 0:
         raise ValueError(f"{name} must hold numbers of shape [C,H,W]")
-    array = array.reshape(-1, *array.shape[-2:])
-    if array.dtype == np.uint8:
-        return array
+    while array.ndim > 3 and len(array) == 1:
+        array = array[0]
+    if array.ndim > 3:
+        raise ValueError(f"{name} holds {len(array)} items {list(array.shape)}: give the file itself to convert")
+    return as_items(array[None], name)[0]
+
+
+def as_items(array: np.ndarray, name: str) -> np.ndarray:
+    """[N,H,W], [N,C,H,W] or [N,H,W,C] -> [N,C,H,W], uint8 pixels or finite float32. ValueError names what does not fit.
+
+    By dtype: uint8 are pixels, of 1 to 4 channels; bool are pixels, 0 and 255; floats are arrays; other integers are
+    refused. By shape: channels are the axis that leaves squares, else that of length 1 to 4; the first where both do.
+    """
+    shape = list(array.shape)
+    if array.ndim not in (3, 4) or array.size == 0:
+        raise ValueError(f"{name}: shape {shape} is not [N,H,W], [N,C,H,W] or [N,H,W,C]")
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    pixels = array.dtype == np.uint8
+    if not pixels and array.dtype.kind != "f":
+        raise ValueError(f"{name} holds {array.dtype}: save pixels as uint8, other data as float32")
+    if array.ndim == 3:
+        array = array[:, None]
+    else:
+        _, first, h, last = shape
+        small, square = [c in range(1, 5) for c in (first, last)], [h == last, first == h]
+        ranks = [(small[i] or not pixels, square[i], small[i]) for i in range(2)]
+        best = max(ranks)
+        if not best[0] or not any(best[1:]):
+            what = "pixels of 1 to 4 channels" if pixels else "channels beside squares"
+            raise ValueError(f"{name}: shape {shape} is neither [N,C,H,W] nor [N,H,W,C] with {what}")
+        array = array if ranks.index(best) == 0 else array.transpose(0, 3, 1, 2)
+    if pixels:
+        return np.ascontiguousarray(array)
     with np.errstate(over="ignore"):
-        array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds NaN, infinity or numbers that float32 cannot hold; leave it out")
+        array = np.ascontiguousarray(array, dtype=np.float32)
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=(1, 2, 3)))
+    if bad.size:
+        which = f"[{bad[0]}]" if len(array) > 1 else ""
+        raise ValueError(f"{name}{which} holds NaN, infinity or numbers that float32 cannot hold; leave it out")
     return array
+
+
+def pixels_to_pil(pixels: np.ndarray) -> PIL.Image.Image:
+    """uint8 [C,H,W] with 1 to 4 channels -> PIL image: L, LA, RGB or RGBA."""
+    import PIL.Image
+
+    return PIL.Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+def to_array(item: PIL.Image.Image | np.ndarray) -> np.ndarray:
+    """PIL image, or array [C,H,W] -> [C,H,W]."""
+    if isinstance(item, np.ndarray):
+        return item
+    pixels = np.asarray(item)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def open_image(data: bytes, name: str, header_only: bool = False) -> PIL.Image.Image:
@@ -187,30 +239,44 @@ class ImageSource:
     about: str = ""  # what was understood of a folder or zip, in one line
     warnings: Sequence[str] = ()
     missing: str | None = None  # a sentence about images without a label
+    parted: bool = False  # has parts, such as train and test, of which one was chosen
 
     @classmethod
     def of_arrays(
         cls,
         name: str,
-        images: np.ndarray,  # uint8 [N,H,W] or [N,H,W,3]
-        labels: Sequence[int],
+        images: np.ndarray,  # as `as_items` takes them: uint8 pixels, or float arrays
+        labels: ArrayLike | None = None,  # integers [N], or floats [N,K]
         num_classes: int | None = None,  # at least the largest label + 1
         class_names: list[str] | None = None,
         grey: bool = False,
+        **more: object,  # other fields
     ) -> ImageSource:
-        """Images in memory."""
-        import PIL.Image
-
-        if len(labels) != len(images) or not all(isinstance(k, (int, np.integer)) and k >= 0 for k in labels):
-            raise ValueError(f"{name}: {len(labels)} labels for {len(images)} images, or one that is no class index")
-        labels = [int(label) for label in labels]
+        """Items in memory. ValueError names what does not fit."""
+        images = as_items(images, name)
+        latents = images.dtype != np.uint8
+        if labels is not None:
+            labels = np.asarray(labels)
+            sound = labels.dtype.kind in "iuf" and labels.shape[:1] == (len(images),) and labels.ndim in (1, 2)
+            if sound and labels.ndim == 1:
+                sound = labels.dtype.kind in "iu" and 0 <= labels.min() <= labels.max() < MOST_CLASSES
+            if not sound or not np.isfinite(labels).all():
+                found = f"{labels.dtype} {list(labels.shape)} for {len(images)} images"
+                raise ValueError(
+                    f"{name}: labels {found} must be a class index from 0 to {MOST_CLASSES - 1}, or a vector, for each"
+                )
+            if labels.ndim == 1:
+                num_classes = max(num_classes or 0, int(labels.max()) + 1)
+            labels = labels.tolist()
         return cls(
             name=name,
             count=len(images),
-            read=lambda i: PIL.Image.fromarray(images[i]),
+            read=(lambda i: images[i]) if latents else (lambda i: pixels_to_pil(images[i])),
             labels=labels,
-            num_classes=max(num_classes or 0, max(labels, default=-1) + 1),
+            num_classes=num_classes,
             class_names=class_names,
             grey=grey,
+            latents=latents,
             describe=lambda i: f"{name}[{i}]",
+            **more,
         )

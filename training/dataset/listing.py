@@ -12,8 +12,10 @@ import re
 import zipfile
 import zlib
 from collections import Counter, deque
+from collections.abc import Callable, Sequence
 
 from dnnlib.reading import require_file, require_honest
+from dnnlib.util import natural_key
 from training.dataset.format import LABELS_FILE, MOST_ITEM, ZIP_ERRORS, extension, image_extensions
 from training.dataset.labels import (
     METADATA_FILES,
@@ -37,6 +39,38 @@ _PART = re.compile(r"(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval)([-_ ]?(s
 # Shards as written here and by generate_images.py --subdirs: 00001/img00001234.png, 001000/001234.png.
 _SHARD = re.compile(r"(\d{5})/img(?:-mean-std-)?\1\d{3}\.\w+|(\d{3,})000/\2\d{3}\.\w+")
 _SHOWN = 12  # classes named in a sentence
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file, or a folder around it, is what systems and editors leave behind."""
+    return any(map(_JUNK.fullmatch, name.split("/")))
+
+
+def shards(path: str, matches: Callable[[str], object]) -> list[str]:
+    """The file `path`, or the files of that folder in natural order; none if it is, or also holds, something else."""
+    if not os.path.isdir(path):
+        return [path] if matches(path) else []
+    names = [name for name in os.listdir(path) if not name.startswith(".")]
+    return [os.path.join(path, n) for n in sorted(names, key=natural_key)] if all(map(matches, names)) else []
+
+
+def choose_part(parts: Sequence[str], part: str | None, path: str) -> str:
+    """The one of `parts` that is meant by --split-folder, which may be short for it; without one train, else the first.
+
+    Raises ValueError where there is none.
+    """
+    if part is None:
+        return next((name for name in parts if name.startswith("train")), parts[0])
+    for name in parts:
+        if folded(name) == folded(part) or (len(part) > 2 and name.startswith(folded(part))):
+            return name
+    raise ValueError(f"--split-folder={part}: no such part in {path}; it has {', '.join(parts)}")
+
+
+def said(chosen: str | None, parts: Sequence[str]) -> str:
+    """The end of a sentence: which of the parts was taken, and which were left out."""
+    left = [name for name in parts if name != chosen]
+    return f" (part {chosen}{'; left out: ' + ', '.join(left) if left else ''})" if chosen else ""
 
 
 class Container:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dnnlib.reading import require_file
 from training.dataset import archives
-from training.dataset.format import ImageSource, base_name, load_npy, open_image
+from training.dataset.format import ImageSource, base_name, load_npy, open_image, pixels_to_pil
 from training.dataset.listing import Container, understand
 
 
@@ -24,8 +24,8 @@ def open_source(spec: str | os.PathLike, part: str | None = None) -> ImageSource
     """
     spec = os.fspath(spec)
     source = _open(spec, part)
-    if part is not None and not source.about:
-        raise ValueError(f"--split-folder={part}: is for folders and zips of images, not for --source={spec}")
+    if part is not None and not source.parted:
+        raise ValueError(f"--split-folder={part}: is for collections with such parts, not for --source={spec}")
     return source
 
 
@@ -37,13 +37,13 @@ def _open(spec, part):
         raise ValueError(f"--source={spec}: no such file or folder{hint}")
     if not os.path.isdir(spec):
         require_file(spec)
-    source = archives.open_archive(spec)
+    source = archives.open_archive(spec, part)
     if source is not None:
         return source
     if os.path.isdir(spec) or spec.lower().endswith(".zip"):
         return _list_images(Container(spec), part)
     raise ValueError(
-        f"--source={spec}: unknown kind; give a folder, .zip, CIFAR .tar.gz, MNIST idx .gz, .npz, .tfrecord, "
+        f"--source={spec}: unknown kind; give a folder, .zip, .tar, MNIST idx .gz, .npz, .npy, .tfrecord, .mdb, "
         f"or one of {', '.join(PACKAGES)}"
     )
 
@@ -53,11 +53,22 @@ def _open(spec, part):
 
 def _list_images(files, part):
     path, layout = files.path, understand(files, part)
-    images, latents = layout.names, layout.arrays
+    images = layout.names
+    latents = layout.arrays and load_npy(files.read(images[0]), images[0]).dtype != np.uint8
 
     def read(i):
         data = files.read(images[i])
-        return load_npy(data, images[i]) if latents else open_image(data, f"{path}: {images[i]}")
+        if not layout.arrays:
+            return open_image(data, f"{path}: {images[i]}")
+        array = load_npy(data, images[i])
+        if (array.dtype != np.uint8) != latents:
+            raise ValueError(
+                f"{path}: {images[i]} holds {array.dtype}, unlike {images[0]}: keep pixels and arrays apart"
+            )
+        return array if latents else pixels_to_pil(array)
+
+    def header(i):
+        return read(i) if layout.arrays else open_image(files.read(images[i]), f"{path}: {images[i]}", header_only=True)
 
     return ImageSource(
         name=base_name(path),
@@ -70,10 +81,11 @@ def _list_images(files, part):
         grey=None if layout.written_here and not latents else False,
         latents=latents,
         describe=lambda i: images[i],
-        header=lambda i: open_image(files.read(images[i]), f"{path}: {images[i]}", header_only=True),
+        header=header,
         about=layout.sentence,
         warnings=layout.warnings,
         missing=layout.missing,
+        parted=True,
     )
 
 
