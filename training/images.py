@@ -29,13 +29,16 @@ def png_bytes(image: torch.Tensor | np.ndarray, texts: dict[str, str] | None = N
 
 
 def save_grid(path: str | Path, rows: Sequence[Sequence[torch.Tensor]], titles: Sequence | None = None) -> None:
-    """One PNG with a row of images per entry of `rows`, each row a sequence of uint8 [C, H, W]; written atomically.
+    """One PNG with a row of images per entry of `rows`, each row a sequence of [C, H, W]; written atomically.
 
-    titles: text left of each row. Small images are enlarged to 32 pixels at least.
+    uint8 are pixels; of arrays the first three channels (the first of less than three) are shown from their lowest value to
+    their highest in the grid. titles: text left of each row. Small images are enlarged to 32 pixels at least.
     """
     rows = [list(row) for row in rows if len(row)]
     if not rows:
         return
+    if rows[0][0].dtype != torch.uint8:
+        rows = _as_pixels(rows)
     height, width = rows[0][0].shape[-2:]
     zoom = max(1, -(-32 // width))
     margin, left = 2, 8 + 7 * max(len(str(t)) for t in titles) if titles else 0
@@ -51,3 +54,10 @@ def save_grid(path: str | Path, rows: Sequence[Sequence[torch.Tensor]], titles: 
             canvas.paste(tile, (left + margin + x * (width * zoom + margin), top))
     with atomic_write(path) as file:
         canvas.save(file, format="png")
+
+
+def _as_pixels(rows):
+    shown = [[image[: 3 if len(image) >= 3 else 1].float() for image in row] for row in rows]
+    low = min(image.min() for row in shown for image in row)
+    scale = 255 / max(max(image.max() for row in shown for image in row) - low, 1e-12)
+    return [[((image - low) * scale).round().to(torch.uint8) for image in row] for row in shown]

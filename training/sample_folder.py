@@ -1,7 +1,7 @@
 """The folder that generated images are written into: a file per seed, and labels beside them, a data set.
 
-Every image says in its PNG text which network and options made it. So a folder holds the images of one network and one set
-of options, each seed once, however often and wherever it is continued.
+Every image says in its PNG text, an array after its numbers in the .npy, which network and options made it. So a folder
+holds the images of one network and one set of options, each seed once, however often and wherever it is continued.
 """
 
 import functools
@@ -28,12 +28,12 @@ from training.sampling import Sampling
 
 KEY = "generated"  # of the PNG text
 SEED_BITS = 32  # that tell seeds apart, see StackedRandomGenerator
-_NAME = re.compile(r"(?:\d{6,}/)?(\d{6,})\.png")
+_NAME = re.compile(r"(?:\d{6,}/)?(\d{6,})\.(?:png|npy)")
 
 
-def file_name(seed: int, subdirs: bool) -> str:
+def file_name(seed: int, subdirs: bool, ending: str = ".png") -> str:
     """SSSSSS.png, or with a folder for every 1000 seeds (EDM2)."""
-    return f"{seed - seed % 1000:06d}/{seed:06d}.png" if subdirs else f"{seed:06d}.png"
+    return f"{seed - seed % 1000:06d}/{seed:06d}{ending}" if subdirs else f"{seed:06d}{ending}"
 
 
 def distinct(seeds: Sequence[int]) -> Sequence[int]:
@@ -110,7 +110,7 @@ class SampleFolder:
                 continue
             if twin != seed:
                 _refuse_twins(seed, [twin])
-            if name != file_name(seed, subdirs):
+            if name != file_name(seed, subdirs, extension(name)):
                 remedy = "leave --subdirs out" if subdirs else "give --subdirs"
                 raise ValueError(
                     f"--outdir={path} holds the image of seed {seed} as {name}: {remedy}, or another folder"
@@ -126,7 +126,7 @@ class SampleFolder:
         held = {}
         for name in images:
             match = _NAME.fullmatch(name)
-            if match is None or name not in (file_name(int(match[1]), subdirs) for subdirs in (False, True)):
+            if match is None or name not in (file_name(int(match[1]), s, extension(name)) for s in (False, True)):
                 raise ValueError(f"--outdir={self.path} holds {name}, which no seed is called: give another folder")
             if held.setdefault(int(match[1]), name) != name:
                 raise ValueError(f"--outdir={self.path} holds seed {int(match[1])} twice ({name}): remove one")
@@ -135,8 +135,13 @@ class SampleFolder:
     def _read(self, name):
         """What an image says about itself."""
         try:
-            with PIL.Image.open(self.path / name, formats=["PNG"]) as image:
-                found = json.loads(image.text[KEY])
+            if extension(name) == ".npy":
+                with open(self.path / name, "rb") as file:
+                    np.load(file, allow_pickle=False)  # up to where its numbers end
+                    found = json.loads(file.read())[KEY]
+            else:
+                with PIL.Image.open(self.path / name, formats=["PNG"]) as image:
+                    found = json.loads(image.text[KEY])
             return {"made": dict(found["made"]), "classes": found["classes"], "label": found["label"]}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError) as err:
             why = "does not say which network made it"
@@ -147,10 +152,15 @@ class SampleFolder:
         for i, seed in enumerate(batch.seeds):
             label = batch.labels if batch.class_ids is None else batch.class_ids
             label = None if label is None else label[i].tolist()
-            name = file_name(seed, self.subdirs)
-            text = json.dumps({"made": self.made, "classes": plain(self.classes), "label": label})
+            image = batch.images[i].cpu()
+            name = file_name(seed, self.subdirs, ".png" if image.dtype == torch.uint8 else ".npy")
+            about = {"made": self.made, "classes": plain(self.classes), "label": label}
             with atomic_write(self.path / name) as file:
-                file.write(png_bytes(batch.images[i].cpu(), {KEY: text}))
+                if image.dtype == torch.uint8:
+                    file.write(png_bytes(image, {KEY: json.dumps(about)}))
+                else:
+                    np.save(file, image.numpy(), allow_pickle=False)
+                    file.write(json.dumps({KEY: about}).encode())
             self.records.append((name, label))
 
     def finish(self, label_dim: int) -> None:

@@ -23,7 +23,7 @@ OWN["ablation"] = ("method", "disc", "schedule", "scaling", "alpha", *_CHURN)
 
 IMAGES = outputs.Kind(
     "a folder of generated images",
-    outputs.folder_of(r"\d{6,}(\.png)?", r".*\.json"),
+    outputs.folder_of(r"\d{6,}(\.png|\.npy)?", r".*\.json"),
     folder=True,
     beside=("-grid.png",),
 )
