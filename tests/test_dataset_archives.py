@@ -515,20 +515,31 @@ def test_tiny_imagenet(tmp_path):
 
 
 def test_lmdb(tmp_path):
+    """Any encoded image by its header; `length` and labels are no images; raw bytes are refused, whatever their number."""
     lmdb = pytest.importorskip("lmdb")
-    base = lmdb.open(str(tmp_path / "data.mdb"), subdir=False, map_size=2**20)
-    with base.begin(write=True) as transaction:
-        for i in range(12):
-            transaction.put(str(i).encode(), bytes([i] * 48))
-        transaction.put(b"12", bytes([5] * 3 * 40 * 40))
-    base.close()
-    data = (tmp_path / "data.mdb").read_bytes()
-    (tmp_path / "celeba.lmdb").write_bytes(data)
-    for path in (tmp_path, tmp_path / "celeba.lmdb"):
+    kinds = ["png", "jpeg", "webp", "bmp", "gif", "tiff"]
+
+    def fill(name, items):
+        base = lmdb.open(str(tmp_path / name), subdir=False, map_size=2**22)
+        with base.begin(write=True) as transaction:
+            for key, value in items.items():
+                transaction.put(key.encode(), value)
+        base.close()
+        return tmp_path / name
+
+    odd = {kind: encoded(5, side=40, kind=kind) for kind in kinds}
+    odd = {kind: data + bytes(3 * 64**2 - len(data)) for kind, data in odd.items()}  # as long as 64 x 64 raw pixels
+    images = {f"image-{i:05d}": odd[kind] for i, kind in enumerate(kinds)}
+    labels = {f"label-{i}": b"%d" % (i % 3) for i in range(6)}
+    for path in (fill("data.mdb", {"length": b"006", **images, **labels}), tmp_path):
         source = open_source(path)
-        images = [np.asarray(source.read(i)) for i in range(source.count)]
-        assert [image.shape for image in images] == [(4, 4, 3)] * 12 + [(40, 40, 3)]
-        assert [set(image.ravel().tolist()) for image in images] == [{value} for value in [*range(12), 5]]
+        assert source.count == 6 and source.labels == [0, 1, 2, 0, 1, 2] and source.num_classes == 3
+        assert {image.shape[:2] for image in (np.asarray(source.read(i)) for i in range(6))} == {(40, 40)}
+    assert open_source(fill("plain.lmdb", {"length": b"6", **images})).labels is None
+    refused(fill("raw.mdb", {"0": bytes(range(48))}), "is corrupt or no image")
+    refused(fill("few.mdb", {**images, "label-0": b"1"}), "1 labels for 6 images")
+    refused(fill("bad.mdb", {"image-0": odd["png"], "label-0": b"cat"}), "label b'cat'")
+    data = (tmp_path / "data.mdb").read_bytes()
     for size in (0, 10, 4096, 9000, len(data) // 2):
         (tmp_path / "data.mdb").write_bytes(data[:size])
         refused(tmp_path, "data.mdb")
@@ -557,6 +568,10 @@ def test_lmdb_as_its_library_reads_it(tmp_path):
 
 
 def test_unknown_files_are_refused(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    for path in (tmp_path / "hf", tmp_path / "hf" / "train-00000-of-00001.parquet"):
+        refused(path, "parquet and Arrow tables are not read.*pip install datasets")
     (tmp_path / "a.rar").write_bytes(b"")
     refused(tmp_path / "a.rar", "unknown kind")
     (tmp_path / "folder").mkdir()

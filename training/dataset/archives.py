@@ -210,29 +210,51 @@ def _image_of_example(features, name):
 # --- LMDB ------------------------------------------------------------------------------------------------------------
 
 
+_COUNTS = re.compile(rb"length|len|__len__|__keys__|keys|num[-_]samples|metadata|meta", re.IGNORECASE)
+_LABEL = re.compile(rb"label|cls|class|target", re.IGNORECASE)
+
+
 def _lmdb(path):
-    """Folder with data.mdb, or a file .lmdb or .mdb: encoded images, or raw uint8 [S,S,3]. No labels."""
+    """Folder with data.mdb, or a file .lmdb or .mdb: encoded images; labels under keys like label-0001 of image-0001."""
     file = os.path.join(path, "data.mdb") if os.path.isdir(path) else path
     if not os.path.exists(file) or not file.lower().endswith((".mdb", ".lmdb")):
         return None
-    import PIL.Image
 
-    places = sorted(lmdb_file.entries(file), key=lambda place: natural_key(place[0].decode("latin1")))
+    def content(place):
+        with open(file, "rb") as opened:
+            opened.seek(place[1])
+            return opened.read(place[2])
+
+    number = lambda key: b"".join(re.findall(rb"\d+", key)).lstrip(b"0")
+    found = sorted(lmdb_file.entries(file), key=lambda place: natural_key(place[0].decode("latin1")))
+    places = [place for place in found if not _COUNTS.fullmatch(place[0]) and not _LABEL.search(place[0])]
+    table = {number(place[0]): place for place in found if _LABEL.search(place[0])}
     if not places:
         raise ValueError(f"--source={path}: no images found")
-    describe = lambda i: f"{path}[{places[i][0]!r}]"
+    describe, labels, num_classes = lambda i: f"{path}[{places[i][0]!r}]", None, None
+    if table:
+        labels = [_lmdb_label(content(table[n]), path, table[n][0]) for p in places if (n := number(p[0])) in table]
+        if len(labels) != len(places) or len(table) != len(places):
+            raise ValueError(
+                f"--source={path}: {len(table)} labels for {len(places)} images, by the numbers in their keys"
+            )
+        num_classes = max(labels) + 1
+    return ImageSource(
+        base_name(path),
+        len(places),
+        lambda i: open_image(content(places[i]), describe(i)),
+        labels,
+        num_classes,
+        describe=describe,
+    )
 
-    def read(i):
-        _, offset, length = places[i]
-        with open(file, "rb") as opened:
-            opened.seek(offset)
-            data = opened.read(length)
-        side = int(round((len(data) / 3) ** 0.5))
-        if side and 3 * side * side == len(data) and data[:4] not in (b"\x89PNG", b"\xff\xd8\xff\xe0", b"RIFF"):
-            return PIL.Image.fromarray(np.frombuffer(data, dtype=np.uint8).reshape(side, side, 3))
-        return open_image(data, describe(i))
 
-    return ImageSource(base_name(path), len(places), read, describe=describe)
+def _lmdb_label(data, path, key):
+    if not re.fullmatch(rb"\s*\d{1,9}\s*", data) or int(data) >= MOST_CLASSES:
+        raise ValueError(
+            f"--source={path}: label {data[:20]!r} of {key!r} is no class index from 0 to {MOST_CLASSES - 1}"
+        )
+    return int(data)
 
 
 # --- Tiny ImageNet ----------------------------------------------------------------------------------------------------

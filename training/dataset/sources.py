@@ -13,7 +13,15 @@ import numpy as np
 
 from dnnlib.reading import require_file
 from training.dataset import archives
-from training.dataset.format import ImageSource, base_name, load_npy, open_image, pixels_to_pil
+from training.dataset.format import (
+    ImageSource,
+    base_name,
+    extension,
+    item_extensions,
+    load_npy,
+    open_image,
+    pixels_to_pil,
+)
 from training.dataset.listing import Container, understand
 
 
@@ -42,9 +50,18 @@ def _open(spec, part):
         return source
     if os.path.isdir(spec) or spec.lower().endswith(".zip"):
         return _list_images(Container(spec), part)
+    if extension(spec) in (".parquet", ".arrow", ".feather"):
+        _refuse_table(spec)
     raise ValueError(
         f"--source={spec}: unknown kind; give a folder, .zip, .tar, MNIST idx .gz, .npz, .npy, .tfrecord, .mdb, "
         f"or one of {', '.join(PACKAGES)}"
+    )
+
+
+def _refuse_table(path):
+    raise ValueError(
+        f"--source={path}: parquet and Arrow tables are not read: write their images into folders with the datasets "
+        f"package (pip install datasets), a folder for each class"
     )
 
 
@@ -52,6 +69,9 @@ def _open(spec, part):
 
 
 def _list_images(files, part):
+    tables = [name for name in files.names if extension(name) in (".parquet", ".arrow", ".feather")]
+    if tables and not any(extension(name) in item_extensions() for name in files.names):
+        _refuse_table(f"{files.path}/{tables[0]}")
     path, layout = files.path, understand(files, part)
     images = layout.names
     latents = layout.arrays and load_npy(files.read(images[0]), images[0]).dtype != np.uint8
