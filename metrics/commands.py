@@ -284,7 +284,7 @@ def detector(o: EasyDict) -> None:
 
 
 def open_both(o: EasyDict, device: torch.device) -> tuple[Snapshot, Dataset]:
-    """The network --net and the data set --data that it is measured on; refuses what does not fit."""
+    """The network --net and the data set --data (its --sources) that it is measured on; refuses what does not fit."""
     from torch_utils.persistence import load_snapshot
     from training import fit
     from training.encoders import StandardRGBEncoder
@@ -293,6 +293,16 @@ def open_both(o: EasyDict, device: torch.device) -> tuple[Snapshot, Dataset]:
     snapshot.encoder = snapshot.encoder or StandardRGBEncoder()
     dropout = bool(snapshot.options.get("label_dropout"))
     fit.check_data(f"--data={o.data}", dataset, fit.of_snapshot("--net", snapshot), unlabelled=dropout)
+    if o.get("sources") is not None:
+        chosen = [i for source in o.sources for i in dataset.indices_of(source)]
+        if not chosen:
+            raise ValueError(f"--sources={','.join(map(str, o.sources))}: {o.data} holds no image of these")
+        dataset = dataset.subset(chosen)
+    trained, held = snapshot.sources, dataset.sources
+    if unseen := sorted(set(held) - set(trained)) if trained and held else []:
+        known = ",".join(map(str, trained))
+        notice = f"sources {','.join(map(str, unseen))}, of which the network saw none: it was trained on {known}"
+        click.echo(f"Warning: --data={o.data} holds images of {notice}; overall numbers are about these too", err=True)
     return snapshot, dataset
 
 
@@ -302,8 +312,6 @@ def loss(o: EasyDict) -> None:
     from training.validation import HeldOut
 
     snapshot, dataset = open_both(o, start(o.device, alone="the denoising loss is computed"))
-    if o.sources is not None:
-        dataset = dataset.subset([i for source in o.sources for i in dataset.indices_of(source)])
     held = HeldOut(dataset, o.seed, o.num)
     found = held.denoising_loss(snapshot.net, snapshot.encoder, snapshot.kernel)
     found["sources"] = {str(k): {"denoising_loss": v} for k, v in found.get("sources", {}).items()}

@@ -164,8 +164,10 @@ def _draw_strips(axis, strips):
     axis.spines[:].set_visible(False)
 
 
-def _strips(rows: Sequence[Row], arms: Sequence[str], sources: Sequence[str], real: str | None) -> dict:
-    """{(title, source): images} for the figure: real ones, then the first samples of every arm."""
+def _strips(
+    rows: Sequence[Row], arms: Sequence[str], sources: Sequence[str], real: str | None, notes: list[str]
+) -> dict:
+    """{(title, source): images} for the figure: real ones, then the first samples of every arm; a note where none are kept."""
     from training.dataset import ImageFolderDataset
 
     strips = {}
@@ -175,7 +177,12 @@ def _strips(rows: Sequence[Row], arms: Sequence[str], sources: Sequence[str], re
     folders = {(r.tags["arm"], r.section): r.images for r in reversed(rows) if r.images}  # of several, the first
     for arm, source in itertools.product(arms, sources):
         if (arm, source) in folders:
-            dataset = ImageFolderDataset(folders[arm, source])
+            try:
+                dataset = ImageFolderDataset(folders[arm, source])
+            except (ValueError, OSError):  # a network, of which nothing was written, or a folder that is gone
+                note = f"No images to show of {arm}: {folders[arm, source]} is no data set."
+                notes += [note] * (note not in notes)
+                continue
             strips[arm, source] = [dataset[i][0] for i in range(min(STRIP, len(dataset)))]
     return strips
 
@@ -242,9 +249,10 @@ def write_report(
             f"{theory['beta_sim']:.4f} ({theory['shared']} shared parameters, {theory['per_source']} per source); "
             f"measured ratio of the means of {MEASURES[measure]} {a / b:.3f}."
         )
+    strips = _strips(rows, arms, sources, real, notes)
     text = to_markdown(cells, arms, sources, verdicts, notes)
     write_csv(dest / "table.csv", table_rows(cells, arms, sources))
     write_csv(dest / "seeds.csv", seed_rows(cells, arms, sources))
     write_text(dest / "table.md", text)
-    figure(dest / "comparison", cells, arms, sources, _strips(rows, arms, sources, real), (measure, verdicts[measure]))
+    figure(dest / "comparison", cells, arms, sources, strips, (measure, verdicts[measure]))
     return text

@@ -111,6 +111,19 @@ def test_one_training_seed_has_no_uncertainty(tmp_path):
     assert "mean advantage 20.0% (one training seed per arm: no uncertainty known)" in text
 
 
+def test_scores_of_networks_whose_images_were_not_kept(tmp_path, noisy):
+    """`gen` names a network, and folders of images may be gone: the report says so, and is whole."""
+    scores = write_scores(tmp_path / "scores", noisy)
+    for path in (tmp_path / "scores").glob("multi-*"):
+        path.write_text(path.read_text().replace('"images": null', '"images": "run/network-snapshot.safetensors"'))
+    text = report.write_report(scores, tmp_path / "out")
+    assert text.count("No images to show of multi: run/network-snapshot.safetensors is no data set") == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"table.md", "table.csv", "comparison.png"}
+    with pytest.raises(ValueError, match="gone"):  # asked for: refused, before anything is written
+        report.write_report(scores, tmp_path / "new", real=str(tmp_path / "gone"))
+    assert not (tmp_path / "new").exists()
+
+
 def test_refusals(tmp_path, noisy):
     with pytest.raises(ValueError, match="no score files"):
         report.write_report(str(tmp_path / "*.json"), tmp_path / "out")

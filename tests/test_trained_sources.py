@@ -135,6 +135,22 @@ def test_a_folder_is_scored_on_the_sources_of_the_reference(snapshot, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "command", [["loss"], ["likelihood", "--num=2", "--samples=1"]], ids=lambda command: command[0]
+)
+def test_measures_on_data_say_what_the_network_never_saw(snapshot, tmp_path, command):
+    net, data = snapshot([0, 1, 2]), convert_digits(tmp_path / "data.zip", sources="2,3,5")
+    own = convert_digits(tmp_path / "own.zip", sources="1,2")
+    words = [*command, f"--net={net}", "--device=cpu"]
+    said = run(calculate_metrics.cmdline, *words, f"--data={data}").stderr
+    assert f"Warning: --data={data} holds images of sources 3,5" in said and "trained on 0,1,2" in said
+    assert "sources" not in run(calculate_metrics.cmdline, *words, f"--data={own}").stderr
+    if command == ["loss"]:
+        asked = (calculate_metrics.cmdline, *words, f"--data={data}", "--sources=7")
+        one_line(*asked, says=["--sources=7", str(data)])
+        assert "Warning" not in run(calculate_metrics.cmdline, *words, f"--data={data}", "--sources=2").stderr
+
+
+@pytest.mark.parametrize(
     "labels, more, hinted",
     [
         ([1, 2, 1, 2], {}, True),
