@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from dnnlib.reading import MOST_BYTES, require_file
+
 if TYPE_CHECKING:
     import torch
 
@@ -51,7 +53,7 @@ def read_scores(pattern: str | Path, needed: Sequence[str] = ("arm", "seed")) ->
     rows = []
     for path in sorted(glob.glob(str(pattern))):
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(require_file(path, MOST_BYTES).read_bytes())
             tags, images = {"sampling": "0", **content["tags"]}, content.get("images")
             for detector, result in content["metrics"].items():
                 sections = {"overall": result.get("overall", result), "mean": result.get("mean", {})}

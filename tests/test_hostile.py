@@ -149,6 +149,8 @@ def test_special_files_in_every_place(special, tmp_path):
     quick(calculate_metrics.cmdline, "calc", f"--images={folder}", f"--ref={path}", says="")
     path = special(tmp_path / "net.safetensors")
     quick(generate_images.main, f"--net={path}", f"--outdir={tmp_path}/out", says="net.safetensors")
+    path = special(tmp_path / "scores.json")
+    quick(calculate_metrics.cmdline, "report", f"--scores={path}", f"--dest={tmp_path}/report", says="scores.json")
     path = special(tmp_path / "e.yaml")
     quick(run_experiment.main, path, says="e.yaml")
     quick(train_edm2.main, f"--config={path}", f"--outdir={tmp_path}/out", says="e.yaml")
