@@ -166,6 +166,21 @@ def test_a_process_refuses_every_noise_that_is_not_gaussian(tiny_net, tmp_path):
     )
 
 
+def test_sources_in_another_order_are_other_labels(tiny_net, tmp_path):
+    names = [f"source {k}" for k in range(10)]
+    net = tmp_path / "net.safetensors"
+    save_snapshot(net, tiny_net(), dataset={"class_names": names})
+    images = write_set(tmp_path / "images", (1, 8, 8), 3)
+    meta = json.loads((images / "dataset.json").read_text())
+    loss = ("loss", f"--net={net}", f"--data={images}", CPU)
+    for given in (names, [names[1], names[0], *names[2:]]):
+        (images / "dataset.json").write_text(json.dumps(meta | {"class_names": given}))
+        if given == names:
+            run(METRICS, *loss)
+        else:
+            one_line(METRICS, *loss, says=["class_names=['source 1', 'source 0'", str(net), "labels of another order"])
+
+
 def test_label_dropout_allows_images_without_labels(tiny_net, sets, tmp_path):
     path = tmp_path / "net.safetensors"
     save_snapshot(path, tiny_net(), options={"label_dropout": 0.1})

@@ -22,6 +22,7 @@ class Side:
     img_resolution: int | str | None = None
     img_channels: int | None = None
     label_dim: int | None = None
+    class_names: list[str] | None = None
     encoder: Encoder | None = None
     sigma_data: float | None = None
     noise: str | None = None
@@ -31,6 +32,7 @@ REMEDIES = {
     "img_resolution": "images of another shape; convert them with dataset_tool.py --resolution, or take another network",
     "img_channels": "images of another shape; convert them with dataset_tool.py --channels, or take another network",
     "label_dim": "labels of another numbering; write num_classes and labels into dataset.json, or take another network",
+    "class_names": "labels of another order; give every source the same id as in training, or take another network",
     "encoder": "latents of another kind; take a network with the same --encoder",
     "sigma_data": "networks for other data; take one with the same --sigma-data",
     "noise": "networks for other noise; take one with the same --process",
@@ -41,7 +43,7 @@ def check(given: Side, taker: Side) -> None:
     """Raises ValueError for the first fact that both sides know and do not share. A taker with label_dim 0 ignores labels."""
     for fact, remedy in REMEDIES.items():
         a, b = getattr(given, fact), getattr(taker, fact)
-        if None not in (a, b) and a != b and not (fact == "label_dim" and b == 0):
+        if None not in (a, b) and a != b and not (fact in ("label_dim", "class_names") and taker.label_dim == 0):
             raise ValueError(f"{given.name} has {fact}={a}, {taker.name} has {fact}={b}: {remedy}")
 
 
@@ -53,10 +55,17 @@ def of_network(name: str, net: Any) -> Side:
 def of_snapshot(option: str, snapshot: Snapshot) -> Side:
     """A network from a file: without an encoder it takes pixels, without a kernel Gaussian noise. option: that named it."""
     side = of_network(f"{option}={snapshot.path}" if snapshot.path else option, snapshot.net)
+    side = replace(side, class_names=_class_names(snapshot))
     if not snapshot.path:
         return side
     encoder, sigma_data = snapshot.encoder or StandardRGBEncoder(), getattr(snapshot.net, "sigma_data", None)
     return replace(side, encoder=encoder, sigma_data=sigma_data, noise=noise_law(snapshot.kernel))
+
+
+def _class_names(snapshot):
+    """Of the data that a network was trained on, where its file says."""
+    about = snapshot.header.get("dataset")
+    return (about.get("class_names") or None) if isinstance(about, dict) else None
 
 
 def of_images(name: str, image_shape: Sequence[int], num_classes: int | None = None) -> Side:
@@ -88,4 +97,4 @@ def check_data(name: str, dataset: Dataset, net: Side, unlabelled: bool = False)
     except ValueError as err:
         raise ValueError(f"{name} does not fit {net.name} ({err})") from err
     labels = None if unlabelled and not dataset.has_labels else dataset.label_dim
-    check(Side(name, resolution, channels, labels), net)
+    check(Side(name, resolution, channels, labels, dataset.class_names), net)
