@@ -58,12 +58,13 @@ def check(option: str, path: str | Path, kind: Kind, others: Iterable[Named] = (
     exists must be empty, or of this kind.
     """
     others = list(others)
+    shared = kind.folder and not kind.lock and os.path.isdir(path)  # results are added, also beside what is read
     for place in kind.files(Path(path)):
         where, real = f"{option}={place}", os.path.realpath(place)
         for other in others:
             known = os.path.realpath(other.path)
             both = os.path.exists(real) and os.path.exists(known)
-            if (both and os.path.samefile(real, known)) or (other.written and real == known):
+            if not shared and ((both and os.path.samefile(real, known)) or (other.written and real == known)):
                 raise ValueError(f"{where} is what {other.option} names: give another place")
             if other.collection and _inside(real, known) and not (place.suffix == ".json" and place.stem != "dataset"):
                 raise ValueError(f"{where} lies inside {other.option}={other.path}, all of which is read: go elsewhere")
