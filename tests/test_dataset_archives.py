@@ -10,13 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pytest
+from pyarrow import feather
+from pyarrow import parquet as pq
 from small_runs import one_line, run
 
 import calculate_metrics
 from training.dataset import ImageFolderDataset, archives, lmdb_file
 from training.dataset.convert import convert
 from training.dataset.sources import open_source
+from training.images import png_bytes
 
 
 def images_of(source):
@@ -567,11 +571,60 @@ def test_lmdb_as_its_library_reads_it(tmp_path):
     assert [(key, data[start : start + length]) for key, start, length in lmdb_file.entries(path)] == expected
 
 
+def hugging_face_table(images, labels, names=("cat", "dog")):
+    """A table as datasets.Dataset writes it: files in a struct, the meaning of columns as JSON in the schema."""
+    files = pa.array([{"bytes": png_bytes(image), "path": None} for image in images], pa.struct(
+        [("bytes", pa.binary()), ("path", pa.string())]
+    ))  # fmt: skip
+    features = {"image": {"_type": "Image"}, "label": {"names": list(names), "_type": "ClassLabel"}}
+    about = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    return pa.table({"image": files, "label": pa.array(labels, pa.int64())}).replace_schema_metadata(about)
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "feather", "folder", "data"])
+def test_tables(tmp_path, form):
+    images = np.random.default_rng(0).integers(0, 256, [6, 3, 8, 8], dtype=np.uint8)
+    labels, table = [0, 1, 1, 0, 1, 0], lambda rows: hugging_face_table(images[rows], [labels[i] for i in rows])
+    path = tmp_path / "set"
+    if form in ("folder", "data"):
+        inside = path / "data" if form == "data" else path
+        inside.mkdir(parents=True)
+        for shard, rows in enumerate(([0, 1, 2], [3, 4, 5])):
+            pq.write_table(table(rows), inside / f"train-{shard:05d}-of-00002.parquet")
+        pq.write_table(table([1]), inside / "test-00000-of-00001.parquet")
+    elif form == "parquet":
+        pq.write_table(table(range(6)), path := tmp_path / "set.parquet")
+    elif form == "arrow":  # the streams of the library's cache
+        path = tmp_path / "set.arrow"
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table([0]).schema) as writer:
+            writer.write_table(table(range(6)))
+    else:
+        feather.write_feather(table(range(6)), path := tmp_path / "set.feather")
+    source = open_source(path)
+    assert [source.count, source.labels, source.num_classes, source.class_names] == [6, labels, 2, ["cat", "dog"]]
+    for i, image in enumerate(images):
+        assert np.array_equal(np.array(source.read(i)), image.transpose(1, 2, 0))
+    if form == "folder":
+        assert open_source(path, "test").labels == [1] and "train" in source.about
+
+
+def test_tables_that_are_refused(tmp_path):
+    pq.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "a.parquet")
+    refused(tmp_path / "a.parquet", "no column of encoded images; it has text, label")
+    image = pa.array([{"bytes": None, "path": "x.png"}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pq.write_table(pa.table({"image": image, "label": [0]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="row 0 of column image holds no encoded image"):
+        open_source(tmp_path / "b.parquet").read(0)
+    png = [{"bytes": png_bytes(np.zeros([1, 8, 8], np.uint8)), "path": None}]
+    pq.write_table(pa.table({"image": png, "label": [-1]}), tmp_path / "c.parquet")
+    refused(tmp_path / "c.parquet", "column label must hold class indices")
+
+
 def test_unknown_files_are_refused(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
     for path in (tmp_path / "hf", tmp_path / "hf" / "train-00000-of-00001.parquet"):
-        refused(path, "parquet and Arrow tables are not read.*pip install datasets")
+        refused(path, "no readable table")
     (tmp_path / "a.rar").write_bytes(b"")
     refused(tmp_path / "a.rar", "unknown kind")
     (tmp_path / "folder").mkdir()

@@ -21,6 +21,7 @@ from training.dataset import lmdb_file
 from training.dataset.format import MOST_CLASSES, MOST_ITEM, ImageSource, base_name, open_image
 from training.dataset.listing import shards
 from training.dataset.stacks import open_stacks
+from training.dataset.tables import open_tables
 from training.dataset.tars import open_tars
 
 
@@ -30,7 +31,7 @@ def open_archive(path: str, part: str | None = None) -> ImageSource | None:
     part: of those with parts, which one.
     """
     plain = (lambda path, _, reader=reader: reader(path) for reader in (_tiny_imagenet, _mnist, _tfrecords, _lmdb))
-    sources = (reader(path, part) for reader in (*plain, open_tars, open_stacks))
+    sources = (reader(path, part) for reader in (*plain, open_tars, open_stacks, open_tables))
     return next((source for source in sources if source is not None), None)
 
 

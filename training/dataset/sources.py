@@ -16,8 +16,6 @@ from training.dataset import archives
 from training.dataset.format import (
     ImageSource,
     base_name,
-    extension,
-    item_extensions,
     load_npy,
     open_image,
     pixels_to_pil,
@@ -50,18 +48,9 @@ def _open(spec, part):
         return source
     if os.path.isdir(spec) or spec.lower().endswith(".zip"):
         return _list_images(Container(spec), part)
-    if extension(spec) in (".parquet", ".arrow", ".feather"):
-        _refuse_table(spec)
     raise ValueError(
-        f"--source={spec}: unknown kind; give a folder, .zip, .tar, MNIST idx .gz, .npz, .npy, .tfrecord, .mdb, "
+        f"--source={spec}: unknown kind; give a folder, .zip, .tar, MNIST idx .gz, .npz, .npy, .tfrecord, .mdb, .parquet, "
         f"or one of {', '.join(PACKAGES)}"
-    )
-
-
-def _refuse_table(path):
-    raise ValueError(
-        f"--source={path}: parquet and Arrow tables are not read: write their images into folders with the datasets "
-        f"package (pip install datasets), a folder for each class"
     )
 
 
@@ -69,9 +58,6 @@ def _refuse_table(path):
 
 
 def _list_images(files, part):
-    tables = [name for name in files.names if extension(name) in (".parquet", ".arrow", ".feather")]
-    if tables and not any(extension(name) in item_extensions() for name in files.names):
-        _refuse_table(f"{files.path}/{tables[0]}")
     path, layout = files.path, understand(files, part)
     images = layout.names
     latents = layout.arrays and load_npy(files.read(images[0]), images[0]).dtype != np.uint8
