@@ -129,8 +129,21 @@ def _statistics(arrays, features, labels):
         statistics.width = statistics.width or len(group.sum)
         if held != n[row] or not fits or len(group.sum) != statistics.width:
             raise ValueError(f"statistics of row {row} do not fit: {held} of {n[row]} images, width {len(group.sum)}")
+        if f"{row}/outer" in arrays:
+            _require_moments(outer.numpy(), f"'{row}/outer'")
         statistics.groups[row] = group
     return statistics
+
+
+def _require_moments(products, what):
+    """Sums of products, or a covariance [F, F], as features of float32 can have them: symmetric, by Cauchy-Schwarz."""
+    diagonal = products.diagonal()
+    largest, possible = diagonal.max(), diagonal.min() >= 0 and abs(products).max() < 1e80
+    if possible:
+        root, slack = np.sqrt(diagonal), 1e-6 * largest
+        possible = (abs(products) <= np.outer(root, root) + slack).all() and (abs(products - products.T) <= slack).all()
+    if not possible:
+        raise ValueError(f"{what} is no matrix of second moments; make the file again")
 
 
 class _MomentsOnly(FeatureStatistics):
@@ -167,6 +180,7 @@ def _from_dict(data):
                 raise ValueError(f"'{name}': mu and sigma have shapes {mu.shape} and {sigma.shape}")
             if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
                 raise ValueError(f"'{name}': mu or sigma holds NaN or infinity")
+            _require_moments(sigma, f"sigma of '{name}'")
             content = {"content_hash": hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()}
             result[str(name)] = FeatureSet(str(name), _MomentsOnly(mu, sigma, n), provenance=content)
     if not result:

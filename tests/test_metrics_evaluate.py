@@ -237,6 +237,24 @@ def test_reference_files_that_are_not_finite_or_contradict_themselves(tmp_path, 
         load_references(tmp_path / "bad.npz")
 
 
+@pytest.mark.parametrize(("place", "value"), [((2, 2), 1e308), ((1, 1), -1.0), ((0, 3), 1e9), ((3, 0), 0.5)])
+def test_second_moments_that_no_features_have(tmp_path, place, value):
+    x = np.random.default_rng(0).normal(size=(50, 6))
+    sigma = np.cov(x, rowvar=False)
+    sigma[place] = value
+    np.savez(tmp_path / "bad.npz", mu=x.mean(0), sigma=sigma)
+    with pytest.raises(ValueError, match="no matrix of second moments"):
+        load_references(tmp_path / "bad.npz")
+    save_references(tmp_path / "ref.npz", {"pixel": seen(dataset(slice(0, 90)), "pixel")})
+    arrays = dict(np.load(tmp_path / "ref.npz"))
+    name = next(name for name in arrays if name.endswith("/outer"))
+    arrays[name] = arrays[name].copy()
+    arrays[name][place] = value if value != 0.5 else arrays[name].max() / 2
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(ValueError, match="no matrix of second moments"):
+        load_references(tmp_path / "bad.npz")
+
+
 def test_reference_file_without_features_has_distances_only(tmp_path):
     path = tmp_path / "ref.npz"
     reference = seen(dataset(REFERENCE), "pixel")
