@@ -17,6 +17,7 @@ from torch_utils import checkpoint
 from torch_utils.persistence import load_snapshot, save_snapshot
 from torch_utils.random import seeded_generator
 from training import processes, setup
+from training.config import make_config
 from training.dataset import ArrayDataset, ImageFolderDataset, load_arrays
 from training.encoders import CenterEncoder, IdentityEncoder, LogitEncoder, StandardRGBEncoder
 from training.generation import generate_images as generate
@@ -179,6 +180,35 @@ def test_sources_in_another_order_are_other_labels(tiny_net, tmp_path):
             run(METRICS, *loss)
         else:
             one_line(METRICS, *loss, says=["class_names=['source 1', 'source 0'", str(net), "labels of another order"])
+
+
+def test_fine_tuning_on_other_sources(tiny_net, tmp_path):
+    """Everything but the label embedding is taken over; of this the columns of the same names, or none."""
+    donor = tiny_net(sigma_data=make_config("digits8").sigma_data)
+    save_snapshot(tmp_path / "net.safetensors", donor, dataset={"class_names": [f"s{k}" for k in range(10)]})
+    images = write_set(tmp_path / "images", (1, 8, 8), 3, 4)
+    meta = json.loads((images / "dataset.json").read_text())
+    (images / "dataset.json").write_text(json.dumps(meta | {"class_names": ["s7", "other", "s2", "s0"]}))
+    shape = dict(init=str(tmp_path / "net.safetensors"), channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])
+
+    def start(**options):
+        return setup.build(small_config(images, **{**shape, **options})).objective.net.state_dict()
+
+    with pytest.raises(ValueError, match="label_dim=10.*label_dim=4.*--init-classes=new"):
+        start()
+    first = start(init=None)
+    for how, same in (("new", {}), ("names", {0: 7, 2: 2, 3: 0})):
+        found, label = start(init_classes=how), "unet.emb_label.weight"
+        for name, value in donor.state_dict().items():
+            assert name == label or torch.equal(found[name], value), name
+        for k in range(4):
+            wanted = donor.state_dict()[label][:, same[k]] if k in same else first[label][:, k]
+            assert torch.equal(found[label][:, k], wanted), (how, k)
+    with pytest.raises(ValueError, match="--init-classes=names belongs to --init"):
+        small_config(images, init_classes="names")
+    (images / "dataset.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="share no class_names; give new"):
+        start(init_classes="names")
 
 
 def test_label_dropout_allows_images_without_labels(tiny_net, sets, tmp_path):

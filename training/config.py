@@ -120,6 +120,9 @@ class TrainingConfig:
     keep: int = _run(0, "Checkpoints to keep; 0: all", at_least=0, free=True)
     workers: int = _run(2, "Loader processes", at_least=0, at_most=256, free=True)  # more would take the machine down
     init: str | None = _run(None, "Start a new run from these weights", metavar="SNAPSHOT")
+    init_classes: str | None = _run(
+        None, "--init for other sources: a new label embedding, or by class names", choices=("new", "names")
+    )
     grid: bool = _run(True, "Sample grid at every snapshot", free=True)
     vae: str | None = _run(
         None, "VAE of their latents: local folder, or name on the hub", metavar="DIR|NAME", free=True
@@ -145,6 +148,7 @@ class TrainingConfig:
         looks = self.val_data and self.status_nimg
         self._require(looks or not self.patience, "patience", "needs the status lines of --val-data=ZIP")
         self._require(self.aug_dim is None or self.process == "pfgmpp", "aug_dim", "belongs to --process=pfgmpp")
+        self._require(self.init or not self.init_classes, "init_classes", "belongs to --init=SNAPSHOT")
         if self.process_options:
             from training.processes.options import parse_options
 

@@ -145,15 +145,42 @@ def build_network(config: TrainingConfig, interface: dict[str, int], device: tor
     return net.train().requires_grad_(True)
 
 
-def start_from(net: torch.nn.Module, path: str, own: fit.Side) -> None:
-    """Copy the weights of the snapshot --init=`path`. own: of `net`. Raises ValueError where they do not fit."""
+def start_from(net: torch.nn.Module, path: str, own: fit.Side, classes: str | None = None) -> None:
+    """Copy the weights of the snapshot --init=`path`. own: of `net`. Raises ValueError where they do not fit.
+
+    classes: where its sources are others, what becomes of the label embedding: "new" keeps the first weights of `net`,
+    "names" takes those of the sources with the same class names.
+    """
     donor = persistence.load_snapshot(path)
-    side = fit.of_snapshot("--init", donor)
-    fit.check(side, own), fit.check(own, side)
+    side, state = fit.of_snapshot("--init", donor), donor.net.state_dict()
+    if classes is not None:
+        state |= _other_classes(net, state, side, own, classes)
+        side = replace(side, label_dim=None, class_names=None)
     try:
-        net.load_state_dict(donor.net.state_dict())
+        fit.check(side, own), fit.check(own, side)
+        net.load_state_dict(state)
     except RuntimeError as err:
         raise ValueError(f"--init={path} does not fit the network ({reason(err)})") from err
+    except ValueError as err:
+        labels = any(fact in str(err) for fact in ("label_dim", "class_names"))
+        raise ValueError(f"{err}{', or give --init-classes=new (or names)' if labels else ''}") from err
+
+
+def _other_classes(net, state, side, own, classes):
+    """{name: [C, K]}: label embeddings of `net`, with the columns of known class names from `state` if asked for."""
+    known = {}
+    if classes == "names":
+        known = {name: k for k, name in enumerate(side.class_names or [])}
+        if not known.keys() & {*(own.class_names or [])}:
+            raise ValueError(f"--init-classes=names: {side.name} and {own.name} share no class_names; give new")
+    found = {}
+    for name, p in net.named_parameters():
+        if "label" in name and p.ndim == 2 and p.shape[1] == net.label_dim:
+            found[name] = p.detach().clone()
+            for k, source in enumerate(own.class_names or []):
+                if source in known and name in state:
+                    found[name][:, k] = state[name][:, known[source]]
+    return found
 
 
 def build_process(config: TrainingConfig) -> Any:
@@ -242,12 +269,12 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
     net = build_network(config, interface, device)
     loss = build_loss(config, _references(feed, encoder)).to(device)
     own = fit.Side(f"--data={config.data}", **interface, encoder=encoder, sigma_data=getattr(net, "sigma_data", None))
-    own = replace(own, noise=processes.noise_law(getattr(loss, "kernel", None)))
+    own = replace(own, class_names=dataset.class_names, noise=processes.noise_law(getattr(loss, "kernel", None)))
     held_out = ImageFolderDataset(config.val_data, use_labels=config.cond) if config.val_data else None
     if held_out is not None:
         fit.check_data(f"--val-data={config.val_data}", held_out, own)
     if config.init is not None:
-        start_from(net, config.init, own)
+        start_from(net, config.init, own, config.init_classes)
     objective = losses.Objective(net, loss)
     ema = choose(EMAS, "ema", config.ema)(config, objective)
     optimizer = choose(OPTIMIZERS, "optimizer", config.optimizer)(config, objective.param_groups())
