@@ -48,6 +48,9 @@ class Grid:
     samplings: list = opt([0], "First seed of each sampling, e.g. 0,50000,100000", type=cli.INTS)
     class_idx: str | int = opt("balanced", "Sources to generate", "--class", metavar="N|balanced")
     batch: int = opt(256, "Largest batch per process", at_least=1)
+    vae: str | None = opt(
+        None, "VAE of latents: local folder, or name on the hub to download [default: local]", metavar="DIR|NAME"
+    )
 
     def __post_init__(self) -> None:
         ordered = sorted(self.samplings)
@@ -77,6 +80,7 @@ def main(nets, data, ref, detector, dest, device, dry_run, **given):
 
     from simulations.studies import robustness  # late: torch takes seconds to import, --help should not
     from torch_utils.distributed import get_rank
+    from training.encoders import use_vae
 
     settings = {setting for found in robustness.settings_of(grid).values() for _, setting in found}
     if dry_run:
@@ -87,6 +91,8 @@ def main(nets, data, ref, detector, dest, device, dry_run, **given):
     device, dest = start(device), Path(dest)
     judge = robustness.Judge(detector, data, ref, device)
     models = robustness.open_models(nets, device)
+    for model in models:
+        use_vae(model.snapshot.encoder, grid.vae)
     rows = robustness.run_grid(models, grid, judge, dest / "cells", device)
     if get_rank() == 0:
         files = []

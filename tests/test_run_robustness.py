@@ -17,7 +17,9 @@ from simulations.studies import robustness, stable_targets
 from torch_utils import persistence
 from training import processes
 from training.dataset import ImageFolderDataset, load_arrays
-from training.encoders import StandardRGBEncoder
+from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
+from training.images import png_bytes
+from training.networks_edm2 import Precond
 from training.processes.pfgmpp import PosteriorMean
 
 pytestmark = pytest.mark.filterwarnings("ignore:D = ")
@@ -238,3 +240,16 @@ class Exact(torch.nn.Module):
 
     def forward(self, x, sigma, class_labels=None):
         return self.exact(x, sigma)
+
+
+def test_latents_are_decoded_by_the_vae_that_is_given(tiny_vae, tmp_path):
+    torch.manual_seed(0)
+    net = Precond(4, 4, 0, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[], channels_per_head=8)
+    persistence.save_snapshot(tmp_path / "net.safetensors", net, encoder=StabilityVAEEncoder("nobody/nothing"))
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, [12, 3, 8, 8], dtype=np.uint8)):
+        (tmp_path / "images" / f"{i}.png").write_bytes(png_bytes(image))
+    command = [f"--net={tmp_path}/net.safetensors", f"--data={tmp_path}/images", f"--dest={tmp_path}/out", *GRID]
+    one_line(run_robustness.main, *command, "--experiments=steps", says=["nobody/nothing", "--vae=FOLDER"])
+    run(run_robustness.main, *command, "--experiments=steps", f"--vae={tiny_vae[0]}")
+    assert [row["value"] for row in read(tmp_path / "out" / "robustness-steps.csv")] == ["2", "3"]
