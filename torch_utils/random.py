@@ -6,6 +6,7 @@ Every function that draws takes `generator`, which may be None (PyTorch's global
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import operator
@@ -49,12 +50,15 @@ class StackedRandomGenerator:
         return len(self.generators)
 
     def _draw(self, function, size, dtype=None, device=None, **options):
-        """Stack `function(size[1:], generator=...)` over the seeds."""
+        """`function(size[1:], generator=...)` of every seed, stacked."""
         if not len(size) or size[0] != len(self):
             raise ValueError(f"size {tuple(size)}: the first dimension must be the number of seeds, {len(self)}")
         options.update(dtype=dtype, device=self.device)
-        draws = [function(tuple(size[1:]), generator=generator, **options) for generator in self.generators]
-        return (torch.stack(draws) if draws else torch.empty(tuple(size), dtype=dtype)).to(device or self.device)
+        draws = self._each(lambda shape, generator: function(shape, generator=generator, **options), tuple(size[1:]))
+        return (draws if len(self) else torch.empty(tuple(size), dtype=dtype)).to(device or self.device)
+
+    def _each(self, function, shape):
+        return torch.stack([function(shape, generator) for generator in self.generators]) if len(self) else None
 
     def randn(self, size: Shape, **options: Any) -> torch.Tensor:
         """Standard normal draws of shape `size`. options: dtype, device, layout."""
@@ -67,6 +71,24 @@ class StackedRandomGenerator:
     def randint(self, *args: int, size: Shape, dtype: torch.dtype = torch.int64, **options: Any) -> torch.Tensor:
         """Integers below `args[0]`, or in `[args[0], args[1])`, of shape `size`. options: device, layout."""
         return self._draw(functools.partial(torch.randint, *args), size, dtype, **options)
+
+
+class BlockGenerator(StackedRandomGenerator):
+    """One generator per block of consecutive samples, which draws for its block what it would draw for it alone.
+
+    generators: on one device. sizes: samples of each block.
+    """
+
+    def __init__(self, generators: Iterable[torch.Generator], sizes: Iterable[int]):
+        self.generators, self.sizes = list(generators), list(sizes)
+        self.device = self.generators[0].device
+
+    def __len__(self):
+        return sum(self.sizes)
+
+    def _each(self, function, shape):
+        blocks = zip(self.generators, self.sizes, strict=True)
+        return torch.cat([function((size, *shape), generator) for generator, size in blocks])
 
 
 Generator = torch.Generator | StackedRandomGenerator | None  # what every function that draws takes
@@ -88,7 +110,7 @@ def child_generator(generator: Generator = None, device: Device = "cpu") -> torc
     StackedRandomGenerator gives one of children.
     """
     if isinstance(generator, StackedRandomGenerator):
-        child = StackedRandomGenerator(generator.device, [])
+        child = copy.copy(generator)
         child.generators = [child_generator(parent) for parent in generator.generators]
         return child
     parent = default_generator(device) if generator is None else generator

@@ -26,7 +26,7 @@ from torch_utils.random import Generator
 
 def _draw_like(x, generator, draw):
     """draw: random.randn, or random.rand."""
-    if isinstance(generator, (torch.Generator, type(None))):
+    if isinstance(generator, (torch.Generator, random.BlockGenerator, type(None))):
         return draw(x.shape, generator, x.device, x.dtype)
     noise = generator.randn_like(x)  # a normal's own quantile is uniform
     return noise if draw is random.randn else torch.special.ndtr(noise.double()).to(x.dtype)
@@ -107,7 +107,7 @@ class StandardRGBEncoder(Encoder):
     log_scale, stored = math.log(256 / 127.5), "uint8"
 
     def encode_latents(self, x: torch.Tensor, generator: Generator = None) -> torch.Tensor:
-        return x.to(torch.float32) / 127.5 - 1
+        return (x.to(torch.float32) / 127.5).sub_(1)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         return (z.to(torch.float32) * 127.5 + 128).clip(0, 255).to(torch.uint8)

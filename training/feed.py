@@ -2,7 +2,8 @@
 
 The data order is cut into blocks of `block` consecutive positions. Everything random about a block (encoder noise, noise
 level, augmentation, noise, label dropout) comes from one generator seeded by (seed, first position). Processes and
-micro-batches take whole blocks, so neither their number nor their size changes any draw.
+micro-batches take whole blocks, so neither their number nor their size changes any draw. Where a loss allows it, the blocks
+of a micro-batch share the arithmetic, each with its own generator.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 import torch.utils.data
 
 from torch_utils.distributed import share
-from torch_utils.random import hash_seed, seeded_generator
+from torch_utils.random import BlockGenerator, hash_seed, seeded_generator
 from training.dataset import Dataset, label_rows, load_raw, order
 from training.encoders import Encoder
 from training.losses import Draws, Loss
@@ -129,18 +130,35 @@ class Candidates:
         self.first = slices[0][0] - position if slices else 0
 
     def __iter__(self):
-        pending = None
-        for first, images, labels in self.feed.blocks(self.position, self.count):
-            block = self.draw_block(first, images, labels)
-            pending = block if pending is None else Draws.cat([pending, block])
-            while len(pending) >= self.max_batch:
-                yield pending[: self.max_batch]
-                pending = pending[self.max_batch :]
-        if pending is not None and len(pending):
-            yield pending
+        held = []
+        for blocks in self._groups():
+            held.append(self.draw(blocks))
+            while sum(map(len, held)) >= self.max_batch:
+                joined = Draws.cat(held)
+                yield joined[: self.max_batch]
+                held = [joined[self.max_batch :]] if len(joined) > self.max_batch else []
+        if held:
+            yield Draws.cat(held)
 
-    def draw_block(self, first: int, images: torch.Tensor, labels: torch.Tensor) -> Draws:
-        """The Draws of one block, a function of (seed, first position, images) alone."""
-        generator = seeded_generator(self.feed.device, self.feed.seed, first)
+    def _groups(self):
+        """Lists of blocks that are drawn together: a micro-batch at a time, where that changes no bit."""
+        ours = type(self.encoder).__module__.startswith("training.")
+        # Vector units take 32 numbers at a time at most, and round what is left over by other code.
+        together = getattr(self.loss, "separable", False) and ours and self.feed.block % 32 == 0
+        group, size = [], 0
+        for block in self.feed.blocks(self.position, self.count):
+            group, size = [*group, block], size + len(block[1])
+            if not together or size >= self.max_batch:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
+    def draw(self, blocks: list[tuple[int, torch.Tensor, torch.Tensor]]) -> Draws:
+        """The Draws of blocks (first position, images, labels), each a function of (seed, first position, images) alone."""
+        firsts, images, labels = zip(*blocks, strict=True)
+        generators = [seeded_generator(self.feed.device, self.feed.seed, first) for first in firsts]
+        generator = BlockGenerator(generators, map(len, images)) if len(blocks) > 1 else generators[0]
+        images, labels = (part[0] if len(part) == 1 else torch.cat(part) for part in (images, labels))
         latents = self.encoder.encode_latents(images, generator)
         return self.loss.draw(latents, labels if labels.shape[1] else None, generator)

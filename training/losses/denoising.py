@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from dnnlib import EasyDict
-from torch_utils import persistence
-from torch_utils.random import default_generator
+from torch_utils import persistence, random
+from torch_utils.random import Generator
 from training.processes import GaussianKernel
 from training.processes.states import expand
 
@@ -56,6 +56,14 @@ class Loss(torch.nn.Module):
     """
 
     lr_scale = 1.0
+
+    @property
+    def separable(self) -> bool:
+        """Whether `draw` may take many blocks at once, with a BlockGenerator, and gives each what it gives it alone.
+
+        For that it draws by torch_utils.random, one row of numbers per example, and no example touches another.
+        """
+        return False
 
     def draw(self, images: Tensor, labels: Tensor | None = None, generator: Generator | None = None) -> Draws:
         """All random choices for images [N, ...] and labels [N, K] or None -> Draws of length N."""
@@ -97,6 +105,11 @@ class DenoisingLoss(Loss):
         self.uncertainty = self.head if uncertainty is None else uncertainty
         self.stable_targets = stable_targets
 
+    @property
+    def separable(self) -> bool:
+        ours = all(type(part).__module__.startswith("training.") for part in (self, self.kernel))
+        return ours and self.augment is None and self.stable_targets is None
+
     def sample_sigma(self, n: int, generator: Generator, device: torch.device) -> Tensor:
         """Noise levels [N] > 0."""
         raise NotImplementedError
@@ -111,14 +124,14 @@ class DenoisingLoss(Loss):
         return sigma, self.weight(sigma)
 
     def draw(self, images: Tensor, labels: Tensor | None = None, generator: Generator | None = None) -> Draws:
-        generator = default_generator(images.device) if generator is None else generator
+        generator = random.default_generator(images.device) if generator is None else generator
         sigma, weight = self.draw_levels(len(images), generator, images.device)
         augment_labels = None
         if self.augment is not None:
             images, augment_labels = self.augment(images, generator)
         noise = self.kernel.unit_noise(images.shape, generator=generator).to(images.device) * expand(sigma, images)
         if self.label_dropout and labels is not None:
-            keep = torch.rand([len(images), 1], generator=generator, device=images.device) >= self.label_dropout
+            keep = random.rand([len(images), 1], generator, images.device) >= self.label_dropout
             labels = labels * keep
         draws = Draws(images=images, sigma=sigma, weight=weight, noise=noise, labels=labels)
         draws.update(augment_labels=augment_labels, targets=None)
@@ -153,7 +166,7 @@ class EDM2Loss(DenoisingLoss):
         self.P_std = P_std
 
     def sample_sigma(self, n: int, generator: Generator, device: torch.device) -> Tensor:
-        return (torch.randn([n], generator=generator, device=device) * self.P_std + self.P_mean).exp()
+        return (random.randn([n], generator, device) * self.P_std + self.P_mean).exp()
 
 
 class EDMLoss(EDM2Loss):
@@ -172,7 +185,7 @@ class VPLoss(DenoisingLoss):
     beta_d, beta_min, epsilon_t = 19.9, 0.1, 1e-5
 
     def sample_sigma(self, n: int, generator: Generator, device: torch.device) -> Tensor:
-        t = 1 + torch.rand([n], generator=generator, device=device) * (self.epsilon_t - 1)
+        t = 1 + random.rand([n], generator, device) * (self.epsilon_t - 1)
         return (0.5 * self.beta_d * t**2 + self.beta_min * t).expm1().sqrt()
 
     def weight(self, sigma: Tensor) -> Tensor:
@@ -186,7 +199,7 @@ class VELoss(DenoisingLoss):
     sigma_min, sigma_max = 0.02, 100
 
     def sample_sigma(self, n: int, generator: Generator, device: torch.device) -> Tensor:
-        u = torch.rand([n], generator=generator, device=device)
+        u = random.rand([n], generator, device)
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** u
 
 

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
+from torch_utils import random
+from torch_utils.random import Generator
 from training import likelihood
 from training.losses.denoising import DenoisingLoss, Draws, network_options
 from training.processes.states import expand
@@ -55,10 +57,14 @@ class ProcessLoss(DenoisingLoss):
         t_min = self.process.time(SIGMA_MIN) if self.t_min is None else self.t_min
         return NoiseLevels(self.process, self.time_sampling, self.weighting, float(t_min), self.sigma_data)
 
+    @property
+    def separable(self) -> bool:  # Newton's method for times stops when all have converged
+        return super().separable and (self.time_sampling, self.weighting) == ("snr", "likelihood")
+
     @torch.no_grad()
     def draw_levels(self, n: int, generator: Generator, device: torch.device) -> tuple[Tensor, Tensor]:
         """Noise levels and their weights over the density, computed in float64."""
-        uniform = torch.rand([n], generator=generator, device=device).double().cpu()
+        uniform = random.rand([n], generator, device).double().cpu()
         if self.learned and (self.time_sampling, self.weighting, self.t_min) == ("snr", "likelihood", None):
             ends = torch.tensor([SIGMA_MAX, SIGMA_MIN], dtype=torch.float64) ** -2
             levels = snr_law(uniform, *ends, self.sigma_data)
