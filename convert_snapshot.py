@@ -17,26 +17,35 @@ Examples:
 \b
   # Its tensors alone, by their names in the network, for other programs:
   python convert_snapshot.py --net=training-runs/digits --state-dict --dest=weights.safetensors
+\b
+  # For diffusers (networks that it has, those of --arch=adm): UNet2DModel.from_pretrained("adm")
+  python convert_snapshot.py --net=edm-imagenet-64x64-cond-adm.pkl --folder --dest=adm
 """
-SNAPSHOT = outputs.Kind("a snapshot of this project", outputs.safetensors_with("diffusion snapshot"))
+FOLDER = outputs.Kind(
+    "a folder of diffusers",
+    outputs.folder_of(r"config\.json", r"scheduler_config\.json", r"diffusion_pytorch_model\.safetensors"),
+    folder=True,
+)
 TENSORS = outputs.Kind("a .safetensors file of tensors alone", outputs.safetensors_with())
+FORMS = {"snapshot": outputs.SNAPSHOT, "tensors": TENSORS, "folder": FOLDER}
 
 
 @cli.command(epilog=EXAMPLES)
 @click.option("--net", metavar="SNAPSHOT", required=True, help="File, URL, or run folder (its newest snapshot)")
 @cli.output(
     "--dest",
-    lambda o: TENSORS if o["plain"] else SNAPSHOT,
-    metavar="FILE",
-    help="Write this .safetensors file; default: only say what is there",
+    lambda o: FORMS[o["form"] or "snapshot"],
+    metavar="FILE|DIR",
+    help="Write this .safetensors file (or folder); default: only say what is there",
 )
 @click.option("--part", type=click.Choice(["ema", "net"]), default="ema", help="Of a file with both: averaged or raw")
-@click.option("--state-dict", "plain", is_flag=True, help="Tensors alone, without description")
-def main(net, dest, part, plain):
+@click.option("--state-dict", "form", flag_value="tensors", help="Tensors alone, without description")
+@click.option("--folder", "form", flag_value="folder", help="A folder for diffusers: config.json, weights, scheduler")
+def main(net, dest, part, form):
     """Convert snapshots. stdout: what was found, as JSON."""
     from torch_utils.conversion import convert
 
-    print(json.dumps(convert(net, dest, part, plain), indent=2))
+    print(json.dumps(convert(net, dest, part, form or "snapshot"), indent=2))
 
 
 if __name__ == "__main__":

@@ -226,6 +226,7 @@ def written(name: str, *ends: str, folder: bool = False) -> Kind:
 FIGURE = written("a figure", ".png", ".svg")
 TABLE = Kind("a table", _format_of(_TABLES), lock=False)
 PICTURE = Kind("a picture", _format_of(_PICTURES), lock=False)
+SNAPSHOT = Kind("a snapshot of this project", safetensors_with("diffusion snapshot"))
 # What several commands and steps put their results into: anything but what is one thing as a whole.
 RESULTS = Kind(
     "a folder of results",

@@ -15,6 +15,7 @@ import calculate_metrics
 import convert_snapshot
 import dataset_tool
 import generate_images
+import reconstruct_phema
 import run_experiment
 import train_edm2
 from dnnlib import outputs, util
@@ -28,6 +29,7 @@ SCRIPTS = {
     "generate": generate_images.main,
     "train": train_edm2.main,
     "snapshot": convert_snapshot.main,
+    "averages": reconstruct_phema.main,
     "experiment": run_experiment.main,
     "bounds": run_bounds.main,
     "solvers": run_solvers.main,
@@ -130,6 +132,8 @@ INPUTS = [
     (["train", "--data=W/data.zip", "--val-data=W/photos", "--outdir=W/photos/run"], "--val-data"),
     (["train", "--data=W/data.zip", "--init=W/net.safetensors", "--outdir=W/net.safetensors"], "--init"),
     (["snapshot", "--net=W/net.safetensors", "--dest=W/net.safetensors"], "--net"),
+    (["snapshot", "--net=W/net.safetensors", "--folder", "--dest=W/net.safetensors"], "--net"),
+    (["averages", "--indir=W/run", "--outstd=0.1", "--outdir=W/run"], "--indir"),
     (["experiment", "W/e.yaml", "--out=W/e.yaml"], "FILE"),
     (["targets", "--net=W/net.safetensors", "--data=W/data.zip", "--dest=W/net.safetensors"], "--net"),
     (["targets", "--net=x=W/run", "--data=W/photos", "--dest=W/photos/t.csv"], "--data"),
@@ -162,6 +166,8 @@ REPLACES = {
     "run": ([*TRAIN, *TINY, "--outdir=X"], {"run"}),
     "snapshot": (["snapshot", "--net=W/net.safetensors", "--dest=X"], set()),
     "tensors": (["snapshot", "--net=W/net.safetensors", "--state-dict", "--dest=X"], set()),
+    "folder": (["snapshot", "--net=W/net.safetensors", "--folder", "--dest=X"], set()),
+    "averages": (["averages", "--indir=W/run", "--outstd=0.1", "--outdir=X"], set()),
     "bounds": (["bounds", "--out=X"], set()),
     "table": (["solvers", "plot", "--dest=W/none", "--figure=W/none/f", "--tables=X"], set()),
     "points": (["toy", "sample", "--net=W/none", "--dest=X"], set()),

@@ -199,13 +199,21 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch):
     mistake("there are: 65, 131", "--outkimg=70")
     mistake("no snapshots", "--inprefix=other")
     mistake("no snapshots", "--instd=0.05")
-    mistake("network-snapshot-0000065-0.100.safetensors", f"--outdir={tmp_path}", "--outprefix=network-snapshot",
-            "--outkimg=65")  # fmt: skip
+    mistake("--indir", f"--outdir={tmp_path}")
     monkeypatch.setenv("WORLD_SIZE", "2")
     mistake("one process")
     monkeypatch.delenv("WORLD_SIZE")
     constant(tmp_path, "other", 1.0, STEP, 0.2)
     mistake("--inprefix")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    constant(taken, "other", 1.0, STEP, 0.1)
+    (taken / "phema-0000131-0.100.safetensors").write_text("notes")
+    mistake("--outdir", "--inprefix=network-snapshot", f"--outdir={taken}")
+    assert (taken / "phema-0000131-0.100.safetensors").read_text() == "notes"
+    (taken / "phema-0000131-0.100.safetensors").unlink()
+    (taken / "phema-0000131-0.100.safetensors").symlink_to(tmp_path / "network-snapshot-0000131-0.100.safetensors")
+    mistake("--indir", "--inprefix=network-snapshot", f"--outdir={taken}")
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     constant(mixed, "a", 1.0, STEP, 0.1)

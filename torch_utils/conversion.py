@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from dnnlib.util import atomic_write
-from torch_utils import persistence
+from torch_utils import diffusers_folder, persistence
 
 
 def floating_types(state: dict[str, torch.Tensor]) -> list[str]:
@@ -34,15 +34,16 @@ def save_alike(dest: str | Path, snapshot: persistence.Snapshot, dtype: torch.dt
     persistence.save_snapshot(dest, snapshot.net, **parts, **about)
 
 
-def convert(path: str, dest: str | Path | None = None, part: str = "ema", plain: bool = False) -> dict:
+def convert(path: str, dest: str | Path | None = None, part: str = "ema", form: str = "snapshot") -> dict:
     """Read a snapshot as data, write it to `dest` (None: nowhere) and return what was found, as plain data.
 
-    part: "ema" or "net" of a file that keeps both. plain: tensors by their names in the network and no description, for
-    other programs. Numbers keep the type they were stored in. Raises ValueError for what cannot be read, and for a dest
-    that does not end with .safetensors or is the file itself.
+    part: "ema" or "net" of a file that keeps both. form: "snapshot"; "tensors" by their names in the network and no
+    description, for other programs; "folder" for diffusers. Numbers keep the type they were stored in. Raises ValueError
+    for what cannot be read, a file that does not end with .safetensors or is the file itself, and a network that
+    diffusers does not have.
     """
     source = persistence.resolve(path)
-    if dest is not None and Path(dest).suffix != ".safetensors":
+    if dest is not None and form != "folder" and Path(dest).suffix != ".safetensors":
         raise ValueError(f"--dest={dest}: snapshots are written as .safetensors")
     if dest is not None and Path(dest).resolve() == source.resolve():
         raise ValueError(f"--dest={dest} is the file that is read: give another name")
@@ -52,7 +53,9 @@ def convert(path: str, dest: str | Path | None = None, part: str = "ema", plain:
     found |= {"parameters": sum(p.numel() for p in snapshot.net.parameters()), "types": floating_types(state)}
     if dest is None:
         return found
-    if plain:
+    if form == "folder":
+        return found | {"dest": str(dest), "files": diffusers_folder.write(dest, snapshot, state)}
+    if form == "tensors":
         tensors = {name.removeprefix("net."): value.contiguous().clone() for name, value in state.items()}
         with atomic_write(dest) as file:
             file.write(safetensors.torch.save(tensors))

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dnnlib import outputs
 from torch_utils import conversion, foreign, persistence
 
 
@@ -318,9 +319,8 @@ def reconstruct_command(
     inputs, nimg = select_inputs(stored, None if outkimg is None else times.get(outkimg, outkimg * 1000))
     path = lambda std: Path(outdir) / f"{outprefix}-{nimg // 1000:07d}-{std:.3f}.safetensors"
     stds = [std for std in parse_stds(outstd) if not (skip and path(std).exists())]
-    taken = {s.path.resolve() for s in stored} & {path(std).resolve() for std in stds}
-    if taken:
-        raise ValueError(f"{taken.pop()} is an input and would be written: give another --outprefix or --outdir")
+    for std in stds:
+        outputs.check("--outdir", path(std), outputs.SNAPSHOT, [outputs.Named("--indir", str(s.path)) for s in stored])
     made = []
     for found in reconstruct(inputs, stds, nimg, batch, lambda files: tqdm(files, unit="file", desc="profiles")):
         conversion.save_alike(path(found.std), found.snapshot, found.dtype, ema=f"{found.std:.3f}")
