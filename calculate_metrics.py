@@ -195,6 +195,19 @@ def report(**options):
 
 
 @cmdline.command()
+@_text("--scores", "Score files of --dest, with the tags seed and --over, perhaps arm", "GLOB", required=True)
+@_dest("What .md, .csv, .png and .svg follow", commands.SWEEP, "STEM", required=True)
+@_text("--over", "Tag whose values were swept", "NAME", "ema")
+@_text("--measure", "Which number: denoising_loss, fd, kid, ...", "NAME", "denoising_loss")
+@_text("--metric", "Of which detector, where score files hold several", "NAME")
+@_choice("--section", "All samples, or mean of sources", "overall", "mean")
+@_text("--label", "Of the x axis; default: the tag", "TEXT")
+def sweep(**options):
+    """Draw a number against a swept option, such as the EMA length: every seed, the mean, the optimum with its interval."""
+    commands.sweep(EasyDict(options))
+
+
+@cmdline.command()
 @_text("--scores", "Score files of calc --dest, with the tag checkpoint", "GLOB", required=True)
 @_text("--distance", "Which number: fd or kid", "NAME", "fd")
 @_text("--detector", "Of which detector; default: the only one", "NAME")

@@ -26,6 +26,7 @@ def load_scripts():
     import calculate_metrics
     import dataset_tool
     import generate_images
+    import reconstruct_phema
     import train_edm2
     from simulations import run_robustness, run_solvers, run_stable_targets
 
@@ -34,6 +35,7 @@ def load_scripts():
         "generate_images.py": generate_images.main,
         "calculate_metrics.py": calculate_metrics.cmdline,
         "dataset_tool.py": dataset_tool.main,
+        "reconstruct_phema.py": reconstruct_phema.main,
         "simulations/run_robustness.py": run_robustness.main,
         "simulations/run_solvers.py": run_solvers.main,
         "simulations/run_stable_targets.py": run_stable_targets.main,

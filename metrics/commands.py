@@ -41,6 +41,8 @@ REFERENCE = outputs.Kind(
 )
 DETECTOR = outputs.Kind("a detector file", outputs.safetensors_with("classifier-detector-"))
 
+SWEEP = outputs.written("a sweep", ".md", ".csv", ".png", ".svg")
+
 
 def report_kind(o: dict) -> outputs.Kind:
     """What `report` writes, by its options."""
@@ -353,3 +355,10 @@ def report(o: EasyDict) -> None:
         raise ValueError(f"--arms={','.join(arms)}: give two names, such as multi,single")
     names = ("metric", "measure", "train_multi", "train_single", "real", "net", "detector", "notes")
     print(write_report(o.scores, o.dest, arms, **{name: o[name] for name in names}))
+
+
+def sweep(o: EasyDict) -> None:
+    """A number against a swept option."""
+    from metrics.report_sweep import write_sweep
+
+    print_json(write_sweep(o.scores, o.dest, o.over, o.measure, o.section, o.metric, o.label))

@@ -77,19 +77,21 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / n) if n > 1 else 0.0
 
 
-def paired_difference(a: Iterable[float], b: Iterable[float]) -> tuple[float, float, float, float]:
-    """Mean of a - b over pairs, its standard error, and the ends of its 95 % interval (Student's t).
-
-    A single pair has no error: all but its difference are NaN. Raises ValueError for sequences of different lengths.
-    """
+def mean_interval(values: Iterable[float]) -> tuple[float, float, float, float]:
+    """Mean, its standard error, and the ends of its 95 % interval (Student's t); a single value has no error: NaN."""
     import scipy.stats
 
-    mean, variance, n = _mean_and_variance(x - y for x, y in zip(a, b, strict=True))
+    mean, variance, n = _mean_and_variance(values)
     if n < 2:
         return mean, math.nan, math.nan, math.nan
     error = math.sqrt(variance / n)
     half = float(scipy.stats.t.ppf(0.975, n - 1)) * error
     return mean, error, mean - half, mean + half
+
+
+def paired_difference(a: Iterable[float], b: Iterable[float]) -> tuple[float, float, float, float]:
+    """`mean_interval` of a - b over pairs. Raises ValueError for sequences of different lengths."""
+    return mean_interval(x - y for x, y in zip(a, b, strict=True))
 
 
 def grouped(pairs: Iterable[tuple[object, object]]) -> dict[object, list]:
