@@ -114,25 +114,30 @@ def grid_labels(dataset: Dataset) -> tuple[torch.Tensor | None, list[int] | None
 
 
 def grid_hook(labels: torch.Tensor | None = None, titles: list[int] | None = None) -> Callable:
-    """on_snapshot hook: `samples-<kimg>.png` with a row per row of `grid_labels`, from the first average."""
+    """on_snapshot hook: `samples-<kimg>.png` with a row per row of `grid_labels`, from the first average once it is trained.
+
+    All rows show the same noise, and are sampled in one batch, or in parts of the run's micro-batch.
+    """
 
     @torch.no_grad()
     def on_snapshot(loop):
-        if dist.get_rank() != 0:
+        if dist.get_rank() != 0 or loop.state.cur_nimg == 0:
             return
         device, kernel = loop.feed.device, getattr(loop.objective.loss, "kernel", None)
-        pictures = []
         with loop.average() as average:
             net = average.net
             shape = [net.img_channels, net.img_resolution, net.img_resolution]
             columns = max(1, min(GRID_COLUMNS, GRID_CHANNELS_TOTAL // (math.prod(shape) * GRID_ROWS)))
-            for row in [None] if labels is None else labels.to(device):
-                generator = StackedRandomGenerator(device, range(columns))
-                size = [columns, *shape]
-                noise = generator.randn(size, device=device) if kernel is None else kernel.unit_noise(size, generator)
-                row = None if row is None else row[:columns]
-                pictures.append(loop.encoder.decode(heun(net, noise.to(device), row, num_steps=18)).cpu())
-        save_grid(loop.run_dir / f"samples-{loop.kimg:07d}.png", pictures, titles)
+            rows = 1 if labels is None else len(labels)
+            generator, size = StackedRandomGenerator(device, range(columns)), [columns, *shape]
+            noise = generator.randn(size, device=device) if kernel is None else kernel.unit_noise(size, generator)
+            noise = noise.to(device).repeat(rows, 1, 1, 1)
+            given = None if labels is None else labels[:, :columns].flatten(0, 1).to(device)
+            most = loop.parts.batch_gpu or len(noise)
+            parts = zip(noise.split(most), [None] * len(noise) if given is None else given.split(most), strict=False)
+            decode = loop.encoder.decode
+            pictures = torch.cat([decode(heun(net, part, row, num_steps=18)) for part, row in parts]).cpu()
+        save_grid(loop.run_dir / f"samples-{loop.kimg:07d}.png", pictures.split(columns), titles)
 
     return on_snapshot
 

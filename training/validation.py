@@ -39,11 +39,13 @@ class HeldOut:
             clean = encoder.encode_latents(raw, seeded_generator(device, self.seed, 8, start))
             given = self.label_dim and net.label_dim
             labels = label_rows(self.labels[rows], self.label_dim).to(device) if given else None
-            for column, sigma in enumerate(NOISE_LEVELS):
+            means = []
+            for sigma in NOISE_LEVELS:
                 noise = torch.cat([kernel.unit_noise([1, *clean.shape[1:]], g) for g in generators])
                 denoised = net(clean + sigma * noise.to(device), torch.full([len(clean)], sigma, device=device), labels)
                 weight = (sigma**2 + sd**2) / (sigma * sd) ** 2
-                table[rows, column] = weight * (denoised - clean).double().square().flatten(1).mean(dim=1).cpu()
+                means.append(weight * (denoised - clean).double().square().flatten(1).mean(dim=1))
+            table[rows] = torch.stack(means, dim=1).cpu()  # one transfer for all levels
         if len(bad := (~table.isfinite()).nonzero()):
             (image, column), images = bad[0].tolist(), len(bad[:, 0].unique())
             raise ValueError(
