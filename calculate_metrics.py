@@ -9,7 +9,7 @@ import click
 
 from dnnlib import EasyDict, cli
 from dnnlib.options import options as fields
-from metrics import commands, results
+from metrics import commands, results, snapshots
 from training.sampling import ProcessChoice, Sampling
 
 
@@ -44,11 +44,19 @@ DEST = _options(
     _text("--tag tags", "Note in the JSON, repeatable", "NAME=VALUE", multiple=True, callback=commands.parse_tags),
 )
 EXTRACT = _options(
-    _text("--metrics", "Detectors: pixel, classifier:FILE", "LIST", "pixel"),
+    _text("--metrics", "Detectors: pixel, classifier:FILE; default: what image size and weights at hand allow", "LIST"),
     click.option("--per-source/--no-per-source", help="Also per source", default=True),
     _int("--batch", "Images per batch and process", 64, at_least=1),
-    click.option("--workers", help="Processes that decode images", metavar="INT", type=cli.WORKERS, default=0),
+    click.option("--workers", help="Processes that decode images ahead", metavar="INT", type=cli.WORKERS, default=2),
     DEVICE,
+)
+
+FEATURES = _text(
+    "--features",
+    "Keep the features of these images here; read them, if they are there and of the same images and detectors",
+    "NPZ",
+    cls=cli.Output,
+    writes=commands.FEATURES,
 )
 
 COMPARE = _options(
@@ -83,6 +91,10 @@ def cmdline():
     \b
     # Generate on the fly and score, nothing written
     torchrun --standalone --nproc_per_node=2 calculate_metrics.py gen --net=SNAPSHOT --ref=refs/digits.npz --num-images=1000
+
+    \b
+    # Every snapshot of a run from 100 million images on, each on three blocks of seeds; the same command resumes
+    python calculate_metrics.py gen --net='RUN/*.safetensors' --min-kimg=100000 --blocks=3 --ref=refs/cifar10.npz
     """
 
 
@@ -90,7 +102,8 @@ def cmdline():
 @_text("--data", "Reference images", "DIR|ZIP", required=True)
 @_dest("Where to write the statistics (.npz)", commands.REFERENCE, required=True)
 @EXTRACT
-@click.option("--features/--no-features", help="Keep features, for floors, KID, precision", default=True)
+@click.option("--no-features", is_flag=True, help="Leave features out of --dest: no floors, KID, precision against it")
+@FEATURES
 def ref(**options):
     """Write reference statistics, overall and per source, with their provenance."""
     commands.ref(EasyDict(options))
@@ -98,8 +111,9 @@ def ref(**options):
 
 @cmdline.command()
 @_text("--images", "Images to score, labels in dataset.json", "DIR|ZIP", required=True)
-@_int(NUM, "Seeded subset of so many; default: all", at_least=2)
+@_int(NUM, "Seeded subset of so many; default: 50000 for fid and fd_dinov2, all for other detectors", at_least=2)
 @COMPARE
+@FEATURES
 def calc(**options):
     """Score a folder or zip of images."""
     commands.calc(EasyDict(options))
@@ -107,11 +121,21 @@ def calc(**options):
 
 @cmdline.command()
 @_int(NUM, "Images to generate, with seeds SEED to SEED + NUM - 1", 50000, at_least=2)
+@_int("--blocks", "Score so many times NUM images, of seeds that follow: minimum, mean, spread", 1, at_least=1)
+@_int("--min-kimg", "Of the snapshots that --net matches, those from so many thousand images on")
+@_int("--max-kimg", "Of the snapshots that --net matches, those up to so many thousand images")
+@_text(
+    "--outdir",
+    "Folder of metrics.jsonl, curve and finished scores, to resume; default with a pattern: metrics beside the snapshots",
+    "DIR",
+    cls=cli.Output,
+    writes=snapshots.FOLDER,
+)
 @COMPARE
 @fields(Sampling, skip=["max_batch_size"])
 def gen(**options):
-    """Generate images from a snapshot and score them; nothing is written."""
-    commands.gen(EasyDict(options))
+    """Generate images and score them: of one snapshot, or of all that the pattern --net='RUN/*.safetensors' matches."""
+    snapshots.gen(EasyDict(options))
 
 
 @cmdline.command()

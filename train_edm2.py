@@ -19,6 +19,10 @@ Examples:
       --data=datasets/latent_datasets/sim3/inet-256-10c-1000.zip --preset=edm2-img256-xs-10c-1000 \\
       --batch=8192 --status=64Ki --snapshot=16Mi --checkpoint=64Mi
 \b
+  # Score 10000 images of every 8 million-th snapshot against a reference while training: training-runs/c10/metrics
+  python train_edm2.py --outdir=training-runs/c10 --data=datasets/cifar10.zip --preset=edm2-cifar10-xxs --snapshot=2Mi \
+      --checkpoint=4Mi --eval-every=8Mi --eval-ref=dataset-refs/cifar10.npz --eval-num=10000
+\b
 Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM or SIGINT after writing a checkpoint
 (run the same command again to go on).
 """
@@ -43,9 +47,10 @@ def main(outdir, preset, chunks, resume, device, dry_run, **given):
         print(json.dumps(config.to_dict(), indent=2))
         print("Dry run; exiting.")
         return 0
+    from metrics import snapshots
     from training import setup
 
-    return setup.train_command(config, outdir, resume, device)
+    return setup.train_command(config, outdir, resume, device, snapshots.while_training(config))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ REFERENCE = outputs.Kind(
     outputs.zip_with("header.npy", "feature-reference".encode("utf-32-le")),
     files=lambda dest: [_npz(dest)],
 )
+FEATURES = outputs.Kind("a file of features of ours", REFERENCE.holds)
 DETECTOR = outputs.Kind("a detector file", outputs.safetensors_with("classifier-detector-"))
 
 SWEEP = outputs.written("a sweep", ".md", ".csv", ".png", ".svg")
@@ -85,6 +86,19 @@ def open_detectors(metrics: str, device: torch.device) -> dict[str, object]:
         raise ValueError(f"--metrics={metrics}: {error}") from None
 
 
+def default_metrics(references: dict[str, FeatureSet] | None = None, path: str | None = None) -> str:
+    """The detectors where --metrics is not given: those of the reference file; else what the weights at hand allow."""
+    from metrics.detectors import DETECTORS
+
+    if references is None:
+        return "pixel"
+    known = [identity for identity in references if identity in DETECTORS]
+    if not known:
+        held = ", ".join(references)
+        raise ValueError(f"--ref={path} holds statistics of {held}: name the detector, --metrics=NAME:FILE")
+    return ",".join(known)
+
+
 def parse_tags(context: click.Context, option: click.Parameter, words: Sequence[str]) -> dict[str, str]:
     """Callback of --tag: {name: value} from NAME=VALUE words."""
     tags = {}
@@ -104,8 +118,10 @@ def print_json(result: dict) -> None:
     distributed.print0(json.dumps(result, indent=2, allow_nan=False))
 
 
-def finish(result: dict, dest: str | None) -> None:
-    """Print the JSON, and write it to `dest` where one is given."""
+def finish(result: dict | None, dest: str | None) -> None:
+    """Print the JSON, and write it to `dest` where one is given; nothing on the ranks that have none."""
+    if result is None:
+        return
     print_json(result)
     if dest is not None:
         write_json(dest, result)
@@ -122,6 +138,28 @@ def look(
         return collect_dataset(dataset, detectors, progress=progress, **options)
 
 
+def look_once(
+    dataset: Dataset, detectors: dict[str, object], what: str, o: EasyDict, **options: object
+) -> dict[str, FeatureSet]:
+    """`look`, or what it found before: features in the file --features, which is made where it is not there.
+
+    Raises ValueError for a file of other images or labels, another size of them, or other detectors.
+    """
+    from metrics.features import FEATURE_LIMIT, choose
+    from metrics.references import load_references, require_same_features, save_references
+    from torch_utils import distributed
+
+    if o.features is None:
+        return look(dataset, detectors, what, o, **options)
+    if os.path.exists(o.features) and os.path.getsize(o.features):
+        chosen = dataset.subset(choose(dataset, options.get("num"), options.get("seed", 0)))
+        return require_same_features(load_references(o.features), detectors, chosen, f"--features={o.features}")
+    found = look(dataset, detectors, what, o, **options)
+    if distributed.get_rank() == 0:
+        save_references(o.features, found, feature_limit=FEATURE_LIMIT)
+    return found
+
+
 OVERLAP = {"images": "samples", "reference": "reference", "training": "training data"}
 
 
@@ -131,66 +169,83 @@ class Prepared(NamedTuple):
     detectors: dict[str, object]
     references: dict[str, FeatureSet]
     training: dict[str, FeatureSet] | None
+    sides: tuple[Side, ...]  # of the images of both
+
+    def require(self, samples: Side) -> None:
+        """Raises ValueError for samples of another size, colour or numbering of sources."""
+        from training import fit
+
+        for side in self.sides:
+            fit.check(side, samples)
+
+
+def compared(**given: object) -> EasyDict:
+    """Options of `prepare` and `scores`, those that are not given as the command line has them."""
+    defaults = dict(ref=None, data=None, train=None, metrics=None, per_source=True, batch=64, workers=2, seed=0)
+    return EasyDict({**defaults, "distances": ["fd", "kid", "prdc"], "splits": 4, "tags": {}, "blocks": 1, **given})
 
 
 def side_of(name: str, dataset: Dataset) -> Side:
     """What is compared of a data set of images."""
     from training import fit
 
-    return fit.of_images(name, dataset.image_shape, dataset.declared_classes)
+    return fit.of_images(name, dataset.image_shape, dataset.declared_classes, dataset.class_names)
 
 
 def prepare(o: EasyDict, device: torch.device, samples: Side) -> Prepared:
     """Open what calc and gen compare `samples` with; refuses before any long work."""
     from metrics.evaluate import MEASURES
     from metrics.references import load_references, require_detectors
-    from training import fit
 
     if (o.ref is None) == (o.data is None):
         raise ValueError("give either --ref=FILE or --data=ZIP as the reference")
     if unknown := [name for name in o.distances if name not in MEASURES]:
         known = ", ".join(MEASURES)
         raise ValueError(f"--distances={','.join(o.distances)}: unknown distance '{unknown[0]}'; known: {known}")
-    detectors = open_detectors(o.metrics, device)
+    references = None if o.ref is None else load_references(o.ref)
+    detectors = open_detectors(o.metrics or default_metrics(references, o.ref), device)
     opened = {option: open_images(o[option], f"--{option}") for option in ("data", "train") if o[option]}
-    for option, dataset in opened.items():
-        fit.check(side_of(f"--{option}={o[option]}", dataset), samples)
-    if o.ref is None:
-        references = look(opened["data"], detectors, "data", o)
-    else:
-        references = require_detectors(load_references(o.ref), detectors, o.ref)
-        for key in detectors:
-            fit.check(references[key].side(f"--ref={o.ref}"), samples)
-    training = look(opened["train"], detectors, "train", o) if o.train else None
-    return Prepared(detectors, references, training)
+    sides = [side_of(f"--{option}={o[option]}", dataset) for option, dataset in opened.items()]
+    if references is not None:
+        require_detectors(references, detectors, o.ref)
+        sides += [references[key].side(f"--ref={o.ref}") for key in detectors]
+    prepared = Prepared(detectors, references, None, tuple(sides))
+    prepared.require(samples)
+    if references is None:
+        prepared = prepared._replace(references=look(opened["data"], detectors, "data", o))
+    return prepared._replace(training=look(opened["train"], detectors, "train", o) if o.train else None)
 
 
-def score(
+def scores(
     name: str, samples: dict[str, FeatureSet], prepared: Prepared, o: EasyDict, trained: Sequence[int] | None
-) -> None:
-    """Compare on rank 0, print the JSON and write it to --dest; says where images were seen before. trained: see `compare`."""
-    from metrics.evaluate import compare
+) -> dict | None:
+    """What a score file holds, on rank 0, else None; says where images were seen before. trained: see `compare`."""
+    from metrics.evaluate import compare, literature_name
+    from metrics.results import finite
     from torch_utils import distributed
 
     if distributed.get_rank() != 0:
-        return
+        return None
     options = {"seed": o.seed, "per_source": o.per_source, "splits": o.splits, "measures": o.distances}
     options["trained"] = trained
-    result = {"images": name, "seed": o.seed, "tags": o.tags, "overlap": overlaps(samples, prepared), "metrics": {}}
+    result = {"images": name, "seed": o.seed, "tags": o.tags, "overlap": overlaps(samples, prepared)}
+    result |= {"scores": {}, "metrics": {}}
     for key, detector in prepared.detectors.items():
         seen, reference = samples[key].statistics, prepared.references[key]
         if seen.count() <= seen.width:
             notice = "covariances are singular, read distances beside their floor"
             click.echo(f"{key}: {seen.count()} images, {seen.width} features: {notice}", err=True)
         train = prepared.training and prepared.training[key]
-        scores = compare(samples[key], reference, detector=detector, train=train, **options)
-        if left := scores.get("left_out"):
+        found = compare(samples[key], reference, detector=detector, train=train, **options)
+        if left := found.get("left_out"):
             notice = (
                 f"sources {', '.join(left)}, which the reference or the training data lack, are left out of the overall"
             )
             click.echo(f"Warning: {key}: {sum(left.values())} images of {notice} numbers", err=True)
-        result["metrics"][key] = scores | {"reference": reference.provenance}
-    finish(result, o.dest)
+        result["metrics"][key] = found | {"reference": reference.provenance}
+        named = {literature_name(key, measure): found["overall"].get(measure) for measure in ("fd", "kid")}
+        result["scores"] |= {name: value for name, value in named.items() if value is not None}
+    return finite(result, "the result")
 
 
 def overlaps(samples: dict[str, FeatureSet], prepared: Prepared) -> dict[str, int]:
@@ -218,46 +273,46 @@ def ref(o: EasyDict) -> None:
     dest = str(_npz(Path(o.dest)))
     if Path(dest) != Path(o.dest):
         click.echo(f"Statistics are stored as npz: writing {dest}", err=True)
-    detectors, dataset = open_detectors(o.metrics, device), open_images(o.data, "--data")
-    sets = look(dataset, detectors, "ref", o, per_source=o.per_source)
+    dataset = open_images(o.data, "--data")
+    detectors = open_detectors(o.metrics or default_metrics(), device)
+    sets = look_once(dataset, detectors, "ref", o, per_source=o.per_source)
     if distributed.get_rank() != 0:
         return
-    save_references(dest, sets, **({} if o.features else {"feature_limit": 0}))
+    save_references(dest, sets, **({"feature_limit": 0} if o.no_features else {}))
     first = next(iter(sets.values()))
     counts, content = first.statistics.n.tolist(), first.provenance["content_hash"]
     result = {"dest": dest, "data": o.data, "content_hash": content, "detectors": list(sets)}
     print_json(result | {"num_images": counts[0], "source_counts": counts[1:]})
 
 
+PUBLISHED_NUM = 50000  # images that the literature's distances are about
+
+
+def number_of(o: EasyDict, detectors: dict[str, object], dataset: Dataset) -> int | None:
+    """How many of the images are scored; None: all. Raises ValueError for more than there are."""
+    from metrics.evaluate import PUBLISHED
+
+    published = [key for key in detectors if key.partition(":")[0] in PUBLISHED]
+    if o.num is None and not published:
+        return None
+    num, size = o.num or PUBLISHED_NUM, len(dataset)
+    if num > size:
+        why = "" if o.num else f" ({published[0]} is published for so many, and falls with more)"
+        remedy = f"generate more, or give --num={size} and compare only with scores of {size} images"
+        raise ValueError(f"--num={num}{why}: {o.images} holds {size} images; {remedy}")
+    return num
+
+
 def calc(o: EasyDict) -> None:
     """Score a folder or zip of images."""
     dataset = open_images(o.images, "--images")
-    if o.num is not None and o.num > len(dataset):
-        raise ValueError(f"--num={o.num}: {o.images} holds {len(dataset)} images; generate more or lower --num")
+    if o.num is not None:
+        number_of(o, {}, dataset)
     prepared = prepare(o, start(o.device), side_of(f"--images={o.images}", dataset))
-    samples = look(dataset, prepared.detectors, "images", o, num=o.num, seed=o.seed)
-    score(o.images, samples, prepared, o, range(dataset.num_classes))  # whatever made them was asked for these
-
-
-def gen(o: EasyDict) -> None:
-    """Generate images from a snapshot and score them."""
-    from metrics.features import collect, generated_batches, progress_bar
-    from torch_utils.persistence import load_snapshot
-    from training import fit, generation, sampling
-
-    chosen = sampling.take(o)
-    chosen.max_batch_size = o.batch
-    for option, path in (("--net", chosen.net), ("--gnet", chosen.gnet)):
-        if not (path is None or path in generation.NULL_GUIDES or "://" in path or os.path.exists(path)):
-            raise ValueError(f"{option}={path}: no such file; give a snapshot")
-    device = start(o.device)
-    snapshot = load_snapshot(chosen.net, device)
-    batches = generated_batches(generation.batches(chosen, range(o.seed, o.seed + o.num), device, net=snapshot))
-    prepared = prepare(o, device, fit.of_samples("--net", snapshot))
-    num_sources = max(reference.num_sources for reference in prepared.references.values())
-    with progress_bar(o.num, "gen") as progress:
-        samples = collect(batches, prepared.detectors, num_sources=num_sources, num_images=o.num, progress=progress)
-    score(chosen.net, samples, prepared, o, snapshot.sources)
+    num = number_of(o, prepared.detectors, dataset)
+    samples = look_once(dataset, prepared.detectors, "images", o, num=num, seed=o.seed)
+    trained = range(dataset.num_classes)  # whatever made them was asked for these
+    finish(scores(o.images, samples, prepared, o, trained), o.dest)
 
 
 def detector(o: EasyDict) -> None:

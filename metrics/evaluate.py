@@ -20,8 +20,15 @@ from training import encoders, likelihood
 from training.dataset import Dataset, label_rows, load_raw
 
 MEASURES = ("fd", "kid", "prdc")
+PUBLISHED = {"fid": ("fid", "kid"), "fd_dinov2": ("fd_dinov2", "kd_dinov2")}  # detector: names of its fd and kid
 ENCODERS = {"center": encoders.CenterEncoder, "logit": encoders.LogitEncoder, "discrete": encoders.StandardRGBEncoder}
 OFFSET_BITS = 8  # densities are of y in [0, 1], levels are 1/256 apart
+
+
+def literature_name(detector: str, measure: str) -> str:
+    """What a distance ("fd" or "kid") is called in the literature: fid, kid, fd_dinov2, kd_dinov2; fd_pixel, ... of others."""
+    names = PUBLISHED.get(detector.partition(":")[0])
+    return names[measure == "kid"] if names else f"{measure}_{detector}"
 
 
 def compare(

@@ -60,8 +60,8 @@ class FeatureSet:
 
     def side(self, name: str) -> Side:
         """What is known of the images themselves, for `fit.check`; files of others do not say."""
-        shape = self.provenance.get("image_shape")
-        return of_images(name, shape, self.provenance.get("num_classes")) if shape else Side(name)
+        shape, *about = (self.provenance.get(fact) for fact in ("image_shape", "num_classes", "class_names"))
+        return of_images(name, shape, *about) if shape else Side(name)
 
     def rows(self, source: int | None = None) -> np.ndarray | None:
         """Features of one source or of all images, [n, F]; None where they were not kept."""
@@ -176,7 +176,7 @@ def collect_dataset(
     num: int | None = None,  # seeded subset of this many images; None: all
     seed: int = 0,
     batch_size: int = 64,
-    workers: int = 0,  # processes that decode images
+    workers: int = 0,  # processes that decode images ahead of the detectors
     per_source: bool = True,
     **options: object,  # progress, see `collect`
 ) -> dict[str, FeatureSet]:
@@ -184,8 +184,9 @@ def collect_dataset(
 
     Raises ValueError for fewer images than `num` (a distance depends on the number of images), and for latents.
     """
-    indices = _choose(dataset, num, seed)
+    indices = choose(dataset, num, seed)
     batches = [batch for batch in split_batches(indices, batch_size) if batch]
+    workers = max(min(workers, len(batches) - 1), 0)  # which decode the next batches while a detector looks at one
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_collate)
     items = {}
 
@@ -206,6 +207,8 @@ def collect_dataset(
     provenance["content_hash"] = hash_of_items(hashes.tolist())
     if dataset.declared_classes:
         provenance["num_classes"] = dataset.declared_classes
+    if dataset.class_names:
+        provenance["class_names"] = dataset.class_names
     if len(indices) < len(dataset):
         provenance["subset_seed"] = seed
     for feature_set in sets.values():
@@ -213,7 +216,7 @@ def collect_dataset(
     return sets
 
 
-def _choose(dataset, num, seed):
+def choose(dataset: Dataset, num: int | None, seed: int) -> list[int]:
     """Indices of a seeded random subset of exactly `num` images, sorted; all images where num is None."""
     if num is None or num == len(dataset):
         return list(range(len(dataset)))

@@ -16,6 +16,7 @@ from metrics.distances import Gaussian
 from metrics.features import FeatureSet
 from metrics.statistics import FeatureStatistics, Group
 from torch_utils import pickles
+from training.dataset import Dataset
 
 FORMAT = "feature-reference-2"
 FIRST_FORMAT = "feature-reference-1"  # sums of all sources in two arrays, `sum` [1 + K, F] and `outer` [1 + K, F, F]
@@ -81,6 +82,27 @@ def require_detectors(
                 f"cannot be compared: make it with `calculate_metrics.py ref --metrics=...`"
             )
     return references
+
+
+def require_same_features(
+    found: dict[str, FeatureSet], detectors: Iterable[str], dataset: Dataset, where: str
+) -> dict[str, FeatureSet]:
+    """The sets of exactly these detectors, if they are of the images and labels of `dataset`; else ValueError.
+
+    where: the option and file that they come from.
+    """
+    if lacking := [identity for identity in detectors if identity not in found]:
+        raise ValueError(f"{where} holds features of {', '.join(found)}, not of {lacking[0]}: give another file")
+    for identity in detectors:
+        made = found[identity].provenance
+        if found[identity].features is None:
+            raise ValueError(f"{where} holds sums without features of {identity}: give another file")
+        if made.get("image_shape") != list(dataset.image_shape):
+            sizes = f"{made.get('image_shape')} [C, H, W], not {list(dataset.image_shape)}"
+            raise ValueError(f"{where} holds features of images {sizes}: give another file")
+    if {found[identity].provenance.get("content_hash") for identity in detectors} != {dataset.content_hash()}:
+        raise ValueError(f"{where} holds features of other images or labels than {dataset.name}: give another file")
+    return {identity: found[identity] for identity in detectors}
 
 
 def _from_npz(arrays):

@@ -1,7 +1,7 @@
 """The one language of results: score files are read as rows, and rows are what every report is made of.
 
-A score file is the JSON that `calculate_metrics.py calc|gen|loss|likelihood --dest=FILE --tag ...` writes: what was measured,
-with tags such as arm, source, seed (training) and sampling. Nothing is read from paths.
+A score file is the JSON that `calculate_metrics.py calc|gen|loss|likelihood --dest=FILE --tag ...` writes, or a file of such
+lines (.jsonl): what was measured, with tags such as arm, source, seed (training) and sampling. Nothing is read from paths.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,24 +54,32 @@ def read_scores(pattern: str | Path, needed: Sequence[str] = ("arm", "seed")) ->
     rows = []
     for path in sorted(glob.glob(str(pattern))):
         try:
-            content = json.loads(require_file(path, MOST_BYTES).read_bytes())
-            tags, images = {"sampling": "0", **content["tags"]}, content.get("images")
-            for detector, result in content["metrics"].items():
-                sections = {"overall": result.get("overall", result), "mean": result.get("mean", {})}
-                for section, values in (sections | result.get("sources", {})).items():
-                    numbers = {name: float(v) for name, v in values.items() if type(v) in (int, float)}
-                    about = _compared(result, section, values)
-                    rows.append(Row(tags, detector, section, numbers, images, path, about))
+            text = require_file(path, MOST_BYTES).read_bytes()
+            lines = text.splitlines() if path.endswith(".jsonl") else [text]  # of gen: a score in every line
+            contents = {path if len(lines) == 1 else f"{path}:{i}": json.loads(line) for i, line in enumerate(lines, 1)}
+            rows += [row for file, content in contents.items() for row in rows_of(content, file)]
+            lacking = [(f, n) for f, content in contents.items() for n in needed if n not in content["tags"]]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as err:
             raise ValueError(f"{path}: not a score file with tags ({type(err).__name__}: {err})") from err
-        missing = next((name for name in needed if name not in tags), None)
-        if missing is not None:
-            raise ValueError(f"{path}: no tag {missing!r}: score with --tag {missing}=...")
+        if lacking:
+            file, missing = lacking[0]
+            raise ValueError(f"{file}: no tag {missing!r}: score with --tag {missing}=...")
     for row in rows:
         finite(row.numbers, f"{row.file}: {row.detector}, {row.section}")
     if not rows:
         remedy = "run calculate_metrics.py calc with --dest and --tag first"
         raise ValueError(f"--scores={pattern}: no score files; {remedy}")
+    return rows
+
+
+def rows_of(content: dict, file: str) -> list[Row]:
+    """The rows of the content of one score file. Raises what a content of another form leads to."""
+    rows, tags, images = [], {"sampling": "0", **content["tags"]}, content.get("images")
+    for detector, result in content["metrics"].items():
+        sections = {"overall": result.get("overall", result), "mean": result.get("mean", {})}
+        for section, values in (sections | result.get("sources", {})).items():
+            numbers = {name: float(v) for name, v in values.items() if type(v) in (int, float)}
+            rows.append(Row(tags, detector, section, numbers, images, file, _compared(result, section, values)))
     return rows
 
 
@@ -160,13 +169,15 @@ def best_of(rows: Sequence[Row], measure: str = "fd", detector: str | None = Non
     found = {}
     for name in sorted(scores, key=lambda name: (len(name), name)):
         values = scores[name]
-        found[name] = {"min": min(values), "mean": sum(values) / len(values), "blocks": len(values)}
+        found[name] = {"min": min(values), "mean": statistics.fmean(values), "blocks": len(values)}
+        if len(values) > 1:
+            found[name]["sd"] = statistics.stdev(values)
     order = sorted(found, key=lambda name: found[name]["min"])[:top]
     return {
         "min": found[order[0]]["min"],
         "min_checkpoint": order[0],
         "top": len(order),
-        "top_mean": sum(found[name]["min"] for name in order) / len(order),
+        "top_mean": statistics.fmean(found[name]["min"] for name in order),
         "top_checkpoints": order,
         "checkpoints": found,
     }

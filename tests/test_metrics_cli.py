@@ -150,7 +150,7 @@ def test_gen_has_every_option_of_sampling():
         {flag for param in command.params for flag in param.opts}
         for command in (generate_images.main, calculate_metrics.cmdline.commands["gen"])
     )
-    assert declared - gen == {"--outdir", "--subdirs", "--seeds", "--grid"}
+    assert declared - gen == {"--subdirs", "--seeds", "--grid"}
 
 
 IMAGES = "--images={0}/samples.zip"
@@ -163,7 +163,7 @@ REF = "--data={0}/ref.zip"
         ("--num=201", ("calc", IMAGES, REF, "--num=201")),
         ("give either --ref", ("calc", IMAGES)),
         ("give either --ref", ("calc", IMAGES, REF, "--ref={0}/edm.npz")),
-        ("statistics of fid, not of pixel", ("calc", IMAGES, "--ref={0}/edm.npz")),
+        ("statistics of fid, not of pixel", ("calc", IMAGES, "--ref={0}/edm.npz", "--metrics=pixel")),
         ("missing.npz", ("calc", IMAGES, "--ref={0}/missing.npz")),
         ("unknown detector 'nope'; known:", ("calc", IMAGES, REF, "--metrics=nope")),
         ("unknown distance 'fid'; known:", ("calc", IMAGES, REF, "--distances=fd,fid")),

@@ -177,7 +177,12 @@ def test_minimum_and_top_three(tmp_path):
     assert (found["min"], found["min_checkpoint"]) == (1.9, "0000100")
     assert found["top_mean"] == pytest.approx((1.9 + 2.1 + 2.5) / 3)
     assert found["top_checkpoints"] == ["0000100", "0000200", "0000300"]
-    assert found["checkpoints"]["0000200"] == {"min": 2.1, "mean": pytest.approx(2.2), "blocks": 2}
+    assert found["checkpoints"]["0000200"] == {
+        "min": 2.1,
+        "mean": pytest.approx(2.2),
+        "blocks": 2,
+        "sd": pytest.approx(0.2 / 2**0.5),
+    }
 
 
 def best(pattern, **options):

@@ -124,6 +124,17 @@ class TrainingConfig:
         None, "--init for other sources: a new label embedding, or by class names", choices=("new", "names")
     )
     grid: bool = _run(True, "Sample grid at every snapshot", free=True)
+    eval_nimg: int = _period(0, "Interval of scores of the snapshots; 0: none", "--eval-every")
+    eval_ref: str | None = _run(
+        None, "Reference of these: a file of calculate_metrics.py ref", metavar="FILE", free=True
+    )
+    eval_metrics: str | None = _run(
+        None,
+        "Their detectors, as calculate_metrics.py --metrics [default: those of the file]",
+        metavar="LIST",
+        free=True,
+    )
+    eval_num: int = _run(50000, "Their number of images", at_least=2, free=True)
     vae: str | None = _run(
         None, "VAE of their latents: local folder, or name on the hub", metavar="DIR|NAME", free=True
     )
@@ -143,6 +154,11 @@ class TrainingConfig:
             self._require(
                 value % unit == 0, name, f"must be a multiple of {units}, such as {value // unit * unit or unit}"
             )
+        every, unit = self.eval_nimg, self.snapshot_nimg
+        self._require(not every or unit and every % unit == 0, "eval_nimg", f"must be a multiple of --snapshot={unit}")
+        self._require(not every or self.eval_ref, "eval_nimg", "needs a reference: give --eval-ref=FILE")
+        for name in ("eval_ref", "eval_metrics"):
+            self._require(every or getattr(self, name) is None, name, "belongs to --eval-every=NIMG")
         labelled = not self.augment or self.arch != "edm2"
         self._require(labelled, "augment", "needs a network with augmentation labels: --arch=ddpmpp|ncsnpp|adm")
         looks = self.val_data and self.status_nimg

@@ -55,30 +55,32 @@ def of_network(name: str, net: Any) -> Side:
 def of_snapshot(option: str, snapshot: Snapshot) -> Side:
     """A network from a file: without an encoder it takes pixels, without a kernel Gaussian noise. option: that named it."""
     side = of_network(f"{option}={snapshot.path}" if snapshot.path else option, snapshot.net)
-    side = replace(side, class_names=_class_names(snapshot))
+    side = replace(side, class_names=class_names_of(snapshot))
     if not snapshot.path:
         return side
     encoder, sigma_data = snapshot.encoder or StandardRGBEncoder(), getattr(snapshot.net, "sigma_data", None)
     return replace(side, encoder=encoder, sigma_data=sigma_data, noise=noise_law(snapshot.kernel))
 
 
-def _class_names(snapshot):
-    """Of the data that a network was trained on, where its file says."""
+def class_names_of(snapshot: Snapshot) -> list[str] | None:
+    """Of the sources that a network was trained on, where its file says."""
     about = snapshot.header.get("dataset")
     return (about.get("class_names") or None) if isinstance(about, dict) else None
 
 
-def of_images(name: str, image_shape: Sequence[int], num_classes: int | None = None) -> Side:
-    """Pixels [C, H, W] of so many sources (0 or None: not known)."""
+def of_images(
+    name: str, image_shape: Sequence[int], num_classes: int | None = None, class_names: list[str] | None = None
+) -> Side:
+    """Pixels [C, H, W] of so many sources (0 or None: not known), and their names."""
     channels, height, width = image_shape
-    return Side(name, width if width == height else f"{width}x{height}", channels, num_classes or None)
+    return Side(name, width if width == height else f"{width}x{height}", channels, num_classes or None, class_names)
 
 
 def of_samples(option: str, snapshot: Snapshot) -> Side:
     """The images that a network makes, decoded. option: that named it."""
     net, encoder = snapshot.net, snapshot.encoder or StandardRGBEncoder()
     shape = encoder.decoded_shape([net.img_channels, net.img_resolution, net.img_resolution])
-    return of_images(f"{option}={snapshot.path}", shape, net.label_dim)
+    return of_images(f"{option}={snapshot.path}", shape, net.label_dim, class_names_of(snapshot))
 
 
 def check_data(name: str, dataset: Dataset, net: Side, unlabelled: bool = False) -> None:

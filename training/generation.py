@@ -109,7 +109,7 @@ def generate_images(
                     folder.write(batch)
             yield batch
         if folder is not None:
-            folder.finish(net.label_dim)
+            folder.finish(net.label_dim, fit.class_names_of(snapshot))
 
     return batches()
 

@@ -39,6 +39,14 @@ def standard_hooks(run: "Run") -> dict:
     return chosen
 
 
+def joined(first: dict, second: dict) -> dict:
+    """Hooks of both; where both have `on_snapshot`, the second one's is called after the first one's."""
+    both = first | second
+    if "on_snapshot" in first and "on_snapshot" in second:
+        both["on_snapshot"] = lambda loop: [hooks["on_snapshot"](loop) for hooks in (first, second)] and None
+    return both
+
+
 def _can_decode(encoder, device):
     """Whether the encoder makes images; warns, on rank 0, if not. Others make no grids."""
     if dist.get_rank() != 0:

@@ -163,8 +163,11 @@ class SampleFolder:
                     file.write(json.dumps({KEY: about}).encode())
             self.records.append((name, label))
 
-    def finish(self, label_dim: int) -> None:
-        """dataset.json for the images of all processes, and for those that were there before."""
+    def finish(self, label_dim: int, class_names: Any = None) -> None:
+        """dataset.json for the images of all processes, and for those that were there before.
+
+        class_names: of the sources, as the snapshot says; what are no names of `label_dim` sources is left out.
+        """
         gathered = [self.records] * dist.get_world_size()
         if dist.get_world_size() > 1:
             torch.distributed.all_gather_object(gathered, self.records)
@@ -176,6 +179,9 @@ class SampleFolder:
         content = {"labels": sorted(labels.items()) if label_dim else None}
         if label_dim and all(isinstance(label, int) for label in labels.values()):  # no vectors
             content["num_classes"] = label_dim
+            names = class_names if isinstance(class_names, list) and len(class_names) == label_dim else [None]
+            if all(isinstance(name, str) for name in names):
+                content["class_names"] = names
         with atomic_write(self.path / LABELS_FILE, "w") as file:
             json.dump(content, file)
 

@@ -5,6 +5,7 @@ import inspect
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -357,20 +358,28 @@ def train(
 
 
 def train_command(
-    config: TrainingConfig, outdir: str | Path, resume: str | None = None, device: str | None = None
+    config: TrainingConfig,
+    outdir: str | Path,
+    resume: str | None = None,
+    device: str | None = None,
+    further: Callable[[Run], dict] | None = None,
 ) -> int:
-    """Train with the standard hooks and log.txt; returns the exit code of train_edm2.py."""
-    from training.hooks import standard_hooks
+    """Train with the standard hooks and log.txt; returns the exit code of train_edm2.py.
+
+    further: Run -> more hooks, called before anything is written; of two of one name the standard one comes first.
+    """
+    from training.hooks import joined, standard_hooks
 
     device = dist.init(device)
     first = dist.get_rank() == 0
     try:
         run = build(config, device)
         run.check(outdir, resume)
+        more = {} if further is None else further(run)
         if first:
             Path(outdir).mkdir(parents=True, exist_ok=True)
         with logged(Path(outdir) / "log.txt") if first else nullcontext():
-            return _watched(run, outdir, resume, standard_hooks(run))
+            return _watched(run, outdir, resume, joined(standard_hooks(run), more))
     finally:
         dist.shutdown()
 
