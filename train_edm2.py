@@ -1,6 +1,7 @@
 """Train a diffusion model on one data source or many, on one process or, under torchrun, on several."""
 
 import json
+import os
 
 import click
 
@@ -46,6 +47,10 @@ def main(outdir, preset, chunks, resume, device, dry_run, **given):
     if dry_run:
         print(json.dumps(config.to_dict(), indent=2))
         print("Dry run; exiting.")
+        if os.path.exists(config.data):
+            from training import cost
+
+            click.echo(cost.estimate(config), err=True)
         return 0
     from metrics import snapshots
     from training import setup

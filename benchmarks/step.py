@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dnnlib import atomic_write, cli, outputs
 from torch_utils import distributed as dist
-from training import phema, selection, setup
+from training import phema, presets, selection, setup
 from training.config import make_config
 from training.dataset import ArrayDataset, label_rows, load_arrays
 from training.encoders import IdentityEncoder
@@ -34,19 +34,6 @@ from training.samplers import heun
 from training.training_loop import Periods, TrainingLoop
 
 PRECISIONS = {"fp32": None, "fp16": "float16", "bf16": "bfloat16"}
-
-
-def interface_of(preset, resolution, channels, classes):
-    """The shape of the data that a preset is made for; options win."""
-    grey, latent = preset.startswith("digits"), "img512" in preset or "img256" in preset
-    side = {"digits8": 8, "digits28": 28, "small32": 32}.get(
-        preset, 32 if "cifar" in preset or "img256" in preset else 64
-    )
-    return dict(
-        img_resolution=resolution or side,
-        img_channels=channels or (1 if grey else 4 if latent else 3),
-        label_dim=(10 if grey or "cifar" in preset else 1000) if classes is None else classes,
-    )
 
 
 def synchronize(device):
@@ -248,7 +235,7 @@ def main(preset, batch, batch_gpu, resolution, channels, classes, device, precis
     rows = []
     for kind in precision:
         for choice in compiled:
-            interface = interface_of(preset, resolution, channels, classes)
+            interface = presets.interface(preset, resolution, channels, classes)
             rows.append(measure(config, interface, device, kind, choice == "yes", steps, warmup, sampling_steps))
             print(table(rows[-1:], sampling_steps).splitlines()[-1], flush=True)
     text = f"Preset `{preset}`, batch {config.batch_size}, {machine(device)}.\n\n" + table(rows, sampling_steps)

@@ -40,14 +40,3 @@ def test_a_table_of_the_preset(tmp_path, options, parameters):
 )
 def test_mistakes_are_one_line(options, message):
     one_line(*STEP, *options, says=message)
-
-
-def test_shapes_of_the_presets():
-    assert step.interface_of("edm2-img512-xs", None, None, None) == dict(
-        img_resolution=64, img_channels=4, label_dim=1000
-    )
-    assert step.interface_of("edm2-img64-s", None, None, None)["img_channels"] == 3
-    assert step.interface_of("edm2-img256-xs-10c-1000", None, None, 10) == dict(
-        img_resolution=32, img_channels=4, label_dim=10
-    )
-    assert step.interface_of("pfgmpp-cifar10-ncsnpp", None, None, None)["img_resolution"] == 32

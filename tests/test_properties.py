@@ -17,7 +17,7 @@ import generate_images
 import train_edm2
 from dnnlib import format_nimg, parse_nimg, parse_seeds
 from dnnlib.util import MAX_SEEDS
-from training import generation, setup
+from training import cost, generation, setup
 from training.dataset import ImageFolderDataset
 from training.dataset.labels import parse_meta
 
@@ -193,6 +193,12 @@ WORDS = st.one_of(
 )
 TRAIN = [p for p in train_edm2.main.params if p.name not in ("config", "dry_run", "outdir", "data", "help")]
 GENERATE = [p for p in generate_images.main.params if p.name not in ("config", "outdir", "help")]
+
+
+@pytest.fixture(autouse=True)
+def no_estimates(monkeypatch):
+    """Options are tested here, not what a run costs."""
+    monkeypatch.setattr(cost, "estimate", lambda config: "")
 
 
 def options(params):

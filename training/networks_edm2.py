@@ -316,7 +316,7 @@ class Preconditioned(torch.nn.Module):
         if class_labels is None:
             class_labels = torch.zeros([1, self.label_dim], device=x.device)
         labels = class_labels.to(torch.float32).reshape(-1, self.label_dim) if self.label_dim else None
-        reduced = self.use_fp16 and not force_fp32 and x.device.type == "cuda"
+        reduced = self.use_fp16 and not force_fp32 and x.device.type in ("cuda", "meta")  # meta: what a GPU would do
         dtype = getattr(torch, self.reduced_dtype) if reduced else torch.float32
 
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)

@@ -93,6 +93,21 @@ def get(name: str) -> dict:
     return dict(PRESETS[name])
 
 
+def interface(
+    name: str, resolution: int | None = None, channels: int | None = None, classes: int | None = None
+) -> dict:
+    """{img_resolution, img_channels, label_dim} of the data that a preset is made for; what is given wins."""
+    row, grey, latent = get(name), name.startswith("digits"), "img512" in name or "img256" in name
+    known = {"digits8": 8, "digits28": 28, "small32": 32}
+    side = known.get(name, 32 if "cifar" in name or "img256" in name else 64)
+    labels = 10 if grey or "cifar" in name else 200 if "tiny" in name else 1000
+    return dict(
+        img_resolution=resolution or side,
+        img_channels=channels or (1 if grey else 4 if latent else 3),
+        label_dim=(labels if row.get("cond", True) else 0) if classes is None else classes,
+    )
+
+
 # Published combinations of network, guide and guidance weight for generate_images.py --preset.
 #
 # EDM2 (Karras et al. 2024, arXiv 2312.02696) and autoguidance (arXiv 2406.02507): ImageNet at 512x512 (latents) and 64x64,
