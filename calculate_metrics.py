@@ -38,13 +38,30 @@ def _choice(name, help, *values):
     return _text(name, help, "NAME", values[0], type=click.Choice(values))
 
 
-DEVICE = _text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR")
+def _pairs(name, help, metavar):
+    return _text(name, help, metavar, multiple=True, callback=commands.parse_pairs)
+
+
+DEVICE = _options(
+    _text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR"),
+    cli.plugin_option,
+)
 DEST = _options(
     _dest("Also write the JSON to this file", commands.SCORES),
-    _text("--tag tags", "Note in the JSON, repeatable", "NAME=VALUE", multiple=True, callback=commands.parse_tags),
+    _pairs("--tag tags", "Note in the JSON, repeatable", "NAME=VALUE"),
+)
+WEIGHTS = _pairs(
+    "--weights",
+    "Weights of a detector: a file, its folder, a URL, or `download`; FILE@any: others than the published. Repeatable",
+    "NAME=FILE",
 )
 EXTRACT = _options(
-    _text("--metrics", "Detectors: pixel, classifier:FILE; default: what image size and weights at hand allow", "LIST"),
+    _text(
+        "--metrics",
+        "Detectors: pixel, classifier:FILE, fid, fd_dinov2, swin_l, hf:FOLDER; default: what image size and weights allow",
+        "LIST",
+    ),
+    WEIGHTS,
     click.option("--per-source/--no-per-source", help="Also per source", default=True),
     _int("--batch", "Images per batch and process", 64, at_least=1),
     click.option("--workers", help="Processes that decode images ahead", metavar="INT", type=cli.WORKERS, default=2),
@@ -141,12 +158,14 @@ def gen(**options):
 @cmdline.command()
 @_text("--data", "Labelled images to train on", "DIR|ZIP", required=True)
 @_text("--holdout", "Images to measure accuracy on; default: a fifth of --data", "DIR|ZIP")
-@_dest("Where to write the detector (.safetensors)", commands.DETECTOR, required=True)
+@_text("--of", "Train nothing: fit which class of this published classifier each label is", "SPEC")
+@WEIGHTS
+@_dest("Where to write the detector (.safetensors; --of: .json)", commands.detector_kind, required=True)
 @_int("--epochs", "Passes over the data", 20, at_least=1)
 @_int("--seed", "Of initialisation, order and split", 0)
 @DEVICE
 def detector(**options):
-    """Train a small classifier: the detector `classifier:FILE`."""
+    """Train a small classifier, or fit the labels of a published one (--of): the detector `classifier:FILE`."""
     commands.detector(EasyDict(options))
 
 

@@ -35,6 +35,7 @@ def generate_images(*args, **kwargs):
 @click.option("--subdirs", is_flag=True, help="A folder for every 1000 seeds")
 @click.option("--seeds", type=cli.SEEDS, default="16-19", help="Random seeds, e.g. 1,2,5-10")
 @click.option("--grid", is_flag=True, help="Also write <outdir>-grid.png with a row per source")
+@cli.plugin_option
 @click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
 @options(sampling.Sampling)
 def main(outdir, subdirs, seeds, grid, device, **given):

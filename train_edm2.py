@@ -35,6 +35,7 @@ Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM or SIG
 @options(TrainingConfig)
 @click.option("--chunks", type=click.IntRange(min=1), help="jest, easy, diverse: number of chunks")
 @click.option("--resume", metavar="FILE", help="Continue from this checkpoint")
+@cli.plugin_option
 @click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop")
 def main(outdir, preset, chunks, resume, device, dry_run, **given):

@@ -6,12 +6,15 @@ on stderr; set DNNLIB_TRACEBACK=1 to see where they come from.
 
 import contextlib
 import hashlib
+import importlib.util
 import math
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -139,6 +142,35 @@ config_option = click.option(
     expose_value=False,
     callback=_read_config,
     help="Read options from a file; repeat for several, later ones win, the command line wins over all.",
+)
+
+
+def _load_plugins(ctx, param, paths):
+    """Run files of the user's, which add names to the tables of choices, before any option that takes one is read."""
+    for path in paths:
+        spec = importlib.util.spec_from_file_location(f"plugin_{Path(path).stem}", path)
+        if spec is None:
+            raise click.BadParameter(f"{path}: give a Python file (.py)", ctx, param)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        try:
+            spec.loader.exec_module(module)
+        except OSError as err:
+            raise click.BadParameter(_reason(err), ctx, param) from err
+        except Exception as err:  # whatever the user's code does
+            lines = [f"line {n}: " for file, n, *_ in traceback.extract_tb(err.__traceback__) if file == path]
+            raise click.BadParameter(f"{path}: {lines[-1] if lines else ''}{reason(err)}", ctx, param) from err
+    return paths
+
+
+plugin_option = click.option(
+    "--plugin",
+    metavar="FILE.py",
+    multiple=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_load_plugins,
+    help="Run this file of yours first: its own choices (CONTRIBUTING.md) are then values of options. Repeatable.",
 )
 
 

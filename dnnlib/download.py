@@ -24,14 +24,16 @@ def is_url(path: str | Path) -> bool:
     return re.match(r"(https?|file)://", str(path)) is not None
 
 
+def cache_root() -> Path:
+    """The folder of everything that is kept."""
+    return Path(os.environ.get("DNNLIB_CACHE_DIR") or Path.home() / ".cache" / "dnnlib")
+
+
 def cache_path(url: str) -> Path:
     """Where the file of `url` is kept: <cache>/downloads/<md5 of the URL>_<name>."""
-    cache = Path(os.environ.get("DNNLIB_CACHE_DIR") or Path.home() / ".cache" / "dnnlib")
     name = re.sub(r"[^\w.-]", "_", url.split("?")[0].rstrip("/").rsplit("/", 1)[-1], flags=re.ASCII)
-    return cache / "downloads" / f"{hashlib.md5(url.encode(), usedforsecurity=False).hexdigest()}_{name}"
+    return cache_root() / "downloads" / f"{hashlib.md5(url.encode(), usedforsecurity=False).hexdigest()}_{name}"
 
-
-STAMP = ("ETag", "Last-Modified", "Content-Length")  # what an answer says of the file's version
 
 STAMP = ("ETag", "Last-Modified", "Content-Length")  # what an answer says of the file's version
 

@@ -40,7 +40,13 @@ REFERENCE = outputs.Kind(
     files=lambda dest: [_npz(dest)],
 )
 FEATURES = outputs.Kind("a file of features of ours", REFERENCE.holds)
-DETECTOR = outputs.Kind("a detector file", outputs.safetensors_with("classifier-detector-"))
+_TRAINED = outputs.Kind("a detector file", outputs.safetensors_with("classifier-detector-"))
+_FITTED = outputs.Kind("a class order", outputs.json_with("order"))
+
+
+def detector_kind(o: dict) -> outputs.Kind:
+    """What `detector` writes, by its options."""
+    return _TRAINED if o["of"] is None else _FITTED
 
 SWEEP = outputs.written("a sweep", ".md", ".csv", ".png", ".svg")
 
@@ -76,14 +82,21 @@ def open_images(path: str, option: str) -> Dataset:
         raise ValueError(f"{option}: {error}") from None
 
 
-def open_detectors(metrics: str, device: torch.device) -> dict[str, object]:
-    """{identity: detector} of the comma-separated specs `metrics`; a ValueError names the option."""
-    from metrics.detectors import get_detectors
+def open_detectors(
+    metrics: str, device: torch.device, weights: dict[str, str] | None = None, option: str = "--metrics"
+) -> dict[str, object]:
+    """{identity: detector} of the comma-separated specs `metrics` of an option, which a ValueError names.
 
+    weights: of --weights, {name: file} for the specs that name none.
+    """
+    from metrics.detectors import get_detectors, split_specs
+
+    if stray := sorted({*(weights or {})} - {*split_specs(metrics)}):
+        raise ValueError(f"--weights={stray[0]}={weights[stray[0]]}: {option}={metrics} names no detector '{stray[0]}'")
     try:
-        return get_detectors(metrics, device)
+        return get_detectors(metrics, device, weights)
     except ValueError as error:
-        raise ValueError(f"--metrics={metrics}: {error}") from None
+        raise ValueError(f"{option}={metrics}: {error}") from None
 
 
 def default_metrics(references: dict[str, FeatureSet] | None = None, path: str | None = None) -> str:
@@ -99,14 +112,14 @@ def default_metrics(references: dict[str, FeatureSet] | None = None, path: str |
     return ",".join(known)
 
 
-def parse_tags(context: click.Context, option: click.Parameter, words: Sequence[str]) -> dict[str, str]:
-    """Callback of --tag: {name: value} from NAME=VALUE words."""
-    tags = {}
+def parse_pairs(context: click.Context, option: click.Parameter, words: Sequence[str]) -> dict[str, str]:
+    """Callback of --tag, --weights: {name: value} from NAME=VALUE words."""
+    pairs = {}
     for word in words:
-        name, equals, tags[name] = word.partition("=")
+        name, equals, pairs[name] = word.partition("=")
         if not (name and equals):
-            raise ValueError(f"--tag={name}: give NAME=VALUE")
-    return tags
+            raise ValueError(f"{option.opts[0]}={word}: give NAME=VALUE")
+    return pairs
 
 
 def print_json(result: dict) -> None:
@@ -181,7 +194,7 @@ class Prepared(NamedTuple):
 
 def compared(**given: object) -> EasyDict:
     """Options of `prepare` and `scores`, those that are not given as the command line has them."""
-    defaults = dict(ref=None, data=None, train=None, metrics=None, per_source=True, batch=64, workers=2, seed=0)
+    defaults = dict(ref=None, data=None, train=None, metrics=None, weights={}, per_source=True, batch=64, workers=2, seed=0)
     return EasyDict({**defaults, "distances": ["fd", "kid", "prdc"], "splits": 4, "tags": {}, "blocks": 1, **given})
 
 
@@ -203,7 +216,7 @@ def prepare(o: EasyDict, device: torch.device, samples: Side) -> Prepared:
         known = ", ".join(MEASURES)
         raise ValueError(f"--distances={','.join(o.distances)}: unknown distance '{unknown[0]}'; known: {known}")
     references = None if o.ref is None else load_references(o.ref)
-    detectors = open_detectors(o.metrics or default_metrics(references, o.ref), device)
+    detectors = open_detectors(o.metrics or default_metrics(references, o.ref), device, o.weights)
     opened = {option: open_images(o[option], f"--{option}") for option in ("data", "train") if o[option]}
     sides = [side_of(f"--{option}={o[option]}", dataset) for option, dataset in opened.items()]
     if references is not None:
@@ -274,7 +287,7 @@ def ref(o: EasyDict) -> None:
     if Path(dest) != Path(o.dest):
         click.echo(f"Statistics are stored as npz: writing {dest}", err=True)
     dataset = open_images(o.data, "--data")
-    detectors = open_detectors(o.metrics or default_metrics(), device)
+    detectors = open_detectors(o.metrics or default_metrics(), device, o.weights)
     sets = look_once(dataset, detectors, "ref", o, per_source=o.per_source)
     if distributed.get_rank() != 0:
         return
@@ -315,23 +328,54 @@ def calc(o: EasyDict) -> None:
     finish(scores(o.images, samples, prepared, o, trained), o.dest)
 
 
+def _labelled(path, option):
+    dataset = open_images(path, option)
+    if not dataset.has_onehot_labels:
+        raise ValueError(f"{option}={path}: images have no labels that are classes; a classifier needs them")
+    return dataset
+
+
+def _fit_classes(o, device):
+    """Fit the class order of a published classifier; accuracy on held-out images, as for one that is trained."""
+    from metrics.classifier import source_agreement, stratified_split
+    from metrics.detectors.classifiers import ImageClassifier, fit_class_order, save_order
+
+    ((identity, judge),) = open_detectors(o.of, device, o.weights, "--of").items()
+    if not isinstance(judge, ImageClassifier):
+        raise ValueError(f"--of={o.of}: is no published classifier; give swin_l or hf:FOLDER")
+    parts = []
+    for option in ("data", "holdout") if o.holdout else ("data",):
+        dataset = _labelled(o[option], f"--{option}")
+        found = look(dataset, {identity: judge}, option, EasyDict(batch=64, workers=0), per_source=False)[identity]
+        if found.features is None:
+            raise ValueError(f"--{option}={o[option]}: too many images to fit {judge.width} classes to; give a part")
+        parts.append((found.features, found.labels, dataset.label_dim))
+    (features, labels, num_labels), (held, truth, _) = parts[0], parts[-1]
+    if not o.holdout:
+        kept, rest = stratified_split(labels, 0.2, o.seed)
+        held, truth, features, labels = features[rest], labels[rest], features[kept], labels[kept]
+    judge.order = fit_class_order(features.argmax(1), labels, judge.width, num_labels)
+    scores = source_agreement(judge.classify(held).numpy(), truth)
+    report = {"accuracy": scores.pop("overall"), "source_accuracy": {str(k): v for k, v in scores.items()}}
+    report |= {"num_train": len(labels), "num_holdout": len(truth)}
+    save_order(o.dest, f"{o.of}:{o.weights[o.of]}" if o.of in o.weights else o.of, judge, **report)
+    print_json({"dest": o.dest, "data": o.data, "detector": judge.identity} | report)
+
+
 def detector(o: EasyDict) -> None:
-    """Train a small classifier."""
+    """Train a small classifier, or fit the class order of a published one."""
     import tqdm
 
     from metrics.classifier import train_classifier
     from training.dataset import load_raw
 
     device = start(o.device, alone="the detector is trained")
-
-    def labelled(path, option):
-        dataset = open_images(path, option)
-        if not dataset.has_onehot_labels:
-            raise ValueError(f"{option}={path}: images have no labels that are classes; a classifier needs them")
-        return (*load_raw(dataset), dataset.label_dim)
-
-    images, labels, num_classes = labelled(o.data, "--data")
-    held = labelled(o.holdout, "--holdout")[:2] if o.holdout else None
+    if o.of is not None:
+        _fit_classes(o, device)
+        return
+    data = _labelled(o.data, "--data")
+    images, labels, num_classes = *load_raw(data), data.label_dim
+    held = load_raw(_labelled(o.holdout, "--holdout")) if o.holdout else None
     options = {"num_classes": num_classes, "epochs": o.epochs, "seed": o.seed, "device": device}
     options["progress"] = lambda epochs: tqdm.tqdm(epochs, desc="detector", unit="epoch", file=sys.stderr)
     judge = train_classifier(images, labels, holdout=held, **options)

@@ -49,12 +49,16 @@ def test_own_detectors(monkeypatch):
         ("classifier", "needs a file"),
         ("classifier:missing.safetensors", "missing.safetensors.*does not exist"),
         ("pixel:3", "no argument"),
-        ("fid", "not available yet"),
-        ("fd_dinov2", "not available yet"),
+        ("fid", "needs weights-inception.*or pt_inception"),
+        ("fd_dinov2", "needs dinov2_vitl14_pretrain.pth"),
+        ("swin_l", "needs swin_large_384.pth"),
+        ("hf", "hf:FOLDER"),
         ("pixel,pixel", "twice"),
     ],
 )
-def test_bad_specs(spec, message):
+def test_bad_specs(spec, message, tmp_path, monkeypatch):
+    for folder in ("DNNLIB_CACHE_DIR", "TORCH_HOME"):
+        monkeypatch.setenv(folder, str(tmp_path))
     with pytest.raises(ValueError, match=message):
         get_detectors(spec)
 

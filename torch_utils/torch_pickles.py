@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,9 +207,9 @@ def _unpickle(file, size, nested=False):
     return found
 
 
-def _from_zip(file, size):
+def _from_zip(path, size):
     """One object from a torch.save archive. Numbers are read when a tensor is asked for."""
-    archive = zipfile.ZipFile(file)
+    archive = zipfile.ZipFile(path)
     members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     packed = any(info.compress_type != zipfile.ZIP_STORED for info in members.values())
     if packed or sum(info.file_size for info in archive.infolist()) > size:
@@ -232,9 +233,12 @@ def load(path: str | Path) -> object:
     Raises ValueError, in one line, for anything else.
     """
     try:
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
+        if zipped:  # its numbers, which may be many, stay on the disk until they are asked for
+            return _from_zip(path, os.path.getsize(path))
         data = Path(path).read_bytes()
-        read = _from_zip if data[:4] == b"PK\x03\x04" else _unpickle
-        return read(io.BytesIO(data), len(data))
+        return _unpickle(io.BytesIO(data), len(data))
     except Exception as err:  # a broken file fails in any way at all
         raise ValueError(reason(err)) from err
 

@@ -1,10 +1,12 @@
 """Feature detectors: images in, features out.
 
-A detector has `.name` and `.features(images uint8 [N, C, H, W] tensor) -> [N, F] float tensor`. Any plain callable
-images -> features is one too. `identity` (default: the name) says which exact detector it was; statistics of different
-identities are never compared. A detector that also has `.classify(features) -> sources [N]` judges labels.
+A detector has `.name` and `.features(images uint8 [N, C, H, W] tensor) -> [N, F] float tensor`; what else it may say of
+itself is in `base.Detector`. Any plain callable images -> features is one too. `identity` (default: the name) says which
+exact detector it was; statistics of different identities are never compared. A detector that also has
+`.classify(features) -> sources [N]` judges labels.
 
-Add your own in one line, a function of what follows the colon of the spec (None without a colon):
+Add your own in one line, a function of what follows the colon of the spec (None without a colon), in a file of yours for
+--plugin:
 
     DETECTORS["brightness"] = lambda argument: lambda images: images.float().mean(dim=(2, 3))
 """
@@ -13,12 +15,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from metrics.classifier import load_classifier
+from metrics.detectors.base import Detector, OfFunction, about
+from metrics.detectors.weights import find, without_pin
+
+__all__ = ["DETECTORS", "Detector", "about", "get_detector", "get_detectors", "identity_of", "split_specs"]
 
 
 def pixel_features(images: torch.Tensor) -> torch.Tensor:
@@ -29,27 +34,52 @@ def pixel_features(images: torch.Tensor) -> torch.Tensor:
 def _pixel(argument):
     if argument:
         raise ValueError(f"detector 'pixel:{argument}': pixel takes no argument; use 'pixel'")
-    return SimpleNamespace(features=pixel_features, name="pixel")
+    return OfFunction(pixel_features, "pixel")
 
 
 def _classifier(argument):
     if not argument:
         raise ValueError("detector 'classifier' needs a file: classifier:FILE.safetensors")
+    if argument.endswith(".json"):
+        from metrics.detectors.classifiers import load_order
+
+        return load_order(argument, get_detector)
     return load_classifier(argument)
 
 
-def _planned(name, network):
-    def refuse(argument):
-        raise ValueError(f"detector '{name}' ({network}) is not available yet; use pixel or classifier:FILE")
+def _fid(argument):
+    from metrics.detectors.inception import WEIGHTS, Inception
 
-    return refuse
+    return Inception(find(WEIGHTS, argument))
+
+
+def _fd_dinov2(argument):
+    from metrics.detectors.dinov2 import WEIGHTS, Dino
+
+    return Dino(find(WEIGHTS, argument))
+
+
+def _swin_l(argument):
+    from metrics.detectors.classifiers import SWIN, Swin
+
+    return Swin(find(SWIN, argument))
+
+
+def _hf(argument):
+    from metrics.detectors.classifiers import HuggingFace
+
+    if not argument:
+        raise ValueError("detector 'hf' needs a local folder of an image classifier of transformers: hf:FOLDER")
+    return HuggingFace(argument)
 
 
 DETECTORS = {
     "pixel": _pixel,
     "classifier": _classifier,
-    "fid": _planned("fid", "Inception-v3 of the FID"),
-    "fd_dinov2": _planned("fd_dinov2", "DINOv2 ViT-L/14"),
+    "fid": _fid,
+    "fd_dinov2": _fd_dinov2,
+    "swin_l": _swin_l,
+    "hf": _hf,
 }
 
 
@@ -63,41 +93,49 @@ def split_specs(text: str) -> list[str]:
     while parts:
         name, colon, _ = parts[0].partition(":")
         longest = range(len(parts) if colon else 1, 1, -1)
-        count = next((n for n in longest if os.path.isfile(",".join(parts[:n])[len(name) + 1 :])), 1)
+        paths = ((n, without_pin(",".join(parts[:n])[len(name) + 1 :])) for n in longest)
+        count = next((n for n, path in paths if os.path.exists(path)), 1)
         specs.append(",".join(parts[:count]).lstrip())
         parts = parts[count:]
     return specs
 
 
-def get_detector(spec: str | object, device: str | torch.device = "cpu") -> object:
+def get_detector(
+    spec: str | object, device: str | torch.device = "cpu", weights: Mapping[str, str] | None = None
+) -> object:
     """A detector from a spec string `NAME` or `NAME:ARGUMENT`, a callable, or a detector.
 
-    A detector with a network has `.to(device)`; images reach every detector on the CPU. Raises ValueError for an unknown
-    name (listing the known ones) and for what is no detector.
+    weights: {name: argument} of specs that have none. A detector with a network has `.to(device)`; images reach every
+    detector on the CPU. Raises ValueError for an unknown name (listing the known ones) and for what is no detector.
     """
     if isinstance(spec, str):
         name, _, argument = spec.partition(":")
         name = name.strip()
         if name not in DETECTORS:
             raise ValueError(f"unknown detector '{name}'; known: {', '.join(sorted(DETECTORS))}")
-        detector = DETECTORS[name](argument or None)
+        detector = DETECTORS[name](argument or (weights or {}).get(name))
     else:
         detector, name = spec, getattr(spec, "__name__", type(spec).__name__)
     if not (hasattr(detector, "features") or callable(detector)):
         kind = type(detector).__name__
         raise ValueError(f"detector '{name}' must be callable or have .features(images), got {kind}")
     if not hasattr(detector, "features"):
-        detector = SimpleNamespace(features=detector, name=name)
+        detector = OfFunction(detector, name)
     elif not hasattr(detector, "name"):
         detector.name = name
     return detector.to(device) if hasattr(detector, "to") else detector
 
 
-def get_detectors(specs: str | Sequence, device: str | torch.device = "cpu") -> dict[str, object]:
-    """{identity: detector} of a comma-separated string or a list of specs; the same detector twice is an error."""
+def get_detectors(
+    specs: str | Sequence, device: str | torch.device = "cpu", weights: Mapping[str, str] | None = None
+) -> dict[str, object]:
+    """{identity: detector} of a comma-separated string or a list of specs; the same detector twice is an error.
+
+    weights: as for `get_detector`.
+    """
     result = {}
     for spec in split_specs(specs) if isinstance(specs, str) else specs:
-        detector = get_detector(spec, device)
+        detector = get_detector(spec, device, weights)
         key = identity_of(detector)
         if key in result:
             raise ValueError(f"detector '{key}' is named twice")
