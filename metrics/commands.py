@@ -48,6 +48,7 @@ def detector_kind(o: dict) -> outputs.Kind:
     """What `detector` writes, by its options."""
     return _TRAINED if o["of"] is None else _FITTED
 
+
 SWEEP = outputs.written("a sweep", ".md", ".csv", ".png", ".svg")
 
 
@@ -194,7 +195,9 @@ class Prepared(NamedTuple):
 
 def compared(**given: object) -> EasyDict:
     """Options of `prepare` and `scores`, those that are not given as the command line has them."""
-    defaults = dict(ref=None, data=None, train=None, metrics=None, weights={}, per_source=True, batch=64, workers=2, seed=0)
+    defaults = dict(
+        ref=None, data=None, train=None, metrics=None, weights={}, per_source=True, batch=64, workers=2, seed=0
+    )
     return EasyDict({**defaults, "distances": ["fd", "kid", "prdc"], "splits": 4, "tags": {}, "blocks": 1, **given})
 
 

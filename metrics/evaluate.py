@@ -26,8 +26,11 @@ OFFSET_BITS = 8  # densities are of y in [0, 1], levels are 1/256 apart
 
 
 def literature_name(detector: str, measure: str) -> str:
-    """What a distance ("fd" or "kid") is called in the literature: fid, kid, fd_dinov2, kd_dinov2; fd_pixel, ... of others."""
-    names = PUBLISHED.get(detector.partition(":")[0])
+    """What a distance ("fd" or "kid") is called in the literature: fid, kid, fd_dinov2, kd_dinov2; fd_pixel, ... of others.
+
+    Other weights than the published ones make another detector, whose identity says so.
+    """
+    names = PUBLISHED.get(detector)
     return names[measure == "kid"] if names else f"{measure}_{detector}"
 
 

@@ -285,11 +285,13 @@ def test_reference_and_scores_from_the_command_line(file, detector, tmp_path):
         f"--ref={tmp_path}/r.npz",
         "--splits=0",
         "--distances=fd",
-        "--no-per-source",
+        "--num=4",
     ]
     expected = frechet(*seen.values())
     done = run(calculate_metrics.cmdline, *score, *given, "--batch=3")
-    found = json.loads(done.stdout)["metrics"][detector.identity]
+    scores = json.loads(done.stdout)
+    found = scores["metrics"][detector.identity]
+    assert scores["scores"] == {f"fd_{detector.identity}": found["overall"]["fd"]}  # not the fid of published weights
     assert found["overall"]["fd"] == pytest.approx(expected, rel=1e-4) and found["feature_width"] == 2048
     for options, says in (
         (["--metrics=pixel", given[1]], "--metrics=pixel names no detector 'fid'"),
