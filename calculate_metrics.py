@@ -82,7 +82,7 @@ COMPARE = _options(
     EXTRACT,
     _int("--seed", "calc: of the subset; gen: of the first image; also of the floor's splits", 0),
     _text("--train", "Training images: adds nearest-neighbour distances", "DIR|ZIP"),
-    _text("--distances", "Some of fd, kid, prdc", "LIST", "fd,kid,prdc", type=cli.STRINGS),
+    _text("--distances", "Some of fd, kid, mmd, prdc, is", "LIST", "fd,kid,mmd,prdc,is", type=cli.STRINGS),
     _int("--splits", "Half-against-half splits of the floor", 4),
     DEST,
 )

@@ -91,9 +91,13 @@ class Classifier:
         return self.net.features(_normalize(images.to(self.device)))
 
     @torch.no_grad()
+    def logits(self, features: torch.Tensor | np.ndarray) -> torch.Tensor:
+        """Features [N, F] -> [N, number of sources] float32, on the CPU."""
+        return self.net.head(torch.as_tensor(features).to(self.device, torch.float32)).cpu()
+
     def classify(self, features: torch.Tensor | np.ndarray) -> torch.Tensor:
         """Features [N, F] -> predicted sources [N] int64, on the CPU."""
-        return self.net.head(torch.as_tensor(features).to(self.device, torch.float32)).argmax(1).cpu()
+        return self.logits(features).argmax(1)
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """images uint8 [N, C, H, W] -> predicted sources [N] int64."""

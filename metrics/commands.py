@@ -247,12 +247,11 @@ def scores(
     result = {"images": name, "seed": o.seed, "tags": o.tags, "overlap": overlaps(samples, prepared)}
     result |= {"scores": {}, "metrics": {}}
     for key, detector in prepared.detectors.items():
-        seen, reference = samples[key].statistics, prepared.references[key]
-        if seen.count() <= seen.width:
-            notice = "covariances are singular, read distances beside their floor"
-            click.echo(f"{key}: {seen.count()} images, {seen.width} features: {notice}", err=True)
+        reference = prepared.references[key]
         train = prepared.training and prepared.training[key]
         found = compare(samples[key], reference, detector=detector, train=train, **options)
+        for warning in found["warnings"]:
+            click.echo(f"Warning: {key}: {warning}", err=True)
         if left := found.get("left_out"):
             notice = (
                 f"sources {', '.join(left)}, which the reference or the training data lack, are left out of the overall"

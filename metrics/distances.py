@@ -139,7 +139,8 @@ def frechet_errors(
     x: [N, F] features of a's images (or of an even share of them), y: [M, F] of b's, with `a.count` and `b.count` images.
     By the infinitesimal jackknife (Jaeckel 1972): the distance is differentiable in the weight of an image, with influence
 
-        2 (mu_a - mu_b)'(x - mu_a) + |x - mu_a|^2 - (x - mu_a)' T (x - mu_a),      T = B (B' S_a B)^-1/2 B',  S_b = B B',
+        2 (mu_a - mu_b)'(x - mu_a) + N/(N - 1) ((x - mu_a)' (x - mu_a) - (x - mu_a)' T (x - mu_a)),
+        T = B (B' S_a B)^-1/2 B',  S_b = B B',
 
     T the optimal transport of a to b, and their variance over N is that of the limit law (Rippl, Munk & Sturm 2016). The
     error is of the distance at this number of images, which is above that of the distributions. It is at most sqrt(2) too
@@ -161,7 +162,8 @@ def frechet_errors(
             continue
         centred = _matrix(rows, "features", 2) - own.mean
         transported = centred @ (other.factor @ turn / roots)
-        influence = 2 * centred @ (own.mean - other.mean) + centred.square().sum(1) - transported.square().sum(1)
+        second = (centred.square().sum(1) - transported.square().sum(1)) * own.count / (own.count - 1)
+        influence = 2 * centred @ (own.mean - other.mean) + second
         errors.append(float(influence.std() / own.count**0.5))
     return errors
 

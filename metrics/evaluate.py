@@ -13,13 +13,27 @@ import numpy as np
 import torch
 
 from metrics.classifier import source_agreement
-from metrics.distances import Gaussian, frechet, kid, nearest_distance, prdc
+from metrics.distances import (
+    Gaussian,
+    frechet,
+    frechet_errors,
+    frechet_infinity,
+    gaussian_kernel,
+    inception_score,
+    kid,
+    manifolds,
+    median_distance,
+    mmd,
+    nearest_distance,
+)
 from metrics.features import FeatureSet, content_hashes
 from torch_utils.random import StackedRandomGenerator, hash_seed
 from training import encoders, likelihood
 from training.dataset import Dataset, label_rows, load_raw
 
-MEASURES = ("fd", "kid", "prdc")
+MEASURES = ("fd", "kid", "mmd", "prdc", "is")
+ERROR_ROWS = 8192  # images, evenly spaced, that the influence of an image on the Frechet distance is evaluated of
+LEFT_OUT = 10  # parts of the images that the errors of precision and recall leave out in turn
 PUBLISHED = {"fid": ("fid", "kid"), "fd_dinov2": ("fd_dinov2", "kd_dinov2")}  # detector: names of its fd and kid
 ENCODERS = {"center": encoders.CenterEncoder, "logit": encoders.LogitEncoder, "discrete": encoders.StandardRGBEncoder}
 OFFSET_BITS = 8  # densities are of y in [0, 1], levels are 1/256 apart
@@ -38,7 +52,7 @@ def compare(
     samples: FeatureSet,
     reference: FeatureSet,
     *,
-    detector: object = None,  # with .classify(features): adds agreement
+    detector: object = None,  # with .classify(features): adds agreement; with .logits(features): Inception Score
     train: FeatureSet | None = None,  # training images: adds nearest-neighbour distances
     seed: int = 0,  # of the floor's splits
     per_source: bool = True,
@@ -58,17 +72,25 @@ def compare(
     counts them, if any.
     "reference_hashes" {section: hash of its reference images}. Each section holds `count`, `reference_count` and
 
-        fd, fd_floor, fd_floor_sd       Frechet distance; floor: two disjoint random halves of the reference, cut to
-                                        `floor_size` = min(count, half) images each, mean and sd over `splits`
+        fd, fd_se, fd_se_samples        Frechet distance; what `_se` says of the draws of samples and reference, and of the
+                                        samples' alone (the reference is what it is): see `distances.frechet_errors`
+        fd_infinity                     of infinitely many samples, where these are many enough; fd_se_samples is its error
+        fd_floor, fd_floor_sd           two disjoint random halves of the reference, cut to `floor_size` = min(count, half)
+                                        images each, mean and sd over `splits`
         fd_at_floor_size, ..._sd        floor_size samples against the same halves: what to hold against the floor
                                         when the reference is too small for a floor at `count` images
         kid, kid_floor, kid_floor_sd    likewise (KID is unbiased: sizes need not match)
+        mmd_gaussian, mmd_bandwidth     squared MMD of the Gaussian kernel with the reference's median distance as bandwidth
         precision, recall, density, coverage
-        agreement, agreement_reference  share of samples whose predicted source is their label; of reference images
+        inception_score, ..._reference  overall, of 10 parts
+        agreement, agreement_reference  share of samples whose predicted source is their label (top-1 accuracy); of
+                                        reference images; agreement_top5: whose label is among the five likeliest
         nearest_train, nearest_train_reference
                                         mean distance to the nearest training image (of the same source), of samples
                                         and of reference images: samples much nearer than held-out images are copies
 
+    and `<name>_se`, the standard error of a number (of "mean": of sources drawn on their own). "warnings" lists, in words,
+    where a number does not mean what it seems to.
     With a judge, `predicted` beside "overall" counts the samples by predicted source. Raises ValueError for different
     detectors or feature widths.
     """
@@ -85,7 +107,8 @@ def compare(
         )
     options = {"seed": seed, "splits": splits, "k": k, "measures": measures, "train": train}
     left_out, *sides = _comparable(samples, reference, trained)
-    verdicts = _verdicts(*sides, detector)
+    verdicts, wide = _verdicts(*sides, detector), {}
+    options["wide"] = wide
     result = {
         "detector": samples.detector,
         "num_images": samples.count(),
@@ -94,6 +117,11 @@ def compare(
         "overall": _section(*sides, None, verdicts=verdicts, **options),
         "reference_hashes": {"overall": sides[1].content()},
     } | ({"left_out": left_out} if left_out else {})
+    if "is" in measures and hasattr(detector, "logits"):
+        for name, side in zip(("inception_score", "inception_score_reference"), sides, strict=True):
+            enough = side.features is not None and len(side.features) >= 20
+            pair = inception_score(detector.logits(side.features)) if enough else (None, None)
+            result["overall"] |= dict(zip((name, f"{name}_se"), pair, strict=True))
     if verdicts:
         values, counts = np.unique(verdicts["agreement"][0], return_counts=True)
         result["predicted"] = {str(v): int(c) for v, c in zip(values, counts, strict=True)}
@@ -107,7 +135,19 @@ def compare(
         result["reference_hashes"] |= {str(s): reference.content(s) for s in known if reference.count(s)}
         both = [v for v in found.values() if v["count"] and (v["reference_count"] or not reference.num_sources)]
         result["mean"] = _mean(both)
+    result["warnings"] = _warnings(sides[0], wide)
     return result
+
+
+def _warnings(samples, wide):
+    found, n, width = [], samples.count(), samples.statistics.width
+    if n <= width:
+        found.append(f"{n} images, {width} features: covariances are singular, read distances beside their floor")
+    if None in wide:
+        found.append(wide.pop(None))
+    if wide:
+        found.append(f"source{'s' * (len(wide) > 1)} {', '.join(map(str, wide))}: {next(iter(wide.values()))}")
+    return found
 
 
 def _comparable(samples, reference, trained):
@@ -126,34 +166,69 @@ def _verdicts(samples, reference, detector):
     """{"agreement": (predicted, labels), "agreement_reference": ...} where the detector classifies, features were kept."""
     if not hasattr(detector, "classify"):
         return {}
-    sides = {"agreement": samples, "agreement_reference": reference}
-    known = {name: side for name, side in sides.items() if side.features is not None and side.labels is not None}
-    return {name: (np.asarray(detector.classify(side.features)), side.labels) for name, side in known.items()}
+    verdicts = {}
+    for end, side in (("", samples), ("_reference", reference)):
+        if side.features is None or side.labels is None:
+            continue
+        verdicts[f"agreement{end}"] = np.asarray(detector.classify(side.features)), side.labels
+        logits = torch.as_tensor(detector.logits(side.features)) if hasattr(detector, "logits") else torch.empty(0, 0)
+        if logits.shape[1] > 5:
+            among = (logits.topk(5).indices.cpu().numpy() == side.labels[:, None]).any(1)
+            verdicts[f"agreement_top5{end}"] = np.where(among, side.labels, -1), side.labels
+    return verdicts
 
 
-def _section(samples, reference, source, *, seed, splits, k, measures, verdicts, train):
+def _section(samples, reference, source, *, seed, splits, k, measures, verdicts, train, wide):
     m, n = samples.count(source), reference.count(source)
     section = {"count": m, "reference_count": n}
     x = samples.rows(source) if m else None
     y = reference.rows(source) if n else None
-    kept = x is not None and y is not None
+    kept = x is not None and y is not None and min(m, n) >= 2
     if "fd" in measures:
         both = m >= 2 and (n is None or n >= 2)  # foreign references may not know how many images they saw
-        pair = (side.statistics.gaussian(source) for side in (samples, reference))
-        section["fd"] = frechet(*pair) if both else None
+        section |= (
+            _frechet(*(side.statistics.gaussian(source) for side in (samples, reference)), x, y, seed)
+            if both
+            else NO_FD
+        )
     if "kid" in measures:
-        section["kid"] = kid(x, y, seed=seed) if kept and min(m, n) >= 2 else None
+        found = mmd(generated=x, reference=y, seed=seed) if kept else None
+        section |= {"kid": found and found.value, "kid_se": found and found.error}
+    if "mmd" in measures:
+        width = median_distance(y) if kept else 0  # 0 too where most reference images are the same
+        found = mmd(generated=x, reference=y, kernel=gaussian_kernel(width), seed=seed) if width else None
+        section |= {"mmd_gaussian": found and found.value, "mmd_gaussian_se": found and found.error}
+        section["mmd_bandwidth"] = width or None
     section |= _floor(x, y, m, seed, splits, [name for name in ("fd", "kid") if name in measures])
     if "prdc" in measures:
-        nothing = dict.fromkeys(("precision", "recall", "density", "coverage"))
-        section |= prdc(generated=x, reference=y, k=k) if kept and min(m, n) > k else nothing
+        found = manifolds(generated=x, reference=y, k=k, groups=LEFT_OUT, seed=seed) if kept and min(m, n) > k else None
+        if found and found.wide:
+            wide[source] = found.wide
+        for name in ("precision", "recall", "density", "coverage"):
+            section |= {name: found and found.values[name], f"{name}_se": found and found.errors[name]}
     for name, (predicted, labels) in verdicts.items():
-        section[name] = source_agreement(predicted, labels).get("overall" if source is None else source)
+        share = source_agreement(predicted, labels).get("overall" if source is None else source)
+        number = int((labels >= 0).sum() if source is None else (labels == source).sum())
+        section |= {name: share, f"{name}_se": (share * (1 - share) / (number - 1)) ** 0.5 if number > 1 else None}
     if train is not None:
         z = train.rows(source) if train.count(source) else None
-        near = lambda rows: None if rows is None or z is None else float(nearest_distance(rows, z).mean())
-        section |= {"nearest_train": near(x), "nearest_train_reference": near(y)}
+        for name, rows in (("nearest_train", x), ("nearest_train_reference", y)):
+            found = None if rows is None or z is None else nearest_distance(rows, z)
+            error = None if found is None or len(found) < 2 else float(found.std(ddof=1) / len(found) ** 0.5)
+            section |= {name: None if found is None else float(found.mean()), f"{name}_se": error}
     return section
+
+
+NO_FD = dict.fromkeys(("fd", "fd_se", "fd_se_samples", "fd_infinity"))
+
+
+def _frechet(a, b, x, y, seed):
+    """The distance of two Gaussians with its errors, of the features x and y that they are of (None: not kept)."""
+    spaced = (None if rows is None else rows[:: -(-len(rows) // ERROR_ROWS)] for rows in (x, y))
+    of_samples, of_reference = frechet_errors(a, b, *spaced)
+    error = None if None in (of_samples, of_reference) else math.hypot(of_samples, of_reference)
+    limit = None if x is None else frechet_infinity(x, b, seed)
+    return {"fd": frechet(a, b), "fd_se": error, "fd_se_samples": of_samples, "fd_infinity": limit}
 
 
 def _floor(x, y, compared, seed, splits, measures):
@@ -187,9 +262,12 @@ def _floor(x, y, compared, seed, splits, measures):
 
 
 def _mean(sections):
-    names = [n for n in (sections[0] if sections else {}) if not n.endswith(("count", "_sd")) and n != "floor_size"]
-    values = {name: [section.get(name) for section in sections] for name in names}
-    return {name: float(np.mean(v)) for name, v in values.items() if None not in v}
+    """Means over sections, which are about different images: their standard errors add up as independent ones do."""
+    names = [name for name in (sections[0] if sections else {}) if not name.endswith(("count", "_sd", "bandwidth"))]
+    names = [name for name in names if name != "floor_size"]
+    found = {name: [section.get(name) for section in sections] for name in names}
+    mean = lambda name, v: math.hypot(*v) / len(v) if name.endswith(("_se", "_se_samples")) else float(np.mean(v))
+    return {name: mean(name, v) for name, v in found.items() if None not in v}
 
 
 def choose_encoder(name: str | None, trained: encoders.Encoder | None) -> encoders.Encoder:

@@ -74,7 +74,7 @@ class Group:
 
     def gaussian(self) -> Gaussian:
         """The normal distribution of the same mean and covariance."""
-        return Gaussian.of_moments(*self.moments()) if self.outer is not None else Gaussian.of_features(self.rows)
+        return Gaussian.of_features(self.rows) if self.outer is None else Gaussian.of_moments(*self.moments(), self.n)
 
 
 class FeatureStatistics:
