@@ -297,7 +297,9 @@ def inception_score(logits: ArrayLike, splits: int = 10) -> tuple[float, float]:
     which is the infinitesimal jackknife: to first order p(y) adds nothing. Raises ValueError for fewer than two images per
     part.
     """
-    log_p = _matrix(logits, "logits", 2).log_softmax(1)
+    logits = torch.as_tensor(logits)
+    impossible = (logits == -torch.inf).all(0)  # classes that no image can have
+    log_p = _matrix(logits[:, ~impossible], "logits", 2).log_softmax(1)
     if len(log_p) < 2 * splits:
         raise ValueError(f"logits of {len(log_p)} images are too few for {splits} parts")
     scores, variances = [], []

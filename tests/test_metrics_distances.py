@@ -277,6 +277,8 @@ def test_inception_score():
     assert inception_score(np.eye(10).repeat(50, 0) * 1e3, splits=1) == pytest.approx((10, 0), abs=1e-9)
     values, errors = spread_of(lambda rng: inception_score(3 * rng.normal(size=(300, 5)), splits=2), 150)
     assert 0.85 < errors.mean() / values.std() < 1.2 and covered(values, errors) > 0.88
+    none = np.concatenate([logits, np.full((600, 2), -np.inf)], axis=1)
+    assert inception_score(none) == inception_score(logits)
     with pytest.raises(ValueError, match="too few for 10 parts"):
         inception_score(logits[:19])
 
