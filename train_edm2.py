@@ -37,8 +37,9 @@ Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM or SIG
 @click.option("--resume", metavar="FILE", help="Continue from this checkpoint")
 @cli.plugin_option
 @click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
+@click.option("--profile", is_flag=True, help="Also say where a step goes, and leave a trace in the run folder")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop")
-def main(outdir, preset, chunks, resume, device, dry_run, **given):
+def main(outdir, preset, chunks, resume, device, profile, dry_run, **given):
     """Train a diffusion model on one data source or many. Run the same command again to resume."""
     if not given["data"]:
         raise click.UsageError("Missing option '--data'.")
@@ -56,7 +57,7 @@ def main(outdir, preset, chunks, resume, device, dry_run, **given):
     from metrics import snapshots
     from training import setup
 
-    return setup.train_command(config, outdir, resume, device, snapshots.while_training(config))
+    return setup.train_command(config, outdir, resume, device, snapshots.while_training(config), profile)
 
 
 if __name__ == "__main__":

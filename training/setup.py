@@ -363,12 +363,15 @@ def train_command(
     resume: str | None = None,
     device: str | None = None,
     further: Callable[[Run], dict] | None = None,
+    profile: bool = False,
 ) -> int:
     """Train with the standard hooks and log.txt; returns the exit code of train_edm2.py.
 
     further: Run -> more hooks, called before anything is written; of two of one name the standard one comes first.
+    profile: with a StepProfile.
     """
     from training.hooks import joined, standard_hooks
+    from training.profiling import StepProfile
 
     device = dist.init(device)
     first = dist.get_rank() == 0
@@ -378,7 +381,8 @@ def train_command(
         more = {} if further is None else further(run)
         if first:
             Path(outdir).mkdir(parents=True, exist_ok=True)
-        with logged(Path(outdir) / "log.txt") if first else nullcontext():
+        watching = StepProfile(run, outdir) if profile and first else nullcontext()
+        with logged(Path(outdir) / "log.txt") if first else nullcontext(), watching:
             return _watched(run, outdir, resume, joined(standard_hooks(run), more))
     finally:
         dist.shutdown()
