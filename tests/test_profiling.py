@@ -12,7 +12,7 @@ from small_runs import assert_identical, final_state, run, small_command, small_
 
 import train_edm2
 from training import setup
-from training.profiling import PARTS, StepProfile
+from training.profiling import PARTS, TRACE, StepProfile
 
 
 def rows(text, names):
@@ -39,7 +39,7 @@ def test_a_profile_changes_nothing(digits, tmp_path, more):
     assert sum(row[1] for row in table.values()) == pytest.approx(100, abs=0.5)  # percent
     assert all(row[0] > 0 for row in table.values())
     assert (table["draw"][1] > 20) == ("--select=jest" in more)  # scores are part of the choice
-    events = json.loads(gzip.open(tmp_path / "profiled" / "profile-trace.json.gz").read())["traceEvents"]
+    events = json.loads(gzip.decompress((tmp_path / "profiled" / TRACE).read_bytes()))["traceEvents"]
     spans = [
         event for event in events if event.get("name") == "step: forward" and event.get("cat") == "user_annotation"
     ]
