@@ -32,7 +32,7 @@ from training import presets
 # How rows begin that are checked by their own parser only, and why.
 NOT_RUN = {
     "bash bash_files/quickstart.sh --list": "makes .venv; its experiment runs in test_quickstart.py",
-    "python calculate_metrics.py detector --of=swin_l": "needs Swin-L's weights, 0.9 GB; its network: test_metrics_detectors.py",
+    "python calculate_metrics.py detector --of=swin_l": "needs the weights of Swin-L; see test_published_classifiers.py",
     "python calculate_metrics.py calc --images=out/x --ref=dataset-refs/tiny-swin.npz": "as above",
 }
 
