@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,17 +101,29 @@ def open_detectors(
         raise ValueError(f"{option}={metrics}: {error}") from None
 
 
-def default_metrics(references: dict[str, FeatureSet] | None = None, path: str | None = None) -> str:
-    """The detectors where --metrics is not given: those of the reference file; else what the weights at hand allow."""
-    from metrics.detectors import DETECTORS
+SMALLEST = 32  # pixels per side from which on published detectors are the default: CIFAR-10's
 
-    if references is None:
-        return "pixel"
-    known = [identity for identity in references if identity in DETECTORS]
-    if not known:
-        held = ", ".join(references)
-        raise ValueError(f"--ref={path} holds statistics of {held}: name the detector, --metrics=NAME:FILE")
-    return ",".join(known)
+
+def default_metrics(o: EasyDict, samples: Side, references: dict[str, FeatureSet] | None = None) -> str:
+    """The detectors where --metrics is not given; says which, where weights decide.
+
+    Those of the reference file, else those of --weights, else the published ones whose weights are at hand, for images
+    that are not tiny, else pixel.
+    """
+    from metrics.detectors import DETECTORS, at_hand
+
+    if references is not None:
+        name = lambda identity: identity.partition(":")[0]
+        known = [name(key) for key in references if key in DETECTORS or name(key) in (o.weights or {})]
+        if not known:
+            held = ", ".join(references)
+            raise ValueError(f"--ref={o.ref} holds statistics of {held}: name the detector, --metrics=NAME:FILE")
+        return ",".join(known)
+    sides = [int(n) for n in re.findall(r"\d+", str(samples.img_resolution))]
+    found = list(o.weights or ()) or (at_hand() if sides and min(sides) >= SMALLEST else [])
+    if found:
+        click.echo(f"--metrics={','.join(found)}, whose weights are at hand", err=True)
+    return ",".join(found) or "pixel"
 
 
 def parse_pairs(context: click.Context, option: click.Parameter, words: Sequence[str]) -> dict[str, str]:
@@ -195,10 +208,12 @@ class Prepared(NamedTuple):
 
 def compared(**given: object) -> EasyDict:
     """Options of `prepare` and `scores`, those that are not given as the command line has them."""
+    from metrics.evaluate import MEASURES
+
     defaults = dict(
         ref=None, data=None, train=None, metrics=None, weights={}, per_source=True, batch=64, workers=2, seed=0
     )
-    return EasyDict({**defaults, "distances": ["fd", "kid", "prdc"], "splits": 4, "tags": {}, "blocks": 1, **given})
+    return EasyDict({**defaults, "distances": [*MEASURES], "splits": 4, "tags": {}, "blocks": 1, **given})
 
 
 def side_of(name: str, dataset: Dataset) -> Side:
@@ -219,7 +234,7 @@ def prepare(o: EasyDict, device: torch.device, samples: Side) -> Prepared:
         known = ", ".join(MEASURES)
         raise ValueError(f"--distances={','.join(o.distances)}: unknown distance '{unknown[0]}'; known: {known}")
     references = None if o.ref is None else load_references(o.ref)
-    detectors = open_detectors(o.metrics or default_metrics(references, o.ref), device, o.weights)
+    detectors = open_detectors(o.metrics or default_metrics(o, samples, references), device, o.weights)
     opened = {option: open_images(o[option], f"--{option}") for option in ("data", "train") if o[option]}
     sides = [side_of(f"--{option}={o[option]}", dataset) for option, dataset in opened.items()]
     if references is not None:
@@ -289,7 +304,7 @@ def ref(o: EasyDict) -> None:
     if Path(dest) != Path(o.dest):
         click.echo(f"Statistics are stored as npz: writing {dest}", err=True)
     dataset = open_images(o.data, "--data")
-    detectors = open_detectors(o.metrics or default_metrics(), device, o.weights)
+    detectors = open_detectors(o.metrics or default_metrics(o, side_of("--data", dataset)), device, o.weights)
     sets = look_once(dataset, detectors, "ref", o, per_source=o.per_source)
     if distributed.get_rank() != 0:
         return

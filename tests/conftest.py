@@ -14,6 +14,15 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def empty_caches(tmp_path_factory):
+    """Whatever weights a user of this machine has: tests find none, and leave none."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DNNLIB_CACHE_DIR", "TORCH_HOME"):
+            patch.setenv(name, str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def convert_digits(dest, sources="0,1,2", per_source=16, **options):
     """A zip of 8x8 digits, made by the command a user would type."""
     arguments = ["convert", "--source=sklearn:digits", f"--sources={sources}", f"--per-source={per_source}"]

@@ -18,10 +18,12 @@ from PIL import Image
 from small_runs import one_line, run
 
 import calculate_metrics
-from dnnlib.util import file_sum
+from dnnlib.util import EasyDict, file_sum
+from metrics import commands
 from metrics.detectors import about, base, find, get_detector, weights
 from metrics.detectors.inception import SIDE, WEIGHTS, InceptionV3, Unit
 from metrics.detectors.resize import tf1_bilinear
+from training.fit import Side
 
 
 @pytest.fixture(scope="module")
@@ -293,11 +295,25 @@ def test_reference_and_scores_from_the_command_line(file, detector, tmp_path):
     found = scores["metrics"][detector.identity]
     assert scores["scores"] == {f"fd_{detector.identity}": found["overall"]["fd"]}  # not the fid of published weights
     assert found["overall"]["fd"] == pytest.approx(expected, rel=1e-4) and found["feature_width"] == 2048
+    again = run(calculate_metrics.cmdline, *score, given[1])  # the reference and --weights say which
+    assert json.loads(again.stdout)["metrics"].keys() == {detector.identity}
     for options, says in (
         (["--metrics=pixel", given[1]], "--metrics=pixel names no detector 'fid'"),
         (["--metrics=fid", f"--weights=fid={tmp_path}"], f"not in {tmp_path}: put it there"),
         (["--metrics=fid", f"--weights=fid={file}"], f"--weights=fid={file}@any"),
         (["--metrics=fid", "--weights=fid"], "--weights=fid: give NAME=VALUE"),
+        ([], "name the detector, --metrics=NAME:FILE"),
         (["--metrics=pixel"], f"holds statistics of {detector.identity}, not of pixel"),
     ):
         one_line(calculate_metrics.cmdline, *score, *options, says=says)
+
+
+def test_default_is_what_size_and_weights_allow(cache, capsys):
+    """Published ones whose files are at hand, unless images are tiny; --weights alone names its detector."""
+    chosen = lambda side, **weights: commands.default_metrics(EasyDict(weights=weights), Side("x", img_resolution=side))
+    assert chosen(256) == "pixel" and capsys.readouterr().err == ""
+    for folder, name in zip(cache, (WEIGHTS.names[1], "dinov2_vitl14_pretrain.pth"), strict=True):
+        folder.mkdir(parents=True)
+        (folder / name).touch()
+    assert chosen(256) == chosen("32x64") == "fid,fd_dinov2" and "fid,fd_dinov2" in capsys.readouterr().err
+    assert chosen(28) == chosen("256x8") == "pixel" and chosen(8, fid="x") == "fid"

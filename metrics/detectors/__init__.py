@@ -21,9 +21,9 @@ import torch
 
 from metrics.classifier import load_classifier
 from metrics.detectors.base import Detector, OfFunction, about
-from metrics.detectors.weights import find, without_pin
+from metrics.detectors.weights import cached, find, without_pin
 
-__all__ = ["DETECTORS", "Detector", "about", "get_detector", "get_detectors", "identity_of", "split_specs"]
+__all__ = ["DETECTORS", "Detector", "about", "at_hand", "get_detector", "get_detectors", "identity_of", "split_specs"]
 
 
 def pixel_features(images: torch.Tensor) -> torch.Tensor:
@@ -81,6 +81,13 @@ DETECTORS = {
     "swin_l": _swin_l,
     "hf": _hf,
 }
+
+
+def at_hand() -> list[str]:
+    """Names of the published feature detectors whose weight files lie in one of the caches; unread."""
+    from metrics.detectors import dinov2, inception
+
+    return [weights.detector for weights in (inception.WEIGHTS, dinov2.WEIGHTS) if cached(weights)]
 
 
 def split_specs(text: str) -> list[str]:

@@ -44,16 +44,16 @@ class ImageClassifier(Detector):
     order: list[int] | None = None
 
     def logits(self, features: torch.Tensor | np.ndarray) -> torch.Tensor:
-        """Features [N, K] -> logits [N, labels] float32, -inf for labels without a class."""
-        f = torch.as_tensor(features).float()
+        """Features [N, K] -> logits [N, labels] float32, on the CPU, -inf for labels without a class."""
+        f = torch.as_tensor(features).float().cpu()
         if self.order is None:
             return f
-        order = torch.tensor(self.order, device=f.device)
+        order = torch.tensor(self.order)
         return torch.where(order >= 0, f[:, order.clamp(min=0)], -math.inf)
 
     def classify(self, features: torch.Tensor | np.ndarray) -> torch.Tensor:
         """Features [N, K] -> predicted labels [N] int64, on the CPU."""
-        return self.logits(features).argmax(1).cpu()
+        return self.logits(features).argmax(1)
 
 
 def fit_class_order(

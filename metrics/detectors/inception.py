@@ -158,6 +158,6 @@ class Inception(Detector):
 
     @torch.no_grad()
     def logits(self, features: torch.Tensor | np.ndarray, bias: bool = False) -> torch.Tensor:
-        """Features [N, 2048] -> logits [N, 1008]; the Inception Score is made of those without the bias."""
+        """Features [N, 2048] -> logits [N, 1008], on the CPU; the Inception Score is made of those without the bias."""
         f = torch.as_tensor(features).to(self.device, torch.float32)
-        return torch.nn.functional.linear(f, self.net.fc.weight, self.net.fc.bias if bias else None)
+        return torch.nn.functional.linear(f, self.net.fc.weight, self.net.fc.bias if bias else None).cpu()

@@ -61,6 +61,12 @@ def folders() -> list[Path]:
     return [download.cache_root() / "weights", Path(torch_home).expanduser() / "hub" / "checkpoints"]
 
 
+def cached(weights: Weights) -> Path | None:
+    """The file in one of the caches, whatever it holds; None where there is none."""
+    places = [folder / name for folder in folders() for name in weights.names]
+    return next((path for path in [*places, download.cache_path(weights.url)] if path.is_file()), None)
+
+
 def _locate(weights, given):
     """The path that is meant. Raises ValueError, with everything that a user needs to get the file, where there is none."""
     if given == "download" or download.is_url(given or ""):
@@ -68,16 +74,14 @@ def _locate(weights, given):
         print(f"{weights.detector}: weights from {url}", file=sys.stderr)
         return download.cached(url)
     looked = [Path(given).expanduser()] if given else folders()
-    if given and looked[0].is_file():
-        return looked[0]
-    found = [folder / name for folder in looked for name in weights.names]
-    found += [] if given else [download.cache_path(weights.url)]
-    if path := next((path for path in found if path.is_file()), None):
-        return path
-    raise ValueError(
-        f"detector '{weights.detector}' ({weights.network}) needs {weights}; not in {' or '.join(map(str, looked))}: put it "
-        f"there, or give --weights={weights.detector}=FILE, or =download for {weights.url}"
-    )
+    inside = [looked[0], *(looked[0] / name for name in weights.names)]
+    found = next((path for path in inside if path.is_file()), None) if given else cached(weights)
+    if found is None:
+        raise ValueError(
+            f"detector '{weights.detector}' ({weights.network}) needs {weights}; not in {' or '.join(map(str, looked))}: "
+            f"put it there, or give --weights={weights.detector}=FILE, or =download for {weights.url}"
+        )
+    return found
 
 
 def find(weights: Weights, given: str | None = None) -> WeightFile:
