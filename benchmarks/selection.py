@@ -79,43 +79,44 @@ class OnePass(selection.LossSelector):
         yield draws[chosen[:1]]  # the loop wants something to train on; one example more is its smallest
 
     def reference_losses(self, objective, draws):
-        return objective.loss.evaluate(self.reference, draws).flatten(1).mean(1)
+        return objective.loss.evaluate(self.scorer.reference, draws).flatten(1).mean(1)
 
 
-def make_loop(config, interface, arm, filter_ratio, chunks):
+def make_loop(config, interface, arm, filter_ratio, chunks, device="cpu"):
     """The real training loop on random images; reference: the same architecture at half the width."""
     shape = [512, interface["img_channels"], interface["img_resolution"], interface["img_resolution"]]
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(config.sigma_data).numpy()
     data = ArrayDataset(images, (torch.arange(512) % 10).numpy(), num_classes=10)
     torch.manual_seed(0)
-    objective = Objective(setup.build_network(config, interface, "cpu"), setup.build_loss(config, None))
+    objective = Objective(setup.build_network(config, interface, device), setup.build_loss(config, None).to(device))
     selector = selection.IdentitySelector()
     if arm is not None:
         name, options = arm
         function = selection.FUNCTIONS["jest" if name == "one-pass" else name]
         small = make_config(preset=config.preset, channels=config.channels // 2)
-        reference = setup.build_network(small, interface, "cpu").eval().requires_grad_(False)
+        reference = setup.build_network(small, interface, device).eval().requires_grad_(False)
         more = {"num_chunks": chunks} if name in ("jest", "diverse", "one-pass") else {}
         kind = OnePass if name == "one-pass" else selection.LossSelector
         selector = kind(function, reference, filter_ratio, options=more, **options)
     optimizer = setup.OPTIMIZERS[config.optimizer](config, objective.param_groups())
     ema, periods = setup.EMAS[config.ema](config, objective), Periods(config.batch_size)
-    parts = (objective, Feed(data, block=config.block), IdentityEncoder(), selector, optimizer, ema)
+    parts = (objective, Feed(data, block=config.block, device=device), IdentityEncoder(), selector, optimizer, ema)
     return TrainingLoop(setup.Run(*parts, lambda nimg: 1e-4, periods, config.batch_size), ".")
 
 
-def step_times(preset, filter_ratio, chunks, steps):
+def step_times(preset, filter_ratio, chunks, steps, device="cpu"):
     """{arm: median seconds of a training step}; the arms take turns, so that a busy machine is busy for all."""
     config = make_config(preset=preset)
     side = {"digits8": 8, "digits28": 28}[preset]
     interface = dict(img_resolution=side, img_channels=1, label_dim=10)
     arms = {**ARMS, "jest, one pass (published)": ("one-pass", {})}
-    loops = {name: make_loop(config, interface, arm, filter_ratio, chunks) for name, arm in arms.items()}
+    loops = {name: make_loop(config, interface, arm, filter_ratio, chunks, device) for name, arm in arms.items()}
     times = {name: [] for name in loops}
     for i in range(steps + 2):
         for name, loop in loops.items():
             start = time.perf_counter()
             loop.step()
+            float(loop.bad_steps)  # waits for the device
             if i >= 2:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
