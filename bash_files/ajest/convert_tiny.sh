@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 source bash_files/ajest/common.sh
 run python dataset_tool.py convert --source="${SOURCE:-downloads/tiny-imagenet-200.zip}" --dest="$tiny"
-run python calculate_metrics.py ref --data="$tiny" --dest=dataset-refs/tiny.npz
+run python calculate_metrics.py ref --data="$tiny" --dest="$ref" ${METRICS:+--metrics="$METRICS"}

@@ -17,5 +17,5 @@ case "$arm" in
   diverse) options=(--select=diverse --chunks=8 "${reference[@]}" "${chosen[@]}") ;;
   *) echo "Error: '$arm' is no arm: give baseline, random, ajest, early, late or diverse" >&2; exit 2 ;;
 esac
-run torchrun --standalone --nproc_per_node="$gpus" train_edm2.py --outdir="$runs/$arm" --data="$tiny" \
+launch train_edm2.py --outdir="$runs/$arm" --data="$tiny" \
   --preset=edm2-tiny-xs --batch-gpu=128 "${options[@]}"

@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source bash_files/ajest/common.sh
-run torchrun --standalone --nproc_per_node="$gpus" train_edm2.py --outdir="$runs/reference" --data="$tiny" \
+launch train_edm2.py --outdir="$runs/reference" --data="$tiny" \
   --preset=edm2-tiny-xxs --batch-gpu=256 --duration=10320Ki --status=240Ki --snapshot=1032Ki --checkpoint=2064Ki

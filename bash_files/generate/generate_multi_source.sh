@@ -4,15 +4,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source bash_files/convert/sources.sh
-args=()
-for a in "$@"; do if [ "$a" = --dry-run ]; then DRY_RUN=1; else args+=("$a"); fi; done
 sim=${args[0]:?usage: generate_multi_source.sh SIM SNAPSHOT OUTDIR [K] [--dry-run]}
 net=${args[1]:?usage: generate_multi_source.sh SIM SNAPSHOT OUTDIR [K] [--dry-run]}
 out=${args[2]:?usage: generate_multi_source.sh SIM SNAPSHOT OUTDIR [K] [--dry-run]}
 classes=$(classes_of "$sim" | cut -d, -f"1-${args[3]:-10}")
 for block in 0 1 2 3 4; do
   for class in ${classes//,/ }; do
-    run torchrun --standalone --nproc_per_node="${GPUS:-8}" generate_images.py --net="$net" \
+    launch generate_images.py --net="$net" \
       --outdir="$out/$class-$block" --seeds="$((block * 5000))+5000" --class="$class" --subdirs
   done
 done

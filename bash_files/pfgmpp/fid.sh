@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The published FID of PFGM++ and EDM: train, 3 x 50 000 images of every late snapshot, score, best of the snapshots.
-# usage: fid.sh cifar10|cifar10-cond|ffhq64 D|inf [train|generate|score|best ...] [--dry-run]    (no step: all of them)
-# GPUS: processes (8); ARCH: ddpmpp or ncsnpp of CIFAR-10 (ncsnpp); DATA: data set; RUNS: where runs and images go;
-# FROM: first snapshot to score, kimg; NUM: images per block (50000); DETECTOR: features of the distance (Inception "fid" for published numbers)
+# The published FID of PFGM++ and EDM: train, score every late snapshot on 3 x 50 000 images, best of the snapshots.
+# usage: fid.sh cifar10|cifar10-cond|ffhq64 D|inf [ref|train|score ...] [--dry-run]    (no step: all of them)
+# GPUS: processes (8); ARCH: ddpmpp or ncsnpp of CIFAR-10 (ncsnpp); DATA: data set; RUNS: where runs go; REF: reference file;
+# METRICS: features of the distance (fid); FROM: first snapshot to score, kimg; NUM: images per block (50000);
+# TRAIN, SCORE: further options of training and scoring, such as TRAIN="--duration=64Ki --snapshot=32Ki"
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-args=()
-for a in "$@"; do if [ "$a" = --dry-run ]; then DRY_RUN=1; else args+=("$a"); fi; done
+source bash_files/common.sh
 usage() { sed -n 3p "$0" | cut -c3- >&2; exit 2; }
 [ ${#args[@]} -ge 2 ] || usage
 case "${args[0]}" in
@@ -17,55 +17,18 @@ case "${args[0]}" in
 esac
 D=${args[1]}
 stages=" ${args[*]:2} "
-gpus=${GPUS:-8}
-detector=${DETECTOR:-pixel}
-num=${NUM:-50000}
+metrics=${METRICS:-fid}
 folder=${RUNS:-training-runs}/$preset-D$D
-ref=${REF:-$folder/reference.npz}
-
-run() { # print the command; run it unless --dry-run was given
-  echo "+ $*"
-  if [ -z "${DRY_RUN:-}" ]; then "$@"; fi
-}
+ref=${REF:-$folder-reference.npz}
 wanted() { [[ "$stages" == "  " || "$stages" == *" $1 "* ]]; }
-launch() { run torchrun --standalone --nproc_per_node="$gpus" "$@"; }
 
-snapshots() { # those from `from` kimg on
-  local file kimg found=0
-  for file in "$folder"/network-snapshot-*-ema.safetensors; do
-    [ -e "$file" ] || continue
-    kimg=$(basename "$file" | cut -d- -f3)
-    if [ "$((10#$kimg))" -ge "$from" ]; then echo "$kimg"; found=1; fi
-  done
-  if [ $found = 1 ]; then return; fi
-  if [ -n "${DRY_RUN:-}" ]; then printf '%07d\n' "$from"; return; fi
-  echo "$folder holds no snapshot from $from kimg on: train first, or give FROM (kimg)" >&2
-  return 2
-}
-
+if wanted ref && [ ! -e "$ref" ]; then # first: what it lacks, such as weights, shows before training
+  launch calculate_metrics.py ref --data="$data" --dest="$ref" --metrics="$metrics"
+fi
 if wanted train; then # snapshots every 2.6 million images, as published
-  launch train_edm2.py --outdir="$folder" --data="$data" --preset="$preset" --aug-dim="$D" --snapshot=2560Ki
+  launch train_edm2.py --outdir="$folder" --data="$data" --preset="$preset" --aug-dim="$D" --snapshot=2560Ki ${TRAIN:-}
 fi
-if wanted generate; then
-  kimgs=$(snapshots)
-  for kimg in $kimgs; do
-    for first in 0 $num $((2 * num)); do
-      launch generate_images.py --net="$folder/network-snapshot-$kimg-ema.safetensors" --aug-dim="$D" --steps=$steps \
-        --seeds="$first-$((first + num - 1))" --subdirs --batch=64 --outdir="$folder/images/$kimg-$first"
-    done
-  done
-fi
-if wanted score; then
-  kimgs=$(snapshots)
-  if [ ! -e "$ref" ]; then launch calculate_metrics.py ref --data="$data" --dest="$ref" --metrics="$detector"; fi
-  for kimg in $kimgs; do
-    for first in 0 $num $((2 * num)); do
-      launch calculate_metrics.py calc --images="$folder/images/$kimg-$first" --ref="$ref" --num-images=$num \
-        --metrics="$detector" --distances=fd --dest="$folder/scores/$kimg-$first.json" \
-        --tag=checkpoint="$kimg" --tag=sampling="$first"
-    done
-  done
-fi
-if wanted best; then # minimum, and mean of the three best snapshots
-  run python calculate_metrics.py best --scores="$folder/scores/*.json"
+if wanted score; then # minimum, and mean of the three best snapshots; finished scores are kept
+  launch calculate_metrics.py gen --net="$folder/network-snapshot-*-ema.safetensors" --min-kimg="$from" --blocks=3 \
+    --num-images="${NUM:-50000}" --ref="$ref" --metrics="$metrics" --distances=fd --aug-dim="$D" --steps=$steps ${SCORE:-}
 fi

@@ -4,15 +4,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source bash_files/convert/sources.sh
-args=()
-for a in "$@"; do if [ "$a" = --dry-run ]; then DRY_RUN=1; else args+=("$a"); fi; done
 sim=${args[0]:?usage: train_multi_source.sh sim1|sim2|sim3 SETUP [--dry-run]}
 setup=${args[1]:?usage: train_multi_source.sh sim1|sim2|sim3 SETUP [--dry-run]}
 nums=${setup#*-}
-gpus=${GPUS:-8}
 train() { # name of the data set
-  run torchrun --standalone --nproc_per_node="$gpus" train_edm2.py --outdir="training-runs/$sim-edm2-img256-xs-$1" \
-    --data="datasets/latent_datasets/$sim/inet-256-${1%-nlr}.zip" --preset="edm2-img256-xs-$setup" --batch=$((1024 * 8)) \
+  launch train_edm2.py --outdir="training-runs/$sim-edm2-img256-xs-$1" \
+    --data="$datasets/latent_datasets/$sim/inet-256-${1%-nlr}.zip" --preset="edm2-img256-xs-$setup" --batch=$((1024 * 8)) \
     --status=64Ki --snapshot=16Mi --checkpoint=64Mi
 }
 if [ "${setup%%-*}" = 1c ]; then
