@@ -32,6 +32,7 @@ from training import presets
 # How rows begin that are checked by their own parser only, and why.
 NOT_RUN = {
     "bash bash_files/quickstart.sh --list": "makes .venv; its experiment runs in test_quickstart.py",
+    "bash bash_files/pfgmpp/fid.sh": "needs the weights of Inception; runs with others in test_scripts.py",
     "python calculate_metrics.py detector --of=swin_l": "needs the weights of Swin-L; see test_published_classifiers.py",
     "python calculate_metrics.py calc --images=out/x --ref=dataset-refs/tiny-swin.npz": "as above",
 }
@@ -296,7 +297,7 @@ READS = [
     (r".*", NETS, r".*\.pkl", "edm2"),
     (r".*", NETS, r".*\.pt", "pfgmpp"),
     (r".*", NETS, r"(NAME|SNAPSHOT|r|\S*/\S+|\S*\.safetensors|first-run)", "run"),
-    (r".*", "ref", r".*", "reference"),
+    (r".*", "ref|eval-ref", r".*", "reference"),
     (r".*", "images", r".*", "samples"),
     (r".*", "indir", r".*", "averages"),
     (r".*", "scores", r".*ema.*", "swept"),
@@ -322,6 +323,9 @@ CUT = {
     "seeds": fixed("0-1"),
     "num": fixed("8"),
     "num-images": fixed("8"),
+    "eval-num": fixed("8"),
+    "min-kimg": fixed("0"),
+    "blocks": fixed("2"),
     "per-source": fixed("1"),
     "resolution": fixed("8x8"),
     "class": at_most(9),
@@ -385,7 +389,8 @@ def replaced(script, option, value, world):
     for pattern, options, values, item in [*READS, (r".*", "detector", r".+\.safetensors", "detector")]:
         if re.match(pattern, script) and re.fullmatch(options, option) and re.fullmatch(values, rest):
             path = getattr(world, item)
-            return head + (f"{path}/*.json" if options == "scores" else str(path))
+            pattern = "/*.json" if options == "scores" else "/*.safetensors" if "*" in rest and item == "run" else ""
+            return f"{head}{path}{pattern}"
     return value
 
 
