@@ -72,7 +72,9 @@ class Classifier:
         for name, tensor in sorted(self.net.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        self.identity = f"{self.name}:{digest.hexdigest()[:16]}"
+        self.sha256 = digest.hexdigest()  # of the weights, wherever they lie
+        self.identity = f"{self.name}:{self.sha256[:16]}"
+        self.channels, self.width = net.image_shape[0], net.head.in_features
 
     def to(self, device: str | torch.device) -> Classifier:
         """Move the network; returns itself."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import tqdm
 
+from metrics.detectors.base import about
 from metrics.statistics import FeatureStatistics, gather_rows, require_memory
 from torch_utils.distributed import get_rank, get_world_size, split_batches
 from training.dataset import Dataset, hash_of_items
@@ -180,7 +181,7 @@ def collect_dataset(
     per_source: bool = True,
     **options: object,  # progress, see `collect`
 ) -> dict[str, FeatureSet]:
-    """`collect` over a data set, with its provenance (name, number of images, shape, content hash).
+    """`collect` over a data set, with its provenance (name, number of images, shape, content hash, what the detector says).
 
     Raises ValueError for fewer images than `num` (a distance depends on the number of images), and for latents.
     """
@@ -211,8 +212,8 @@ def collect_dataset(
         provenance["class_names"] = dataset.class_names
     if len(indices) < len(dataset):
         provenance["subset_seed"] = seed
-    for feature_set in sets.values():
-        feature_set.provenance = provenance
+    for key, feature_set in sets.items():
+        feature_set.provenance = provenance | {"detector": about(detectors[key])}
     return sets
 
 

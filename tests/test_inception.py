@@ -23,6 +23,7 @@ from metrics import commands
 from metrics.detectors import about, base, find, get_detector, weights
 from metrics.detectors.inception import SIDE, WEIGHTS, InceptionV3, Unit
 from metrics.detectors.resize import tf1_bilinear
+from metrics.references import load_references
 from training.fit import Side
 
 
@@ -167,6 +168,9 @@ def test_what_it_says_of_itself(file, detector):
         name="fid", width=2048, channels=3, resize="TensorFlow 1 bilinear to 299 px", sha256=found["sha256"]
     )
     assert detector.identity == f"fid:{found['sha256'][:16]}"
+    assert (
+        about(types.SimpleNamespace(resize=print, name="own"))["resize"] is None
+    )  # whatever a user's class means by it
     assert about(lambda images: images) == dict(name=None, width=None, channels=None, resize="none", sha256=None)
 
 
@@ -289,6 +293,8 @@ def test_reference_and_scores_from_the_command_line(file, detector, tmp_path):
         "--distances=fd",
         "--num=4",
     ]
+    (reference,) = load_references(tmp_path / "r.npz").values()
+    assert reference.provenance["detector"] == about(detector)
     expected = frechet(*seen.values())
     done = run(calculate_metrics.cmdline, *score, *given, "--batch=3")
     scores = json.loads(done.stdout)

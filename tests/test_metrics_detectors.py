@@ -10,7 +10,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from metrics.classifier import load_classifier, source_agreement, stratified_split, train_classifier
-from metrics.detectors import DETECTORS, get_detector, get_detectors, identity_of, split_specs
+from metrics.detectors import DETECTORS, about, get_detector, get_detectors, identity_of, split_specs
 
 
 def digits():
@@ -101,6 +101,9 @@ def test_classifier_features(judge):
     images = torch.from_numpy(digits()[0][:40])
     features = judge.features(images)
     assert features.shape == (40, 64)
+    said = about(judge)
+    assert judge.identity == f"classifier:{said.pop('sha256')[:16]}"
+    assert said == dict(name="classifier", width=64, channels=1, resize="none")
     assert features.dtype == torch.float32
     one_by_one = torch.cat([judge.features(image[None]) for image in images])
     np.testing.assert_allclose(features, one_by_one, rtol=1e-4, atol=1e-5)

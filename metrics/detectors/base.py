@@ -65,4 +65,5 @@ class OfFunction(Detector):
 
 def about(detector: object) -> dict:
     """What a detector says of itself: {name, width, channels, resize, sha256}; plain data for files."""
-    return {name: getattr(detector, name, getattr(Detector, name, None)) for name in ABOUT}
+    said = {name: getattr(detector, name, getattr(Detector, name, None)) for name in ABOUT}
+    return {name: value if isinstance(value, (str, int)) else None for name, value in said.items()}
