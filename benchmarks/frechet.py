@@ -2,9 +2,9 @@
 
     python benchmarks/frechet.py [--width 1024] [--images 5000] [--spread 0.5] [--few 200] [--repeats 3]
 
-Processor time. Full rank: random features of `--images` images, all forms on the same moments: `sqrtm` as FID's first
-code has it, the singular values of the factors' product, and ours (eigenvalues of its Gram matrix where rounding allows).
-Fewer images than features: dense covariances against the span of the samples, statistics included.
+Processor time. Full rank: random features of `--images` images on random axes, all forms on the same moments: `sqrtm` as
+FID's first code has it, the singular values of the factors' product, and ours (eigenvalues of a Gram matrix of it). Fewer
+images than features: the same moments by ours and by `sqrtm`; and with the statistics included, in the span of the samples.
 """
 
 import statistics
@@ -62,7 +62,8 @@ def main(width, images, spread, few, repeats):
     """Print one table: seconds, ratio to ours, value."""
     rng = np.random.default_rng(0)
     scales = np.exp(spread * rng.normal(size=width))
-    draw = lambda count, shift: shift + rng.normal(size=(count, width)) * scales
+    axes = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    draw = lambda count, shift: shift + rng.normal(size=(count, width)) * scales @ axes
     x, y = draw(images, 0.0), draw(images, 0.1)
     full = (*moments(x), *moments(y))
     arms = {
@@ -72,9 +73,11 @@ def main(width, images, spread, few, repeats):
     }
     rows = _rows(f"{images} images", take_turns(arms, repeats))
     x, y = x[:few], y[:few]
+    dense = (*moments(x), *moments(y))
     arms = {
-        "span of the samples": lambda: frechet(Gaussian.of_features(x), Gaussian.of_features(y)),
-        "dense": lambda: frechet_distance(*moments(x), *moments(y)),
+        "ours": lambda: frechet_distance(*dense),
+        "matrix square root": lambda: by_root(*dense),
+        "ours, in the span of the samples": lambda: frechet(Gaussian.of_features(x), Gaussian.of_features(y)),
     }
     rows += _rows(f"{few} images", take_turns(arms, repeats))
     print(f"{width} features of spread {spread:g}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)\n")

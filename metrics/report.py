@@ -12,7 +12,7 @@ from dnnlib.util import write_text
 from metrics import report_grid
 from metrics.report_grid import MEASURES
 from metrics.results import Row, of_detector, of_sources, read_scores, sources_of, theory_ratio
-from metrics.table import Cells, Verdict, collect, markdown, mean_and_deviation, numbers, seeds_mean, verdict, write_csv
+from metrics.table import Cells, Verdict, collect, half_width_of, markdown, numbers, verdict, write_csv
 
 COLUMNS = (
     "fd",
@@ -28,20 +28,20 @@ COLUMNS = (
     "bits_per_dim",
 )
 SHORT = {"fd": "FD", "denoising_loss": "loss"}
-SPREAD = ("fd", "denoising_loss", "agreement")  # stand in the Markdown table with their spread over training seeds
+SURE = ("fd", "denoising_loss", "agreement")  # stand in the Markdown table with their 95 % interval
 STRIP = 12  # images of each arm and source in the figure
 
 
 def table_rows(cells: Cells, arms: Sequence[str], sources: Sequence[str]) -> list[dict[str, str]]:
-    """Lines of the CSV file: one per source and arm with means and spreads, then the means over sources."""
+    """Lines of the CSV file: one per source and arm with means, spreads, half of the 95 % interval; then means over sources."""
     names = [c for c in COLUMNS if any((a, s, c) in cells for a in arms for s in sources)]
     rows = []
     for source in [*sources, "mean"]:
         for arm in arms:
             row = {"source": source, "arm": arm}
             for name in names:
-                values = numbers(cells, arm, source, name, sources)
-                for suffix, value in zip(("", "_sd_training", "_sd_sampling"), values, strict=True):
+                values = [*numbers(cells, arm, source, name, sources), half_width_of(cells, arm, source, name, sources)]
+                for suffix, value in zip(("", "_sd_training", "_sd_sampling", "_half95"), values, strict=True):
                     row[name + suffix] = "" if value is None else f"{value:.6g}"
             rows.append(row)
     return rows
@@ -89,11 +89,12 @@ def to_markdown(
         if column is None:
             return f"{main.advantage if source == 'mean' else main.per_source[source]:.1%}"
         name, arm = column
-        value, spread, _ = numbers(cells, arm, source, name, sources)
+        value = numbers(cells, arm, source, name, sources)[0]
         if value is None:
             return ""
+        half = half_width_of(cells, arm, source, name, sources) if name in SURE else None
         scale, digits, unit = (100, 1, " %") if name.startswith("agreement") else (1, 3 if "loss" in name else 2, "")
-        shown = [value] if spread is None or source == "mean" or name not in SPREAD else [value, spread]
+        shown = [value] if half is None else [value, half]
         return " +- ".join(f"{v * scale:.{digits}f}" for v in shown) + unit
 
     columns = {name: c for name, c in columns.items() if c is None or any((c[1], s, c[0]) in cells for s in sources)}
@@ -102,8 +103,8 @@ def to_markdown(
     return (
         f"{markdown(['source', *columns], rows)}\n\n{lines}\n\n"
         "Intervals: 95 %, Student's t over the differences of equal training seeds. Loss: denoising loss on held-out images, "
-        "mean over noise levels. FD: Frechet distance to held-out images in the detector's features. Mean +- standard "
-        "deviation over training seeds. "
+        "mean over noise levels. FD: Frechet distance to held-out images in the detector's features. Numbers +- half of their "
+        "95 % interval: Student's t over training seeds; with one seed, over images alone. "
         "*: at the size of half the held-out images, which is what the floor (half against half) can be compared with. "
         "Nearest train: mean distance of samples, and of held-out images, to the nearest training image of the source."
         "\n\n" + "".join(f"- {note}\n" for note in notes)
@@ -125,19 +126,17 @@ def figure(
     _draw_strips(left, [(f"{title}, source {s}", strips[title, s]) for s in sources for title, at in strips if at == s])
     x = np.arange(len(sources) + 1)
     for i, (arm, colour) in enumerate(zip(arms, figures.colours(arms), strict=True)):
-        found = [cells[arm, s, measure] for s in sources]
-        means, errors = [c.mean for c in found], [c.sd_training or 0 for c in found]
-        over_sources = seeds_mean(found, [1] * len(found)).values()
-        errors.append(mean_and_deviation(over_sources)[1] if len(over_sources) > 1 else 0)
+        means = [numbers(cells, arm, s, measure, sources)[0] for s in [*sources, "mean"]]
+        errors = [half_width_of(cells, arm, s, measure, sources) or 0 for s in [*sources, "mean"]]
         offset, label = (i - (len(arms) - 1) / 2) * 0.8 / len(arms), figures.LABEL.get(arm, arm)
         style = {"capsize": 3, "color": colour, "label": label}
-        right.bar(x + offset, [*means, np.mean(means)], 0.8 / len(arms), yerr=errors, **style)
+        right.bar(x + offset, means, 0.8 / len(arms), yerr=errors, **style)
     floors = [cells[arms[0], s, "fd_floor"].mean for s in sources if (arms[0], s, "fd_floor") in cells]
     if measure == "fd" and len(floors) == len(sources):
         style = {"colors": "black", "linestyles": "dashed", "linewidth": 1, "label": "floor: held-out, half vs half"}
         right.hlines([*floors, np.mean(floors)], x - 0.45, x + 0.45, **style)
     right.set_xticks(x, [*sources, "mean"])
-    right.set(xlabel="source", ylabel=MEASURES[measure], ylim=(None, right.get_ylim()[1] * 1.3))
+    right.set(xlabel="source", ylabel=f"{MEASURES[measure]} and 95 % interval", ylim=(None, right.get_ylim()[1] * 1.3))
     right.legend(fontsize=8, loc="upper left", ncols=2)
     error = "" if main.interval is None else f" ({main.interval[0]:.1%} to {main.interval[1]:.1%})"
     title = f"{main.better} better in {main.wins} of {len(main.per_source)} sources, mean advantage {main.advantage:.1%}{error}"

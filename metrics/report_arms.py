@@ -6,10 +6,11 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from dnnlib.util import natural_key, write_text
 from metrics.results import of_detector, read_scores
-from metrics.table import collect, markdown, mean_and_deviation, paired_difference, write_csv
+from metrics.table import collect, half_width, markdown, mean_and_deviation, write_csv
 
 COLUMNS = ("agreement", "fd", "precision", "recall", "density", "coverage")
 SHOWN = ("agreement", "fd", "recall")  # in the figure
@@ -25,8 +26,9 @@ def read_arms(scores: str, section: str, metric: str | None) -> Arms:
     rows = [row for row in of_detector(read_scores(scores), metric) if row.section == section]
     cells, seeds = collect(rows), {row.tags["seed"] for row in rows}
     arms = {}
+    names = [name for column in COLUMNS for name in (column, f"{column}_se")]
     for arm in sorted({row.tags["arm"] for row in rows}, key=natural_key):
-        arms[arm] = {name: cells[arm, section, name].by_seed() for name in COLUMNS if (arm, section, name) in cells}
+        arms[arm] = {name: cells[arm, section, name].by_seed() for name in names if (arm, section, name) in cells}
         if not arms[arm]:
             raise ValueError(f"--scores={scores}: section {section!r} of arm {arm} holds none of {', '.join(COLUMNS)}")
         if lacking := seeds - {row.tags["seed"] for row in rows if row.tags["arm"] == arm}:
@@ -45,18 +47,24 @@ def _complete(arms: Arms, names: Sequence[str]) -> list[str]:
 
 
 def to_markdown(arms: Arms, against: str) -> str:
-    """Means ± standard deviations over seeds, and mean ± standard error of the differences to the arm `against`."""
+    """Means over seeds and differences to the arm `against`, ± half of their 95 % intervals (`table.half_width`)."""
     names = _complete(arms, COLUMNS)
     level, change = [], []
+    shown = lambda mean, half, sign="": f"{mean:{sign}.4f}" + ("" if half is None else f" ± {half:.4f}")
     for arm, columns in arms.items():
-        spread = [mean_and_deviation(columns[name].values()) for name in names]
-        level.append([arm, *(f"{mean:.4f} ± {sd:.4f}" for mean, sd in spread)])
+        values = [list(columns[name].values()) for name in names]
+        errors = [list(columns.get(f"{name}_se", {}).values()) for name in names]
+        halves = [half_width(v, e if len(e) == len(v) else ()) for v, e in zip(values, errors, strict=True)]
+        level.append([arm, *(shown(fmean(v), half) for v, half in zip(values, halves, strict=True))])
         if arm != against:
-            pairs = [paired_difference(columns[n].values(), arms[against][n].values())[:2] for n in names]
-            change.append([arm, *(f"{mean:+.4f} ± {error:.4f}" for mean, error in pairs)])
+            pairs = [list(zip(columns[n].values(), arms[against][n].values(), strict=True)) for n in names]
+            found = [[a - b for a, b in pair] for pair in pairs]
+            change.append([arm, *(shown(fmean(v), half_width(v), "+") for v in found)])
+    seeds = len(_seeds(arms))
+    how = f"Student's t over {seeds} training seeds" if seeds > 1 else "of one training seed, over images alone"
     return (
-        f"Mean ± standard deviation of {len(_seeds(arms))} training seeds\n\n{markdown(['arm', *names], level)}\n\n"
-        f"Difference to {against} of the same seed, mean ± standard error\n\n{markdown(['arm', *names], change)}\n"
+        f"Mean ± half of the 95 % interval, {how}\n\n{markdown(['arm', *names], level)}\n\n"
+        f"Difference to {against} of the same seed, ± half of the 95 % interval\n\n{markdown(['arm', *names], change)}\n"
     )
 
 

@@ -94,6 +94,19 @@ def paired_difference(a: Iterable[float], b: Iterable[float]) -> tuple[float, fl
     return mean_interval(x - y for x, y in zip(a, b, strict=True))
 
 
+def half_width(values: Iterable[float], errors: Sequence[float] = ()) -> float | None:
+    """Half of the 95 % interval of a mean over training seeds (Student's t); None where there is none.
+
+    errors: of a single training seed, the standard errors over images (`<name>_se` of score files) of the means that the
+    value is a mean of; 1.96 times their error stands in for what only more seeds could show.
+    """
+    values = list(values)
+    if len(values) > 1:
+        mean, _, low, _ = mean_interval(values)
+        return mean - low
+    return 1.96 * math.hypot(*errors) / len(errors) if values and errors else None
+
+
 def grouped(pairs: Iterable[tuple[object, object]]) -> dict[object, list]:
     """{key: its values} of pairs (key, value), both in order of appearance."""
     groups = defaultdict(list)
@@ -176,6 +189,14 @@ def numbers(cells: Cells, arm: str, source: str, name: str, sources: Sequence[st
     parts = ("mean", "sd_training", "sd_sampling")
     known = ([v for cell in found if (v := getattr(cell, part)) is not None] for part in parts)
     return [fmean(values) if values else None for values in known]
+
+
+def half_width_of(cells: Cells, arm: str, source: str, name: str, sources: Sequence[str]) -> float | None:
+    """`half_width` of what `numbers` gives the mean of: of one source, or of "mean" over the sources."""
+    chosen = [s for s in (sources if source == "mean" else [source]) if (arm, s, name) in cells]
+    found, errors = ([cells[arm, s, n] for s in chosen if (arm, s, n) in cells] for n in (name, f"{name}_se"))
+    seeds = seeds_mean(found, [1] * len(found)).values() if found else ()
+    return half_width(seeds, [cell.mean for cell in errors] if len(errors) == len(found) else ())
 
 
 @dataclass

@@ -90,13 +90,20 @@ def test_files(tmp_path, noisy):
     text = report.write_report(write_scores(tmp_path / "scores", noisy), tmp_path / "out")
     assert "multi better than single in 2 of 2 sources" in text
     lines = (tmp_path / "out" / "table.csv").read_text().splitlines()
-    assert lines[0].startswith("source,arm,fd,fd_sd_training,fd_sd_sampling")
+    assert lines[0].startswith("source,arm,fd,fd_sd_training,fd_sd_sampling,fd_half95,")
     first = dict(zip(lines[0].split(","), lines[1].split(","), strict=True))
     means = [np.mean([noisy["multi", 0, t, q] for q in (0, 1)]) for t in range(3)]
     assert float(first["fd"]) == pytest.approx(np.mean(means), rel=1e-5)
     assert float(first["fd_sd_training"]) == pytest.approx(np.std(means, ddof=1), rel=1e-5)
     within = [np.var([noisy["multi", 0, t, q] for q in (0, 1)], ddof=1) for t in range(3)]
     assert float(first["fd_sd_sampling"]) == pytest.approx(np.sqrt(np.mean(within)), rel=1e-5)
+    interval = lambda values: scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert float(first["fd_half95"]) == pytest.approx(np.mean(means) - interval(means).low, rel=1e-5)
+    assert f"| {np.mean(means):.2f} +- {float(first['fd_half95']):.2f} |" in text and "95 % interval" in text
+    last = dict(zip(lines[0].split(","), lines[-2].split(","), strict=True))
+    both = np.mean([[np.mean([noisy["multi", s, t, q] for q in (0, 1)]) for t in range(3)] for s in (0, 1)], axis=0)
+    assert (last["source"], last["arm"]) == ("mean", "multi")
+    assert float(last["fd_half95"]) == pytest.approx(both.mean() - interval(both).low, rel=1e-4)
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
     seeds = table.read_csv(tmp_path / "out" / "seeds.csv")
     assert [(r["arm"], r["source"], r["seed"]) for r in seeds][:4] == [("multi", 0, t) for t in range(3)] + [
@@ -107,8 +114,12 @@ def test_files(tmp_path, noisy):
 
 def test_one_training_seed_has_no_uncertainty(tmp_path):
     values = {(arm, s, 0, 0): fd for (arm, s), fd in {("multi", 0): 4.0, ("single", 0): 5.0}.items()}
-    text = report.write_report(write_scores(tmp_path / "scores", values), tmp_path / "out")
-    assert "mean advantage 20.0% (one training seed per arm: no uncertainty known)" in text
+    scores = write_scores(tmp_path / "scores", values)
+    text = report.write_report(scores, tmp_path / "out")
+    assert "mean advantage 20.0% (one training seed per arm: no uncertainty known)" in text and "| 4.00 |" in text
+    for path in (tmp_path / "scores").iterdir():
+        path.write_text(path.read_text().replace('"agreement": 0.9', '"fd_se": 0.5, "agreement": 0.9'))
+    assert "| 4.00 +- 0.98 |" in report.write_report(scores, tmp_path / "out")
 
 
 def test_scores_of_networks_whose_images_were_not_kept(tmp_path, noisy):

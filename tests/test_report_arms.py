@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
 from small_runs import one_line, run
 
 import calculate_metrics
@@ -39,12 +40,27 @@ def test_means_and_paired_differences(scores):
     rows = [line for line in level.splitlines() if line.startswith("| ") and " ± " in line]
     assert [row.split(" | ")[0] for row in rows] == ["| cfg-1", "| auto-2", "| cfg-1.5", "| cfg-10"]
     x, base = np.array(VALUES["cfg-1.5"]), np.array(VALUES["cfg-1"])
-    assert f"| cfg-1.5 | {x.mean():.4f} ± {x.std(ddof=1):.4f} |" in level
+    half = lambda v: v.mean() - scipy.stats.ttest_1samp(v, 0).confidence_interval(0.95).low
+    assert f"| cfg-1.5 | {x.mean():.4f} ± {half(x):.4f} |" in level and "95 % interval, Student's t over 3" in level
     d = x - base
-    assert f"| cfg-1.5 | {d.mean():+.4f} ± {d.std(ddof=1) / 3**0.5:.4f} | {-d.mean():+.4f}" in change
+    assert f"| cfg-1.5 | {d.mean():+.4f} ± {half(d):.4f} | {-d.mean():+.4f}" in change
     assert "precision" not in text and "| cfg-1 |" not in change
     run(*report(scores, "--against=cfg-1", "--arms=cfg-10,cfg-1"))
     assert "auto" not in (scores / "out" / "arms.csv").read_text()
+
+
+def test_one_training_seed_shows_the_error_over_images(tmp_path):
+    for arm, value in {"a": 0.8, "b": 0.7}.items():
+        numbers = {"agreement": value, "agreement_se": 0.01, "fd": 2.0}
+        content = {"tags": {"arm": arm, "seed": "0"}, "metrics": {"pixels": {"overall": numbers, "mean": {}}}}
+        (tmp_path / f"{arm}.json").write_text(json.dumps(content))
+    run(*report(tmp_path, "--against=a"))
+    text = (tmp_path / "out" / "arms.md").read_text()
+    assert (
+        "| b | 0.7000 ± 0.0196 | 2.0000 |" in text
+        and "over images alone" in text
+        and "| b | -0.1000 | +0.0000 |" in text
+    )
 
 
 def test_user_errors(scores):
