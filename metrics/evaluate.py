@@ -6,6 +6,7 @@ half-against-half floor of a distance, the detector's own accuracy for agreement
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -25,8 +26,10 @@ from metrics.distances import (
     median_distance,
     mmd,
     nearest_distance,
+    polynomial_kernel,
 )
 from metrics.features import FeatureSet, content_hashes
+from metrics.statistics import FeatureStatistics
 from torch_utils.random import StackedRandomGenerator, hash_seed
 from training import encoders, likelihood
 from training.dataset import Dataset, label_rows, load_raw
@@ -105,42 +108,72 @@ def compare(
             f"samples have features of width {samples.statistics.width}, the reference {reference.statistics.width}: "
             f"images of different size or channels?"
         )
-    options = {"seed": seed, "splits": splits, "k": k, "measures": measures, "train": train}
+    width, wide = samples.statistics.width, {}
     left_out, *sides = _comparable(samples, reference, trained)
-    verdicts, wide = _verdicts(*sides, detector), {}
-    options["wide"] = wide
+    verdicts = _verdicts(*sides, detector)
+    of_sources = _verdicts(samples, reference, detector) if left_out else verdicts
+    scores = _inception_scores(*sides, detector) if "is" in measures and hasattr(detector, "logits") else {}
+    samples, reference, train = _in_span(samples, reference, train)
+    _, *sides = _comparable(samples, reference, trained)
+    options = {"seed": seed, "splits": splits, "k": k, "measures": measures}
+    options |= {"train": train, "width": width, "wide": wide}
     result = {
         "detector": samples.detector,
         "num_images": samples.count(),
         "num_reference": reference.count(),
-        "feature_width": samples.statistics.width,
-        "overall": _section(*sides, None, verdicts=verdicts, **options),
+        "feature_width": width,
+        "overall": _section(*sides, None, verdicts=verdicts, **options) | scores,
         "reference_hashes": {"overall": sides[1].content()},
     } | ({"left_out": left_out} if left_out else {})
-    if "is" in measures and hasattr(detector, "logits"):
-        for name, side in zip(("inception_score", "inception_score_reference"), sides, strict=True):
-            enough = side.features is not None and len(side.features) >= 20
-            pair = inception_score(detector.logits(side.features)) if enough else (None, None)
-            result["overall"] |= dict(zip((name, f"{name}_se"), pair, strict=True))
     if verdicts:
         values, counts = np.unique(verdicts["agreement"][0], return_counts=True)
         result["predicted"] = {str(v): int(c) for v, c in zip(values, counts, strict=True)}
-    if left_out:
-        verdicts = _verdicts(samples, reference, detector)
-    if per_source and samples.num_sources and (reference.num_sources or verdicts):
+    if per_source and samples.num_sources and (reference.num_sources or of_sources):
         ids = range(max(samples.num_sources, reference.num_sources))
         known = [s for s in ids if samples.count(s) or reference.count(s)]
-        found = {s: _section(samples, reference, s, verdicts=verdicts, **options) for s in known}
+        found = {s: _section(samples, reference, s, verdicts=of_sources, **options) for s in known}
         result["sources"] = {str(s): section for s, section in found.items()}
         result["reference_hashes"] |= {str(s): reference.content(s) for s in known if reference.count(s)}
         both = [v for v in found.values() if v["count"] and (v["reference_count"] or not reference.num_sources)]
         result["mean"] = _mean(both)
-    result["warnings"] = _warnings(sides[0], wide)
+    result["warnings"] = _warnings(sides[0].count(), width, wide)
     return result
 
 
-def _warnings(samples, wide):
-    found, n, width = [], samples.count(), samples.statistics.width
+def _in_span(*sets):
+    """The sets in coordinates of the span of all their images where these are fewer than the features: a rotation.
+
+    Distances and products stay what they are, and everything after costs what so few coordinates cost.
+    """
+    given = [one for one in sets if one is not None]
+    if (
+        any(one.features is None for one in given)
+        or sum(map(len, (one.features for one in given))) >= given[0].statistics.width
+    ):
+        return sets
+    rows = torch.cat([torch.as_tensor(one.features).double() for one in given])
+    parts = iter(torch.linalg.qr(rows.T, mode="r").R.T.split([len(one.features) for one in given]))
+    found = []
+    for one in sets:
+        part = None if one is None else next(parts)
+        made = part is not None and FeatureStatistics(one.num_sources).update(
+            part, one.labels if one.num_sources else None
+        )
+        found.append(part if part is None else dataclasses.replace(one, features=part.numpy(), statistics=made))
+    return found
+
+
+def _inception_scores(samples, reference, detector):
+    found = {}
+    for name, side in (("inception_score", samples), ("inception_score_reference", reference)):
+        enough = side.features is not None and len(side.features) >= 20
+        pair = inception_score(detector.logits(side.features)) if enough else (None, None)
+        found |= dict(zip((name, f"{name}_se"), pair, strict=True))
+    return found
+
+
+def _warnings(n, width, wide):
+    found = []
     if n <= width:
         found.append(f"{n} images, {width} features: covariances are singular, read distances beside their floor")
     if None in wide:
@@ -178,7 +211,7 @@ def _verdicts(samples, reference, detector):
     return verdicts
 
 
-def _section(samples, reference, source, *, seed, splits, k, measures, verdicts, train, wide):
+def _section(samples, reference, source, *, seed, splits, k, measures, verdicts, train, width, wide):
     m, n = samples.count(source), reference.count(source)
     section = {"count": m, "reference_count": n}
     x = samples.rows(source) if m else None
@@ -192,14 +225,15 @@ def _section(samples, reference, source, *, seed, splits, k, measures, verdicts,
             else NO_FD
         )
     if "kid" in measures:
-        found = mmd(generated=x, reference=y, seed=seed) if kept else None
+        kernel = polynomial_kernel(gamma=1 / width)
+        found = mmd(generated=x, reference=y, kernel=kernel, seed=seed) if kept else None
         section |= {"kid": found and found.value, "kid_se": found and found.error}
     if "mmd" in measures:
-        width = median_distance(y) if kept else 0  # 0 too where most reference images are the same
-        found = mmd(generated=x, reference=y, kernel=gaussian_kernel(width), seed=seed) if width else None
+        bandwidth = median_distance(y) if kept else 0  # 0 too where most reference images are the same
+        found = mmd(generated=x, reference=y, kernel=gaussian_kernel(bandwidth), seed=seed) if bandwidth else None
         section |= {"mmd_gaussian": found and found.value, "mmd_gaussian_se": found and found.error}
-        section["mmd_bandwidth"] = width or None
-    section |= _floor(x, y, m, seed, splits, [name for name in ("fd", "kid") if name in measures])
+        section["mmd_bandwidth"] = bandwidth or None
+    section |= _floor(x, y, m, seed, splits, width, [name for name in ("fd", "kid") if name in measures])
     if "prdc" in measures:
         found = manifolds(generated=x, reference=y, k=k, groups=LEFT_OUT, seed=seed) if kept and min(m, n) > k else None
         if found and found.wide:
@@ -231,7 +265,7 @@ def _frechet(a, b, x, y, seed):
     return {"fd": frechet(a, b), "fd_se": error, "fd_se_samples": of_samples, "fd_infinity": limit}
 
 
-def _floor(x, y, compared, seed, splits, measures):
+def _floor(x, y, compared, seed, splits, width, measures):
     """Distances between two disjoint random halves of the reference y, each cut to the compared number of images.
 
     Where half the reference is smaller than that, the Frechet distance of equally many samples to the same half is
@@ -253,7 +287,7 @@ def _floor(x, y, compared, seed, splits, measures):
             part = x[rng.permutation(len(x))[:size]]
             values["fd_at_floor_size"].append(frechet(Gaussian.of_features(part), half))
         if "kid" in measures:
-            values["kid_floor"].append(kid(a, b, seed=seed))
+            values["kid_floor"].append(kid(a, b, gamma=1 / width, seed=seed))
     section = {"floor_size": size if size >= 2 else None}
     for name, found in values.items():
         section[name] = float(np.mean(found)) if found else None

@@ -134,6 +134,51 @@ def test_batch_size_changes_nothing(batch_size):
         assert value == (value and pytest.approx(b["overall"][name], rel=1e-10, abs=1e-10)), name
 
 
+def test_few_images_of_wide_features_are_compared_in_their_span(monkeypatch):
+    """A rotation: all numbers are those of the features themselves, per source and of training images too."""
+    few = [dataset(slice(start, start + 24)) for start in (0, 100, 200)]
+    wide = lambda images: torch.nn.functional.pad(images, (0, 4)).flatten(1).float()  # 96 features
+    wide = lambda images, inner=wide: torch.cat([inner(images), inner(images).square() / 255], 1)
+    options = {"train": few[2], "splits": 2, "k": 2}
+    found = evaluate(few[0], few[1], wide, **options)
+    assert found["feature_width"] == 192 and found["overall"]["nearest_train"] > 0
+    monkeypatch.setattr("metrics.evaluate._in_span", lambda *sets: sets)
+    direct = evaluate(few[0], few[1], wide, **options)
+    for section in (lambda r: r["overall"], lambda r: r["mean"], lambda r: r["sources"]["3"]):
+        a, b = section(found), section(direct)
+        assert list(a) == list(b)
+        for name, value in a.items():
+            assert value == (value and pytest.approx(b[name], rel=1e-9, abs=1e-9)), name
+
+
+def test_every_number_has_its_error(real, judge):
+    """In every section; the errors of means over sources are those of independent sources."""
+    overall, mean = real["overall"], real["mean"]
+    numbers = ["fd", "kid", "mmd_gaussian", "precision", "recall", "density", "coverage", "nearest_train"]
+    numbers += ["agreement", "agreement_reference", "agreement_top5", "inception_score", "inception_score_reference"]
+    for name in numbers:
+        assert overall[f"{name}_se"] >= 0 and overall[name] is not None, name
+    assert 0 < overall["fd_se_samples"] < overall["fd_se"]
+    assert overall["agreement"] <= overall["agreement_top5"] <= 1
+    assert abs(overall["inception_score"] - overall["inception_score_reference"]) < 5 * overall["inception_score_se"]
+    for name in ("fd_se", "recall_se", "agreement_se"):
+        errors = [section[name] for section in real["sources"].values()]
+        assert mean[name] == pytest.approx(np.sqrt(np.sum(np.square(errors))) / 10)
+    p, n = overall["agreement"], overall["count"]
+    assert overall["agreement_se"] == pytest.approx(np.sqrt(p * (1 - p) / (n - 1)))
+    assert real["warnings"] == [] or "source" in real["warnings"][0]
+
+
+def test_distance_of_infinitely_many_digits_is_lower(judge):
+    """497 samples of 32 features; and the warning where images are fewer than features."""
+    small = train_classifier(IMAGES[TRAIN], LABELS[TRAIN], epochs=1, width=8, features=32)
+    overall = evaluate(dataset(HELD), dataset(REFERENCE), small, splits=0, per_source=False)["overall"]
+    assert 0 < overall["fd_infinity"] < overall["fd"]
+    found = evaluate(dataset(slice(0, 60)), dataset(REFERENCE), "pixel", splits=0, per_source=False)
+    assert found["overall"]["fd_infinity"] is None
+    assert "60 images, 64 features: covariances are singular" in found["warnings"][0]
+
+
 def test_subset_is_seeded_and_exact():
     first, again, other = (
         evaluate(dataset(HELD), dataset(REFERENCE), "pixel", num=100, seed=s, splits=0, measures=("fd",))["overall"]

@@ -142,10 +142,10 @@ CASES = [(21, 4), (1, 4), (9, 2)]  # images, batch size: uneven last batches; a 
 SUMS = ("sum", "outer", "rows")
 
 
-def worker(rank, port, folder):
+def worker(rank, port, folder, size):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
     for n, batch in CASES:
         found = collect_dataset(data(n), get_detectors([integer_features]), batch_size=batch)["integer_features"]
         groups = {f"{name}{row}": getattr(g, name) for row, g in found.statistics.groups.items() for name in SUMS}
@@ -155,12 +155,13 @@ def worker(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_processes_equal_one(tmp_path, size):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
-    for n, rank in [(n, rank) for n, _ in CASES for rank in range(2)]:
+    torch.multiprocessing.spawn(worker, (port, str(tmp_path), size), nprocs=size)
+    for n, rank in [(n, rank) for n, _ in CASES for rank in range(size)]:
         x = data(n)
         pixels = np.stack([x[i][0] for i in range(n)]).reshape(n, -1).astype(np.float64)
         found = np.load(tmp_path / f"{n}-{rank}.npz")
