@@ -1,5 +1,6 @@
 """Streamed statistics: batch size, merging, processes without images."""
 
+import json
 import os
 import socket
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from small_runs import python
 
 from metrics.detectors import get_detectors
@@ -84,6 +87,28 @@ def test_memory_is_estimated_before_the_work(monkeypatch):
     limit = "import resource, metrics.statistics as m; resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33)); "
     done = python("-c", limit + "print(m.free_memory() < 2**33); m.require_memory('pixel', 10**5, 12288, 10)", code=1)
     assert done.stdout == "True\n" and "100000 images with 12288 features take about 15.9 GB" in done.stderr
+
+
+PHOTOS = """
+import resource, sys, calculate_metrics
+for command in (["ref", "--data={0}", "--dest={1}"], ["calc", "--images={0}", "--ref={1}", "--num=50"]):
+    calculate_metrics.cmdline([a.format(*sys.argv[1:]) for a in [*command, "--metrics=pixel"]], standalone_mode=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_sixty_photos_of_256_pixels_need_little_memory(tmp_path):
+    """The published workflow, whose dense matrices of 196608 x 196608 would be 309 GB each."""
+    photos, rng = load_sample_images().images, np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(60):
+        y, x = (rng.integers(0, side - 256) for side in photos[i % 2].shape[:2])
+        Image.fromarray(photos[i % 2][y : y + 256, x : x + 256]).save(tmp_path / f"photos/{i:02d}.png")
+    done = python("-c", PHOTOS, tmp_path / "photos", tmp_path / "ref.npz")
+    printed, peak = done.stdout.rsplit("\n", 2)[:2]
+    assert 1024 * int(peak) < 2e9
+    scores = json.loads(printed[printed.index('{\n  "images"') :])["metrics"]["pixel"]
+    assert scores["feature_width"] == 196608 and scores["overall"]["fd"] > 0 and scores["overall"]["fd_se"] > 0
 
 
 def test_values_that_are_not_finite_are_refused():
