@@ -26,6 +26,7 @@ from dnnlib import cli, outputs
 from dnnlib.util import write_text
 from metrics.table import markdown
 from torch_utils import distributed as dist
+from torch_utils.precision import PRECISIONS, precise, use
 from training import cost, presets, setup
 from training.config import make_config
 from training.dataset import label_rows
@@ -35,7 +36,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES = {  # preset: (batch of training, batch of sampling)
     "digits8": (2048, 2048), "edm2-img512-xs": (128, 128), "edm2-img512-s": (128, 128), "edm2-img512-m": (64, 64),
 }  # fmt: skip
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 class Budget:
@@ -85,7 +85,8 @@ def network(preset, device):
 
 def outputs_of(net, inputs, precision, compiled):
     """(denoised images, gradient of their sum of squares with respect to all weights) in a precision."""
-    net = precision_of(copy.deepcopy(net), precision, inputs[0].device)
+    use(precision, inputs[0].device)
+    net = precise(copy.deepcopy(net), precision)
     if compiled:
         compile_network(net)
     denoised = net(*inputs)
@@ -116,9 +117,11 @@ def speed(preset, device, precision, compiled, tiny):
     """Cells: training and sampling images per second, utilisation of the peak, memory."""
     batch, sampled = (4, 4) if tiny else SIZES[preset]
     lengths = dict(total_nimg=batch, **{f"{name}_nimg": 0 for name in ("status", "snapshot", "checkpoint")})
-    config, interface = make_config(preset, data="random", batch_size=batch, **lengths), presets.interface(preset)
+    use(precision, device)
+    config = make_config(preset, data="random", batch_size=batch, precision=precision, **lengths)
+    interface = presets.interface(preset)
     loop = step_benchmark.make_loop(config, interface, device)
-    net = precision_of(loop.objective.net, precision, device)
+    net = loop.objective.net
     counted = cost.of_net(net)
     if compiled:
         compile_network(net)
@@ -202,13 +205,6 @@ def one_process(device, tiny):
 
 def name_of(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else step_benchmark.machine(device).split(",")[0]
-
-
-def precision_of(net, precision, device):
-    """The network, computing in a precision from now on."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    net.use_fp16, net.reduced_dtype = precision in ("fp16", "bf16"), "bfloat16" if precision == "bf16" else "float16"
-    return net
 
 
 def compile_network(net):

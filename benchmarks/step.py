@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dnnlib import atomic_write, cli, outputs
 from torch_utils import distributed as dist
+from torch_utils.precision import PRECISIONS, use
 from training import phema, presets, selection, setup
 from training.config import make_config
 from training.dataset import ArrayDataset, label_rows, load_arrays
@@ -32,8 +33,6 @@ from training.feed import Feed
 from training.losses import Objective
 from training.samplers import heun
 from training.training_loop import Periods, TrainingLoop
-
-PRECISIONS = {"fp32": None, "fp16": "float16", "bf16": "bfloat16"}
 
 
 def synchronize(device):
@@ -138,12 +137,8 @@ def make_loop(config, interface, device):
 
 def measure(config, interface, device, precision, compiled, steps, warmup, sampling_steps):
     """One row: seconds per step, images per second, seconds per sampled batch, peak memory."""
-    fp16 = PRECISIONS[precision] is not None
-    if fp16 and device.type != "cuda":
-        raise ValueError(f"--precision={precision}: reduced precision runs on GPUs; use --precision=fp32")
-    config.fp16 = fp16
-    if fp16 and config.arch == "edm2":
-        config.net_options = dict(config.net_options, reduced_dtype=PRECISIONS[precision])
+    use(precision, device)
+    config.precision = precision
     loop = make_loop(config, interface, device)
     parameters = sum(p.numel() for p in loop.objective.net.parameters())
     plain = PlainStep(loop.objective.net, config, load_arrays(loop.feed.dataset), device)
@@ -214,7 +209,7 @@ def machine(device):
 @click.option("--channels", type=click.IntRange(min=1), help="Of the images; default: what the preset is made for")
 @click.option("--classes", type=click.IntRange(min=0), help="Default: what the preset is made for")
 @click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
-@click.option("--precision", type=cli.STRINGS, default="fp32", help="Some of fp32, fp16, bf16")
+@click.option("--precision", type=cli.STRINGS, default="fp32", help="Some of fp32, tf32, bf16, fp16")
 @click.option("--compile", "compiled", type=cli.STRINGS, default="no", help="no, yes, or both: no,yes")
 @click.option("--steps", type=click.IntRange(min=1), default=10, help="Training steps to time, after the warm-up")
 @click.option("--warmup", type=click.IntRange(min=0), default=3, help="Training steps before")

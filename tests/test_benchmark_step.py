@@ -32,7 +32,7 @@ def test_a_table_of_the_preset(tmp_path, options, parameters):
     [
         (["--preset=nothing"], "nothing"),
         (["--precision=fp8"], "--precision=fp8"),
-        (["--precision=fp16"], "reduced precision runs on GPUs"),
+        (["--precision=fp16"], "needs a GPU"),
         (["--compile=maybe"], "--compile=maybe"),
         (["--device=abacus"], "abacus"),
         (["--batch=0"], "must be positive"),

@@ -37,11 +37,17 @@ def _sizes(config) -> dict[str, Any]:
     return given(model_channels=config.channels, **same)
 
 
+def _precision(config) -> dict[str, Any]:
+    from torch_utils.precision import arguments
+
+    return arguments(config.precision, config.fp16)
+
+
 def _edm2(config, interface):
     from training.networks_edm2 import Precond
 
-    options = dict(interface, use_fp16=config.fp16, sigma_data=config.sigma_data, dropout=config.dropout)
-    options |= _sizes(config) | given(channels_per_head=config.channels_per_head)
+    options = dict(interface, sigma_data=config.sigma_data, dropout=config.dropout)
+    options |= _sizes(config) | given(channels_per_head=config.channels_per_head) | _precision(config)
     return Precond(**options, **config.net_options)
 
 
@@ -59,7 +65,7 @@ PRECONDS = {"edm": "EDMPrecond", "vp": "VPPrecond", "ve": "VEPrecond"}  # classe
 
 
 def _edm(config, interface):
-    options = dict(interface, use_fp16=config.fp16, dropout=config.dropout) | _EDM_ARCHS[config.arch] | _sizes(config)
+    options = dict(interface, dropout=config.dropout) | _EDM_ARCHS[config.arch] | _sizes(config) | _precision(config)
     if config.augment:
         options["augment_dim"] = augment_pipe(config).label_dim
     if config.precond == "edm":

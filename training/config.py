@@ -21,6 +21,7 @@ _select = functools.partial(opt, group="Selection")
 _run = functools.partial(opt, group="Running")
 _period = functools.partial(_run, type=cli.NIMG, at_least=0, free=True)
 
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # meaning: torch_utils/precision.py
 TIME_SAMPLING, WEIGHTING = ("uniform", "importance", "snr"), ("likelihood", "reweightedv1", "reweightedv2")
 WHEN, CHEAP = ("always", "early", "late"), ("half", "levels", "lowres")
 
@@ -56,7 +57,8 @@ class TrainingConfig:
     attn_resolutions: list | None = _net(None, "Resolutions with attention, e.g. 16,8", type=cli.INTS, at_least=0)
     channels_per_head: int | None = _net(None, "Width of an attention head", at_least=1, at_most=2**16)
     dropout: float = _net(0.0, "Dropout probability", at_least=0, at_most=1)
-    fp16: bool = _net(True, "Reduced precision on GPUs")
+    fp16: bool = _net(True, "Reduced precision on GPUs: fp16 there, fp32 on the CPU")
+    precision: str | None = _net(None, "Of the arithmetic; wins over --fp16", choices=PRECISIONS, shown="by --fp16")
     net_options: dict = field(default_factory=dict)  # further constructor arguments
 
     process: str = _noise("edm", "Noise: a name in training.processes.REGISTRY, such as pfgmpp or cld", metavar="NAME")

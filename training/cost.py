@@ -268,7 +268,7 @@ def plan(
 
     seconds: of the measurement on this machine; 0: none. mfu, precision: assumed of GPUs; None: the precision of `config`.
     """
-    cost, precision = of_run(config, interface), precision or ("fp16" if config.fp16 else "fp32")
+    cost, precision = of_run(config, interface), precision or config.precision or ("fp16" if config.fp16 else "fp32")
     per_image = cost.training_flops + cost.scoring_flops
     micro = min(config.batch_gpu or config.batch_size, config.batch_size)
     basis = f"{precision} at {mfu:.0%} of the peak, {LAUNCH * 1e6:.0f} us per operation, assumed"

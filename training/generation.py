@@ -17,6 +17,8 @@ from dnnlib import EasyDict
 from dnnlib.reading import MOST_BYTES, require_file
 from torch_utils import distributed as dist
 from torch_utils import persistence
+from torch_utils.precision import precise
+from torch_utils.precision import use as use_precision
 from torch_utils.random import StackedRandomGenerator
 from training import ablation, choices, fit, processes, samplers
 from training.dataset import ImageFolderDataset, label_rows
@@ -126,9 +128,17 @@ def _finite(latents, seeds):
 
 
 def _way_back(
-    net, gnet, kernel, process, device, sampler=None, prior="matched", guidance=1.0, guidance_interval=None, **options
-):
+    net, gnet, kernel, process, device, sampler=None, prior="matched", guidance=1.0, guidance_interval=None,
+    precision=None, **options,
+):  # fmt: skip
     """(size, generator -> noise; noise, labels, randn_like -> latents): all that is found once for all batches."""
+    if precision is not None:
+        use_precision(precision, device)
+        net = precise(net, precision)
+        if isinstance(gnet, NullLabels):
+            gnet = NullLabels(net, gnet.null)
+        elif gnet is not None:
+            gnet = precise(gnet, precision)
     net = guided(net, gnet, guidance, guidance_interval, process)
     if process is None:
         sampler = sampler or samplers.heun
@@ -253,7 +263,7 @@ def batches(
         process = make_process(given.process or "edm", given.process_options, trained=net.process)
     same = ("class_idx", "sources", "max_batch_size", "guidance", "guidance_interval", "prior")
     options = {name: getattr(given, name) for name in same} | given.solver_options() | output
-    options |= dict(gnet=gnet, process=process, sampler=sampler)
+    options |= dict(gnet=gnet, process=process, sampler=sampler) | choices.given(precision=given.precision)
     if given.labels is not None:
         options["class_idx"] = label_vectors(given.labels, net.net.label_dim)
     return generate_images(net, seeds, device=device, **options)

@@ -316,7 +316,13 @@ class Preconditioned(torch.nn.Module):
         if class_labels is None:
             class_labels = torch.zeros([1, self.label_dim], device=x.device)
         labels = class_labels.to(torch.float32).reshape(-1, self.label_dim) if self.label_dim else None
-        reduced = self.use_fp16 and not force_fp32 and x.device.type in ("cuda", "meta")  # meta: what a GPU would do
+        reduced = (
+            self.use_fp16
+            and not force_fp32
+            and (
+                x.device.type in ("cuda", "meta") or self.reduced_dtype == "bfloat16"  # meta: what a GPU would do
+            )
+        )
         dtype = getattr(torch, self.reduced_dtype) if reduced else torch.float32
 
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
@@ -336,7 +342,7 @@ class Precond(Preconditioned):
         img_resolution: int,
         img_channels: int,
         label_dim: int,  # number of sources; 0: unconditional
-        use_fp16: bool = True,  # reduced precision on GPUs; the CPU always computes in float32
+        use_fp16: bool = True,  # reduced precision: float16 on GPUs alone, bfloat16 everywhere
         sigma_data: float = 0.5,  # expected standard deviation of the training data
         logvar_channels: int = 128,  # width of the uncertainty head
         reduced_dtype: str = "float16",  # what use_fp16 means: "float16" or "bfloat16"

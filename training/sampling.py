@@ -69,6 +69,10 @@ class Sampling(ProcessChoice):
         "role", "Weights to round: inner resolution levels, or by name as published", choices=("role", "original")
     )
 
+    precision: str | None = opt(
+        None, "Of the networks' arithmetic", choices=("fp32", "tf32", "bf16", "fp16"), shown="what they were trained in"
+    )
+
     num_steps: int = sampler_opt(32, "Sampling steps", "--steps", at_least=1)
     sigma_min: float = sampler_opt(0.002, "Lowest noise level", "--sigma_min", above=0)
     sigma_max: float = sampler_opt(80.0, "Highest noise level", "--sigma_max", above=0)

@@ -16,7 +16,7 @@ import torch
 
 from dnnlib import cli
 from dnnlib.util import logged, reason, remove_leftovers, write_json
-from torch_utils import checkpoint, persistence
+from torch_utils import checkpoint, persistence, precision
 from torch_utils import distributed as dist
 from torch_utils.random import hash_seed
 from training import encoders, fit, losses, processes, selection
@@ -263,8 +263,7 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
     encoders.use_vae(encoder, config.vae)
     interface = interface_of(dataset, encoder)
     torch.backends.cudnn.benchmark = config.bench
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    precision.use(config.precision, device)
     ranks = dict(rank=dist.get_rank(), world_size=dist.get_world_size())
     feed = Feed(dataset, config.seed, config.block, device, **ranks, workers=config.workers)
     net = build_network(config, interface, device)

@@ -22,10 +22,13 @@ class _Precond(Preconditioned):
     outputs_per_channel = 1
 
     def __init__(
-        self, img_resolution, img_channels, label_dim, use_fp16, model_type, sigma_data=0.5, logvar_channels=0, **more
-    ):
+        self, img_resolution, img_channels, label_dim, use_fp16, model_type, sigma_data=0.5, logvar_channels=0,
+        reduced_dtype="float16", **more,
+    ):  # fmt: skip
         require("model_type", model_type, MODELS)
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, sigma_data)
+        require("reduced_dtype", reduced_dtype, ("float16", "bfloat16"))
+        self.reduced_dtype = reduced_dtype
         outputs = img_channels * self.outputs_per_channel
         self.model = MODELS[model_type](img_resolution, img_channels, outputs, label_dim, **more)
         # Created after the model and only on request: state_dicts and seeded weights of the release stay valid.
