@@ -249,6 +249,17 @@ def _load_snapshot(path):
         net(torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution), torch.ones(1))
 
 
+def _foreign(layout):
+    """A file as EDM2, PFGM++ or the 2-D toys write it."""
+    import foreign_files as theirs
+
+    if layout == "pfgmpp":
+        net, args, kwargs = theirs.edm_net("edm")
+        return _saved(lambda path: theirs.save(theirs.pfgmpp_content(net, net, args, kwargs), path))
+    content = theirs.edm2_content(*theirs.edm2_net()) if layout == "edm2" else theirs.toy_content(hidden_dim=8)[1]
+    return _saved(lambda path: theirs.dump(content, path, 2 if layout == "toy" else 4))
+
+
 def _checkpoint():
     state = {"cur_nimg": 1024, "options": {"lr": 0.5}, "net": _net().state_dict(), "names": [("a", 1), ("b", 2.5)]}
     return _saved(lambda path: torch.save(state, path))
@@ -425,6 +436,9 @@ process_options: {M: 0.25, beta: [4, 4]}\nema_std: 0.05,0.1\ncond: true\nseed: 3
 
 LOADERS = {
     "snapshot": ("x.safetensors", _snapshot, [damaged, in_header, in_header], _load_snapshot),
+    "edm2-pkl": ("x-0000001-0.050.pkl", lambda: _foreign("edm2"), [damaged], _load_snapshot),
+    "toy-pkl": ("x.pkl", lambda: _foreign("toy"), [damaged], _load_snapshot),
+    "pfgmpp-pt": ("x.pt", lambda: _foreign("pfgmpp"), [damaged, in_zip(damaged)], _load_snapshot),
     "checkpoint": ("x.pt", _checkpoint, [damaged, in_zip(damaged)], _load_checkpoint),
     "reference-npz": ("x.npz", lambda: _reference("npz"), [damaged, in_zip(damaged)], _load_reference),
     "reference-pkl": ("x.pkl", lambda: _reference("pkl"), [damaged], _load_reference),

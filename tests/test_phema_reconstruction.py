@@ -2,6 +2,10 @@
 
 import copy
 import json
+import multiprocessing
+import os
+import re
+from pathlib import Path
 
 import foreign_files as theirs
 import mpmath
@@ -159,6 +163,39 @@ def test_several_targets_in_one_pass_and_skip(tmp_path, monkeypatch):
     assert reads == []
     run(reconstruct_phema.main, *options, "--outstd=0.2", "--outkimg=65", "--instd=0.100", "--outprefix=x", "--batch=1")
     assert len(reads) == 1 and (tmp_path / "out" / "x-0000065-0.200.safetensors").is_file()
+
+
+def peak_of(folder, count, queue):
+    """Runs in a child: MiB that a reconstruction from `count` pairs of files takes beyond what the process had."""
+    high = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    stored = phema.stored_profiles(folder)
+    for _ in phema.reconstruct(stored[:2], [0.07]):  # what the first use takes
+        pass
+    before = high()
+    for _ in phema.reconstruct(stored[: 2 * count], [0.07, 0.12]):
+        pass
+    queue.put(high() - before)
+
+
+def test_memory_does_not_grow_with_the_number_of_snapshots(tmp_path):
+    net = MLPDenoiser(hidden_dim=1024, num_layers=1)
+    size = sum(p.numel() for p in net.parameters()) * 4 / 2**20
+    path = tmp_path / f"network-snapshot-{STEP // 1000:07d}-0.050.safetensors"
+    save_snapshot(path, net, nimg=STEP, ema="0.050")
+    for k in range(1, 33):
+        for std in ("0.050", "0.100"):
+            if (k, std) != (1, "0.050"):
+                os.link(path, tmp_path / f"network-snapshot-{k * STEP // 1000:07d}-{std}.safetensors")
+    fork = multiprocessing.get_context("fork")  # with torch in it already, and one thread
+    queue, peaks = fork.Queue(), {}
+    for count in (2, 32):  # 4 and 64 files
+        child = fork.Process(target=peak_of, args=(tmp_path, count, queue))
+        child.start()
+        peaks[count] = queue.get(timeout=120)
+        child.join(60)
+        assert child.exitcode == 0
+    print({2 * count: f"{peak:.0f} MiB" for count, peak in peaks.items()}, f"of files of {size:.0f} MiB")
+    assert peaks[32] < peaks[2] + 4 * size and size > 4  # 60 more files
 
 
 @pytest.mark.parametrize(
