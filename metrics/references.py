@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from dnnlib.reading import parse_json, read_npz, require_file
 from dnnlib.util import atomic_write, reason
+from metrics.detectors.base import about
 from metrics.distances import Gaussian
 from metrics.features import FeatureSet
 from metrics.statistics import FeatureStatistics, Group
@@ -72,20 +73,34 @@ def load_references(path: str | os.PathLike) -> dict[str, FeatureSet]:
 
 
 def require_detectors(
-    references: dict[str, FeatureSet], identities: Iterable[str], path: str | os.PathLike
+    references: dict[str, FeatureSet], detectors: Mapping[str, object], path: str | os.PathLike
 ) -> dict[str, FeatureSet]:
-    """`references` itself, if it holds statistics of every one of the detectors; ValueError names the first that lacks."""
-    for identity in identities:
+    """`references` itself, if it holds statistics of every one of the detectors {identity: detector} as they are today.
+
+    Raises ValueError that names the first that lacks, or was made with another resize, weights or channels.
+    """
+    for identity, detector in detectors.items():
         if identity not in references:
             raise ValueError(
                 f"--ref={path} holds statistics of {', '.join(references)}, not of {identity}; different detectors "
                 f"cannot be compared: make it with `calculate_metrics.py ref --metrics=...`"
             )
+        _require_same(references[identity], identity, detector, f"--ref={path}")
     return references
 
 
+def _require_same(found, identity, detector, where):
+    """What the file says of the detector is what it says of itself; files of others say nothing."""
+    made, today = found.provenance.get("detector"), about(detector)
+    for fact, value in today.items() if isinstance(made, dict) else ():
+        if fact != "name" and fact in made and made[fact] != value:
+            raise ValueError(
+                f"{where} was made with {fact}={made[fact]} of {identity}, here it is {value}: make it again"
+            )
+
+
 def require_same_features(
-    found: dict[str, FeatureSet], detectors: Iterable[str], dataset: Dataset, where: str
+    found: dict[str, FeatureSet], detectors: Mapping[str, object], dataset: Dataset, where: str
 ) -> dict[str, FeatureSet]:
     """The sets of exactly these detectors, if they are of the images and labels of `dataset`; else ValueError.
 
@@ -95,6 +110,7 @@ def require_same_features(
         raise ValueError(f"{where} holds features of {', '.join(found)}, not of {lacking[0]}: give another file")
     for identity in detectors:
         made = found[identity].provenance
+        _require_same(found[identity], identity, detectors[identity], where)
         if found[identity].features is None:
             raise ValueError(f"{where} holds sums without features of {identity}: give another file")
         if made.get("image_shape") != list(dataset.image_shape):

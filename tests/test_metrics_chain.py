@@ -1,6 +1,7 @@
 """ref -> calc -> gen end to end: for any batch and number of processes, from kept features; what does not fit is refused."""
 
 import json
+import multiprocessing
 import time
 import zipfile
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import generate_images
 from metrics import commands
 from metrics.detectors import DETECTORS
 from metrics.features import collect_dataset
+from metrics.references import load_references
 from torch_utils.persistence import save_snapshot
 from training.dataset import ArrayDataset, ImageFolderDataset
 
@@ -159,6 +161,31 @@ def test_features_of_other_detectors_sizes_or_without(chain, tmp_path):
     one_line(METRICS, *words, f"--features={tmp_path}/pixel.npz", says=["[1, 8, 8]", "[1, 16, 16]"])
 
 
+def test_a_detector_that_became_another_is_refused(chain, tmp_path, monkeypatch):
+    """Its name stays, its resize does not: neither reference nor kept features are taken for the same."""
+    made = lambda resize: (
+        lambda argument: SimpleNamespace(features=lambda x: x.flatten(1).float(), name="x", resize=resize)
+    )
+    calc_x = ["calc", f"--images={chain}/out", f"--ref={tmp_path}/ref.npz", "--metrics=x", CPU]
+    kept = f"--features={tmp_path}/kept.npz"
+    monkeypatch.setitem(DETECTORS, "x", made("bicubic"))
+    run(METRICS, "ref", f"--data={chain}/data.zip", f"--dest={tmp_path}/ref.npz", "--metrics=x", CPU)
+    assert load_references(tmp_path / "ref.npz")["x"].provenance["detector"]["resize"] == "bicubic"
+    run(METRICS, *calc_x, kept)
+    monkeypatch.setitem(DETECTORS, "x", made("bilinear"))
+    one_line(METRICS, *calc_x, says=["--ref=", "resize=bicubic", "bilinear"])
+    one_line(
+        METRICS,
+        "ref",
+        f"--data={chain}/out",
+        f"--dest={tmp_path}/b.npz",
+        "--metrics=x",
+        kept,
+        CPU,
+        says=["--features="],
+    )
+
+
 def test_the_default_is_what_the_reference_holds(chain, tmp_path):
     run(METRICS, "ref", f"--data={chain}/data.zip", f"--dest={tmp_path}/det.npz", *detectors(chain)[:1], CPU)
     both = ["calc", f"--images={chain}/out", f"--ref={tmp_path}/det.npz", CPU]
@@ -183,29 +210,32 @@ def test_published_metrics_have_their_number_of_images(chain, monkeypatch):
     assert json.loads(run(METRICS, *words, "--seed=1").stdout)["scores"]["fid"] != subset["scores"]["fid"]
 
 
-class Slow(ArrayDataset):
-    """Images that take a while to decode."""
+DECODED = multiprocessing.Value("i", 0)  # images, by all processes
 
+
+class Counted(ArrayDataset):
     def __getitem__(self, idx):
-        time.sleep(0.02)
+        with DECODED.get_lock():
+            DECODED.value += 1
         return super().__getitem__(idx)
 
 
-def test_decoding_overlaps_with_the_detector():
-    """0.02 s an image to decode, as long to look at: with a worker ahead about half the time of one after the other."""
+@pytest.mark.parametrize("workers, most", [(0, 0.05), (2, 60)])
+def test_decoding_overlaps_with_the_detector(workers, most):
+    """While the detector looks at a batch, workers decode the next ones; without workers nobody does."""
+    images = np.random.RandomState(0).randint(0, 256, [24, 1, 4, 4]).astype(np.uint8)
+    seen, ahead, start = [], [], DECODED.value
 
-    def features(images):
-        time.sleep(0.02 * len(images))
-        return images.flatten(1).float()
+    def features(batch):
+        seen.extend(batch)
+        end = time.time() + most * (len(seen) < len(images))
+        while DECODED.value - start <= len(seen) and time.time() < end:
+            time.sleep(0.005)
+        ahead.append(DECODED.value - start > len(seen))
+        return batch.flatten(1).float()
 
-    images = np.random.RandomState(0).randint(0, 256, [48, 1, 4, 4]).astype(np.uint8)
-    data, detector = Slow(images), {"slow": SimpleNamespace(features=features, name="slow")}
-
-    def timed(workers):
-        start = time.time()
-        found = collect_dataset(data, detector, batch_size=4, workers=workers)["slow"]
-        return time.time() - start, found.features
-
-    (alone, expected), ahead = timed(0), [timed(2) for _ in range(2)]
-    assert all(np.array_equal(found, expected) for _, found in ahead)
-    assert min(seconds for seconds, _ in ahead) < 0.75 * alone
+    found = collect_dataset(
+        Counted(images), {"x": SimpleNamespace(features=features, name="x")}, batch_size=4, workers=workers
+    )
+    assert ahead == [workers > 0] * 5 + [False]
+    assert np.array_equal(found["x"].features, images.reshape(24, -1))
