@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import socket
 import time
 import zipfile
 from types import SimpleNamespace
@@ -184,6 +185,20 @@ def test_a_detector_that_became_another_is_refused(chain, tmp_path, monkeypatch)
         CPU,
         says=["--features="],
     )
+
+
+def test_the_network_may_be_cut(chain, whole, tmp_path, monkeypatch):
+    def cut(*given):
+        raise OSError("the network is cut")
+
+    monkeypatch.setattr(socket.socket, "connect", cut)
+    monkeypatch.setattr(socket, "getaddrinfo", cut)
+    with pytest.raises(OSError, match="is cut"):
+        socket.create_connection(("192.0.2.1", 80))
+    run(METRICS, "ref", f"--data={chain}/data.zip", f"--dest={tmp_path}/ref.npz", *detectors(chain))
+    common = [f"--ref={tmp_path}/ref.npz", *detectors(chain)]
+    for words in (["calc", f"--images={chain}/out"], ["gen", *sampling(chain)[:-1], "--num=24"]):
+        assert json.loads(run(METRICS, *words, *common).stdout)["scores"] == pytest.approx(whole["scores"], rel=1e-4)
 
 
 def test_the_default_is_what_the_reference_holds(chain, tmp_path):
