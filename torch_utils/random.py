@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from torch_utils.devices import send
+
 Device = torch.device | str | None
 Shape = Sequence[int]
 
@@ -55,7 +57,7 @@ class StackedRandomGenerator:
             raise ValueError(f"size {tuple(size)}: the first dimension must be the number of seeds, {len(self)}")
         options.update(dtype=dtype, device=self.device)
         draws = self._each(lambda shape, generator: function(shape, generator=generator, **options), tuple(size[1:]))
-        return (draws if len(self) else torch.empty(tuple(size), dtype=dtype)).to(device or self.device)
+        return send(draws if len(self) else torch.empty(tuple(size), dtype=dtype), device or self.device)
 
     def _each(self, function, shape):
         return torch.stack([function(shape, generator) for generator in self.generators]) if len(self) else None
@@ -123,7 +125,7 @@ def _draw(function, shape, generator, device, dtype):
     if isinstance(generator, StackedRandomGenerator):
         return generator._draw(function, shape, dtype, device)
     source = device if generator is None else generator.device
-    return function(tuple(shape), generator=generator, dtype=dtype, device=source).to(device or source or "cpu")
+    return send(function(tuple(shape), generator=generator, dtype=dtype, device=source), device or source or "cpu")
 
 
 def randn(

@@ -15,18 +15,21 @@ class Collector:
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
-        # float64 sums; some accelerators have no float64, their sums live on the CPU.
+        # float64 sums; Apple's accelerator has no float64, its sums live on the CPU.
         device = torch.device(device)
-        self.device = device if device.type in ("cpu", "cuda") else torch.device("cpu")
-        self.sums = {}
+        self.device = device if device.type != "mps" else torch.device("cpu")
+        self.sums = {}  # name -> sums of what was reported from the host, and from the device
         self.nonfinite_share = {}
 
     def report(self, name: str, value: float | Sequence[float] | torch.Tensor) -> None:
         """value: number or tensor of any shape; every element is one sample."""
-        value = torch.as_tensor(value).detach().to(self.device, torch.float64).flatten()
+        value = torch.as_tensor(value).detach()
+        host = value.device.type == "cpu"  # numbers stay there until the status line
+        value = (value if host else value.to(self.device)).to(torch.float64).flatten()
         finite = value.isfinite()
         moments = torch.stack([finite.sum(), value.where(finite, 0).sum(), (~finite).sum()]).to(torch.float64)
-        self.sums[name] = self.sums[name] + moments if name in self.sums else moments
+        sums = self.sums.setdefault(name, [0, 0])
+        sums[not host] = sums[not host] + moments
 
     def means(self) -> dict[str, float | None]:
         """{name: mean or None}, in order of first report; starts anew. Raises RuntimeError if ranks know other names."""
@@ -35,8 +38,12 @@ class Collector:
             raise RuntimeError(f"rank {dist.get_rank()} reported other statistics than rank 0: {names}")
         if not names:
             return {}
-        table = dist.all_reduce_(torch.stack([self.sums[name] for name in names])).cpu()
+        zero = torch.zeros(3, dtype=torch.float64)
+        host, device = (
+            torch.stack([zero.to(d) + self.sums[name][k] for name in names]) for k, d in enumerate(("cpu", self.device))
+        )
+        table = dist.all_reduce_(host.to(self.device) + device).cpu()
         rows = list(zip(names, table, strict=True))
         self.nonfinite_share = {n: float(bad / max(count + bad, 1)) for n, (count, _, bad) in rows}
-        self.sums = {name: torch.zeros_like(value) for name, value in self.sums.items()}
+        self.sums = {name: [0, 0] for name in names}
         return {n: float(s / count) if count > 0 else None for n, (count, s, _) in rows}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_utils.devices import send
 from training.guidance import guided
 from training.networks_edm.precond import iddpm_levels
 from training.states import State, last_of
@@ -149,7 +150,9 @@ def ablation_states(
     """Generator of States of `ablation`: x after every step, `time` the noise level; the last one is the image."""
     chosen = Ablation(**options)
     sigmas, flow = chosen.levels(net)
-    times = torch.cat([flow.time(sigmas), sigmas.new_zeros(1)]).to(noise.device)
+    times = torch.cat([flow.time(sigmas), sigmas.new_zeros(1)])
+    churned = [chosen.S_min <= float(flow.sigma(t)) <= chosen.S_max for t in times]  # asked of the host
+    times = send(times, noise.device)
 
     def slope(x, t):
         sigma, scale, rate = flow.sigma(t), flow.scale(t), flow.slope(t)
@@ -160,8 +163,7 @@ def ablation_states(
     yield State(0, float(sigmas[0]), x)
     for step, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
         sigma = flow.sigma(t)
-        churns = chosen.S_min <= float(sigma) <= chosen.S_max
-        gamma = min(chosen.S_churn / chosen.num_steps, math.sqrt(2) - 1) if churns else 0
+        gamma = min(chosen.S_churn / chosen.num_steps, math.sqrt(2) - 1) if churned[step] else 0
         t_hat = flow.time(_rounded(net)(sigma + gamma * sigma))
         added = (flow.sigma(t_hat) ** 2 - sigma**2).clip(min=0).sqrt() * flow.scale(t_hat) * chosen.S_noise
         x = flow.scale(t_hat) / flow.scale(t) * x + added * randn_like(x)  # drawn at every step, as in EDM

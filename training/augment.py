@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from torch_utils.devices import constant
+
 # Low-pass decomposition taps of the symlet wavelet sym6; they sum to sqrt(2).
 SYM6 = (
     0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
@@ -26,7 +28,8 @@ LABEL_COLUMNS |= dict(brightness=1, contrast=1, lumaflip=1, hue=2, saturation=1)
 
 def _matrix(rows, device):
     """Stack nested numbers and [N] tensors into [N, R, C] (or [1, R, C] when all are numbers)."""
-    flat = [torch.as_tensor(v, dtype=torch.float32, device=device) for row in rows for v in row]
+    number = lambda v: torch.full([], v, dtype=torch.float32, device=device)
+    flat = [v.to(torch.float32) if torch.is_tensor(v) else number(v) for row in rows for v in row]
     flat = torch.broadcast_tensors(*[v.reshape(-1) for v in flat])
     return torch.stack(flat, dim=-1).reshape(-1, len(rows), len(rows[0]))
 
@@ -179,7 +182,7 @@ class AugmentPipe:
         n, channels, h, w = images.shape
         device = images.device
         eye = torch.eye(4, device=device)
-        grey = torch.tensor([1.0, 1.0, 1.0, 0.0], device=device) / math.sqrt(3)
+        grey = constant((1.0, 1.0, 1.0, 0.0), device) / math.sqrt(3)
         grey = grey.ger(grey)  # [4, 4] projector on the luma axis
         matrix = eye.expand(n, 4, 4)
         if self.brightness > 0:
@@ -267,16 +270,16 @@ def resample_affine(images: Tensor, inverse: Tensor) -> Tensor:
     """
     h, w = images.shape[2:]
     g = inverse.to(torch.float32)
-    taps = torch.tensor(SYM6, device=images.device, dtype=images.dtype)
+    taps = constant(tuple(SYM6), images.device, images.dtype)
     pad = len(SYM6) // 4  # 3 pixels at the original size
 
     # Mirror-pad as far as any corner of the batch reaches outside.
     cx, cy = (w - 1) / 2, (h - 1) / 2
-    corners = torch.tensor([[-cx, cx, cx, -cx], [-cy, -cy, cy, cy], [1, 1, 1, 1]], device=images.device)
+    corners = constant(((-cx, cx, cx, -cx), (-cy, -cy, cy, cy), (1, 1, 1, 1)), images.device)
     reach = (g @ corners)[:, :2].transpose(0, 1).flatten(1)  # [2, 4 N]
     margin = torch.cat([-reach, reach]).amax(dim=1)  # left, top, right, bottom
-    margin = margin + torch.tensor([pad * 2 - cx, pad * 2 - cy] * 2, device=images.device)
-    margin = margin.clamp(min=0).minimum(torch.tensor([w - 1.0, h - 1.0] * 2, device=images.device))
+    margin = margin + constant((pad * 2 - cx, pad * 2 - cy) * 2, images.device)
+    margin = margin.clamp(min=0).minimum(constant((w - 1.0, h - 1.0) * 2, images.device))
     left, top, right, bottom = (int(m) for m in margin.ceil().tolist())
     images = F.pad(images, [left, right, top, bottom], mode="reflect")
     g = _translate2d((left - right) / 2, (top - bottom) / 2, g.device) @ g

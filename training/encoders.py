@@ -18,6 +18,7 @@ import torch
 
 from dnnlib.util import reason
 from torch_utils import random
+from torch_utils.devices import send
 from torch_utils.persistence import persistent
 from torch_utils.random import Generator
 
@@ -206,7 +207,7 @@ class StabilityVAEEncoder(Encoder):
         self.bias = final_mean - raw_mean * self.scale  # [C]
         if self.scale.ndim != 1 or self.bias.shape != self.scale.shape:
             raise ValueError("raw_mean and raw_std must be as many numbers each, final_mean and final_std too, or one")
-        self._vae = None
+        self._vae, self._there = None, {}
 
     def init(self, device: str | torch.device) -> None:
         if self._vae is None:
@@ -214,7 +215,9 @@ class StabilityVAEEncoder(Encoder):
         self._vae.to(torch.device(device))
 
     def _per_channel(self, x):
-        return self.scale.to(x.device).reshape(1, -1, 1, 1), self.bias.to(x.device).reshape(1, -1, 1, 1)
+        if x.device not in self._there:  # sent once
+            self._there[x.device] = tuple(send(v.reshape(1, -1, 1, 1), x.device) for v in (self.scale, self.bias))
+        return self._there[x.device]
 
     @torch.no_grad()
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:  # uint8 [N,3,H,W] -> float32 [N,8,H/8,W/8]
@@ -254,7 +257,7 @@ class StabilityVAEEncoder(Encoder):
         raise ValueError("VAE latents have no bits/dim: decoding is not invertible; train on pixels for likelihoods")
 
     def __getstate__(self):  # The VAE is no part of the encoder's state.
-        return dict(self.__dict__, _vae=None)
+        return dict(self.__dict__, _vae=None, _there={})
 
 
 def use_vae(encoder: Encoder, vae: str | None) -> None:

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 import torch.utils.data
 
+from torch_utils.devices import send
 from torch_utils.distributed import share
 from torch_utils.random import BlockGenerator, hash_seed, seeded_generator
 from training.dataset import Dataset, label_rows, load_raw, order
 from training.encoders import Encoder
 from training.losses import Draws, Loss
 
-CACHE_BYTES = 2**29  # data sets that decode to less stay in memory as tensors
+CACHE_BYTES = 2**29  # data sets that decode to less stay in memory as tensors, on the device
 
 
 def block_slices(position: int, count: int, block: int) -> list[tuple[int, int]]:
@@ -30,7 +31,7 @@ def block_slices(position: int, count: int, block: int) -> list[tuple[int, int]]
 class Feed:
     """Blocks of (first position, images uint8 or float32 [b, C, H, W], labels [b, K]) on `device`, for this rank.
 
-    Small data sets live in memory; larger ones come through a DataLoader that reads ahead with `workers` processes.
+    Small data sets live in the device's memory; larger ones come through a DataLoader with `workers` processes ahead.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Feed:
         if cache is None:
             image, _ = dataset[0]
             cache = image.nbytes * len(dataset) < CACHE_BYTES
-        self.arrays = load_raw(dataset) if cache else None
+        self.arrays = [send(part, self.device) for part in load_raw(dataset)] if cache else None
         self.loader, self.expected = None, None
 
     def slices(self, position: int, count: int) -> list[tuple[int, int]]:
@@ -66,22 +67,22 @@ class Feed:
         slices = self.slices(position, count)
         for first, size in slices:
             if self.arrays is not None:
-                images, labels = self._kept(torch.as_tensor(self.order(first, size)))
+                yield first, *self._kept(torch.as_tensor(self.order(first, size)))
             else:
-                images, labels = self._next(position, count, restart=first == slices[0][0])
-            yield first, images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+                chosen = self._next(position, count, restart=first == slices[0][0])
+                yield first, *(send(part, self.device) for part in chosen)
 
     def examples(self, index: torch.Tensor) -> list[torch.Tensor]:
-        """[images [n, C, H, W], labels [n, K]] of data-set indices [n] (CPU), on `device`."""
+        """[images [n, C, H, W], labels [n, K]] of data-set indices [n], on `device`."""
         if self.arrays is not None:
-            chosen = self._kept(index)
-        else:
-            chosen = torch.utils.data.default_collate([self.dataset[i] for i in index.tolist()])
-        return [part.to(self.device) for part in chosen]
+            return self._kept(index)
+        chosen = torch.utils.data.default_collate([self.dataset[i] for i in index.tolist()])
+        return [send(part, self.device) for part in chosen]
 
     def _kept(self, index):
         """[images, labels] that are in memory: one-hot rows only of these, however many classes there are."""
         images, labels = self.arrays
+        index = send(index, images.device)
         return [images[index], label_rows(labels[index], self.dataset.label_dim)]
 
     def _rounds(self, position, count):

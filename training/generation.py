@@ -152,6 +152,7 @@ def _way_back(
     sampler = sampler or samplers.SOLVERS["heun"]
     if isinstance(sampler, samplers.Solver):
         run = sampler.plan(net, process, **options)
+        run.dtype = run.dtype or run.net_dtype
         times = run.times
     else:
         run = functools.partial(sampler, net, process, **options)
@@ -279,8 +280,9 @@ def run(given: Sampling, seeds: Sequence[int], outdir: str, subdirs: bool, grid:
     with tqdm(total=total, unit="img", disable=dist.get_rank() != 0) as bar:
         for batch in made:
             bar.update(len(batch.seeds))
-            for i in range(len(batch.seeds)):
-                row = shown.setdefault(None if batch.class_ids is None else int(batch.class_ids[i]), [])
+            ids = [None] * len(batch.seeds) if batch.class_ids is None else batch.class_ids.tolist()
+            for i, k in enumerate(ids):
+                row = shown.setdefault(k, [])
                 if grid and len(row) < GRID_COLUMNS:
                     row.append(batch.images[i].cpu())
     if grid and dist.get_rank() == 0:

@@ -47,6 +47,8 @@ def _mix(main, guide, sigma, guidance, interval):
         return main if guidance == 1 else guide().lerp(main, guidance)
     sigma = torch.as_tensor(sigma).cpu().double()
     inside = (sigma > interval[0]) & (sigma <= interval[1])
+    if inside.ndim == 0:
+        return guide().lerp(main, guidance) if inside else main
     return torch.where(expand(inside, main), guide().lerp(main, guidance), main) if inside.any() else main
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import scipy.integrate
 import torch
 from torch import Tensor
 
@@ -84,7 +83,7 @@ def endpoint_kl(
     log_det = torch.logdet(cov) if cov.requires_grad else 2 * torch.log(white.diagonal()).sum()
     constant = 0.5 * (trace - process.V + (2 * torch.log(L.diagonal()).sum() - log_det))
     x = x.to(torch.float64).flatten(1)
-    return constant.to(x.device) * x.shape[1] + 0.5 * shift.to(x.device) * x.square().sum(1)
+    return constant * x.shape[1] + 0.5 * shift * x.square().sum(1)
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def elbo(
     denoiser = DenoiserScore(net, process, labels, setting.net_dtype)
     sigma_data = denoiser.sigma_data
     x = x.to(torch.float64)
-    snr_min, snr_max = process.snr(t_max).to(x.device), process.snr(t_min).to(x.device)
+    snr_min, snr_max = process.snr(t_max), process.snr(t_min)  # numbers meet every device
 
     diffusion = 0
     for index in range(num_samples):
@@ -296,6 +295,8 @@ class _Flow:
                 divergence = divergence + per_sample(grad * probe)
             divergence = divergence if self.probe == "exact" else divergence / len(probes)
             return np.concatenate([there.detach().cpu().numpy().ravel(), divergence.cpu().numpy()])
+
+        import scipy.integrate  # takes as long to load as a short run
 
         first = np.concatenate([start.cpu().numpy().ravel(), np.zeros(len(start))])
         result = scipy.integrate.solve_ivp(slope, (begin, end), first, method="RK45", rtol=self.rtol, atol=self.atol)

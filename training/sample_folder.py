@@ -10,6 +10,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from training.images import png_bytes
 from training.sampling import Sampling
 
 KEY = "generated"  # of the PNG text
+WRITERS = 2  # threads that encode and write images
 SEED_BITS = 32  # that tell seeds apart, see StackedRandomGenerator
 _NAME = re.compile(r"(?:\d{6,}/)?(\d{6,})\.(?:png|npy)")
 
@@ -97,6 +99,7 @@ class SampleFolder:
     ) -> None:
         self.path, self.made, self.classes, self.subdirs = Path(path), made, classes, subdirs
         self.records = []  # (name, class id, label vector or None)
+        self.pool = ThreadPoolExecutor(max_workers=WRITERS)
         held = self._held()
         wanted = {seed % 2**SEED_BITS: seed for seed in seeds} if held else {}
         for number, (seed, name) in enumerate(held.items()):
@@ -148,20 +151,22 @@ class SampleFolder:
             raise ValueError(f"--outdir={self.path} holds {name}, which {why}: give another folder") from err
 
     def write(self, batch: EasyDict) -> None:
-        """Write the images of a batch of generate_images."""
-        for i, seed in enumerate(batch.seeds):
-            label = batch.labels if batch.class_ids is None else batch.class_ids
-            label = None if label is None else label[i].tolist()
-            image = batch.images[i].cpu()
-            name = file_name(seed, self.subdirs, ".png" if image.dtype == torch.uint8 else ".npy")
-            about = {"made": self.made, "classes": plain(self.classes), "label": label}
-            with atomic_write(self.path / name) as file:
-                if image.dtype == torch.uint8:
-                    file.write(png_bytes(image, {KEY: json.dumps(about)}))
-                else:
-                    np.save(file, image.numpy(), allow_pickle=False)
-                    file.write(json.dumps({KEY: about}).encode())
-            self.records.append((name, label))
+        """Write the images of a batch of generate_images, by threads; returns when all are there."""
+        labels = batch.labels if batch.class_ids is None else batch.class_ids
+        labels = [None] * len(batch.seeds) if labels is None else labels.tolist()
+        images = batch.images.cpu()  # one transfer
+        self.records += self.pool.map(self._write, batch.seeds, images, labels)
+
+    def _write(self, seed, image, label):
+        name = file_name(seed, self.subdirs, ".png" if image.dtype == torch.uint8 else ".npy")
+        about = {"made": self.made, "classes": plain(self.classes), "label": label}
+        with atomic_write(self.path / name) as file:
+            if image.dtype == torch.uint8:
+                file.write(png_bytes(image, {KEY: json.dumps(about)}))
+            else:
+                np.save(file, image.numpy(), allow_pickle=False)
+                file.write(json.dumps({KEY: about}).encode())
+        return name, label
 
     def finish(self, label_dim: int, class_names: Any = None) -> None:
         """dataset.json for the images of all processes, and for those that were there before.

@@ -2,25 +2,24 @@
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import scipy.integrate
 import torch
 from torch import Tensor
 
+from torch_utils.devices import send
 from training.ablation import ablation_states, roots
 from training.guidance import guided
 from training.processes import Process
 from training.processes.score import make_score, require_linear
 from training.processes.states import apply_matrix
 from training.states import State, last_of
+from training.time_grids import ENDPOINT_OPTIONS, Level, endpoints, start_state, time_grid  # noqa: F401
 
 Draw = Callable[[Tensor], Tensor]  # standard normal noise in the shape of what it gets
 Labels = Tensor | None  # [N, K]
-Level = float | None
 
 
 @torch.no_grad()
@@ -49,13 +48,15 @@ def heun_states(
     net = guided(net, gnet, guidance)
     rounded = getattr(net, "round_sigma", lambda sigma: sigma)  # to levels that the network was trained for
 
-    # EDM eq. 5. One step has sigma_max as its only noise level: the image is D(x, sigma_max).
-    index = torch.arange(num_steps, dtype=dtype, device=noise.device)
-    low, high = roots(rho, sigma_min, sigma_max)
-    sigmas = rounded((high + index / max(num_steps - 1, 1) * (low - high)) ** rho)
-    sigmas = torch.cat([sigmas, torch.zeros_like(sigmas[:1])])
+    def grid(device):  # EDM eq. 5. One step has sigma_max as its only noise level: the image is D(x, sigma_max).
+        index = torch.arange(num_steps, dtype=dtype, device=device)
+        low, high = roots(rho, sigma_min, sigma_max)
+        sigmas = rounded((high + index / max(num_steps - 1, 1) * (low - high)) ** rho)
+        return torch.cat([sigmas, torch.zeros_like(sigmas[:1])])
 
-    levels = sigmas.tolist()
+    sigmas = grid(noise.device)
+    # What the host asks for is computed there: only levels that the network rounds are waited for.
+    levels = (sigmas if hasattr(net, "round_sigma") else grid("cpu")).tolist()
     x_next = noise.to(dtype) * sigmas[0]
     yield State(0, levels[0], x_next)
     for step, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
@@ -105,107 +106,7 @@ def noisy_heun(alpha: float | None) -> Callable:
     return sampler
 
 
-# Solvers of linear processes (and of EDM as one of them). States u [N, V, *data_shape] are float64.
-
-
-def _own(net, name, otherwise):
-    """An attribute of a denoiser, which has all of the contract; what brings its score may do without."""
-    return float(getattr(net, name, otherwise) if hasattr(net, "score") else getattr(net, name))
-
-
-@torch.no_grad()
-def endpoints(
-    net: Any,
-    process: Process,
-    *,
-    grid: str = "sigma",
-    t_min: Level = None,
-    t_max: Level = None,
-    sigma_min: Level = None,
-    sigma_max: Level = None,
-) -> tuple[float, float]:
-    """(t_max, t_min) that a solver runs between, forward times.
-
-    t_min: default t(sigma_min); sigma_min: default 0.002, or the network's if that is larger.
-    t_max: default t(sigma_max), or T where the process does not get so far; sigma_max: default 80, or the network's if
-    smaller. With a uniform or quadratic grid and an explicit t_min the default is T: the published grids.
-
-    Warns if the data still shows at t_max (sigma < 10 sigma_data). Raises ValueError if t_min >= t_max.
-    """
-    require_linear(process)
-    end = getattr(process, "T", 1.0)
-    top = float(process.sigma(end))
-    if t_max is None:
-        if sigma_max is None:
-            sigma_max = min(80.0, _own(net, "sigma_max", math.inf))
-        published = grid != "sigma" and t_min is not None
-        t_max = end if published or sigma_max >= top else float(process.time(sigma_max))
-    if t_min is None:
-        if sigma_min is None:
-            sigma_min = max(0.002, _own(net, "sigma_min", 0.0))
-        t_min = float(process.time(min(sigma_min, top)))
-    if not 0 < t_min < t_max <= end * (1 + 1e-9):
-        raise ValueError(f"t_min = {t_min:g}, t_max = {t_max:g}: need 0 < t_min < t_max <= {end:g}")
-    reached = float(process.sigma(t_max))
-    if reached < 10 * _own(net, "sigma_data", 0.0):
-        warnings.warn(
-            f"{process!r} reaches only sigma = {reached:.3g} < 10 sigma_data: the start of sampling depends on the data",
-            stacklevel=3,
-        )
-    return float(t_max), float(t_min)
-
-
-@torch.no_grad()
-def time_grid(
-    net: Any, process: Process, num_steps: int, *, grid: str = "sigma", rho: float = 7.0, **ends: Level
-) -> Tensor:
-    """Forward times of `num_steps` steps, [num_steps + 1] decreasing float64, between `endpoints` (ends: its options).
-
-    grid: "sigma" is EDM's in noise levels (exponent rho), "uniform" is linear in t, "quadratic" is
-    t_min + (t_max - t_min) ((K - i) / K)^2, large steps first (CLD, MDM).
-    """
-    if num_steps is None or num_steps < 1:
-        raise ValueError(f"num_steps = {num_steps}: at least one step is needed")
-    t_max, t_min = endpoints(net, process, grid=grid, **ends)
-    left = 1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-    if grid == "uniform":
-        times = t_min + (t_max - t_min) * left
-    elif grid == "quadratic":
-        times = t_min + (t_max - t_min) * left**2
-    elif grid == "sigma":
-        low, high = roots(rho, *(float(process.sigma(t)) for t in (t_min, t_max)))
-        times = process.time((low + (high - low) * left).clamp(low, high) ** rho)
-    else:
-        raise ValueError(f"grid {grid!r}: choose sigma, uniform or quadratic")
-    times[0], times[-1] = t_max, t_min
-    return times
-
-
-ENDPOINT_OPTIONS = ("grid", "t_min", "t_max", "sigma_min", "sigma_max")
-
-
-@torch.no_grad()
-def start_state(
-    net: Any,
-    process: Process,
-    shape: Sequence[int],
-    generator: Any = None,
-    *,
-    prior: str = "matched",
-    device: str | torch.device | None = None,
-    times: Sequence[float] | Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    """Latents [N, V, *data_shape] for the solvers below, at the time where they start.
-
-    shape: that of the images, [N, *data_shape]. prior: "matched", N(0, C + sigma_data^2 m m') as the data really are
-    at that time, or "stationary", N(0, S) as published, with its mismatch. times and options as given to the solver.
-    """
-    ends = {key: value for key, value in options.items() if key in ENDPOINT_OPTIONS}
-    t = float(times[0]) if times is not None else endpoints(net, process, **ends)[0]
-    shape = (shape[0], process.V, *shape[1:])
-    known = {"sigma_data": float(net.sigma_data)} if prior == "matched" else {}
-    return process.prior_sample(shape, generator, prior=prior, t=t, device=device, **known)
+# Solvers of linear processes (and of EDM as one of them). States are u [N, V, *data_shape], matrices float64.
 
 
 @dataclass
@@ -231,7 +132,7 @@ class Plan:
     sigma_min: Level = None
     sigma_max: Level = None
     rho: float = 7.0
-    dtype: torch.dtype = torch.float64  # of the state
+    dtype: torch.dtype | None = None  # of the state; None: the latents'
     net_dtype: torch.dtype = torch.float32
 
     @torch.no_grad()
@@ -257,6 +158,8 @@ class Plan:
         """The options of `endpoints`."""
         return {name: getattr(self, name) for name in ENDPOINT_OPTIONS}
 
+    matrices = ()  # names of what `setup` makes
+
     def setup(self) -> None:
         """Matrices of all steps."""
 
@@ -269,7 +172,13 @@ class Plan:
         """Generator of the states of one batch; the next begins when it has ended."""
         self.score = make_score(self.net, self.process, labels, self.net_dtype)
         self.randn_like = randn_like or self.randn_like
-        yield from self.way(latents.to(self.dtype))
+        for name in self.matrices:  # sent once, not at every step
+            value = getattr(self, name)
+            several = isinstance(value, tuple)
+            setattr(
+                self, name, tuple(send(v, latents.device) for v in value) if several else send(value, latents.device)
+            )
+        yield from self.way(latents.to(self.dtype or latents.dtype))
 
     def way(self, u: Tensor) -> Iterator[State]:
         """The states from u on."""
@@ -293,10 +202,13 @@ class Plan:
         """Standard normal noise like u."""
         return self.randn_like(u).to(u)
 
-    def reverse_drift(self, u: Tensor, t: Tensor, strength: float = 1.0) -> Tensor:
-        """Drift of the reverse SDE (strength 1) or of the probability-flow ODE (1/2), per unit of falling time."""
-        G = self.process.diffusion(t)
-        return apply_matrix(strength * G @ G.mT, self.score(u, t)) - self.process.drift(u, t)
+    def reverse_drift(self, u: Tensor, t: Tensor, strength: float = 1.0, power: Tensor | None = None) -> Tensor:
+        """Drift of the reverse SDE (strength 1) or of the probability-flow ODE (1/2), per unit of falling time.
+
+        power: G G' at t, where it is known.
+        """
+        power = noise_powers(self.process, t[None])[0] if power is None else power
+        return apply_matrix(strength * power, self.score(u, t)) - self.process.drift(u, t)
 
 
 class Solver:
@@ -321,14 +233,22 @@ class Solver:
         return self.plan(net, process, **options)(latents, labels)
 
 
+def noise_powers(process: Process, times: Tensor) -> Tensor:
+    """G G' [K, V, V] at each of the times [K]."""
+    return torch.stack([G @ G.mT for G in process.diffusion(times)])
+
+
 class EulerMaruyama(Plan):
     """Reverse SDE by Euler-Maruyama steps (CLD §7.3, MDM's sampler); draws once per step."""
 
+    matrices = "G", "powers"
+
     def setup(self) -> None:
         self.G = self.process.diffusion(self.times[:-1]) * self.deltas.sqrt()[:, None, None]
+        self.powers = noise_powers(self.process, self.times[:-1])
 
     def step(self, u: Tensor, index: int) -> Tensor:
-        u_next = u + self.reverse_drift(u, self.times[index]) * self.deltas[index]
+        u_next = u + self.reverse_drift(u, self.times[index], power=self.powers[index]) * self.deltas[index]
         noise = self.noise(u)
         if self.denoise == "mean" and index == len(self.deltas) - 1:
             return u_next
@@ -346,6 +266,7 @@ class SSCS(Plan):
     """
 
     half_step: str = "exact"
+    matrices = "first", "second", "power", "precision"
 
     def setup(self) -> None:
         if self.half_step not in ("exact", "published"):
@@ -356,8 +277,7 @@ class SSCS(Plan):
         if self.half_step == "exact":
             self.second, self.power = process.splitting(middle, t_next), process.noise_power(t, t_next)
         else:
-            G = process.diffusion(t)
-            self.power = G @ G.mT * self.deltas[:, None, None]
+            self.power = noise_powers(process, t) * self.deltas[:, None, None]
 
     def step(self, u: Tensor, index: int) -> Tensor:
         def half(u, flow):
@@ -384,16 +304,18 @@ class Flow(Plan):
     def __post_init__(self) -> None:
         if self.method not in ("heun", "rk45"):
             raise ValueError(f"method {self.method!r}: choose heun or rk45")
-        if self.method == "rk45" and self.num_steps is None and self.times is None:
-            self.num_steps = 1
+        if self.method == "rk45":
+            self.dtype = self.dtype or torch.float64  # its control of errors needs the digits
+            if self.num_steps is None and self.times is None:
+                self.num_steps = 1
         super().__post_init__()
 
     def setup(self) -> None:
         process, times = self.process, self.times
         self.turns = process.rotation(times[:-1], times[1:]) if hasattr(process, "rotation") else None
         if self.turns is not None:
-            self.precision, G = process.precision(), process.diffusion(times)
-            self.power = G @ G.mT / 2
+            self.precision, self.power = process.precision(), noise_powers(process, times) / 2
+            self.matrices = "turns", "precision", "power"
 
     def step(self, u: Tensor, index: int) -> Tensor:
         delta, times = self.deltas[index], self.times
@@ -420,6 +342,8 @@ class Flow(Plan):
 
         def slope(t, flat):
             return -self.reverse_drift(state(flat), torch.tensor(t, dtype=torch.float64), 0.5).cpu().numpy().ravel()
+
+        import scipy.integrate  # takes as long to load as a short run
 
         times, start = self.times.numpy(), u.cpu().numpy().ravel().astype("float64")
         span = times[0], times[-1]

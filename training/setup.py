@@ -223,7 +223,7 @@ def _references(feed, encoder):
 
     def references(n, generator):
         index = torch.randint(len(feed.dataset), [n], generator=generator, device=generator.device)
-        images, labels = feed.examples(index.cpu())
+        images, labels = feed.examples(index)
         return encoder.encode_latents(images, generator), labels if labels.shape[1] else None
 
     return references

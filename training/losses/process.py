@@ -5,6 +5,7 @@ Learned matrices get their gradient where the evidence lower bound depends on th
 and the noise level sigma(T) at which the integral of |D - x|^2 over d snr begins.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_utils import random
+from torch_utils.devices import send
 from torch_utils.random import Generator
 from training import likelihood
 from training.losses.denoising import DenoisingLoss, Draws, network_options
@@ -64,13 +66,16 @@ class ProcessLoss(DenoisingLoss):
     @torch.no_grad()
     def draw_levels(self, n: int, generator: Generator, device: torch.device) -> tuple[Tensor, Tensor]:
         """Noise levels and their weights over the density, computed in float64."""
-        uniform = random.rand([n], generator, device).double().cpu()
+        uniform = random.rand([n], generator, device)
+        # The laws of times work on the CPU, and what has no float64 does.
+        by_time = (self.time_sampling, self.weighting) != ("snr", "likelihood")
+        uniform = (uniform.cpu() if by_time or device.type == "mps" else uniform).double()
         if self.learned and (self.time_sampling, self.weighting, self.t_min) == ("snr", "likelihood", None):
             ends = torch.tensor([SIGMA_MAX, SIGMA_MIN], dtype=torch.float64) ** -2
             levels = snr_law(uniform, *ends, self.sigma_data)
         else:
             levels = (self._make_levels() if self.learned else self._levels).draw(uniform)
-        return tuple(values.to(device, torch.float32) for values in levels)
+        return tuple(send(values.to(torch.float32), device) for values in levels)
 
     def draw(self, images: Tensor, labels: Tensor | None = None, generator: Generator | None = None) -> Draws:
         draws = super().draw(images, labels, generator)
@@ -98,16 +103,20 @@ class ProcessLoss(DenoisingLoss):
         The second term has value 0 and the gradient -1/2 E |D(y_T) - x|^2 d snr(T): the integral itself is estimated by
         the loss over a range of noise levels of its own.
         """
+        with getattr(self.process, "held", contextlib.nullcontext)():
+            return self._endpoints(net, draws)
+
+    def _endpoints(self, net, draws):
         images = draws.images
         snr = self.process.snr(self.process.T)
         with torch.no_grad():
-            sigma = snr.rsqrt().to(images)
+            sigma = send(snr.rsqrt().to(images.dtype), images.device)
             training = net.training
             noisy = images + sigma * draws.end_noise
             denoised = net.eval()(noisy, sigma.expand(len(images)), draws.labels, **network_options(draws))
             net.train(training)
             error = likelihood.per_sample((denoised - images) ** 2)  # [N]
         kl = likelihood.endpoint_kl(self.process, images, self.process.T)  # [N]
-        end = -0.5 * error * (snr - snr.detach()).to(error.device)
+        end = -0.5 * error * send(snr - snr.detach(), error.device)
         per_element = (kl + end) / images[0].numel()
         return expand(per_element.to(images.dtype), images).expand_as(images)

@@ -22,6 +22,18 @@ def stf_targets(
     """
     if mask is not None and not bool(mask.any(dim=1).all()):
         raise ValueError("an example has no reference of its own source: raise --stf-refs")
+    return _targets(x, references, sigma, D, mask)
+
+
+def _equal_rows(a, b):
+    """[A, B]: which rows of a [A, K] and b [B, K] are equal; without waiting for a device, as unique() does."""
+    same = torch.ones(len(a), len(b), dtype=torch.bool, device=a.device)
+    for left, right in zip(a.split(64, dim=1), b.split(64, dim=1), strict=True):
+        same &= (left[:, None] == right).all(dim=2)
+    return same
+
+
+def _targets(x, references, sigma, D, mask):
     weights = posterior_weights(x, references, sigma, D, mask)
     return (weights @ references.to(torch.float64).flatten(1)).reshape(x.shape).to(x.dtype), weights
 
@@ -41,8 +53,8 @@ class StableTargets:
         images = torch.cat([draws.images, images.to(draws.images)])
         mask = None
         if draws.labels is not None and labels is not None:
-            _, keys = torch.cat([draws.labels, labels.to(draws.labels)]).unique(dim=0, return_inverse=True)
-            mask = keys[: len(draws.labels), None] == keys  # [B, R]
+            mask = _equal_rows(
+                draws.labels, torch.cat([draws.labels, labels.to(draws.labels)])
+            )  # [B, R], itself among them
             mask |= (draws.labels == 0).all(dim=1)[:, None]  # a dropped label belongs to every source
-        targets, _ = stf_targets(draws.images + draws.noise, images, draws.sigma, self.D, mask)
-        return targets
+        return _targets(draws.images + draws.noise, images, draws.sigma, self.D, mask)[0]

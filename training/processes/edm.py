@@ -44,7 +44,7 @@ class EDM(Process):
         return as_time(t)[..., None, None].clone()
 
     def project(self, u: torch.Tensor, t: Times) -> tuple[torch.Tensor, torch.Tensor]:
-        return u[:, 0], as_time(t).to(u.device)
+        return u[:, 0], as_time(t)
 
     def score(self, u: torch.Tensor, t: Times, denoised: torch.Tensor) -> torch.Tensor:
         return (denoised.to(u.dtype).unsqueeze(1) - u) / expand(as_time(t), u).to(u.dtype) ** 2

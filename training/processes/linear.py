@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from torch_utils.devices import send
 from torch_utils.persistence import persistent
 from training.processes import numerics
 from training.processes.base import Process, Times, as_time, number
@@ -43,7 +44,7 @@ class Kernel(NamedTuple):
     snr: torch.Tensor  # [...]
 
     def to(self, device: str | torch.device) -> Kernel:
-        return Kernel(*(part.to(device) for part in self))
+        return Kernel(*(send(part, device) for part in self))
 
 
 def as_matrix(name: str, value: object) -> torch.Tensor:
@@ -180,14 +181,19 @@ class LinearProcess(Process):
         a = both[..., 0]
         return Kernel(F, T, L, both[..., 1:], a, a.square().sum(-1))
 
-    def kernel_parts(self, t: Times) -> Kernel:
-        """`Kernel` at t (any batch shape, t > 0), on the CPU; cached per time while no gradient is wanted."""
+    def kernel_parts(self, t: Times, device: str | torch.device = "cpu") -> Kernel:
+        """`Kernel` at t (any batch shape, t > 0), the CPU's work; cached by time and device while no gradient is wanted."""
         t = as_time(t).detach().cpu()
         version = self._version()
-        key = (version, float(t)) if t.ndim == 0 and version is not None else None
+        key = (version, float(t), str(device)) if t.ndim == 0 and version is not None else None
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
+        if str(device) != "cpu":
+            parts = self.kernel_parts(t).to(device)
+            if key is not None:
+                self._remember_at(key, parts)
+            return parts
         if not bool(((t > 0) & (t <= 1 + 1e-9)).all()):
             raise ValueError(f"t = {t.tolist()}: the kernel is a density for times in (0, 1]")
         times, inverse = torch.unique(t, return_inverse=True)
@@ -207,7 +213,7 @@ class LinearProcess(Process):
         times, version = as_time(times).cpu(), self._version()
         parts = self.kernel_parts(times)
         for index, t in enumerate(times.tolist()):
-            self._remember_at((version, t), Kernel(*(part[index] for part in parts)))
+            self._remember_at((version, t, "cpu"), Kernel(*(part[index] for part in parts)))
 
     def transition(self, t: Times) -> torch.Tensor:
         t = as_time(t)
@@ -288,8 +294,8 @@ class LinearProcess(Process):
 
     def _whiten(self, u, t):
         """(parts on u's device, W u [N, V, d])."""
-        parts = self.kernel_parts(t).to(u.device)
-        return parts, parts.W @ flatten(u, self.V)
+        parts = self.kernel_parts(t, u.device)
+        return parts, parts.W @ flatten(u, self.V).to(torch.float64)
 
     def project(self, u: torch.Tensor, t: Times) -> tuple[torch.Tensor, torch.Tensor]:
         parts, white = self._whiten(u, t)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -97,8 +99,18 @@ class Learned(LinearProcess, torch.nn.Module):
         speed = (torch.diagonal(D) / torch.diagonal(self.S)).sum() / len(d)
         return (q - q.mT) / speed, D / speed
 
-    Q = property(lambda self: self._matrices()[0])
-    D = property(lambda self: self._matrices()[1])
+    _held = None
+    Q = property(lambda self: (self._held or self._matrices())[0])
+    D = property(lambda self: (self._held or self._matrices())[1])
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, Q and D are computed, and fetched from the parameters' device, once: for what asks for them often."""
+        self._held = self._matrices()
+        try:
+            yield
+        finally:
+            self._held = None
 
 
 def count(name: str, value: object, least: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_utils.devices import send
 from training.processes.base import Process, is_linear
 from training.processes.states import expand
 
@@ -39,7 +40,7 @@ class DenoiserScore:
 
     def denoise(self, y: Tensor, sigma: Tensor) -> Tensor:
         """D(y; sigma) in y's type; y: [N, *data_shape], sigma: scalar or [N]."""
-        sigma = sigma.to(y.device).expand(len(y))
+        sigma = send(sigma, y.device).expand(len(y))
         rounded = y.to(self.net_dtype)
         denoised = self.net(rounded, sigma.to(self.net_dtype), self.labels).to(y.dtype)
         if y.dtype == self.net_dtype:

@@ -91,7 +91,7 @@ class NoiseLevels:
         uniform = as_time(uniform)
         process, t_min = self.process, self.t_min
         if self.sampling == "snr":
-            ends = process.snr(process.T).to(uniform.device), process.snr(t_min).to(uniform.device)
+            ends = process.snr(process.T), process.snr(t_min)
             sigma, value = snr_law(uniform, *ends, self.sigma_data)
             if self.weighting == "likelihood":
                 return sigma, value

@@ -21,6 +21,7 @@ import torch
 from torch import Generator, Tensor
 
 from torch_utils import random
+from torch_utils.devices import send
 
 KNOWN_INPUTS = ("learner_loss", "reference_loss", "features", "labels", "sigma")
 
@@ -75,12 +76,11 @@ def _losses(**named):
             raise ValueError(f"{name} is {shape}; give one loss per candidate, a tensor of shape {[len(first)]}")
         dtype = torch.float32 if first.device.type == "mps" else torch.float64
         loss = loss.detach().to(device=first.device, dtype=dtype)
-        if loss.isnan().any():
-            raise ValueError(
-                f"{name} holds {int(loss.isnan().sum())} NaN of {len(loss)} values; nothing can be selected"
-            )
         limit = torch.finfo(dtype).max / 8  # sums and differences stay finite
-        out.append(loss.clamp(-limit, limit))
+        out.append(loss.clamp(-limit, limit))  # NaN stay
+    for name, bad in zip(named, torch.stack([loss.isnan().sum() for loss in out]).tolist(), strict=True):
+        if bad:
+            raise ValueError(f"{name} holds {bad} NaN of {len(first)} values; nothing can be selected")
     return out if len(out) > 1 else out[0]
 
 
@@ -93,7 +93,7 @@ def _gumbel_top(logits, size, generator):
     """`size` indices without replacement, by successive softmax draws (Plackett-Luce) == the largest Gumbel-noised logits."""
     device = logits.device if generator is None else generator.device
     noise = torch.empty(logits.shape, dtype=logits.dtype, device=device).exponential_(generator=generator)
-    return (logits - noise.to(logits.device).log()).topk(size).indices
+    return (logits - send(noise, logits.device).log()).topk(size).indices
 
 
 def _scores(learner_loss, reference_loss, learnability, inverted):
@@ -180,7 +180,7 @@ def random_baseline(learner_loss: Tensor, *, size: int, generator: Generator | N
     """Uniform without replacement; of the losses only their number matters."""
     _check_size(size, len(learner_loss))
     device = learner_loss.device if generator is None else generator.device
-    return torch.randperm(len(learner_loss), generator=generator, device=device)[:size].to(learner_loss.device)
+    return send(torch.randperm(len(learner_loss), generator=generator, device=device)[:size], learner_loss.device)
 
 
 random_baseline.count_only = True  # a selector need not compute losses whose values are not used
@@ -215,7 +215,9 @@ def diversity_gains(features: Tensor, selected: Tensor, ridge: float = 1.0) -> T
     """
     eye = torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
     chosen = features[selected]  # [n, F]
-    factor = torch.linalg.cholesky(ridge * eye + chosen.T @ chosen)  # [F, F]
+    factor = torch.linalg.cholesky_ex(
+        ridge * eye + chosen.T @ chosen
+    ).L  # [F, F]; positive definite: no check to wait for
     whitened = torch.linalg.solve_triangular(factor, features.T, upper=False)  # [F, B]
     return whitened.square().sum(dim=0).log1p()
 

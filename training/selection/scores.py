@@ -1,5 +1,6 @@
 """Scores of a super-batch: what a selection function, the early / late switch and the statistics are told of it."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -55,13 +56,14 @@ class Scorer:
         low, high = _middle(scores["sigma"]) if self.cheap == "levels" else (-math.inf, math.inf)
         was_training = objective.training
         objective.eval()
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.cheap == "half"):
+        with torch.autocast(device.type, dtype=torch.bfloat16) if self.cheap == "half" else contextlib.nullcontext():
             for name, net in nets.items():
                 columns = [self._losses(objective.loss, net, draws, low, high) for draws in parts]
                 scores[name] = _fill(self._gather(columns, device), scores["sigma"], low, high)
         objective.train(was_training)
-        for name in nets:
-            if bad := int((~scores[name].isfinite()).sum()):
+        found = [(~scores[name].isfinite()).sum() for name in nets]
+        for name, bad in zip(nets, torch.stack(found).tolist() if found else [], strict=True):
+            if bad:
                 raise ValueError(
                     f"{name} of {bad} of {len(scores[name])} candidates is not finite: nothing can be selected"
                 )
@@ -84,10 +86,9 @@ class Scorer:
 
     def _gather(self, columns, device, dtype=torch.float32, wide=False):
         """This rank's micro-batches as one tensor, over all candidates of the scope in data order."""
-        width = []
-        if wide:  # a rank without candidates does not know it
-            width = torch.tensor([columns[0].shape[1] if columns else 0], device=device)
-            width = dist.all_reduce_(width, "max").tolist()
+        width = [columns[0].shape[1] if columns else 0] if wide else []
+        if wide and dist.get_world_size() > 1:  # a rank without candidates does not know it
+            width = dist.all_reduce_(torch.tensor(width, device=device), "max").tolist()
         local = torch.cat(columns).to(dtype) if columns else torch.zeros([0, *width], device=device, dtype=dtype)
         return local if self.scope == "rank" else dist.all_gather_varying(local)
 

@@ -143,7 +143,9 @@ class LossSelector(IdentitySelector):
         chosen = self.function(**given, size=size, generator=generator, **self.options)
         chosen = _checked(chosen, size, scores["sigma"])
         self._record_choice(scores, chosen, parts)
-        mine = chosen[(chosen >= first) & (chosen < first + num_local)] - first
+        if num_local < len(scores["sigma"]):
+            chosen = chosen[(chosen >= first) & (chosen < first + num_local)]
+        mine = chosen - first
         if not len(mine):
             return []
         draws = Draws.cat(parts)[mine]
@@ -160,7 +162,8 @@ class LossSelector(IdentitySelector):
         num = next((draws.labels.shape[1] for draws in parts if draws.get("labels") is not None), 0)
         if 0 < num <= MAX_SOURCES:
             for name, sources in (("", scores["source"][chosen]), ("_candidates", scores["source"])):
-                self._add(f"sources{name}", torch.bincount(sources + 1, minlength=num + 1)[1:])
+                ids = torch.arange(num, device=sources.device)  # bincount would wait for the device
+                self._add(f"sources{name}", (sources[:, None] == ids).sum(dim=0))
 
     def _record(self, name, values):
         count = torch.ones_like(values, dtype=torch.float64).sum()
@@ -214,7 +217,11 @@ def _checked(chosen, size, like):
     """What a selection function returned as int64 indices on like's device. Raises ValueError if it broke its contract."""
     chosen = torch.as_tensor(chosen, device=like.device)
     wrong = chosen.ndim != 1 or chosen.dtype.is_floating_point or chosen.dtype == torch.bool or len(chosen) != size
-    if wrong or (size and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(like)) or len(chosen.unique()) < size:
+    if not wrong and size:
+        ordered = chosen.sort().values
+        sound = (ordered[0] >= 0) & (ordered[-1] < len(like)) & (ordered[1:] > ordered[:-1]).all()
+        wrong = not bool(sound)  # the one wait for the device
+    if wrong:
         raise ValueError(
             f"the selection function returned {chosen.dtype} of shape {list(chosen.shape)}: "
             f"it must return {size} distinct indices below {len(like)}"
