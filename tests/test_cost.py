@@ -17,7 +17,6 @@ from training.networks_edm2 import Precond
 # papers/edm2.md 2.3: parameters, and 1e9 multiply-adds or elementwise operations per evaluation.
 PUBLISHED = {
     "edm2-img512-xxs": (31_309_029, 11.53),
-    "edm2-img512-xs": (124_713_253, 45.50),
     "edm2-img512-s": (280_212_837, 101.92),
     "edm2-img512-xxl": (1_523_164_773, 552.07),
     "edm2-img64-s": (280_209_381, 101.90),

@@ -59,13 +59,13 @@ class SlowBackward(torch.autograd.Function):
         return gradient
 
 
-WAIT = 0.4  # seconds: more than any part takes by itself
+WAIT = 0.3  # seconds: more than any part takes by itself
 
 
 @pytest.mark.parametrize("part", ["draw", "forward", "backward", "optimizer", "average"])
 def test_each_part_is_what_it_takes(digits, tmp_path, monkeypatch, part):
     """A wait in a part shows there; what watches is gone afterwards."""
-    run = setup.build(small_config(digits, total_nimg=512, batch_size=64, snapshot_nimg=0, status_nimg=0, block=64))
+    run = setup.build(small_config(digits, total_nimg=192, batch_size=64, snapshot_nimg=0, status_nimg=0, block=64))
 
     def slow(function):
         return lambda *args, **kwargs: (time.sleep(WAIT), function(*args, **kwargs))[1]
