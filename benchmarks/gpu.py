@@ -30,6 +30,7 @@ from torch_utils.precision import PRECISIONS, precise, use
 from training import cost, presets, setup
 from training.config import make_config
 from training.dataset import label_rows
+from training.networks_edm2 import compile_network
 from training.samplers import heun
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -205,10 +206,6 @@ def one_process(device, tiny):
 
 def name_of(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else step_benchmark.machine(device).split(",")[0]
-
-
-def compile_network(net):
-    net.compile()
 
 
 def sections(device, tiny, budget):

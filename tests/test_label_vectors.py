@@ -19,7 +19,8 @@ from training.generation import generate_images as generate
 from training.hooks import grid_labels
 from training.losses import Draws
 from training.losses.targets import StableTargets
-from training.networks_edm2 import LOOKUP_WIDTH, Precond
+from training.magnitude import LOOKUP_WIDTH
+from training.networks_edm2 import Precond
 from training.validation import HeldOut
 
 VECTORS = [[i / 8, 1 - i / 16, -1.0] for i in range(24)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torch_utils.persistence import load_snapshot, save_snapshot
-from training.networks_edm2 import normalize
+from training.magnitude import normalize
 from training.networks_toy import MLPDenoiser, ToyModel
 from training.processes import get
 from training.samplers import euler_maruyama, heun, start_state

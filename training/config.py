@@ -112,6 +112,7 @@ class TrainingConfig:
     )
     batch_gpu: int = _run(0, "Largest micro-batch per process; 0: no limit", type=cli.NIMG, at_least=0, free=True)
     bench: bool = _run(True, "cuDNN benchmarking", free=True)
+    compile: bool = _run(False, "Compile the network: pays back after a thousand steps; weights differ by rounding")
     slice_nimg: int = _period(0, "Train at most so many images now", "--slice")
     status_nimg: int = _period(128 << 10, "Interval of status lines; 0: none", "--status")
     snapshot_nimg: int = _period(8 << 20, "Interval of snapshots; 0: none", "--snapshot")

@@ -57,7 +57,7 @@ def generate_images(
 
     sampling: `sampler`, without process a callable like samplers.heun, with one a solver of training/samplers.py; its
     options num_steps, sigma_min, sigma_max, rho, S_churn, grid, t_min, denoise, ...; `guidance` and `guidance_interval`;
-    and `prior` of the process, "matched" to the data at that time or "stationary".
+    `prior` of the process, "matched" to the data at that time or "stationary"; and `compiled`: by torch.compile.
 
     Every process of a group gets the same number of batches, some possibly empty (images None). Noise, labels and the
     sampler's draws of a seed do not depend on batch size or process count. With `outdir`, files named by seed
@@ -129,7 +129,7 @@ def _finite(latents, seeds):
 
 def _way_back(
     net, gnet, kernel, process, device, sampler=None, prior="matched", guidance=1.0, guidance_interval=None,
-    precision=None, **options,
+    precision=None, compiled=False, **options,
 ):  # fmt: skip
     """(size, generator -> noise; noise, labels, randn_like -> latents): all that is found once for all batches."""
     if precision is not None:
@@ -139,7 +139,8 @@ def _way_back(
             gnet = NullLabels(net, gnet.null)
         elif gnet is not None:
             gnet = precise(gnet, precision)
-    net = guided(net, gnet, guidance, guidance_interval, process)
+    with torch.no_grad():  # no gradients of parameters are asked for
+        net = guided(net, gnet, guidance, guidance_interval, process, compiled)
     if process is None:
         sampler = sampler or samplers.heun
         options = _known_levels(net, sampler, options)
@@ -265,6 +266,7 @@ def batches(
     same = ("class_idx", "sources", "max_batch_size", "guidance", "guidance_interval", "prior")
     options = {name: getattr(given, name) for name in same} | given.solver_options() | output
     options |= dict(gnet=gnet, process=process, sampler=sampler) | choices.given(precision=given.precision)
+    options |= {"compiled": True} if given.compile else {}
     if given.labels is not None:
         options["class_idx"] = label_vectors(given.labels, net.net.label_dim)
     return generate_images(net, seeds, device=device, **options)

@@ -11,6 +11,7 @@ Denoisers and scores at the same state mix alike: the score is affine in the den
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,23 +31,46 @@ Interval = Sequence[float] | None  # low < sigma <= high
 FORWARDED = ("label_dim", "sigma_data", "sigma_min", "sigma_max", "img_channels", "img_resolution")
 
 
+def for_sampling(net: Any, **options: Any) -> Any:
+    """`net` for many evaluations with the weights that it has now, where it knows how: see Preconditioned.folded."""
+    fold = getattr(net, "folded", None)
+    if fold is None and options.get("compiled"):
+        warnings.warn(f"--compile has no effect: {type(net).__name__} is no network that can be compiled", stacklevel=2)
+    return net if fold is None else fold(**options)
+
+
 def guided(
-    net: Any, gnet: Any, guidance: float = 1.0, interval: Interval = None, process: Process | None = None
+    net: Any,
+    gnet: Any,
+    guidance: float = 1.0,
+    interval: Interval = None,
+    process: Process | None = None,
+    compiled: bool = False,
 ) -> Any:
-    """`net` guided by `gnet`: a denoiser, or a score of `process` where one of them brings its own; weight 1: `net`."""
+    """`net` guided by `gnet`: a denoiser, or a score of `process` where one of them brings its own; weight 1: `net`.
+
+    Both are made ready for sampling, see `for_sampling`; compiled: by torch.compile.
+    """
+    options = {"compiled": True} if compiled else {}
     if guidance == 1:
-        return net
+        return for_sampling(net, **options)
     if process is not None and (hasattr(net, "score") or hasattr(gnet, "score")):
-        return GuidedScore(net, gnet, process, guidance, interval)
-    return GuidedDenoiser(net, gnet, guidance, interval)
+        return GuidedScore(for_sampling(net, **options), for_sampling(gnet, **options), process, guidance, interval)
+    return GuidedDenoiser(net, gnet, guidance, interval).folded(**options)
 
 
-def _mix(main, guide, sigma, guidance, interval):
-    """G + w (D - G) for D = `main` [N, ...], G = `guide()`; outside the interval D itself, without G if all N are there."""
-    if guidance == 1 or interval is None:
-        return main if guidance == 1 else guide().lerp(main, guidance)
+def _inside(sigma, interval):
+    """Where to guide: None everywhere, else bool of sigma's shape, on the CPU."""
+    if interval is None:
+        return None
     sigma = torch.as_tensor(sigma).cpu().double()
-    inside = (sigma > interval[0]) & (sigma <= interval[1])
+    return (sigma > interval[0]) & (sigma <= interval[1])
+
+
+def _mix(main, guide, inside, guidance):
+    """G + w (D - G) for D = `main` [N, ...], G = `guide()`; outside the interval D itself, without G if all N are there."""
+    if inside is None:
+        return guide().lerp(main, guidance)
     if inside.ndim == 0:
         return guide().lerp(main, guidance) if inside else main
     return torch.where(expand(inside, main), guide().lerp(main, guidance), main) if inside.any() else main
@@ -95,18 +119,43 @@ class GuidedDenoiser(torch.nn.Module):
             raise ValueError("a network brings its own score(u, t): use GuidedScore(net, gnet, process, guidance)")
         _forward_attributes(self, net)
         self.net, self.gnet, self.guidance, self.interval = net, gnet, guidance, interval
+        self.unlabelled = isinstance(gnet, NullLabels) and gnet.net is net  # both in one batch
 
     def forward(
         self, x: Tensor, sigma: Level, class_labels: Labels = None, return_logvar: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        found = self.net(x, sigma, class_labels, **(kwargs | {"return_logvar": True} if return_logvar else kwargs))
-        main, *logvar = found if return_logvar else (found,)
-
-        def guide():
-            return self.gnet(x, sigma, class_labels, **kwargs).to(x.dtype)
-
-        denoised = _mix(main.to(x.dtype), guide, sigma, self.guidance, self.interval)
+        more = kwargs | {"return_logvar": True} if return_logvar else kwargs
+        inside = _inside(sigma, self.interval)
+        everywhere = self.guidance != 1 and (inside is None or bool(inside.all()))
+        if everywhere and self.unlabelled and not kwargs.keys() - {"force_fp32"}:
+            found = self.net(*self._doubled(x, sigma, class_labels), **more)
+            both, *logvar = found if return_logvar else (found,)
+            main, guide = both.to(x.dtype).chunk(2)
+            logvar = [u[: len(x)] for u in logvar]
+            denoised = guide.lerp(main, self.guidance)
+        else:
+            found = self.net(x, sigma, class_labels, **more)
+            main, *logvar = found if return_logvar else (found,)
+            guide = lambda: self.gnet(x, sigma, class_labels, **kwargs).to(x.dtype)
+            main = main.to(x.dtype)
+            denoised = main if self.guidance == 1 else _mix(main, guide, inside, self.guidance)
         return (denoised, *logvar) if return_logvar else denoised
+
+    def _doubled(self, x, sigma, labels):
+        """Images, levels and labels of one batch for the network with and without its label."""
+        null = self.gnet.null_labels(x)
+        labels = torch.zeros_like(null) if labels is None else labels.reshape(-1, self.label_dim).expand_as(null)
+        if torch.is_tensor(sigma) and sigma.numel() > 1:
+            sigma = sigma.flatten().repeat(2)
+        return torch.cat([x, x]), sigma, torch.cat([labels.to(null), null])
+
+    def folded(self, **options: Any) -> "GuidedDenoiser":
+        """Both networks made ready for sampling; one for both where they are one."""
+        net = for_sampling(self.net, **options)
+        gnet = NullLabels(net, self.gnet.null) if self.unlabelled else for_sampling(self.gnet, **options)
+        if net is self.net and (self.unlabelled or gnet is self.gnet):
+            return self
+        return GuidedDenoiser(net, gnet, self.guidance, self.interval)
 
 
 class GuidedScore:
@@ -124,7 +173,8 @@ class GuidedScore:
     def score(self, u: Tensor, t: Level, class_labels: Labels = None) -> Tensor:
         """u [N, V, *data_shape], t scalar or [N] -> [N, V, *data_shape]."""
         main, guide = (make_score(net, self.process, class_labels) for net in (self.net, self.gnet))
-        return _mix(main(u, t), lambda: guide(u, t), self.process.sigma(t), self.guidance, self.interval)
+        inside = _inside(self.process.sigma(t), self.interval)
+        return main(u, t) if self.guidance == 1 else _mix(main(u, t), lambda: guide(u, t), inside, self.guidance)
 
 
 class NullLabels(torch.nn.Module):
@@ -148,7 +198,16 @@ class NullLabels(torch.nn.Module):
     def forward(
         self, x: Tensor, sigma: Level, class_labels: Labels = None, **kwargs: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
+        return self.net(x, sigma, self.null_labels(x), **kwargs)
+
+    def null_labels(self, x: Tensor) -> Tensor:
+        """The label that means none, [N, K], for images x [N, ...]."""
         labels = torch.zeros([len(x), self.label_dim], device=x.device)
         if self.null == "last":
             labels[:, -1] = 1
-        return self.net(x, sigma, labels, **kwargs)
+        return labels
+
+    def folded(self, **options: Any) -> "NullLabels":
+        """The same of the network made ready for sampling."""
+        net = for_sampling(self.net, **options)
+        return self if net is self.net else NullLabels(net, self.null)

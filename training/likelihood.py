@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torch_utils import random
 from torch_utils.random import Generator
+from training.guidance import for_sampling
 from training.processes import Process
 from training.processes.score import DenoiserScore, make_score, require_linear
 from training.processes.states import expand
@@ -138,7 +139,7 @@ def elbo(
         raise ValueError(f"num_samples = {num_samples}: at least one is needed")
     setting = Setting(**options)
     t_max, t_min = setting.ends(net, process)
-    denoiser = DenoiserScore(net, process, labels, setting.net_dtype)
+    denoiser = DenoiserScore(for_sampling(net), process, labels, setting.net_dtype)
     sigma_data = denoiser.sigma_data
     x = x.to(torch.float64)
     snr_min, snr_max = process.snr(t_max), process.snr(t_min)  # numbers meet every device
@@ -198,7 +199,7 @@ def ode_log_likelihood(
     if state == "joint" and setting.t_min is None and setting.sigma_min is None and process.beta is not None:
         setting = replace(setting, t_min=1e-5)  # CLD's: at a later time v is no longer N(0, init_aux_var)
     t_max, t_min = setting.ends(net, process)
-    score = make_score(net, process, labels, setting.net_dtype)
+    score = make_score(for_sampling(net), process, labels, setting.net_dtype)
     flow = _Flow(score, process, t_min, t_max, setting.prior, probe, hutch_probes, generator, rtol, atol)
     x, sigma = x.to(torch.float64), float(process.sigma(t_min))
     run = flow.reduced if state == "reduced" else flow.joint

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torch_utils.persistence import persistent
-from training.networks_edm2 import MPConv, mp_silu
+from training.magnitude import MPConv, mp_silu
 
 
 class MPSiLU(torch.nn.Module):

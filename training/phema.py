@@ -74,14 +74,15 @@ class _Averages:
         self.module = module
         self.names = list(names)
         self.copies = [copy.deepcopy(module).eval().requires_grad_(False) for _ in self.names]
+        # Walking through the modules costs more than averaging a small network.
+        self.source, *self.averages = ([*m.parameters()] for m in (module, *self.copies))
 
     @torch.no_grad()
     def update(self, cur_nimg: int, batch_size: int) -> None:
         """cur_nimg: images seen after the step; batch_size: images of the step."""
-        source = [p.detach() for p in self.module.parameters()]
-        for average, beta in zip(self.copies, self.betas(cur_nimg, batch_size), strict=True):
-            if source:
-                torch._foreach_lerp_(list(average.parameters()), source, 1 - beta)
+        if self.source:
+            for average, beta in zip(self.averages, self.betas(cur_nimg, batch_size), strict=True):
+                torch._foreach_lerp_(average, self.source, 1 - beta)
 
     @torch.no_grad()
     def get(self) -> list[tuple[torch.nn.Module, str]]:

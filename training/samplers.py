@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_utils.devices import send
 from training.ablation import ablation_states, roots
-from training.guidance import guided
+from training.guidance import for_sampling, guided
 from training.processes import Process
 from training.processes.score import make_score, require_linear
 from training.processes.states import apply_matrix
@@ -138,6 +138,7 @@ class Plan:
     @torch.no_grad()
     def __post_init__(self) -> None:
         require_linear(self.process)
+        self.net = for_sampling(self.net)
         if self.denoise not in (True, False, "mean", "euler"):
             raise ValueError(f"denoise {self.denoise!r}: choose True, False, mean or euler")
         if self.times is None:

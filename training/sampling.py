@@ -64,6 +64,7 @@ class Sampling(ProcessChoice):
     aug_dim: float | None = opt(
         None, "Refuse a snapshot that was not trained with this D of PFGM++", metavar="D", infinite=True
     )
+    compile: bool = opt(False, "Compile the networks: pays back over many images; outputs differ by rounding")
     quantize_bits: int | None = opt(None, "Round weights to so many bits", metavar="B", at_least=1, at_most=24)
     quantize_policy: str = opt(
         "role", "Weights to round: inner resolution levels, or by name as published", choices=("role", "original")

@@ -24,6 +24,7 @@ from training.choices import ARCHS, EMAS, ENCODERS, LOSSES, OPTIMIZERS, SCHEDULE
 from training.config import TrainingConfig, check_same_run, differences, has_own_levels
 from training.dataset import Dataset, ImageFolderDataset
 from training.feed import Feed
+from training.networks_edm2 import compile_network
 from training.processes.options import make_process
 from training.training_loop import Periods, TrainingFailed, TrainingLoop
 
@@ -280,6 +281,8 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
     optimizer = choose(OPTIMIZERS, "optimizer", config.optimizer)(config, objective.param_groups())
     selector = build_selector(config, device, ema, own)
     schedule = choose(SCHEDULES, "lr-schedule", config.lr_schedule)
+    if config.compile:
+        compile_network(net)  # after the averages, which are copies
     _warn_no_effect(config)
     about = dict(
         path=str(config.data), num_images=len(dataset), label_dim=dataset.label_dim, class_names=dataset.class_names

@@ -188,19 +188,24 @@ class TrainingLoop:
 
     def step(self) -> None:
         """Train on one batch; returns nothing, reports Loss/loss and Loss/learning_rate."""
-        torch.manual_seed(hash_seed(self.parts.seed, dist.get_rank(), self.state.cur_nimg))  # dropout only
+        seed = hash_seed(self.parts.seed, dist.get_rank(), self.state.cur_nimg)  # of the network's own dropout
+        torch.default_generator.manual_seed(seed)
+        if self.feed.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         parts = (self.feed, self.encoder, self.objective.loss, self.state.position)
         count = self.selector.candidates(self.batch_size)
         candidates = Candidates(*parts, count, self.batch_size, self.state.cur_nimg, self.parts.batch_gpu)
-        self.optimizer.zero_grad(set_to_none=False)
-        self.objective.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        if not (self.objective.training and self.objective.net.training):  # since the last look by a hook
+            self.objective.train()
         count = rounds = 0
         self.stats.report("Loss/loss", [])
-        for draws in self.selector.minibatches(self.objective, candidates):
-            losses = self.objective(draws)
-            self.stats.report("Loss/loss", losses)
-            (losses.sum() * (self.parts.loss_scaling / self.batch_size)).backward()
-            count, rounds = count + len(draws), rounds + 1
+        with getattr(self.objective.net, "step", contextlib.nullcontext)():  # what a network does once for all passes
+            for draws in self.selector.minibatches(self.objective, candidates):
+                losses = self.objective(draws)
+                self.stats.report("Loss/loss", losses)
+                (losses.sum() * (self.parts.loss_scaling / self.batch_size)).backward()
+                count, rounds = count + len(draws), rounds + 1
         lr = self.parts.learning_rate(self.state.cur_nimg)
         self.stats.report("Loss/learning_rate", lr)
         self._apply_gradients(lr, count, rounds)
@@ -230,13 +235,17 @@ class TrainingLoop:
             raise TrainingFailed("no example was selected on any process: lower the filter ratio")
         if trained != self.batch_size:
             torch._foreach_mul_(gradients, self.batch_size / trained)
-        finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+        norms = torch.stack(torch._foreach_norm(gradients))
+        finite = norms.isfinite().all()
         self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
         self.stats.report("Progress/nonfinite_steps", (~finite).double())
-        for g in gradients:
-            torch.nan_to_num(g, nan=0, posinf=0, neginf=0, out=g)
+        if finite.device.type != "cpu" or not finite:  # an accelerator is not waited for
+            for g in gradients:
+                torch.nan_to_num(g, nan=0, posinf=0, neginf=0, out=g)
+            norms = torch.stack(torch._foreach_norm(gradients)) if self.parts.grad_clip else norms
         if self.parts.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.parts.grad_clip)
+            total = torch.linalg.vector_norm(norms)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.parts.grad_clip, total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         self.optimizer.step()

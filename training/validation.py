@@ -5,6 +5,7 @@ import torch
 from torch_utils.random import seeded_generator
 from training.dataset import Dataset, label_rows, load_raw
 from training.encoders import Encoder
+from training.guidance import for_sampling
 from training.processes import GaussianKernel
 
 NOISE_LEVELS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
@@ -29,7 +30,7 @@ class HeldOut:
         image i. Returns {"loss": mean over levels and images, "levels": {sigma: mean}, "sources": {label: mean}} (sources
         only where labels are class ids). Raises ValueError where the loss of an image is not finite.
         """
-        kernel = kernel or GaussianKernel()
+        kernel, net = kernel or GaussianKernel(), for_sampling(net)
         device, sd, count = next(net.parameters()).device, net.sigma_data, len(self.images)
         table = torch.zeros(count, len(NOISE_LEVELS), dtype=torch.float64)
         for start in range(0, count, BATCH):

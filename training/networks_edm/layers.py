@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.networks_edm2 import LOOKUP_WIDTH, project
+from training.magnitude import LOOKUP_WIDTH, project
 
 
 def require(name: str, value: str, known: Collection[str]) -> None:
