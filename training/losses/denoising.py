@@ -129,7 +129,12 @@ class DenoisingLoss(Loss):
         augment_labels = None
         if self.augment is not None:
             images, augment_labels = self.augment(images, generator)
-        noise = self.kernel.unit_noise(images.shape, generator=generator).to(images.device) * expand(sigma, images)
+        noise, scale = (
+            self.kernel.unit_noise(images.shape, generator=generator).to(images.device),
+            expand(sigma, images),
+        )
+        ours = type(self.kernel).__module__.startswith("training.")  # fresh at every call: no second copy is needed
+        noise = noise.mul_(scale) if ours else noise * scale
         if self.label_dropout and labels is not None:
             keep = random.rand([len(images), 1], generator, images.device) >= self.label_dropout
             labels = labels * keep
