@@ -3,8 +3,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python="${PYTHON:-python3}"
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-  echo "Error: Python >= 3.10 is needed; set PYTHON to one (found: $("$python" --version 2>&1 || echo none))" >&2
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  echo "Error: Python >= 3.11 is needed; set PYTHON to one (found: $("$python" --version 2>&1 || echo none))" >&2
   exit 2
 fi
 
