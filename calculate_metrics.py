@@ -62,6 +62,9 @@ EXTRACT = _options(
         "LIST",
     ),
     WEIGHTS,
+    _choice(
+        "--detector-precision", "Of the detectors' networks; scores say what a lower one does", "fp32", "bf16", "fp16"
+    ),
     click.option("--per-source/--no-per-source", help="Also per source", default=True),
     _int("--batch", "Images per batch and process", 64, at_least=1),
     click.option("--workers", help="Processes that decode images ahead", metavar="INT", type=cli.WORKERS, default=2),

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from torch_utils.persistence import load_snapshot, persistent, save_snapshot
+from torch_utils.precision import full
 
 FORMAT = "classifier-detector-2"
 MEASURED = ("epochs", "seed", "num_train", "num_holdout", "accuracy", "source_accuracy")  # what a file says of itself
@@ -83,6 +84,7 @@ class Classifier:
         return self
 
     @torch.no_grad()
+    @full()
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """images uint8 [N, C, H, W] of the trained shape -> penultimate activations [N, F] float32."""
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.net.image_shape:

@@ -85,20 +85,29 @@ def open_images(path: str, option: str) -> Dataset:
 
 
 def open_detectors(
-    metrics: str, device: torch.device, weights: dict[str, str] | None = None, option: str = "--metrics"
+    metrics: str,
+    device: torch.device,
+    weights: dict[str, str] | None = None,
+    option: str = "--metrics",
+    precision: str = "fp32",
 ) -> dict[str, object]:
     """{identity: detector} of the comma-separated specs `metrics` of an option, which a ValueError names.
 
-    weights: of --weights, {name: file} for the specs that name none.
+    weights: of --weights, {name: file} for the specs that name none. precision: of --detector-precision.
     """
-    from metrics.detectors import get_detectors, split_specs
+    from metrics.detectors import Detector, get_detectors, split_specs
 
     if stray := sorted({*(weights or {})} - {*split_specs(metrics)}):
         raise ValueError(f"--weights={stray[0]}={weights[stray[0]]}: {option}={metrics} names no detector '{stray[0]}'")
     try:
-        return get_detectors(metrics, device, weights)
+        found = get_detectors(metrics, device, weights)
     except ValueError as error:
         raise ValueError(f"{option}={metrics}: {error}") from None
+    for key, detector in found.items() if precision != "fp32" else ():
+        if not isinstance(detector, Detector) or detector.net is None:
+            raise ValueError(f"--detector-precision={precision}: {key} computes in fp32 alone; leave the option out")
+        detector.precision = precision
+    return found
 
 
 SMALLEST = 32  # pixels per side from which on published detectors are the default: CIFAR-10's
@@ -172,7 +181,7 @@ def look_once(
 
     Raises ValueError for a file of other images or labels, another size of them, or other detectors.
     """
-    from metrics.features import FEATURE_LIMIT, choose
+    from metrics.features import choose
     from metrics.references import load_references, require_same_features, save_references
     from torch_utils import distributed
 
@@ -183,7 +192,7 @@ def look_once(
         return require_same_features(load_references(o.features), detectors, chosen, f"--features={o.features}")
     found = look(dataset, detectors, what, o, **options)
     if distributed.get_rank() == 0:
-        save_references(o.features, found, feature_limit=FEATURE_LIMIT)
+        save_references(o.features, found)
     return found
 
 
@@ -213,7 +222,8 @@ def compared(**given: object) -> EasyDict:
     defaults = dict(
         ref=None, data=None, train=None, metrics=None, weights={}, per_source=True, batch=64, workers=2, seed=0
     )
-    return EasyDict({**defaults, "distances": [*MEASURES], "splits": 4, "tags": {}, "blocks": 1, **given})
+    defaults |= {"distances": [*MEASURES], "splits": 4, "tags": {}, "blocks": 1, "detector_precision": "fp32"}
+    return EasyDict(defaults | given)
 
 
 def side_of(name: str, dataset: Dataset) -> Side:
@@ -223,8 +233,11 @@ def side_of(name: str, dataset: Dataset) -> Side:
     return fit.of_images(name, dataset.image_shape, dataset.declared_classes, dataset.class_names)
 
 
-def prepare(o: EasyDict, device: torch.device, samples: Side) -> Prepared:
-    """Open what calc and gen compare `samples` with; refuses before any long work."""
+def prepare(o: EasyDict, device: torch.device, samples: Side, images: Dataset | None = None) -> Prepared:
+    """Open what calc and gen compare `samples` with; refuses before any long work.
+
+    images: the samples, where they are there already: o.num becomes how many of them are scored, see `number_of`.
+    """
     from metrics.evaluate import MEASURES
     from metrics.references import load_references, require_detectors
 
@@ -234,7 +247,10 @@ def prepare(o: EasyDict, device: torch.device, samples: Side) -> Prepared:
         known = ", ".join(MEASURES)
         raise ValueError(f"--distances={','.join(o.distances)}: unknown distance '{unknown[0]}'; known: {known}")
     references = None if o.ref is None else load_references(o.ref)
-    detectors = open_detectors(o.metrics or default_metrics(o, samples, references), device, o.weights)
+    metrics = o.metrics or default_metrics(o, samples, references)
+    detectors = open_detectors(metrics, device, o.weights, precision=o.detector_precision)
+    if images is not None:
+        o.num = number_of(o, detectors, images)
     opened = {option: open_images(o[option], f"--{option}") for option in ("data", "train") if o[option]}
     sides = [side_of(f"--{option}={o[option]}", dataset) for option, dataset in opened.items()]
     if references is not None:
@@ -272,6 +288,9 @@ def scores(
                 f"sources {', '.join(left)}, which the reference or the training data lack, are left out of the overall"
             )
             click.echo(f"Warning: {key}: {sum(left.values())} images of {notice} numbers", err=True)
+        if (error := getattr(detector, "precision_error", None)) is not None:
+            found["precision_error"] = error
+            click.echo(f"{key}: features in {detector.precision} are off by {error:.2g} of those in fp32", err=True)
         result["metrics"][key] = found | {"reference": reference.provenance}
         named = {literature_name(key, measure): found["overall"].get(measure) for measure in ("fd", "kid")}
         result["scores"] |= {name: value for name, value in named.items() if value is not None}
@@ -304,11 +323,12 @@ def ref(o: EasyDict) -> None:
     if Path(dest) != Path(o.dest):
         click.echo(f"Statistics are stored as npz: writing {dest}", err=True)
     dataset = open_images(o.data, "--data")
-    detectors = open_detectors(o.metrics or default_metrics(o, side_of("--data", dataset)), device, o.weights)
+    metrics = o.metrics or default_metrics(o, side_of("--data", dataset))
+    detectors = open_detectors(metrics, device, o.weights, precision=o.detector_precision)
     sets = look_once(dataset, detectors, "ref", o, per_source=o.per_source)
     if distributed.get_rank() != 0:
         return
-    save_references(dest, sets, **({"feature_limit": 0} if o.no_features else {}))
+    save_references(dest, sets, keep_features=not o.no_features)
     first = next(iter(sets.values()))
     counts, content = first.statistics.n.tolist(), first.provenance["content_hash"]
     result = {"dest": dest, "data": o.data, "content_hash": content, "detectors": list(sets)}
@@ -336,11 +356,8 @@ def number_of(o: EasyDict, detectors: dict[str, object], dataset: Dataset) -> in
 def calc(o: EasyDict) -> None:
     """Score a folder or zip of images."""
     dataset = open_images(o.images, "--images")
-    if o.num is not None:
-        number_of(o, {}, dataset)
-    prepared = prepare(o, start(o.device), side_of(f"--images={o.images}", dataset))
-    num = number_of(o, prepared.detectors, dataset)
-    samples = look_once(dataset, prepared.detectors, "images", o, num=num, seed=o.seed)
+    prepared = prepare(o, start(o.device), side_of(f"--images={o.images}", dataset), dataset)
+    samples = look_once(dataset, prepared.detectors, "images", o, num=o.num, seed=o.seed)
     trained = range(dataset.num_classes)  # whatever made them was asked for these
     finish(scores(o.images, samples, prepared, o, trained), o.dest)
 

@@ -136,7 +136,7 @@ def compare(
         result["reference_hashes"] |= {str(s): reference.content(s) for s in known if reference.count(s)}
         both = [v for v in found.values() if v["count"] and (v["reference_count"] or not reference.num_sources)]
         result["mean"] = _mean(both)
-    result["warnings"] = _warnings(sides[0].count(), width, wide)
+    result["warnings"] = _warnings(*sides, width, wide)
     return result
 
 
@@ -172,8 +172,11 @@ def _inception_scores(samples, reference, detector):
     return found
 
 
-def _warnings(n, width, wide):
-    found = []
+def _warnings(samples, reference, width, wide):
+    found, n = [], samples.count()
+    for what, side in (("samples", samples), ("reference", reference)):
+        if side.features is None:
+            found.append(f"features of the {what} were not kept: no floor, and no measure but the Frechet distance")
     if n <= width:
         found.append(f"{n} images, {width} features: covariances are singular, read distances beside their floor")
     if None in wide:

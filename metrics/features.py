@@ -81,6 +81,11 @@ class FeatureSet:
         return None if self.hashes is None or other.hashes is None else int(np.isin(self.hashes, other.hashes).sum())
 
 
+def keeps(num_images: int, width: int) -> bool:
+    """Whether so many features are few enough to be kept."""
+    return 4 * num_images * width <= FEATURE_LIMIT
+
+
 def image_hashes(images: torch.Tensor) -> np.ndarray:
     """Images [N, C, H, W] -> uint64 [N]; equal pixels have equal hashes."""
     digests = [hashlib.blake2b(f"{image.shape}".encode() + image.tobytes(), digest_size=8) for image in images.numpy()]
@@ -139,6 +144,10 @@ def collect(
     """
     statistics = {key: FeatureStatistics(num_sources) for key in detectors}
     features = {key: [] for key in detectors}
+    fits = lambda key, width: require_memory(f"detector '{key}'", num_images or 0, width, num_sources)
+    for key, detector in detectors.items():  # before images are made or read, where a detector says its width
+        if isinstance(width := about(detector)["width"], int):
+            fits(key, width)
     all_labels, all_positions, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
     for images, labels, positions in batches:
         for key, detector in detectors.items():
@@ -146,14 +155,12 @@ def collect(
             if f.ndim != 2 or len(f) != len(images):
                 raise ValueError(f"detector '{key}': features of shape {tuple(f.shape)} for {len(images)} images")
             if not statistics[key].width:
-                require_memory(f"detector '{key}'", num_images or 0, f.shape[1], num_sources)
+                fits(key, f.shape[1])
             try:
                 statistics[key].update(f, labels)
             except ValueError as error:
                 raise ValueError(f"detector '{key}': {error}") from None
-            if (num_images or 0) * f.shape[1] * 4 > FEATURE_LIMIT:
-                features[key] = None
-            else:
+            if keeps(num_images or 0, f.shape[1]):
                 features[key].append(f.numpy())
         all_labels.append(labels)
         all_positions.append(positions)

@@ -14,23 +14,20 @@ from dnnlib.reading import parse_json, read_npz, require_file
 from dnnlib.util import atomic_write, reason
 from metrics.detectors.base import about
 from metrics.distances import Gaussian
-from metrics.features import FeatureSet
+from metrics.features import FeatureSet, keeps
 from metrics.statistics import FeatureStatistics, Group
 from torch_utils import pickles
 from training.dataset import Dataset
 
 FORMAT = "feature-reference-2"
 FIRST_FORMAT = "feature-reference-1"  # sums of all sources in two arrays, `sum` [1 + K, F] and `outer` [1 + K, F, F]
-FILE_FEATURE_LIMIT = 2**28  # bytes of float32 features stored per detector
 DENSE_WIDTH = 4096  # up to this width files hold mean and covariance for other readers
 
 
-def save_references(
-    path: str | os.PathLike, references: dict[str, FeatureSet], feature_limit: int = FILE_FEATURE_LIMIT
-) -> None:
+def save_references(path: str | os.PathLike, references: dict[str, FeatureSet], keep_features: bool = True) -> None:
     """Write {identity: FeatureSet} to one npz file; atomic, no pickle inside.
 
-    Features are stored up to `feature_limit` bytes per detector; without them a reader has Frechet distances only.
+    Without features (not wanted, or too many to be kept) a reader has Frechet distances only.
     Per detector i: `<i>/n [1 + K]` (row 0 overall), `<i>/labels`, `<i>/hashes` of the images, optional `<i>/features`; of
     row r with more images than features `<i>/<r>/sum`, `<i>/<r>/outer`, of another `<i>/<r>/rows` where features are
     not stored; `<i>/mu`, `<i>/sigma` for other readers where they are not too wide; `header` is JSON.
@@ -39,7 +36,7 @@ def save_references(
     for i, (identity, reference) in enumerate(references.items()):
         statistics, entry = reference.statistics, {"n": reference.statistics.n}
         entry |= {name: getattr(reference, name) for name in ("labels", "hashes")}
-        kept = reference.features is not None and reference.features.nbytes <= feature_limit
+        kept = keep_features and reference.features is not None
         entry["features"] = reference.features if kept else None
         for row, group in statistics.groups.items():
             if group.outer is not None:
@@ -111,7 +108,7 @@ def require_same_features(
     for identity in detectors:
         made = found[identity].provenance
         _require_same(found[identity], identity, detectors[identity], where)
-        if found[identity].features is None:
+        if found[identity].features is None and keeps(len(dataset), found[identity].statistics.width):
             raise ValueError(f"{where} holds sums without features of {identity}: give another file")
         if made.get("image_shape") != list(dataset.image_shape):
             sizes = f"{made.get('image_shape')} [C, H, W], not {list(dataset.image_shape)}"

@@ -13,7 +13,7 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,8 +36,18 @@ class Found(NamedTuple):
     """A snapshot file and what its header says of the time."""
 
     path: str
-    kimg: int | None
+    nimg: int | None
     ema: str
+
+    @classmethod
+    def of(cls, path: str, header: Mapping) -> Found:
+        """The file of such a header."""
+        return cls(path, header.get("nimg"), str(header.get("ema") or "ema"))
+
+    @property
+    def kimg(self) -> int | None:
+        """Thousands of images."""
+        return None if self.nimg is None else self.nimg // 1000
 
     @property
     def checkpoint(self) -> str:
@@ -54,9 +64,7 @@ def find(pattern: str, min_kimg: int | None = None, max_kimg: int | None = None)
 
     found = {}
     for path in sorted(glob.glob(pattern), key=natural_key):
-        header = read_header(path)
-        nimg = header.get("nimg")
-        one = Found(path, None if nimg is None else nimg // 1000, str(header.get("ema") or "ema"))
+        one = Found.of(path, read_header(path))
         found.setdefault((os.path.dirname(path), one.checkpoint), one)
     if not found:
         raise ValueError(f"--net={pattern}: no snapshot matches; train first, or mend the pattern")
@@ -105,8 +113,7 @@ def gen(o: EasyDict) -> None:
     found = find(chosen.net, o.min_kimg, o.max_kimg) if many else [Found(chosen.net, None, "ema")]
     snapshot = persistence.load_snapshot(found[0].path, device)
     if not many:
-        nimg, ema = snapshot.header.get("nimg"), str(snapshot.header.get("ema") or "ema")
-        found = [Found(snapshot.path, None if nimg is None else nimg // 1000, ema)]
+        found = [Found.of(snapshot.path, snapshot.header)]
     prepared = commands.prepare(o, device, fit.of_samples("--net", snapshot))
     if not many and o.blocks == 1 and o.outdir is None:
         commands.finish(generated(snapshot, o.seed, chosen, prepared, o, device), o.dest)
@@ -173,6 +180,7 @@ def _digest(path, changed):
 
 def _identity(chosen, prepared, o):
     """What scores depend on besides snapshot and seeds, as plain data."""
+    from metrics.detectors import about
     from training.generation import NULL_GUIDES
 
     aside = ("net", "preset", "models", "max_batch_size")
@@ -183,7 +191,8 @@ def _identity(chosen, prepared, o):
     sets = {"reference": prepared.references, "training": prepared.training or {}}
     seen = {name: {k: [v.content(), v.count(), v.num_sources] for k, v in part.items()} for name, part in sets.items()}
     options = {name: o[name] for name in ("num", "distances", "splits", "per_source")}
-    return {"sampling": same, "detectors": list(prepared.detectors), **seen, **options}
+    detectors = {key: about(detector) for key, detector in prepared.detectors.items()}
+    return {"sampling": same, "detectors": detectors, **seen, **options}
 
 
 def _measured(rows):
@@ -258,16 +267,10 @@ def while_training(config: object) -> Callable | None:
                 return
             dist.barrier()  # the first process has written the snapshots
             found = find(os.path.join(glob.escape(str(loop.run_dir)), "network-snapshot-[0-9]*.safetensors"))
-            upto = [one for one in found if one.kimg <= loop.kimg and due(_nimg(one))]
+            upto = [one for one in found if one.kimg <= loop.kimg and due(one.nimg)]
             chosen = Sampling(net=str(loop.run_dir), vae=config.vae, max_batch_size=options.batch)
             score_all(upto, chosen, prepared, options, device, loop.run_dir / EVAL_FOLDER)
 
         return {"on_snapshot": on_snapshot}
 
     return hooks
-
-
-def _nimg(one):
-    from torch_utils.persistence import read_header
-
-    return read_header(one.path)["nimg"]

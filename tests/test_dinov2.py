@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from small_runs import run
+from small_runs import one_line, run
 
 import calculate_metrics
 from metrics.detectors import get_detector
@@ -181,6 +181,37 @@ def test_reference_and_scores_from_the_command_line(digits, tmp_path):
         found.append(json.loads(run(calculate_metrics.cmdline, *score).stdout)["metrics"][detector.identity]["overall"])
         assert found[-1]["fd"] == pytest.approx(found[0]["fd"], rel=1e-4) and found[0]["fd"] > 1e-3
         assert found[-1]["kid"] == pytest.approx(found[0]["kid"], abs=1e-4)
+
+
+def test_half_precision_says_what_it_does(digits, tmp_path):
+    """bf16 has 8 bits: features are off by about 2^-8, the distance hardly; fp16 has three more. No mixing, nothing else."""
+    torch.save(small(heads=1)[1], file := tmp_path / WEIGHTS.names[0])
+    given = ["--metrics=fd_dinov2", f"--weights=fd_dinov2={file}@any"]
+    ref = lambda name: f"{tmp_path}/{name}.npz"
+    found = {}
+    for name in ("fp32", "bf16", "fp16"):
+        how = [*given, f"--detector-precision={name}"]
+        run(calculate_metrics.cmdline, "ref", f"--data={digits}", f"--dest={ref(name)}", *how)
+        done = run(
+            calculate_metrics.cmdline,
+            "calc",
+            f"--images={digits}",
+            f"--ref={ref(name)}",
+            *how,
+            "--num=20",
+            "--splits=0",
+        )
+        (found[name],) = json.loads(done.stdout)["metrics"].values()
+        assert (f"features in {name} are off by" in done.stderr) == (name != "fp32")
+        assert found[name]["reference"]["detector"]["precision"] == name
+    assert "precision_error" not in found["fp32"]
+    bf16, fp16 = (found[name]["precision_error"] for name in ("bf16", "fp16"))
+    assert 2**-10 < bf16 < 2**-5 and 2**-14 < fp16 < bf16 / 3
+    assert 0 < abs(found["bf16"]["overall"]["fd"] / found["fp32"]["overall"]["fd"] - 1) < 0.05
+    calc = ["calc", f"--images={digits}", f"--ref={ref('fp32')}", "--num=20"]
+    one_line(calculate_metrics.cmdline, *calc, *given, "--detector-precision=bf16", says=["precision=fp32", "bf16"])
+    says = "--detector-precision=bf16: pixel computes in fp32 alone"
+    one_line(calculate_metrics.cmdline, *calc, "--metrics=pixel", "--detector-precision=bf16", says=says)
 
 
 def test_files_of_another_network(tmp_path):

@@ -164,14 +164,14 @@ def test_batch_size_does_not_matter(detector, monkeypatch):
 def test_what_it_says_of_itself(file, detector):
     """Only the published weights, by their sha256, are what other tools call fid."""
     found = about(detector)
-    assert found == dict(
-        name="fid", width=2048, channels=3, resize="TensorFlow 1 bilinear to 299 px", sha256=found["sha256"]
-    )
+    resize = "TensorFlow 1 bilinear to 299 px"
+    assert found == dict(name="fid", width=2048, channels=3, resize=resize, sha256=found["sha256"], precision="fp32")
     assert detector.identity == f"fid:{found['sha256'][:16]}"
     assert (
         about(types.SimpleNamespace(resize=print, name="own"))["resize"] is None
     )  # whatever a user's class means by it
-    assert about(lambda images: images) == dict(name=None, width=None, channels=None, resize="none", sha256=None)
+    none = dict.fromkeys(("name", "width", "channels", "sha256"))
+    assert about(lambda images: images) == {**none, "resize": "none", "precision": "fp32"}
 
 
 @pytest.fixture

@@ -217,7 +217,9 @@ def test_published_metrics_have_their_number_of_images(chain, monkeypatch):
     bright = SimpleNamespace(features=lambda images: images.float().mean(dim=(2, 3)).repeat(1, 2), name="fid")
     monkeypatch.setitem(DETECTORS, "fid", lambda argument: bright)
     words = ["calc", f"--images={chain}/out", f"--data={chain}/data.zip", "--metrics=fid", "--splits=0", CPU]
-    one_line(METRICS, *words, says=["--num=50000", "holds 24 images", "--num=24"])
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "look", None)  # before anything is looked at
+        one_line(METRICS, *words, says=["--num=50000", "holds 24 images", "--num=24"])
     monkeypatch.setattr(commands, "PUBLISHED_NUM", 10)
     subset, all_, given = (json.loads(run(METRICS, *words, *more).stdout) for more in ([], ["--num=24"], ["--num=10"]))
     assert [s["metrics"]["fid"]["num_images"] for s in (subset, all_, given)] == [10, 24, 10]

@@ -244,16 +244,16 @@ def test_reference_file_round_trip(tmp_path, judge):
         require_detectors(found, {"fid": None}, path)
 
 
-@pytest.mark.parametrize("limit", [0, 2**30])
-def test_reference_files_of_either_form(tmp_path, limit):
+@pytest.mark.parametrize("keep", [False, True])
+def test_reference_files_of_either_form(tmp_path, keep):
     """Sources with fewer images than features are stored as images; files of the first format, sums alone, are read."""
     few = dataset(slice(500, 700))
     reference = seen(few, "pixel")
-    save_references(tmp_path / "ref.npz", {"pixel": reference}, feature_limit=limit)
+    save_references(tmp_path / "ref.npz", {"pixel": reference}, keep_features=keep)
     pixels, labels = reference.features.astype(np.float64), reference.labels
     parts = [pixels, *(pixels[labels == s] for s in range(12))]  # the last two are empty
     sums = {"n": [len(x) for x in parts], "sum": [x.sum(0) for x in parts], "outer": [x.T @ x for x in parts]}
-    kept = {"features": reference.features, "labels": labels} if limit else {}
+    kept = {"features": reference.features, "labels": labels} if keep else {}
     header = {"format": "feature-reference-1", "detectors": [{"identity": "pixel", "provenance": {}}]}
     arrays = {f"0/{name}": np.array(value) for name, value in (sums | kept).items()}
     np.savez(tmp_path / "first.npz", header=np.array(json.dumps(header)), **arrays)
@@ -264,7 +264,7 @@ def test_reference_files_of_either_form(tmp_path, limit):
         result = evaluate(dataset(HELD), found, "pixel", splits=1)
         for section in (lambda r: r["overall"], lambda r: r["sources"]["3"], lambda r: r["mean"]):
             assert section(result)["fd"] == pytest.approx(section(direct)["fd"], rel=1e-10)
-        assert (result["overall"]["kid"] == direct["overall"]["kid"]) == bool(limit)
+        assert (result["overall"]["kid"] == direct["overall"]["kid"]) == keep
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, None])
@@ -303,12 +303,13 @@ def test_second_moments_that_no_features_have(tmp_path, place, value):
 def test_reference_file_without_features_has_distances_only(tmp_path):
     path = tmp_path / "ref.npz"
     reference = seen(dataset(REFERENCE), "pixel")
-    save_references(path, {"pixel": reference}, feature_limit=0)
+    save_references(path, {"pixel": reference}, keep_features=False)
     found = evaluate(dataset(HELD), load_references(path)["pixel"], "pixel")
     full = evaluate(dataset(HELD), reference, "pixel")
     assert found["sources"]["1"]["fd"] == full["sources"]["1"]["fd"]
     assert found["sources"]["1"]["kid"] is None
     assert found["overall"]["fd_floor"] is None
+    assert "features of the reference were not kept: no floor" in found["warnings"][0] and len(found["warnings"]) == 1
 
 
 def test_foreign_reference_files(tmp_path):

@@ -2,8 +2,10 @@
 
 import json
 import os
-import socket
+from pathlib import Path
+from types import SimpleNamespace
 
+import child_runs
 import numpy as np
 import pytest
 import scipy.linalg
@@ -14,7 +16,8 @@ from small_runs import python
 
 from metrics.detectors import get_detectors
 from metrics.distances import Gaussian, frechet, frechet_distance
-from metrics.features import collect_dataset, image_hashes
+from metrics.evaluate import compare
+from metrics.features import collect, collect_dataset, image_hashes
 from metrics.statistics import FeatureStatistics
 from training.dataset import ArrayDataset
 
@@ -84,6 +87,9 @@ def test_memory_is_estimated_before_the_work(monkeypatch):
         ValueError, match="'pixel': .*20 images with 12288 features.*0.005 GB are free: use.*classifier"
     ):
         collect_dataset(dataset, get_detectors("pixel"))
+    net = SimpleNamespace(features=None, name="wide", width=12288)  # says its width: before the first batch
+    with pytest.raises(ValueError, match="'wide': .*20 images with 12288 features"):
+        collect(iter([]), {"wide": net}, num_images=20)
     limit = "import resource, metrics.statistics as m; resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33)); "
     done = python("-c", limit + "print(m.free_memory() < 2**33); m.require_memory('pixel', 10**5, 12288, 10)", code=1)
     assert done.stdout == "True\n" and "100000 images with 12288 features take about 15.9 GB" in done.stderr
@@ -167,12 +173,20 @@ CASES = [(21, 4), (1, 4), (9, 2)]  # images, batch size: uneven last batches; a 
 SUMS = ("sum", "outer", "rows")
 
 
-def worker(rank, port, folder, size):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def seen_and_scored(n, batch):
+    """(what all processes see of n images, the scores of these against others)."""
+    sets = [collect_dataset(data(k), get_detectors([integer_features]), batch_size=batch) for k in (n, n + 9)]
+    found, others = (one["integer_features"] for one in sets)
+    return found, compare(found, others, train=others, k=2)
+
+
+def worker(rank, env, folder):
+    os.environ.update(env)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    torch.distributed.init_process_group("gloo")
     for n, batch in CASES:
-        found = collect_dataset(data(n), get_detectors([integer_features]), batch_size=batch)["integer_features"]
+        found, scores = seen_and_scored(n, batch)
+        Path(f"{folder}/{n}-{rank}.json").write_text(json.dumps(scores))
         groups = {f"{name}{row}": getattr(g, name) for row, g in found.statistics.groups.items() for name in SUMS}
         sums = {name: value for name, value in groups.items() if value is not None}
         seen = {name: getattr(found, name) for name in ("features", "labels", "hashes")}
@@ -182,11 +196,15 @@ def worker(rank, port, folder, size):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_several_processes_equal_one(tmp_path, size):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(tmp_path), size), nprocs=size)
+    places = enumerate(child_runs.ranks(size))
+    started = [child_runs.CONTEXT.Process(target=worker, args=(*place, str(tmp_path))) for place in places]
+    assert [process.start() for process in started] and [child_runs.wait(process) for process in started] == [0] * size
     for n, rank in [(n, rank) for n, _ in CASES for rank in range(size)]:
+        expected, scores = seen_and_scored(n, 5)[1], json.loads(Path(f"{tmp_path}/{n}-{rank}.json").read_text())
+        for section in (lambda r: r["overall"], lambda r: r["mean"], lambda r: r["sources"]["1"]):
+            for name, value in section(expected).items():
+                assert section(scores)[name] == (value and pytest.approx(value, rel=1e-10, abs=1e-10)), name
+        assert (n < 2) == (expected["overall"]["fd"] is None)
         x = data(n)
         pixels = np.stack([x[i][0] for i in range(n)]).reshape(n, -1).astype(np.float64)
         found = np.load(tmp_path / f"{n}-{rank}.npz")

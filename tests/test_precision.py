@@ -6,6 +6,8 @@ from small_runs import one_line, run, small_command, small_config
 
 import generate_images
 import train_edm2
+from metrics.classifier import Classifier, ConvNet
+from metrics.detectors import Detector
 from torch_utils import persistence, precision
 from training import presets, setup
 from training.config import TrainingConfig, make_config
@@ -137,3 +139,23 @@ def test_tf32_is_a_flag_of_gpus(monkeypatch):
     finally:
         precision.use(None, "cpu")
     assert not any(getattr(*flag) for flag in flags)
+
+
+def test_what_measures_computes_in_full():
+    """--precision=tf32 of sampling is none of a detector's: set while it looks, and as before afterwards."""
+    flags = [(torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")]
+    state, seen = lambda: [getattr(place, name) for place, name in flags], []
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    net = torch.nn.Module()
+    net.forward = lambda x: seen.append(state()) or x.flatten(1)
+    judge = Detector()
+    judge.net, judge.prepare = net, lambda x: x.float()
+    small = Classifier(ConvNet([3, 8, 8], 2), {})
+    small.net.features = net.forward
+    try:
+        precision.use("tf32", "cuda")
+        for detector in (judge, small):
+            detector.features(images)
+        assert seen == [[False, False]] * 2 and state() == [True, True]
+    finally:
+        precision.use(None, "cpu")

@@ -5,8 +5,10 @@ body of the network computes in that type; weights, their normalisation, embeddi
 averages stay float32 (EDM2 appendix B.6).
 """
 
+import contextlib
 import copy
 import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -26,6 +28,18 @@ def use(precision: str | None, device: torch.device | str) -> None:
             warnings.warn("--precision=bf16: this processor has no AMX, float32 is faster", stacklevel=3)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+@contextlib.contextmanager
+def full() -> Iterator[None]:
+    """Where products and convolutions of float32 are computed in float32, whatever `use` has set: of what measures."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def arguments(precision: str | None, fp16: bool) -> dict:
