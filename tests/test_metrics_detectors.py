@@ -103,7 +103,7 @@ def test_classifier_features(judge):
     assert features.shape == (40, 64)
     said = about(judge)
     assert judge.identity == f"classifier:{said.pop('sha256')[:16]}"
-    assert said == dict(name="classifier", width=64, channels=1, resize="none")
+    assert said == dict(name="classifier", width=64, channels=1, resize="none", precision="fp32")
     assert features.dtype == torch.float32
     one_by_one = torch.cat([judge.features(image[None]) for image in images])
     np.testing.assert_allclose(features, one_by_one, rtol=1e-4, atol=1e-5)
