@@ -34,6 +34,7 @@ MOST_HEADER = 2**24  # characters
 _MODULES = {
     "training.networks_edm2": "Precond",
     "training.networks_edm": "EDMPrecond VPPrecond VEPrecond iDDPMPrecond",
+    "training.networks_joint": "JointPrecond",
     "training.networks_toy": "ToyModel MLPDenoiser",
     "training.encoders": "IdentityEncoder StandardRGBEncoder UniformDequantizer CenterEncoder LogitEncoder "
     "StabilityVAEEncoder",
@@ -137,6 +138,7 @@ def _sober(value):
 
 # Arguments of modules that are no integers; constructors check the words.
 _WORDS = {"model_type", "embedding_type", "encoder_type", "decoder_type", "reduced_dtype"}
+_WORDS |= {"parameterization", "time_code"}
 _LISTS = {"channel_mult", "attn_resolutions", "resample_filter", "image_shape", "beta"}
 _MAY_LACK = {"channel_mult_noise", "channel_mult_emb", "clip_act"}
 _REAL = {
@@ -151,7 +153,7 @@ _REAL = {
     "C_1",
     "C_2",
 }
-_REAL |= {"res_balance", "attn_balance", "label_balance", "concat_balance", "clip_act", "M", "init_aux_var"}
+_REAL |= {"res_balance", "attn_balance", "label_balance", "concat_balance", "clip_act", "M", "init_aux_var", "cov_eps"}
 MOST_ENTRIES = 64  # of such a list
 
 
@@ -438,6 +440,8 @@ def assemble(
         net = build(header["net"], classes, state)
         encoder = build(header.get("encoder"), classes)
         process = build(header.get("process"), classes, own)
+        if hasattr(net, "bind"):  # a joint network sees the state of its process
+            net.bind(process)
         if header["format"] == FORMAT and header["net"]["class"] in CLASSES:
             _require_denoiser(net)
         _require_finite(net), _require_finite(process)

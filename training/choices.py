@@ -43,12 +43,36 @@ def _precision(config) -> dict[str, Any]:
     return arguments(config.precision, config.fp16)
 
 
+def _joint(config, interface, model_type, **sizes):
+    """A network of the whole state of the process, in single precision."""
+    from training.networks_joint import JointPrecond
+    from training.processes.options import make_process
+
+    process, form = make_process(config.process, config.process_options, learn=True), config.prediction or "noise"
+    if process.beta is None:
+        raise ValueError(
+            f"--parameterization={config.parameterization} needs a linear diffusion: not {process!r} (--process)"
+        )
+    if config.parameterization == "joint-denoiser":
+        first, form, code = 0, "denoiser", "log-sigma"
+    else:
+        first = 0 if config.predict == "all" else process.first_noised()
+        logarithm = sizes.get("embedding_type") == "fourier" or model_type in ("EDM2UNet", "JointResNet")
+        code = "log-t" if logarithm else "t"
+    kernel = dict(hybrid=config.transition != "conditional", cov_eps=config.cov_eps or 0.0)
+    state = dict(variables=process.V, first=first, parameterization=form, time_code=code, **kernel)
+    return JointPrecond(**interface, sigma_data=config.sigma_data, model_type=model_type, **state, **sizes)
+
+
 def _edm2(config, interface):
     from training.networks_edm2 import Precond
 
-    options = dict(interface, sigma_data=config.sigma_data, dropout=config.dropout)
-    options |= _sizes(config) | given(channels_per_head=config.channels_per_head) | _precision(config)
-    return Precond(**options, **config.net_options)
+    options = _sizes(config) | given(channels_per_head=config.channels_per_head) | config.net_options
+    options["dropout"] = config.dropout
+    if config.parameterization != "reduced":
+        return _joint(config, interface, "EDM2UNet", **options)
+    options |= dict(interface, sigma_data=config.sigma_data) | _precision(config) | options
+    return Precond(**options)
 
 
 _SONG = dict(model_type="SongUNet", model_channels=128, channel_mult=[2, 2, 2], decoder_type="standard")
@@ -65,7 +89,10 @@ PRECONDS = {"edm": "EDMPrecond", "vp": "VPPrecond", "ve": "VEPrecond"}  # classe
 
 
 def _edm(config, interface):
-    options = dict(interface, dropout=config.dropout) | _EDM_ARCHS[config.arch] | _sizes(config) | _precision(config)
+    options = dict(dropout=config.dropout) | _EDM_ARCHS[config.arch] | _sizes(config)
+    if config.parameterization != "reduced":
+        return _joint(config, interface, **options | config.net_options)
+    options |= interface | _precision(config)
     if config.augment:
         options["augment_dim"] = augment_pipe(config).label_dim
     if config.precond == "edm":
@@ -95,6 +122,15 @@ def _process(config, common, references):
     return ProcessLoss(process, **common, **laws, lr_scale=config.process_lr_scale)
 
 
+def _joint_loss(config, common, references):
+    from training.losses.joint import JointLoss
+
+    names = ("objective", "weighting", "time_sampling", "t_min", "cov_eps", "elbo_samples", "switch_at")
+    options = given(**{name: getattr(config, name) for name in names})
+    hybrid, own = config.transition != "conditional", dict(label_dropout=config.label_dropout)
+    return JointLoss(common["kernel"], hybrid=hybrid, lr_scale=config.process_lr_scale, **own, **options)
+
+
 # (TrainingConfig, keywords of every DenoisingLoss, references: (n, generator) -> clean examples) -> Loss.
 LOSSES: dict[str, Callable] = {
     "edm2": lambda config, common, references: _losses("EDM2Loss")(config.P_mean, config.P_std, **common),
@@ -102,6 +138,7 @@ LOSSES: dict[str, Callable] = {
     "vp": lambda config, common, references: _losses("VPLoss")(**common),
     "ve": lambda config, common, references: _losses("VELoss")(**common),
     "process": _process,
+    "joint": _joint_loss,
 }
 
 

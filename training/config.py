@@ -23,7 +23,10 @@ _period = functools.partial(_run, type=cli.NIMG, at_least=0, free=True)
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # meaning: torch_utils/precision.py
 TIME_SAMPLING, WEIGHTING = ("uniform", "importance", "snr"), ("likelihood", "reweightedv1", "reweightedv2")
+PARAMETERIZATIONS, PREDICTIONS = ("reduced", "joint-denoiser", "joint"), ("noise", "score", "mixed")
 WHEN, CHEAP = ("always", "early", "late"), ("half", "levels", "lowres")
+
+JOINT = ("prediction", "predict", "transition", "cov_eps", "objective", "elbo_samples", "switch_at")
 
 RUN = outputs.Kind(
     "a run folder",
@@ -67,7 +70,23 @@ class TrainingConfig:
     loss: str = _noise("edm2", "Loss; process: a process's own noise levels", choices=choices.LOSSES)
     time_sampling: str | None = _noise(None, "Of loss process: law of t", choices=TIME_SAMPLING, shown="snr")
     weighting: str | None = _noise(None, "Of loss process: weight", choices=WEIGHTING, shown="likelihood")
-    t_min: float | None = _noise(None, "Its lowest t", above=0, shown="where sigma is 0.002")
+    t_min: float | None = _noise(None, "Its lowest t", above=0, shown="where sigma is 0.002; joint: 1e-3")
+    parameterization: str = _noise(
+        "reduced",
+        "What the network sees: noisy data, or the whole state; joint: as CLD and MDM",
+        choices=PARAMETERIZATIONS,
+    )
+    prediction: str | None = _noise(None, "Of joint: what the network returns", choices=PREDICTIONS, shown="noise")
+    predict: str | None = _noise(None, "Of joint: for which variables", choices=("noised", "all"), shown="noised")
+    transition: str | None = _noise(
+        None, "Of joint: hsm or dsm of CLD", choices=("hybrid", "conditional"), shown="hybrid"
+    )
+    cov_eps: float | None = _noise(None, "Of joint: added to covariances (CLD)", at_least=0, shown="0")
+    objective: str | None = _noise(None, "Of joint", choices=("noise", "elbo"), shown="noise")
+    elbo_samples: int | None = _noise(None, "Of joint: times and noises per image", at_least=1, shown="1")
+    switch_at: int | None = _noise(
+        None, "Of joint: images after which noise prediction becomes elbo", type=cli.NIMG, at_least=0
+    )
     process_lr_scale: float = _noise(0.1, "Learned process: learning rate relative to the network's", at_least=0)
     sigma_data: float = _noise(0.5, "Standard deviation of the data (dataset_tool.py inspect)", above=0)
     P_mean: float = _noise(-0.4, "Mean of ln sigma")
@@ -173,8 +192,17 @@ class TrainingConfig:
 
             self.process_options = parse_options(self.process_options)
         for name in ("time_sampling", "weighting", "t_min"):
-            fits = getattr(self, name) is None or self.loss == "process"
+            fits = getattr(self, name) is None or self.loss in ("process", "joint")
             self._require(fits, name, f"belongs to --loss=process, not {self.loss}")
+        for name in JOINT:
+            fits = getattr(self, name) is None or self.parameterization == "joint"
+            self._require(fits, name, "belongs to --parameterization=joint")
+        joint = self.parameterization == "joint"
+        self._require(joint == (self.loss == "joint"), "parameterization", f"does not go with --loss={self.loss}")
+        whole = self.parameterization != "reduced"
+        self._require(
+            not (whole and self.augment or joint and self.stf), "parameterization", "goes without --augment, --stf"
+        )
         if self.block is None:
             self.block = max(b for b in range(1, min(self.batch_size, 32) + 1) if self.batch_size % b == 0)
         return self
@@ -221,6 +249,8 @@ def make_config(preset: str | None = None, **given: Any) -> TrainingConfig:
         row["loss"] = row.get("precond", "edm")  # the loss that a preconditioning was made with
     if given.get("loss") is None and has_own_levels(row.get("process", "edm")):
         row["loss"] = "process"  # its own noise levels and weight
+    if given.get("loss") is None and row.get("parameterization") == "joint":
+        row["loss"] = "joint"
     return TrainingConfig(**{**row, "preset": preset or ""}).check()
 
 

@@ -192,7 +192,7 @@ def build_process(config: TrainingConfig) -> Any:
     if not (has_own_levels(config.process) or config.process_options):
         return processes.get(config.process)
     process = make_process(config.process, config.process_options, seed=config.seed, learn=True)
-    if isinstance(process, torch.nn.Module) and config.loss != "process":
+    if isinstance(process, torch.nn.Module) and config.loss not in ("process", "joint"):
         raise ValueError(f"--process={config.process} is learned by --loss=process, not --loss={config.loss}")
     return process
 
@@ -216,6 +216,8 @@ def build_loss(config: TrainingConfig, references: Any) -> losses.Loss:
     stable = losses.StableTargets(augmented, config.stf_refs, processes.aug_dim(kernel)) if config.stf else None
     parts = given(kernel=kernel, augment=augment, uncertainty=uncertainty, stable_targets=stable)
     common = dict(sigma_data=config.sigma_data, label_dropout=config.label_dropout, **parts)
+    if config.parameterization == "joint-denoiser":
+        common["variables"] = kernel.V
     return choose(LOSSES, "loss", config.loss)(config, common, references)
 
 
@@ -276,6 +278,8 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
         fit.check_data(f"--val-data={config.val_data}", held_out, own)
     if config.init is not None:
         start_from(net, config.init, own, config.init_classes)
+    if hasattr(net, "bind"):
+        net.bind(loss.process)
     objective = losses.Objective(net, loss)
     ema = choose(EMAS, "ema", config.ema)(config, objective)
     optimizer = choose(OPTIMIZERS, "optimizer", config.optimizer)(config, objective.param_groups())

@@ -193,6 +193,7 @@ class TrainingLoop:
         if self.feed.device.type == "cuda":
             torch.cuda.manual_seed(seed)
         parts = (self.feed, self.encoder, self.objective.loss, self.state.position)
+        self.objective.loss.at(self.state.cur_nimg)
         count = self.selector.candidates(self.batch_size)
         candidates = Candidates(*parts, count, self.batch_size, self.state.cur_nimg, self.parts.batch_gpu)
         self.optimizer.zero_grad(set_to_none=True)

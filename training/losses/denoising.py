@@ -73,6 +73,9 @@ class Loss(torch.nn.Module):
         """The unreduced loss of `net` on `draws`: [N], or of the images' shape."""
         raise NotImplementedError
 
+    def at(self, nimg: int) -> None:
+        """Told before every step how many images were trained on, for what changes within a run."""
+
     def forward(self, net: Callable, images: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.evaluate(net, self.draw(images, labels))
 
@@ -94,6 +97,7 @@ class DenoisingLoss(Loss):
         label_dropout: float = 0.0,  # probability of replacing a label by zeros (for classifier-free guidance)
         uncertainty: bool | None = None,  # use the network's log-variance u(sigma), EDM2 eq. 21, or u = 0
         stable_targets: Callable | None = None,  # draws, generator -> targets; None: the images themselves
+        variables: int = 0,  # of a joint denoiser's state, whose noise besides sigma n is drawn, too; 0: none is
     ):
         super().__init__()
         if not 0 <= label_dropout <= 1:
@@ -103,7 +107,7 @@ class DenoisingLoss(Loss):
         self.augment = augment
         self.label_dropout = label_dropout
         self.uncertainty = self.head if uncertainty is None else uncertainty
-        self.stable_targets = stable_targets
+        self.stable_targets, self.variables = stable_targets, variables
 
     @property
     def separable(self) -> bool:
@@ -140,6 +144,9 @@ class DenoisingLoss(Loss):
             labels = labels * keep
         draws = Draws(images=images, sigma=sigma, weight=weight, noise=noise, labels=labels)
         draws.update(augment_labels=augment_labels, targets=None)
+        if self.variables:
+            shape = [len(images), self.variables, *images.shape[1:]]
+            draws["aux_noise"] = random.randn(shape, generator, images.device)
         if self.stable_targets is not None:
             draws["targets"] = self.stable_targets(draws, generator)
         return draws
@@ -159,7 +166,7 @@ class DenoisingLoss(Loss):
 
 def network_options(draws: Draws) -> dict:
     """Keywords of the network besides its three arguments."""
-    return {} if draws.augment_labels is None else {"augment_labels": draws.augment_labels}
+    return {name: draws[name] for name in ("augment_labels", "aux_noise") if draws.get(name) is not None}
 
 
 class EDM2Loss(DenoisingLoss):

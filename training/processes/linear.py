@@ -232,6 +232,34 @@ class LinearProcess(Process):
         X = torch.linalg.solve_triangular(parts.T, parts.L.detach(), upper=True, unitriangular=True)
         return numerics.lower_root(X).to(as_time(t).device)
 
+    def perturbation(self, t: Times, hybrid: bool = True, cov_eps: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """(F, L) [..., V, V] on the CPU with u_t = F u_0 + L noise: what joint networks are trained on; differentiable.
+
+        hybrid=True: L L' = C, with u_0 = (x0, 0), the auxiliaries integrated out. False: u_0 = (x0, v_0), all given.
+        cov_eps: added to the diagonal of L L' (CLD's numerical_eps, §3.5), after which it is no marginal of the process.
+        """
+        times, inverse = torch.unique(as_time(t).detach().cpu(), return_inverse=True)
+        if not bool(((times > 0) & (times <= 1 + 1e-9)).all()):
+            raise ValueError(f"t = {times.tolist()}: the kernel is a density for times in (0, 1]")
+        A, D, B = self.A, self.D, self.beta_integral(times)
+        F, L = numerics.noise_root(A, D, B)
+
+        def more(F):
+            roots = [F @ self.initial_root()] if hybrid else []
+            eye = torch.eye(self.V, dtype=torch.float64).expand(*F.shape)
+            return roots + ([math.sqrt(cov_eps) * eye] if cov_eps else [])
+
+        if more(F):
+            L = numerics.lower_root(torch.cat([L, *more(F)], dim=-1))
+        if torch.is_grad_enabled() and (A.requires_grad or D.requires_grad):
+            F, C = numerics.noise_covariance(A, D, B)
+            L = numerics.attach_gradient(L, sum((X @ X.mT for X in more(F)), C))
+        return F[inverse], L[inverse]
+
+    def first_noised(self) -> int:
+        """Index of the first variable that receives noise of its own: CLD 1, ALDA 2, MALDA 1, VP and learned ones 0."""
+        return int(torch.diagonal(self.D.detach()).nonzero()[0])
+
     def snr(self, t: Times) -> torch.Tensor:
         t = as_time(t)
         if not bool((t >= 0).all()):

@@ -1,7 +1,8 @@
 """How a network becomes the score that solvers and likelihoods call: `score(u, t) -> [N, V, *data_shape]`.
 
 A network that brings its own `score(u, t)` (a joint network, or any test double) is used as it is. A denoiser sees
-y = m' C^-1 u / snr at noise level sigma(t), which is all that the state says about the data.
+y = m' C^-1 u / snr at noise level sigma(t), which is all that the state says about the data. A joint network is a denoiser,
+too, and is used as one under any process but the one whose state it sees.
 """
 
 import inspect
@@ -22,6 +23,24 @@ def require_linear(process: object) -> None:
         raise ValueError(
             f"{process!r} is a noise kernel without a linear-process view: use heun, or a process such as edm or cld"
         )
+
+
+def brings_score(net: Any, process: Process) -> bool:
+    """Whether `net` has a `score(u, t)` for the states of this process."""
+    if not hasattr(net, "score"):
+        return False
+    own = getattr(net, "process", None)
+    return own is None or not callable(net) or same_process(own, process)
+
+
+def same_process(one: Process, other: Process) -> bool:
+    """Whether two processes are the same diffusion: equal matrices, rate and start."""
+    if one is other:
+        return True
+    facts = [(getattr(p, "beta_range", None), getattr(p, "init_aux_var", None), p.V) for p in (one, other)]
+    if facts[0] != facts[1] or facts[0][0] is None:
+        return False
+    return all(torch.equal(getattr(one, name).detach(), getattr(other, name).detach()) for name in "QDS")
 
 
 class DenoiserScore:
@@ -89,6 +108,6 @@ def make_score(
     Raises ValueError if the process has no linear-process view (PFGM++ at finite D).
     """
     require_linear(process)
-    if hasattr(net, "score"):
+    if brings_score(net, process):
         return GivenScore(net, process, labels)
     return DenoiserScore(net, process, labels, net_dtype)

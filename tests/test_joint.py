@@ -1,0 +1,255 @@
+"""Networks that see the whole state: published parameterisations and losses, against Gaussian data in closed form."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from small_runs import final_state, one_line, run, small_command
+
+import train_edm2
+from torch_utils.persistence import load_snapshot
+from training import processes
+from training.losses.denoising import Draws
+from training.losses.joint import JointLoss
+from training.networks_joint import JointPrecond
+from training.processes.score import make_score
+from training.processes.states import apply_matrix
+
+STD = torch.tensor([0.7, 1.3, 0.25], dtype=torch.float64)  # of the data of mdm.md §8
+MEAN = torch.tensor(
+    [1.0, -0.5, 0.2], dtype=torch.float64
+)  # not told; only |MEAN|^2 enters, and its KL(q_T, prior) needs 1.29
+LINEAR = {"vp": {}, "cld": {}, "alda": {}, "malda": {}, "learned": {"V": 3, "full": True}}
+
+
+def process_of(name, **options):
+    torch.manual_seed(0)
+    return processes.get(name, **LINEAR[name] | options)
+
+
+class ExactScore:
+    """Score, and noise prediction, of Gaussian data N(MEAN, STD^2) per channel; [N, V, 3, 1, 1]."""
+
+    def __init__(self, process, hybrid=True):
+        self.process, self.hybrid, self.first = process, hybrid, 0
+
+    def score(self, u, t, labels=None):
+        mean, cov = self.process.kernel(torch.as_tensor(t).expand(len(u)))
+        total = (
+            cov[:, None] + STD[:, None, None] ** 2 * (mean[..., :, None] * mean[..., None, :])[:, None]
+        )  # [N, 3, V, V]
+        away = u[..., 0, 0].mT - MEAN[:, None] * mean[:, None]
+        found = torch.linalg.solve(total, away[..., None])[..., 0]
+        return -found.mT[..., None, None]
+
+    def noise(self, u, t, labels=None, root=None):
+        return -apply_matrix(root.mT, self.score(u, t))
+
+
+def sigma_points(n):
+    """Points [2 n, n] of equal weight with the mean of every quadratic function of standard normals."""
+    return math.sqrt(n) * torch.cat([torch.eye(n), -torch.eye(n)]).double()
+
+
+@torch.no_grad()
+def expected_bound(process, t_min, hybrid=True, nodes=40):
+    """(no offset, with offset) of the exact score in exact expectation, nats per 3 dimensions."""
+    V, net = process.V, ExactScore(process, hybrid)
+    loss = JointLoss(process, "elbo", t_min=t_min, hybrid=hybrid, elbo_samples=nodes)
+    points = sigma_points(2 * V)  # x, V noises, V - 1 auxiliaries
+    x = (MEAN + points[:, :1] * STD)[..., None, None]
+    x_noise, rest = points[:, 1 : V + 1], points[:, V + 1 :]
+
+    def shaped(z):
+        return z[..., None, None, None].expand(*z.shape, 3, 1, 1)
+
+    node, weight = np.polynomial.legendre.leggauss(nodes)
+    t, inverse = loss.levels(torch.from_numpy(node / 2 + 0.5), "elbo")
+    draws = Draws(images=x, labels=None, noise=shaped(x_noise[:, None].expand(-1, nodes, -1)))
+    draws["t"] = t.expand(len(x), -1)
+    draws["weight"] = (inverse * torch.from_numpy(weight / 2) * nodes).expand(len(x), -1)
+    draws["elbo"] = torch.ones(len(x), dtype=torch.bool)
+    if not hybrid:
+        draws["start"] = shaped(rest)
+    plain = -loss.evaluate(net, draws).double().mean()
+    offset = loss.offset(net, Draws(draws, start=shaped(rest)), shaped(x_noise)).mean()
+    return (plain, plain + offset) if torch.is_grad_enabled() else (float(plain), float(plain + offset))
+
+
+# mdm.md §8: exact arithmetic, 40 digits, of the published code's bound.
+@pytest.mark.parametrize(
+    "name, t_min, plain, offset",
+    [
+        ("vp", 1e-3, -2.7812, -2.7804),
+        ("vp", 1e-2, -2.7919, -2.7805),
+        ("cld", 1e-3, -2.8389, -2.7791),
+        ("cld", 1e-2, -3.4737, -2.9203),
+        ("malda", 1e-3, -2.8984, -2.7788),
+        ("malda", 1e-2, -4.1679, -3.0611),
+        ("alda", 1e-3, -2.8850, -2.8545),
+        ("alda", 1e-2, -3.2426, -2.9014),
+    ],
+)
+def test_bound_of_gaussian_data_is_the_digests(name, t_min, plain, offset):
+    assert expected_bound(process_of(name), t_min) == pytest.approx((plain, offset), abs=1.1e-4)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_bound_does_not_depend_on_the_conditioning(name):
+    process = process_of(name)
+    assert expected_bound(process, 1e-2) == pytest.approx(expected_bound(process, 1e-2, hybrid=False), abs=5e-6)
+
+
+def test_learned_matrices_get_the_gradient_of_the_whole_bound():
+    """Against differences of the exact expectation, whose score moves with the matrices, too."""
+    process = process_of("learned").double()
+    value = expected_bound.__wrapped__
+    found = torch.autograd.grad(value(process, 1e-2)[0], [process.q, process.d])
+    for p, gradient in zip([process.q, process.d], found, strict=True):
+        for index in [(0, 1), (2, 0)]:
+            around = []
+            for step in (1e-4, -1e-4):
+                with torch.no_grad():
+                    p[index] += step
+                    around.append(float(value(process, 1e-2)[0]))
+                    p[index] -= step
+            assert float(gradient[index]) == pytest.approx((around[0] - around[1]) / 2e-4, rel=1e-5, abs=1e-6)
+
+
+class Exact(JointPrecond):
+    """What a perfectly trained network returns for Gaussian data, in each parameterisation."""
+
+    def raw(self, u, t, labels):
+        if self.parameterization == "denoiser":
+            u = u * (1 + self.sigma_data**2 * self.process.kernel_parts(t).a ** 2).sqrt()[..., None, None, None]
+            parts = self.process.kernel_parts(t)
+            y = (parts.a[..., None, None, None] * u).sum(1) / parts.snr[:, None, None, None]
+            s2, sd2 = (1 / parts.snr)[:, None, None, None], self.sigma_data**2
+            mean, var = MEAN[:, None, None], (STD**2)[:, None, None]
+            exact = (var * y + s2 * mean) / (var + s2)
+            return ((exact - sd2 / (s2 + sd2) * y) / (s2 * sd2 / (s2 + sd2)).sqrt())[:, None]
+        score = ExactScore(self.process).score(u, t)[:, self.first :]
+        L = self.process.perturbation(t, self.hybrid, self.cov_eps)[1][:, self.first :, self.first :]
+        if self.parameterization == "score":
+            return score
+        if self.parameterization == "mixed":
+            mean, cov = self.process.kernel(t)
+            base = torch.diagonal(cov, dim1=-2, dim2=-1) + self.cov_eps
+            if not self.process.first_noised():
+                base[:, 0] += mean[:, 0] ** 2
+            score = score + u[:, self.first :] / base[:, self.first :, None, None, None]
+        return -apply_matrix(L.mT, score)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("form, hybrid, cov_eps", [
+    ("noise", True, 0), ("noise", False, 0), ("noise", True, 1e-6), ("score", True, 0), ("mixed", True, 1e-9),
+    ("mixed", False, 0), ("denoiser", True, 0),
+])  # fmt: skip
+def test_every_parameterisation_gives_the_score_of_all_variables(name, form, hybrid, cov_eps):
+    process = process_of(name)
+    first = 0 if form == "denoiser" else process.first_noised()
+    net = Exact(1, 3, 0, 0.5, process.V, first, form, hybrid, cov_eps, model_type="JointMLP").bind(process)
+    t = torch.tensor([0.03, 0.3, 0.9, 0.3], dtype=torch.float64)
+    u = torch.randn(4, process.V, 3, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        score, exact = make_score(net, process), ExactScore(process).score(u, t)
+        error = (score(u, t) - exact).abs() / exact.abs().amax((0, 2), keepdim=True)
+        assert float(error.max()) < (1e-5 if name == "alda" else 1e-6)
+        y, sigma = process.project(u, t)
+        posterior = (STD[:, None, None] ** 2 * y + sigma[:, None, None, None] ** 2 * MEAN[:, None, None]) / (
+            STD[:, None, None] ** 2 + sigma[:, None, None, None] ** 2
+        )
+        torch.testing.assert_close(net.denoised(u, t), posterior, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            net(y, sigma), posterior.float(), rtol=1e-5, atol=1e-5
+        )  # whatever stands for the rest
+        rest = torch.randn(4, process.V, 3, 1, 1)
+        torch.testing.assert_close(net(y, sigma, aux_noise=rest), posterior.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_covariances_and_noise_multiplier_of_the_cld_paper():
+    """cld.md §3.4: values of the official code for CIFAR-10 with numerical_eps 1e-9."""
+    t = torch.tensor([1e-5, 1e-3, 0.01, 0.1, 0.5, 1.0], dtype=torch.float64)
+    _, L = processes.CLD.published().perturbation(t, cov_eps=1e-9)
+    C = L @ L.mT
+    found = torch.stack([C[:, 0, 0], C[:, 0, 1], C[:, 1, 1], 1 / L[:, 1, 1]], dim=1)
+    expected = torch.tensor([
+        [1.25664e-9, 1.60602e-6, 0.010077, 11.1634], [3.19489e-6, 2.19185e-4, 0.017558, 19.9185],
+        [8.23914e-4, 6.70808e-3, 0.075535, 6.91380], [0.221810, 0.129860, 0.215758, 2.67518],
+        [0.986461, 5.28689e-3, 0.247934, 2.00843], [0.999984, 7.07621e-6, 0.249997, 2.00001],
+    ]).double()  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=5e-5, atol=0)
+
+
+@pytest.mark.parametrize("name, channels", [("JointMLP", 50562), ("JointResNet", 84996)])
+def test_sizes_of_the_networks_of_points(name, channels):
+    net = JointPrecond(1, 2, variables=2, first=1, model_type=name)
+    assert sum(p.numel() for p in net.parameters()) == channels
+
+
+class Silent(JointPrecond):
+    """Predicts nothing."""
+
+    def raw(self, u, t, labels):
+        return u.new_zeros(len(u), self.outputs, *u.shape[2:])
+
+
+@pytest.mark.parametrize("weighting", ["reweightedv2", "reweightedv1", "likelihood"])
+@pytest.mark.parametrize("hybrid", [True, False])
+def test_noise_losses_of_a_silent_network(weighting, hybrid):
+    """cld.md §4.2: the weights are 1, Gamma beta and Gamma beta l^2 on eps^2, whose mean is one per dimension."""
+    process = processes.CLD.published(beta0=0.1, beta1=6.9)
+    loss = JointLoss(process, weighting=weighting, t_min=0.01, hybrid=hybrid)
+    net = Silent(1, 3, variables=2, first=1, hybrid=hybrid, model_type="JointMLP").bind(process)
+    draws = loss.draw(torch.randn(2000, 3, 1, 1), generator=torch.Generator().manual_seed(0))
+    t = draws.t[:, 0]
+    assert float(t.min()) >= 0.01 and float(t.max()) <= 1 and float(t.mean()) == pytest.approx(0.505, abs=0.02)
+    ell = 1 / process.perturbation(t, hybrid)[1][:, 1, 1]
+    weight = {"reweightedv2": 1.0, "reweightedv1": 1 * (0.1 + 6.9 * t), "likelihood": (0.1 + 6.9 * t) * ell**2}[
+        weighting
+    ]
+    expected = weight * draws.noise[:, 0, 1].double().square().flatten(1).sum(1)
+    torch.testing.assert_close(loss.evaluate(net, draws).double(), expected, rtol=1e-5, atol=0)
+    if weighting == "reweightedv2":
+        assert float(expected.mean()) == pytest.approx(3, abs=0.15)
+
+
+LEARNED = (
+    "--process=learned",
+    "--process-options=V=2",
+    "--parameterization=joint",
+    "--switch-at=1Ki",
+    "--process-lr-scale=1",
+)
+
+
+def test_a_joint_run_learns_resumes_and_is_loaded(digits, tmp_path):
+    run(train_edm2.main, *small_command(digits, tmp_path / "whole", *LEARNED))
+    run(train_edm2.main, *small_command(digits, tmp_path / "parts", *LEARNED, "--slice=1Ki"))
+    run(train_edm2.main, *small_command(digits, tmp_path / "parts", *LEARNED))
+    whole, parts = (final_state(tmp_path / name) for name in ("whole", "parts"))
+    assert json.dumps(whole["state"]) == json.dumps(parts["state"])
+    for name, value in whole["objective"].items():
+        assert torch.equal(value, parts["objective"][name]), name
+    start, middle, last = (
+        load_snapshot(tmp_path / "whole" / f"network-snapshot-000000{k}-0.100.safetensors") for k in (0, 1, 2)
+    )
+    assert torch.equal(start.process.q, middle.process.q) and not torch.equal(middle.process.q, last.process.q)
+    assert last.net.process is last.process and last.net(torch.zeros(2, 1, 8, 8), 0.5).isfinite().all()
+    assert float(torch.linalg.eigvalsh(last.process.D)[0]) > 0
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--parameterization=joint"], "linear diffusion"),
+    (["--parameterization=joint", "--process=cld", "--objective=elbo", "--cov-eps=1e-9"], "cov_eps"),
+    (["--process=cld", "--objective=elbo"], "--objective=elbo"),
+    (["--parameterization=joint", "--process=learned"], "elbo"),
+    (["--parameterization=joint", "--process=cld", "--loss=edm2"], "--loss=edm2"),
+    (["--parameterization=joint", "--process=cld", "--t-min=2"], "t_min"),
+])  # fmt: skip
+def test_mistakes_are_one_line(options, says, digits, tmp_path):
+    one_line(train_edm2.main, *small_command(digits, tmp_path / "r", *options), says=says)
+    assert not (tmp_path / "r").exists()
