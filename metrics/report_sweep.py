@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dnnlib.util import natural_key, write_text
-from metrics.results import of_detector, read_scores
+from metrics.results import of_detector, read_scores, require_comparable
 from metrics.table import collect, grouped, markdown, mean_interval, paired_difference, write_csv
 
 LARGER_IS_BETTER = {"agreement", "precision", "recall", "density", "coverage"}
@@ -50,6 +50,7 @@ def read_curves(
         raise ValueError(
             f"--scores={scores}: no {measure} in section {section!r}; there: {', '.join(held) or 'nothing'}"
         )
+    require_comparable(chosen)  # also between the arms
     curves, arms = {}, grouped((row.tags.get("arm", "all"), row) for row in chosen)
     for arm in sorted(arms, key=natural_key):
         # A cell per value, so that seeds, sampling seeds and references are checked as in every report.

@@ -19,7 +19,9 @@ import reconstruct_phema
 from torch_utils import persistence
 from torch_utils.persistence import load_snapshot, save_snapshot
 from training import phema
+from training.encoders import StandardRGBEncoder
 from training.networks_toy import MLPDenoiser
+from training.processes import PFGMpp
 
 STEP = 1024 * 64
 
@@ -73,19 +75,18 @@ def test_the_fit_error_is_the_distance_of_the_profiles():
     assert phema.profile_error(times, stds, 2.0, [0.1], exactly) < 1e-6
 
 
-def wandering(folder, stds, tracked, dtype, steps=320, every=10, kind="ours"):
+def wandering(folder, stds, tracked, dtype, steps, every, kind):
     """A run of `steps` steps of a network that walks at random; snapshots of `stds`. Returns {std: average} of all."""
     net = MLPDenoiser(hidden_dim=8, num_layers=1) if kind == "ours" else theirs.edm2_net()[0]
     averages = phema.PowerFunctionEMA(net, [*stds, *tracked])
     generator = torch.Generator().manual_seed(3)
-    batch = STEP // every
-    batch -= batch % 64
+    batch = 1024
     for step in range(1, steps + 1):
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(torch.randn(p.shape, generator=generator) * 0.01)
         averages.update(step * batch, batch)
-        if step * batch % 1024 == 0 and step % every == 0:
+        if step % every == 0:
             for average, name in averages.get()[: len(stds)]:
                 path = folder / f"network-snapshot-{step * batch // 1000:07d}-{name}"
                 if kind == "ours":
@@ -97,18 +98,15 @@ def wandering(folder, stds, tracked, dtype, steps=320, every=10, kind="ours"):
 
 
 def distance(a, b):
-    """Relative L2 distance of all parameters."""
+    """Relative L2 distance of all parameters; one rounding to half precision (11 bits) makes 2.1e-4."""
     a, b = (torch.cat([p.flatten() for p in net.parameters()]).double() for net in (a, b))
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("kind", ["ours", "theirs"])
-@pytest.mark.parametrize("dtype", [torch.float16, None])
+@pytest.mark.parametrize("dtype, kind", [(torch.float16, "ours"), (None, "ours"), (torch.float16, "theirs")])
 def test_a_tracked_average_comes_back(tmp_path, dtype, kind):
-    if (dtype, kind) == (None, "theirs"):
-        pytest.skip("theirs are half precision")
-    steps = 320 if kind == "ours" else 40
-    tracked = wandering(tmp_path, [0.05, 0.1], [0.07, 0.12], dtype, steps, every=5, kind=kind)
+    steps, every = (320, 20) if kind == "ours" else (40, 5)
+    tracked = wandering(tmp_path, [0.05, 0.1], [0.07, 0.12], dtype, steps, every, kind)
     options = [f"--indir={tmp_path}", f"--outdir={tmp_path / 'out'}", "--outstd=0.050,0.070,0.100,0.120"]
     report = json.loads(run(reconstruct_phema.main, *options, "--batch=3").stdout)
     files = report["outputs"]
@@ -116,19 +114,21 @@ def test_a_tracked_average_comes_back(tmp_path, dtype, kind):
     for entry in files:
         found = load_snapshot(entry["file"])
         error, stored = distance(found.net, tracked[entry["std"]]), entry["std"] in (0.05, 0.1)
-        assert error < (1e-4 if dtype is None else 4e-4 if kind == "ours" or stored else 5e-3), entry
+        # In half precision inputs and output are rounded, sqrt(2) * 2.1e-4; a stored profile only once.
+        assert error < (1e-4 if dtype is None else 2.3e-4 if stored else 3.5e-4), entry
         assert dtype is not None or not stored or error == 0
         assert found.header["ema"] == f"{entry['std']:.3f}" and found.header["nimg"] // 1000 == report["kimg"]
-    assert max(entry["fit_error"] for entry in files) < (5e-3 if kind == "ours" else 0.1)
+    assert max(entry["fit_error"] for entry in files) < (5e-3 if kind == "ours" else 0.02)
 
 
-def constant(folder, name, value, nimg, std, width=8):
+def constant(folder, name, value, nimg, std, width=8, **header):
     net = MLPDenoiser(hidden_dim=width, num_layers=1)
     with torch.no_grad():
         for p in net.parameters():
             p.fill_(value)
         net.freqs.fill_(value)
-    save_snapshot(folder / f"{name}-{nimg // 1000:07d}-{std:.3f}.safetensors", net, nimg=nimg, ema=f"{std:.3f}")
+    path = folder / f"{name}-{nimg // 1000:07d}-{std:.3f}.safetensors"
+    save_snapshot(path, net, nimg=nimg, ema=f"{std:.3f}", **header)
 
 
 def test_constant_weights_stay_and_buffers_are_the_last(tmp_path):
@@ -256,6 +256,17 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch):
     constant(mixed, "a", 1.0, STEP, 0.1)
     constant(mixed, "a", 1.0, 2 * STEP, 0.1, width=12)
     mistake("another network", indir=mixed)
+    for header, says in (
+        (dict(options=dict(seed=1)), "--seed: 0 -> 1"),
+        (dict(options=dict(data="other.zip", data_content="b")), "--data"),
+        (dict(sources=[0]), "sources"),
+        (dict(encoder=StandardRGBEncoder()), "encoder"),
+        (dict(process=PFGMpp(64)), "process"),
+    ):
+        constant(mixed, "a", 1.0, 2 * STEP, 0.1, **header)
+        mistake(["another run", says], indir=mixed)
+    constant(mixed, "a", 1.0, 2 * STEP, 0.1, options=dict(total_nimg=1024))  # what a resumed run may change
+    assert len(list(phema.reconstruct(phema.stored_profiles(mixed), [0.1]))) == 1
     constant(mixed, "a", float("nan"), 2 * STEP, 0.1)
     mistake("not finite", indir=mixed)
     (mixed / "a-0000042-0.100.safetensors").write_bytes(b"")

@@ -66,6 +66,15 @@ def test_an_optimum_outside_is_not_made_up(scores):
     assert "no optimum inside the range for 3 of 4 training seeds" in (scores / "out" / "ema.md").read_text()
 
 
+def test_arms_were_measured_on_the_same_images(scores):
+    for length in LENGTHS:
+        content = json.loads((scores / f"{length}-0.json").read_text())
+        content["tags"]["arm"], content["metrics"]["denoising"]["reference_hashes"] = "b", {"overall": "others"}
+        (scores / f"b-{length}.json").write_text(json.dumps(content))
+    one_line(*sweep(scores), says=["cannot be compared", "others"])
+    assert not (scores / "out").exists()
+
+
 def test_mistakes(scores):
     one_line(*sweep(scores, "--over=guidance"), says="no tag 'guidance'")
     one_line(*sweep(scores, "--measure=kid"), says="no kid in section 'overall'; there: agreement, denoising_loss, fd")

@@ -259,7 +259,7 @@ def reconstruct(
 
     Every `batch` of them takes one pass over the files; memory holds these, their sums in float32, and one file. Buffers are
     those of the last input. progress: wraps the list of files of a pass. Raises ValueError for files that are not averages
-    of one network, or not finite.
+    of one network in one run, or not finite.
     """
     inputs, nimg = select_inputs(stored, nimg)
     if not stds:
@@ -279,6 +279,8 @@ def reconstruct(
                 sums = [{name: torch.zeros(state[name].shape) for name in names} for _ in part]
             elif header["net"] != first["net"] or shapes(state) != layout:
                 raise ValueError(f"{entry.path}: another network than {inputs[0].path.name}")
+            elif other := _other_run(first, header):
+                raise ValueError(f"{entry.path}: of another run than {inputs[0].path.name}: {other}")
             for name in names:
                 value = state[name].to(torch.float32)
                 if not value.isfinite().all():
@@ -289,6 +291,14 @@ def reconstruct(
             header = first | {"nimg": nimg, "ema": f"{stds[index]:.3f}"}
             made = persistence.assemble(inputs[0].path, header, {**state, **total})
             yield Reconstructed(stds[index], made, dtype, float(errors[index]))
+
+
+def _other_run(first, header):
+    """What headers of two averages say differently that is the same all through a run; empty: nothing."""
+    from training.config import differences
+
+    parts = [name for name in ("encoder", "process", "sources") if header.get(name) != first.get(name)]
+    return "; ".join(parts + differences(first.get("options") or {}, header.get("options") or {}))
 
 
 def _parameters(snapshot, state):
