@@ -1,5 +1,7 @@
 """Data and networks that several test files share; all tiny, all on the CPU."""
 
+import socket
+
 import pytest
 import torch
 from small_runs import run
@@ -12,6 +14,27 @@ from training.networks_edm2 import Precond
 def one_thread():
     """Small tensors: threads only cost. Also what makes two runs of the same step equal in every bit."""
     torch.set_num_threads(1)
+
+
+HERE = ("127.0.0.1", "::1", "localhost", "0.0.0.0", socket.gethostname())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cut_network():
+    """No test reaches beyond this machine: sockets of this process refuse to, downloads of its children find no proxy."""
+    connect = socket.socket.connect
+
+    def local(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in HERE:
+            raise OSError(f"the network is cut: {address}")
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", local)
+        for name in ("http_proxy", "https_proxy"):
+            patch.setenv(name, "http://127.0.0.1:9")
+        patch.setenv("no_proxy", ",".join(HERE))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

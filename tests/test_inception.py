@@ -150,9 +150,9 @@ def test_batch_size_does_not_matter(detector, monkeypatch):
     monkeypatch.setitem(base.CHUNK, "cpu", 4)
     images = published.images(40, 56, count=8)
     together = detector.features(images)
-    for batch in (1, 7):
-        apart = torch.cat([detector.features(part) for part in images.split(batch)])
-        torch.testing.assert_close(apart, together, atol=1e-4, rtol=1e-4)
+    for batch, count in ((1, 2), (7, 8)):
+        apart = torch.cat([detector.features(part) for part in images[:count].split(batch)])
+        torch.testing.assert_close(apart, together[:count], atol=1e-4, rtol=1e-4)
     grey = detector.features(images[:2, :1])
     assert torch.equal(grey, detector.features(images[:2, :1].repeat(1, 3, 1, 1)))
     with pytest.raises(ValueError, match=r"'fid' looks at RGB or grey images.*\[8, 2, 40, 56\]"):
