@@ -1,5 +1,6 @@
 """Runs of a few seconds that several tests share. Imported by tests and by the scripts that they start."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ def python(*arguments, processes=1, code=0, **options):
 def one_line(command, *arguments, says=()):
     """A mistake: exit code 2, and one line that says all of `says` (a text or several), progress aside. Returns the line."""
     result = run(command, *arguments, code=2)
-    lines = [line for line in result.stderr.splitlines() if line.strip() and "/s]" not in line]
+    lines = [line for line in result.stderr.splitlines() if line.strip() and not re.search(r"/s\]|s/\w+\]", line)]
     assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
     for part in [says] if isinstance(says, str) else says:
         assert part in lines[0], lines[0]

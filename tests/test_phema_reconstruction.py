@@ -231,11 +231,13 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch):
         "0.1,0.12,...",
         "nan",
         "0.0001",
+        "0.2886",
     ):
         mistake(bad.rpartition(",")[2][:4] if bad == "x" else "0", f"--outstd={bad}")
     mistake("there are: 65, 131", "--outkimg=70")
     mistake("no snapshots", "--inprefix=other")
     mistake("no snapshots", "--instd=0.05")
+    mistake("--outprefix=../x", "--outprefix=../x")
     mistake("--indir", f"--outdir={tmp_path}")
     monkeypatch.setenv("WORLD_SIZE", "2")
     mistake("one process")

@@ -181,8 +181,10 @@ def parse_stds(text: str) -> list[float]:
             value = float(part)
         except ValueError:
             raise ValueError(f"{text!r} is no list of EMA stds: {part!r} is no number") from None
-        if not 0 < value < 0.2887:
-            raise ValueError(f"{text!r}: the EMA std {part.strip()} must lie in (0, 0.2887)")
+        if not 0 < round(value, 3) < 0.2887:
+            raise ValueError(
+                f"{text!r}: the EMA std {part.strip()} must lie in 0.001..0.288 (names have three decimals)"
+            )
         if gap:
             first, step = values[-1], values[-1] - values[-2]
             count = (value - first) / step if step else 0
@@ -193,10 +195,7 @@ def parse_stds(text: str) -> list[float]:
         values.append(value)
     if gap:
         raise ValueError(f"{text!r}: ... stands between two numbers and one, as in 0.010,0.015,...,0.050")
-    rounded = sorted({round(value, 3) for value in values})
-    if rounded[0] == 0:
-        raise ValueError(f"{text!r}: an EMA std below 0.0005, which file names (three decimals) cannot tell from 0")
-    return rounded
+    return sorted({round(value, 3) for value in values})
 
 
 def stored_profiles(folder: str | Path, prefix: str | None = None, stds: Sequence[float] | None = None) -> list[Stored]:
@@ -325,6 +324,8 @@ def reconstruct_command(
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("averages are reconstructed by one process: start without torchrun")
+    if Path(outprefix).name != outprefix:
+        raise ValueError(f"--outprefix={outprefix}: a name without folders; these are for --outdir")
     stored = stored_profiles(indir, inprefix, None if instd is None else parse_stds(instd))
     times = {s.nimg // 1000: s.nimg for s in stored}
     inputs, nimg = select_inputs(stored, None if outkimg is None else times.get(outkimg, outkimg * 1000))
