@@ -204,11 +204,22 @@ def loss(**options):
 @_int("--seed", "Of the subset and all draws", 0)
 @_int("--batch", "Images per batch", 256, at_least=1)
 @click.option("--per-source/--no-per-source", help="Also per source", default=True)
+@_text("--sources", "Only images of these source ids", "LIST", type=cli.INTS)
 @DEVICE
 @DEST
 def likelihood(**options):
     """Bits per dimension under any process: mean and standard error, overall and per source."""
     commands.likelihood(EasyDict(options))
+
+
+@cmdline.command("energy")
+@_text("--data", "Labelled images", "DIR|ZIP", required=True)
+@DEST
+def energy_command(**options):
+    """Energy distance between the pixels of every two sources: how alike the data say they are, before any training."""
+    from metrics.alike import energy
+
+    energy(EasyDict(options))
 
 
 @cmdline.command()
@@ -226,6 +237,8 @@ def likelihood(**options):
 @_choice("--measure", "What decides between the two arms", "fd", "denoising_loss")
 @_text("--against", "Compare any number of arms with this one, by training seed", "ARM")
 @_choice("--section", "--against: all samples, or mean of sources", "overall", "mean")
+@_text("--contrasts", "Test what this experiment file declares under `contrasts`", "FILE")
+@_text("--reading", "--contrasts: also the validation loss after so many images", "NIMG", type=cli.NIMG)
 @_text("--train-multi", "Training data of the shared model: proves that both arms saw the same images", "ZIP")
 @_text("--train-single", "Training data of the separate models, %s standing for the source id", "ZIP")
 @_text("--real", "Real images to show in the figure", "DIR|ZIP")
@@ -235,8 +248,14 @@ def likelihood(**options):
 def report(**options):
     """Put score files together: one table, a verdict with its uncertainty, one figure.
 
+    With --contrasts, the gain of every kind of model, and the declared contrasts by paired t over training seeds with Holm's p.
     With --against, any number of arms: means over training seeds, and differences to that arm of the same seed.
     """
+    if options["contrasts"] is not None:
+        from metrics.report_contrasts import report_command
+
+        report_command(EasyDict(options))
+        return
     commands.report(EasyDict(options))
 
 

@@ -24,6 +24,9 @@ Examples:
   python train_edm2.py --outdir=training-runs/c10 --data=datasets/cifar10.zip --preset=edm2-cifar10-xxs --snapshot=2Mi \
       --checkpoint=4Mi --eval-every=8Mi --eval-ref=dataset-refs/cifar10.npz --eval-num=10000
 \b
+  # One small model for each of the digits 0, 1, 2, side by side in one process:
+  python train_edm2.py --each=0,1,2 --outdir=training-runs/digit-%s --data=datasets/digit-%s.zip --preset=digits8
+\b
 Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM or SIGINT after writing a checkpoint
 (run the same command again to go on).
 """
@@ -39,13 +42,12 @@ Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM or SIG
 @click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
 @click.option("--profile", is_flag=True, help="Also say where a step goes, and leave a trace in the run folder")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop")
-def main(outdir, preset, chunks, resume, device, profile, dry_run, **given):
+@click.option(
+    "--each", metavar="LIST", help="Train a small model for each entry, side by side; %s stands for it elsewhere"
+)
+def main(outdir, resume, device, profile, dry_run, each, **given):
     """Train a diffusion model on one data source or many. Run the same command again to resume."""
-    if not given["data"]:
-        raise click.UsageError("Missing option '--data'.")
-    if chunks is not None:
-        given["select_options"] = {"num_chunks": chunks}
-    config = make_config(preset, **given)
+    config = configure(**given)
     if dry_run:
         print(json.dumps(config.to_dict(), indent=2))
         print("Dry run; exiting.")
@@ -54,10 +56,29 @@ def main(outdir, preset, chunks, resume, device, profile, dry_run, **given):
 
             click.echo(cost.estimate(config), err=True)
         return 0
+    if each and (resume or profile):
+        option = "--resume" if resume else "--profile"
+        raise ValueError(f"{option} is not for models side by side (these resume from their own folders): leave it out")
+    if each:
+        from training import side_by_side
+
+        runs = {own["outdir"]: configure(**own) for own in each}
+        return side_by_side.train_command(runs, device)
     from metrics import snapshots
     from training import setup
 
     return setup.train_command(config, outdir, resume, device, snapshots.while_training(config), profile)
+
+
+def configure(
+    data, preset, chunks, outdir=None, resume=None, device=None, profile=None, dry_run=None, each=None, **given
+):
+    """The TrainingConfig of the options of a command line."""
+    if not data:
+        raise click.UsageError("Missing option '--data'.")
+    if chunks is not None:
+        given["select_options"] = {"num_chunks": chunks}
+    return make_config(preset, data=data, **given)
 
 
 if __name__ == "__main__":

@@ -278,25 +278,52 @@ def given_options() -> dict[str, str]:
 class Command(_OneLineErrors, click.Command):
     """A command that takes no empty values (they come from unset shell variables), with options under headings.
 
-    What it writes passes the door of dnnlib/outputs.py first, and is held until it ends; errors name the option.
+    What it writes passes the door of dnnlib/outputs.py first, and is held until it ends; errors name the option. Where it
+    has an option --each, `%s` in all others stands for the entries of that list: `each` becomes the options of all.
     """
+
+    def make_context(self, name: str | None, args: list[str], parent: click.Context | None = None, **more: Any) -> Any:
+        """click's, or that of the first entry of --each."""
+        own = any(param.name == "each" for param in self.params)
+        index = next((i for i, word in enumerate(args) if own and re.match(r"--each(=|$)", word)), None)
+        if index is None:
+            return super().make_context(name, args, parent, **more)
+        _, equals, value = args[index].partition("=")
+        rest = args[:index] + args[index + (1 if equals else 2) :]
+        entries = [e for e in (value if equals else "".join(args[index + 1 : index + 2])).split(",") if e]
+        if not entries or len(entries) != len(set(entries)):
+            raise ValueError(f"--each={value}: give different entries, separated by commas")
+        words = ([word.replace("%s", entry) for word in rest] for entry in entries)
+        ctx, *others = (super(Command, self).make_context(name, w, parent, **more) for w in words)
+        ctx.obj = [ctx, *others]
+        ctx.params["each"] = [dict(own.params) for own in ctx.obj]
+        return ctx
 
     def invoke(self, ctx: click.Context) -> Any:
         """Check and hold the outputs, then run."""
         try:
             with contextlib.ExitStack() as held:
-                for param, text in _texts(ctx):
-                    if kind := getattr(param, "writes", None):
-                        kind = kind if isinstance(kind, outputs.Kind) else kind(ctx.params)
-                        enter = outputs.check if ctx.params.get("dry_run") else outputs.claimed
-                        door = enter(_flag(param), text, kind, _others(ctx, param))
-                        held.enter_context(door or contextlib.nullcontext())
+                several = ctx.obj if ctx.params.get("each") else [ctx]
+                for param in (p for p in self.params if getattr(p, "writes", None)):
+                    if len({str(own.params[param.name]) for own in several}) < len(several):
+                        own = f"{_flag(param)}={ctx.params[param.name]}"
+                        raise ValueError(f"{own}: every entry of --each needs a place of its own: put %s into it")
+                for own in several:
+                    self._hold(own, held)
                 return super().invoke(ctx)
         except (ValueError, OSError) as err:
             message = _reason(err) if isinstance(err, OSError) else str(err)
             if (better := _naming_option(message, ctx)) != message:
                 raise ValueError(better) from err
             raise
+
+    def _hold(self, ctx, held):
+        for param, text in _texts(ctx):
+            if kind := getattr(param, "writes", None):
+                kind = kind if isinstance(kind, outputs.Kind) else kind(ctx.params)
+                enter = outputs.check if ctx.params.get("dry_run") else outputs.claimed
+                door = enter(_flag(param), text, kind, _others(ctx, param))
+                held.enter_context(door or contextlib.nullcontext())
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections = {}

@@ -8,10 +8,11 @@
         foreach: {source: sources}
         run: train_edm2.py --outdir={out}/runs/{source} --duration={duration}
 
-`{name}` in a step is a setting, `{out}` the folder of the results, and `{name,}` a list joined by commas. `foreach` repeats
-the step for every combination of the lists it names (or writes out); an entry that is a mapping sets several names at once,
-which later names may be lists of. A setting without a value must be given with --set, and `{classes: "{source}"}` is the list
-of the classes in a data set (what may stand there besides, and what it reads, the caller says).
+`{name}` in a step is a setting, `{out}` the folder of the results, `{file}` the experiment file, and `{name,}` a list joined by
+commas. `foreach` repeats the step for every combination of the lists it names (or writes out); an entry that is a mapping
+sets several names at once, which later names may be lists of. A setting without a value must be given with --set, and
+`{classes: "{source}"}` is the list of the classes in a data set (what may stand there besides, and what it reads, the caller
+says).
 The repetitions of one step are independent of each other and may run side by side; steps follow each other in order.
 A run line may start with `torchrun --standalone --nproc_per_node=2`: the step then runs in so many processes.
 `summary: true` marks a step that is done again whenever another one was. A step is done when its marker
@@ -21,7 +22,6 @@ A run line may start with `torchrun --standalone --nproc_per_node=2`: the step t
 import collections
 import concurrent.futures
 import contextlib
-import fnmatch
 import functools
 import glob
 import hashlib
@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 from dnnlib.reading import read_json, read_yaml
 from dnnlib.util import file_sum, reason, write_json
+from dnnlib.writers import Writers
 
 ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
 LAUNCHER = "torchrun"
@@ -105,17 +106,25 @@ class Step:
         raise ValueError(f"step {self.name}: {LAUNCHER} starts no script")
 
     @functools.cached_property
+    def words(self) -> list[str]:
+        """The arguments; where one is --each=A,B, all of them for A, then for B, which `%s` stands for."""
+        each = next(
+            (word.removeprefix("--each=").split(",") for word in self.argv if word.startswith("--each=")), ["%s"]
+        )
+        return [word.replace("%s", entry) for entry in each for word in self.argv[1:]]
+
+    @functools.cached_property
     def writes(self) -> set[str]:
         """Paths (files, folders, or stems of files) that the command line says it writes."""
         names = OUTPUTS | SCRIPT_OUTPUTS.get(self.script, set())
-        options = (word[2:].partition("=") for word in self.argv if word.startswith("--"))
+        options = (word[2:].partition("=") for word in self.words if word.startswith("--"))
         return {os.path.normpath(value) for name, _, value in options if name in names and value}
 
     @property
     def folders(self) -> set[str]:
         """Outside folders that whole options name."""
         values = {
-            os.path.normpath(word.partition("=")[2]) for word in self.argv if word.startswith("--") and "=" in word
+            os.path.normpath(word.partition("=")[2]) for word in self.words if word.startswith("--") and "=" in word
         }
         return {path for path in values & self.reads if path != "." and os.path.isdir(path)}
 
@@ -123,7 +132,7 @@ class Step:
     def reads(self) -> set[str]:
         """All that may be a path in the command line and is not written by it; `%s` stands for anything."""
         found = set()
-        for word in self.argv[1:]:
+        for word in self.words:
             value = word.partition("=")[2] if word.startswith("--") else word
             found |= {value, value.partition(":")[2], *re.split(r"[,:]", value)}
         return {os.path.normpath(path.replace("%s", "*")) for path in found if path} - self.writes
@@ -149,24 +158,15 @@ def _digest(content):
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _names(written, path, root):
-    """Whether `path` (perhaps a pattern) names something at, in, around or beside `written`; the root only itself."""
-    if root in (written, path):
-        return written == path
-    pairs = zip(written.split(os.sep), path.split(os.sep), strict=False)  # one may go deeper
-    return all(w == p or fnmatch.fnmatch(w, p) or p.startswith(w + ".") for w, p in pairs)
-
-
 def _link(steps, root):
     """Fill in what each step needs: earlier steps that write what it names."""
-    root = os.path.normpath(root)
+    root, writers = os.path.normpath(root), Writers()
     for step in steps:
-        named = step.reads | step.writes
-        step.needs = [
-            other
-            for other in steps
-            if other.stage < step.stage and any(_names(w, path, root) for w in other.writes for path in named)
-        ]
+        for path in step.writes:
+            writers.add(path, step)
+    for step in steps:
+        found = {id(w): w for path in step.reads | step.writes for w in writers.of(path, root) if w.stage < step.stage}
+        step.needs = [other for other in steps if id(other) in found]
         inside = root + os.sep
         step.reads = {path for path in step.reads if not (path + os.sep).startswith(inside)}  # the rest is from outside
 
@@ -289,6 +289,7 @@ def load(
     if missing is not None:
         raise ValueError(f"{path}: {missing} has no value; give --set {missing}=...")
     settings.setdefault("out", "results/" + _folder_name(name, budget, overrides or {}))
+    settings.setdefault("file", os.fspath(path))
     for name, value in settings.items():
         if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in (readers or {}):
             ((reader, text),) = value.items()

@@ -57,7 +57,9 @@ def report_kind(o: dict) -> outputs.Kind:
     """What `report` writes, by its options."""
     if o["against"] is not None:
         return outputs.written("a report", ".md", ".csv", ".png", ".svg")
-    return outputs.written("a report", "table.md", "table.csv", "comparison.png", "comparison.svg", folder=True)
+    return outputs.written(
+        "a report", "table.md", "table.csv", "contrasts.csv", "comparison.png", "comparison.svg", folder=True
+    )
 
 
 def start(device: str | None, alone: str | None = None) -> torch.device:
@@ -475,7 +477,7 @@ def likelihood(o: EasyDict) -> None:
 
 
 def report(o: EasyDict) -> None:
-    """Put score files together: two arms or a grid of them, or with --against any number of arms."""
+    """Put score files together: two arms; with --against any number of arms; with --contrasts what is declared."""
     from metrics.report import write_report
     from metrics.report_arms import write_arms_report
 

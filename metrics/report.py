@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from dnnlib.util import write_text
-from metrics import report_grid
-from metrics.report_grid import MEASURES
 from metrics.results import Row, of_detector, of_sources, read_scores, sources_of, theory_ratio
 from metrics.table import Cells, Verdict, collect, half_width_of, markdown, numbers, verdict, write_csv
 
@@ -27,6 +25,7 @@ COLUMNS = (
     "recall",
     "bits_per_dim",
 )
+MEASURES = {"fd": "FD", "denoising_loss": "held-out denoising loss"}
 SHORT = {"fd": "FD", "denoising_loss": "loss"}
 SURE = ("fd", "denoising_loss", "agreement")  # stand in the Markdown table with their 95 % interval
 STRIP = 12  # images of each arm and source in the figure
@@ -219,8 +218,6 @@ def write_report(
     """
     rows = of_sources(of_detector(read_scores(scores), metric))
     notes, dest = list(notes), Path(dest)
-    if any("cell" in row.tags for row in rows):
-        return report_grid.write_grid_report(rows, dest, arms, net, notes)
     sources, cells = sources_of(rows), collect(rows)
     judged = [m for m in (measure, *MEASURES) if m == measure or any(m in row.numbers for row in rows)]
     verdicts = {m: verdict(cells, sources, *arms, m) for m in judged}

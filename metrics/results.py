@@ -43,6 +43,7 @@ class Row:
     images: str | None  # folder, data set or run that was scored
     file: str
     compared: Compared = Compared(None, None, None)
+    net: str | None = None  # network that was measured without images of its own
 
 
 def read_scores(pattern: str | Path, needed: Sequence[str] = ("arm", "seed")) -> list[Row]:
@@ -75,11 +76,13 @@ def read_scores(pattern: str | Path, needed: Sequence[str] = ("arm", "seed")) ->
 def rows_of(content: dict, file: str) -> list[Row]:
     """The rows of the content of one score file. Raises what a content of another form leads to."""
     rows, tags, images = [], {"sampling": "0", **content["tags"]}, content.get("images")
+    net = content.get("net")
     for detector, result in content["metrics"].items():
         sections = {"overall": result.get("overall", result), "mean": result.get("mean", {})}
         for section, values in (sections | result.get("sources", {})).items():
             numbers = {name: float(v) for name, v in values.items() if type(v) in (int, float)}
-            rows.append(Row(tags, detector, section, numbers, images, file, _compared(result, section, values)))
+            about = _compared(result, section, values)
+            rows.append(Row(tags, detector, section, numbers, images, file, about, net))
     return rows
 
 

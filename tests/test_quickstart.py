@@ -1,6 +1,7 @@
-"""The commands a newcomer types, at smoke size: the quickstart and the grid, start to end, interrupted and resumed."""
+"""The commands a newcomer types, at smoke size, start to end, interrupted and resumed."""
 
 import csv
+import hashlib
 import json
 import os
 import signal
@@ -10,6 +11,10 @@ import time
 
 import PIL.Image
 from small_runs import ROOT, python
+
+import run_experiment
+from dnnlib import experiment
+from training.dataset import ImageFolderDataset
 
 
 def command(name, out, *more):
@@ -37,21 +42,41 @@ def test_quickstart(tmp_path):
     assert markers(tmp_path) == before, "the second run did steps again"
 
 
-def test_grid_interrupted_twice(tmp_path):
+def test_multi_vs_single_interrupted_twice(tmp_path):
     """Killed twice on the way, the same command finishes, and no completed step is done again."""
     for seconds in (12, 12):
-        arguments = [sys.executable, *command("grid", tmp_path, "--jobs=1")]
+        arguments = [sys.executable, *command("multi-vs-single", tmp_path, "--jobs=1")]
         silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         process = subprocess.Popen(arguments, cwd=ROOT, start_new_session=True, **silent)
         time.sleep(seconds)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         before = markers(tmp_path)
-    printed = python(*command("grid", tmp_path, "--jobs=1"), timeout=None).stdout
+    printed = python(*command("multi-vs-single", tmp_path, "--jobs=1"), timeout=None).stdout
     after = markers(tmp_path)
     assert before.items() <= after.items(), "a completed step was done again"
-    listed = python(*command("grid", tmp_path, "--list")).stdout
+    listed = python(*command("multi-vs-single", tmp_path, "--list")).stdout
     assert listed.count(" done ") == len(after) and " todo " not in listed
-    assert printed.count("both arms saw the same images") == 3 and "WARNING" not in printed
     groups = {line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")}
-    assert {"control-self", "control-shuffled", "all"} <= groups
+    assert {"real", "shuffled", "again", "more sources (bits per doubling of K)"} <= groups
+    assert len(list(csv.DictReader((tmp_path / "contrasts.csv").open()))) == 5
+    lines = list(csv.DictReader((tmp_path / "seeds.csv").open()))
+    assert len(lines) == 2 * (3 * 6 + 3 + 6) and all(float(line["best_kimg"]) > 0 for line in lines)
+
+
+def test_no_image_is_in_two_parts(tmp_path):
+    """Training, validation and test images of every seed share none, by the hash of their pixels."""
+    settings, steps = experiment.load(ROOT / "experiments" / "multi-vs-single.yaml", "smoke", {"out": str(tmp_path)})
+    made = ("base", "pool-real-seed0", "pool-shuffled-seed0", "test-real-seed0", "test-shuffled-seed0")
+    made += ("data-real-all-n25-seed0", "data-real-all-n100-seed0", "data-shuffled-all-n25-seed0")
+    experiment.run([step for step in steps if step.name in made], tmp_path, run_experiment.load_scripts, progress=False)
+    hashes = lambda name: {
+        hashlib.sha256(image.tobytes()).hexdigest() for image, _ in ImageFolderDataset(tmp_path / name)
+    }
+    for pool in ("real", "shuffled"):
+        train = hashes(f"data/{pool}-all-n25-seed0.zip")
+        val, test, rest = (hashes(f"data/{pool}-{part}-seed0.zip") for part in ("val", "test", "rest"))
+        assert train and val and test <= rest and not (train & val or train & rest or val & rest)
+    assert hashes("data/real-all-n25-seed0.zip") < hashes("data/real-all-n100-seed0.zip")
+    sources = [ImageFolderDataset(tmp_path / f"data/{pool}-all-n25-seed0.zip") for pool in ("real", "shuffled")]
+    assert sources[0].sources == sources[1].sources == [0, 1, 2]

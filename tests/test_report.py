@@ -9,7 +9,7 @@ import scipy.stats
 from small_runs import one_line, run
 
 import calculate_metrics
-from metrics import report, report_grid, results, table
+from metrics import report, results, table
 
 
 def write_scores(folder, values, **extra):
@@ -158,25 +158,6 @@ def test_theory_ratio():
     assert got["per_source"] == own
     assert got["beta_sim"] == pytest.approx(beta)
     assert got["ratio"] == pytest.approx(np.sqrt(1 - 2 / 3 * beta))
-
-
-def test_grid_pairs_cells_with_their_own_single_arm(tmp_path):
-    """Cells share the separate models of their n; a group with data of its own is held against that data."""
-    single = {("single", s, seed, 0): 10.0 + seed for s in (0, 1, 2) for seed in (0, 1)}
-    write_scores(tmp_path / "plain", single, single={"n": "25", "images_trained": "1Ki"})
-    write_scores(
-        tmp_path / "shuffled", {("single", 0, seed, 0): 20.0 + seed for seed in (0, 1)},
-        single={"n": "25", "group": "shuffled", "images_trained": "1Ki"},
-    )  # fmt: skip
-    for cell, group, sources, level in (("K2", "all", (0, 1), 8.0), ("S", "shuffled", (0,), 10.0)):
-        tags = {"cell": cell, "group": group, "n": "25", "k": str(len(sources)), "images_trained": "1Ki"}
-        write_scores(tmp_path / cell, {("multi", s, seed, 0): level for s in sources for seed in (0, 1)}, multi=tags)
-    rows = results.of_sources(results.read_scores(tmp_path / "*" / "*.json"))
-    found = {r.cell: r for r in report_grid.results(rows)}
-    assert found["K2"].verdicts["fd"].advantage == pytest.approx(1 - 8 / 10.5)
-    assert found["S"].verdicts["fd"].advantage == pytest.approx(1 - 10 / 20.5)
-    assert found["K2"].images == {"multi": 1024, "single": 2048}
-    assert "| all | 2 | 25 | 8.00 | 10.50 |" in report_grid.to_markdown(list(found.values()), ("multi", "single"))
 
 
 def add_detector(folder, name, factor):

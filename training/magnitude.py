@@ -135,7 +135,7 @@ class _Normalized(torch.autograd.Function):
         weight, rms = ctx.saved_tensors
         scale = ctx.factor / (EPS + rms)
         along = (grad * weight).flatten(1).mean(dim=1).reshape(rms.shape)
-        return (grad * scale).addcmul_(weight, -along * scale / ((EPS + rms) * rms.clamp_min(TINY))), None, None
+        return torch.addcmul(grad * scale, weight, -along * scale / ((EPS + rms) * rms.clamp_min(TINY))), None, None
 
 
 class MPConv(torch.nn.Module):

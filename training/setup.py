@@ -67,11 +67,16 @@ class Run:
                 raise ValueError(f"--resume={resume}: does not fit, its options are others ({'; '.join(changed)})")
 
     def start(self, outdir: str | Path, hooks: dict | None = None, resume: str | None = None) -> TrainingLoop:
-        """Train in the folder `outdir`; returns the finished loop.
+        """Train in the folder `outdir` (see `loop`); returns the finished loop. Raises TrainingFailed if it breaks down."""
+        loop = self.loop(outdir, hooks, resume)
+        loop.run()
+        return loop
+
+    def loop(self, outdir: str | Path, hooks: dict | None = None, resume: str | None = None) -> TrainingLoop:
+        """The loop that trains in the folder `outdir`, ready to run.
 
         hooks: on_status, on_snapshot, stop_requested (see TrainingLoop). resume: a checkpoint to continue from; None takes
-        the newest sound one in `outdir`, if any. Raises ValueError for one that does not fit, TrainingFailed if training
-        breaks down.
+        the newest sound one in `outdir`, if any. Raises ValueError for one that does not fit.
         """
         outdir, first = Path(outdir), dist.get_rank() == 0
         if resume is None:
@@ -90,7 +95,6 @@ class Run:
             dist.print0(f"Resuming from {resume}")
             loop.load(resume)
         dist.broadcast_([*self.objective.parameters(), *self.objective.buffers()])
-        loop.run()
         return loop
 
 
@@ -126,6 +130,16 @@ def interface_of(dataset: Dataset, encoder: encoders.Encoder) -> dict[str, int]:
     _ = dataset.resolution  # fail now
     latent = encoder.encode_latents(torch.as_tensor(image)[None])
     return dict(img_resolution=latent.shape[-1], img_channels=latent.shape[1], label_dim=len(label))
+
+
+def of_sources(dataset: Dataset, sources: list[int] | None, name: str) -> Dataset:
+    """The images of `dataset`, called `name`, that belong to these sources; all of it where one side has no classes."""
+    if sources is None or dataset.sources is None or set(dataset.sources) <= set(sources):
+        return dataset
+    chosen = np.flatnonzero(np.isin(dataset.raw_labels, sources))
+    if not len(chosen):
+        raise ValueError(f"{name} holds no image of the sources {','.join(map(str, sources))} that are trained on")
+    return dataset.subset(chosen)
 
 
 VECTOR_NUMBERS = 2**16  # of label vectors in the header of a snapshot
@@ -276,6 +290,7 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
     held_out = ImageFolderDataset(config.val_data, use_labels=config.cond) if config.val_data else None
     if held_out is not None:
         fit.check_data(f"--val-data={config.val_data}", held_out, own)
+        held_out = of_sources(held_out, dataset.sources, f"--val-data={config.val_data}")
     if config.init is not None:
         start_from(net, config.init, own, config.init_classes)
     if hasattr(net, "bind"):

@@ -186,16 +186,25 @@ class TrainingLoop:
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
+    def candidates(self) -> Candidates:
+        """What the selector chooses from in the next step."""
+        parts = (self.feed, self.encoder, self.objective.loss, self.state.position)
+        self.objective.loss.at(self.state.cur_nimg)
+        count = self.selector.candidates(self.batch_size)
+        return Candidates(*parts, count, self.batch_size, self.state.cur_nimg, self.parts.batch_gpu)
+
+    def advance(self, candidates: Candidates) -> None:
+        """Count a step on these candidates as done."""
+        self.state.position += candidates.count
+        self.state.cur_nimg += self.batch_size
+
     def step(self) -> None:
         """Train on one batch; returns nothing, reports Loss/loss and Loss/learning_rate."""
         seed = hash_seed(self.parts.seed, dist.get_rank(), self.state.cur_nimg)  # of the network's own dropout
         torch.default_generator.manual_seed(seed)
         if self.feed.device.type == "cuda":
             torch.cuda.manual_seed(seed)
-        parts = (self.feed, self.encoder, self.objective.loss, self.state.position)
-        self.objective.loss.at(self.state.cur_nimg)
-        count = self.selector.candidates(self.batch_size)
-        candidates = Candidates(*parts, count, self.batch_size, self.state.cur_nimg, self.parts.batch_gpu)
+        candidates = self.candidates()
         self.optimizer.zero_grad(set_to_none=True)
         if not (self.objective.training and self.objective.net.training):  # since the last look by a hook
             self.objective.train()
@@ -210,8 +219,7 @@ class TrainingLoop:
         lr = self.parts.learning_rate(self.state.cur_nimg)
         self.stats.report("Loss/learning_rate", lr)
         self._apply_gradients(lr, count, rounds)
-        self.state.position += candidates.count
-        self.state.cur_nimg += self.batch_size
+        self.advance(candidates)
         if self.ema is not None:
             self.ema.update(self.state.cur_nimg, self.batch_size)
 
@@ -303,6 +311,12 @@ class TrainingLoop:
 
     def run(self) -> State:
         """Train. Returns the final State; `interrupted` tells whether a stop request ended it."""
+        for _ in self.turns():
+            self.step()
+        return self.state
+
+    def turns(self, quiet: bool = False) -> Iterator[None]:
+        """All that `run` does around its steps: yields when one is to be done. quiet: without a progress bar."""
         periods, state = self.periods, self.state
         start = state.cur_nimg
         stop = periods.total_nimg
@@ -314,14 +328,14 @@ class TrainingLoop:
             dist.print0(f"Nothing to do: {start} of {periods.total_nimg} images are already trained.")
             if dist.get_rank() == 0:  # an interruption may have come before this
                 checkpoint.remove_old(self.run_dir, periods.keep)
-            return state
+            return
         self._trim_stats()
         if why := self._over():
             dist.print0(f"Nothing to do: {why}.")
-            return state
+            return
         dist.print0(f"Training from {start / 1e3:g} kimg to {stop / 1e3:g} kimg:")
         clock = _Clock()
-        shown = dict(unit="img", unit_scale=True, disable=dist.get_rank() != 0, mininterval=1.0)
+        shown = dict(unit="img", unit_scale=True, disable=quiet or dist.get_rank() != 0, mininterval=1.0)
         bar = tqdm(total=periods.total_nimg, initial=start, **shown)
         try:
             while True:
@@ -341,14 +355,13 @@ class TrainingLoop:
                 if done:
                     break
                 with clock.step(self.batch_size):
-                    self.step()
+                    yield
                 bar.update(self.batch_size)
         finally:
             bar.close()
         steps = (state.cur_nimg - start) // self.batch_size
         if int(self.bad_steps) >= steps:
             raise TrainingFailed(f"all {steps} steps had non-finite gradients: nothing was learned; {REMEDY}")
-        return state
 
 
 def _kimg_of(line):
