@@ -100,6 +100,7 @@ def gen(o: EasyDict) -> None:
     """Generate images from one snapshot, or from all that a pattern matches, and score them."""
     from torch_utils import persistence
     from training import fit, generation, sampling
+    from training.encoders import use_vae
 
     chosen = sampling.take(o)
     chosen.max_batch_size = o.batch
@@ -112,6 +113,7 @@ def gen(o: EasyDict) -> None:
     device = commands.start(o.device)
     found = find(chosen.net, o.min_kimg, o.max_kimg) if many else [Found(chosen.net, None, "ema")]
     snapshot = persistence.load_snapshot(found[0].path, device)
+    use_vae(snapshot.encoder, chosen.vae)
     if not many:
         found = [Found.of(snapshot.path, snapshot.header)]
     prepared = commands.prepare(o, device, fit.of_samples("--net", snapshot))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from torch_utils.persistence import save_snapshot
-from training import generation, processes, samplers
+from training import generation, processes, samplers, time_grids
 from training.generation import generate_images
 from training.guidance import GuidedDenoiser
 from training.samplers import SOLVERS
@@ -147,7 +147,8 @@ def test_joint_networks_and_guides():
 def test_what_does_not_depend_on_the_batch_is_found_once(tiny_net, monkeypatch):
     calls = []
     found = samplers.endpoints
-    monkeypatch.setattr(samplers, "endpoints", lambda *args, **kwargs: calls.append(1) or found(*args, **kwargs))
+    for module in (samplers, time_grids):
+        monkeypatch.setattr(module, "endpoints", lambda *args, **kwargs: calls.append(1) or found(*args, **kwargs))
     for solver in SOLVERS.values():
         options = dict(rtol=0.1, atol=0.1) if solver is SOLVERS["ode"] else {}
         images(tiny_net(), 1, process=MADE["cld"](), sampler=solver, **options)
