@@ -211,7 +211,9 @@ TENSORS = {
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_tensors(honest, tmp_path, name):
-    refused(theirs.dump(at("_parameters", honest[0], TENSORS[name]), tmp_path / "x.pkl"))
+    views = ("a view beyond", "an offset beyond", "endless view", "huge stride")
+    says = "in a storage of 4 numbers" if name in views else ""
+    refused(theirs.dump(at("_parameters", honest[0], TENSORS[name]), tmp_path / "x.pkl"), says)
 
 
 def ends_in_itself():

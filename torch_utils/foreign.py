@@ -21,10 +21,10 @@ from torch_utils.torch_pickles import Object, state_dict
 
 SUFFIXES = (".pkl", ".pt")
 NOT_READ = {
-    ".pth": "a CLD checkpoint holds a network of the whole state (x, v), which is not kept here; a network of images "
-    "(EDM, EDM2) can be sampled through CLD: --process=cld",
-    ".ckpt": "a Lightning checkpoint of MDM holds a network of the whole state and no description of it, which is not kept "
-    "here; a network of images can be sampled through its processes: --process=malda",
+    ".pth": "a CLD checkpoint holds a network of the whole state (x, v) without a description, and is not read; a "
+    "network of images (EDM, EDM2) can be sampled through CLD: --process=cld",
+    ".ckpt": "a Lightning checkpoint of MDM holds a network of the whole state without a description, and is not read; "
+    "a network of images can be sampled through its processes: --process=malda",
 }
 
 _EDM = "img_resolution img_channels label_dim use_fp16"

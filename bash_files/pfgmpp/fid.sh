@@ -2,7 +2,8 @@
 # The published FID of PFGM++ and EDM: train, score every late snapshot on 3 x 50 000 images, best of the snapshots.
 # usage: fid.sh cifar10|cifar10-cond|ffhq64 D|inf [ref|train|score ...] [--dry-run]    (no step: all of them)
 # GPUS: processes (8); ARCH: ddpmpp or ncsnpp of CIFAR-10 (ncsnpp); DATA: data set; RUNS: where runs go; REF: reference file;
-# METRICS: features of the distance (fid); FROM: first snapshot to score, kimg; NUM: images per block (50000);
+# METRICS: features of the distance (fid, with which alone it is the published FID);
+# FROM: first snapshot to score, kimg; NUM: images per block (50000);
 # TRAIN, SCORE: further options of training and scoring, such as TRAIN="--duration=64Ki --snapshot=32Ki"
 set -euo pipefail
 cd "$(dirname "$0")/../.."
