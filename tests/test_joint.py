@@ -11,6 +11,9 @@ from small_runs import final_state, one_line, run, small_command
 import train_edm2
 from torch_utils.persistence import load_snapshot
 from training import processes
+from training.choices import ARCHS
+from training.config import make_config
+from training.joint_likelihood import joint_elbo
 from training.losses.denoising import Draws
 from training.losses.joint import JointLoss
 from training.networks_joint import JointPrecond
@@ -118,6 +121,33 @@ def test_learned_matrices_get_the_gradient_of_the_whole_bound():
             assert float(gradient[index]) == pytest.approx((around[0] - around[1]) / 2e-4, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    "name, plain_std, controlled_std", [("vp", 15.0, 5.2), ("cld", 45.6, 23.3), ("malda", 46.4, 24.0)]
+)
+def test_drawn_bounds_have_the_mean_and_the_spread_of_the_digest(name, plain_std, controlled_std):
+    """mdm.md §20.5, a table of the standard deviation per draw."""
+    process, x = process_of(name), (MEAN + STD * torch.randn(10000, 3, dtype=torch.float64))[..., None, None]
+    net, exact = ExactScore(process), expected_bound(process, 1e-3)
+    for controls, std in ((False, plain_std), (True, controlled_std)):
+        torch.manual_seed(1)
+        bound, parts = joint_elbo(net, process, x, controls=controls, terms=True)
+        for drawn, mean in zip((parts["no_offset"], bound), exact, strict=True):
+            assert float(drawn.mean()) == pytest.approx(mean, abs=4 * float(drawn.std()) / 100)
+        assert float(parts["no_offset"].std()) == pytest.approx(std, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["cld", "learned"])
+def test_implicit_score_matching_is_the_same_bound(name):
+    process, x = process_of(name), (MEAN + STD * torch.randn(4000, 3, dtype=torch.float64))[..., None, None]
+    exact = expected_bound(process, 1e-2)
+    for probes in (0, 2):
+        bound, parts = joint_elbo(
+            ExactScore(process), process, x, t_min=1e-2, integrand="ism", probes=probes, terms=True
+        )
+        for drawn, mean in zip((parts["no_offset"], bound), exact, strict=True):
+            assert float(drawn.mean()) == pytest.approx(mean, abs=4 * float(drawn.std()) / 4000**0.5)
+
+
 class Exact(JointPrecond):
     """What a perfectly trained network returns for Gaussian data, in each parameterisation."""
 
@@ -184,10 +214,27 @@ def test_covariances_and_noise_multiplier_of_the_cld_paper():
     torch.testing.assert_close(found, expected, rtol=5e-5, atol=0)
 
 
-@pytest.mark.parametrize("name, channels", [("JointMLP", 50562), ("JointResNet", 84996)])
-def test_sizes_of_the_networks_of_points(name, channels):
-    net = JointPrecond(1, 2, variables=2, first=1, model_type=name)
-    assert sum(p.numel() for p in net.parameters()) == channels
+@pytest.mark.parametrize("model, images, variables, options, size", [
+    ("JointMLP", (1, 2), (2, 1), {}, 50562), ("JointResNet", (1, 2), (2, 1), {}, 84996),  # cld.md §9
+    ("SongUNet", (32, 3), (2, 1), "cld-cifar10", 107593859),
+    ("SongUNet", (256, 3), (2, 1), "cld-celebahq256-paper", 65466371),
+    ("SongUNet", (256, 3), (2, 1), "cld-celebahq256-postpaper", 103073795),
+    ("HoUNet", (32, 3), (1, 0), "mdm-cifar10-vp", 35746307), ("HoUNet", (32, 3), (2, 0), "mdm-cifar10-cld", 35753222),
+    ("HoUNet", (32, 3), (3, 0), "mdm-cifar10-malda", 35760137), ("HoUNet", (28, 1), (1, 0), "mdm-mnist-vp", 1539329),
+    ("HoUNet", (28, 1), (2, 0), "mdm-mnist-learned2", 1539906), ("HoUNet", (28, 1), (3, 0), "mdm-mnist-alda", 1540483),
+])  # fmt: skip
+def test_published_sizes(model, images, variables, options, size):
+    """mdm.md §13, cld.md §9.1; the presets' own networks."""
+    if options:
+        config = make_config(options, data="x")
+        with torch.device("meta"):
+            net = ARCHS[config.arch](
+                config, dict(zip(("img_resolution", "img_channels"), images, strict=True), label_dim=0)
+            )
+    else:
+        net = JointPrecond(*images, variables=variables[0], first=variables[1], model_type=model)
+    assert net.model.__class__.__name__ == model and (net.variables, net.first) == variables
+    assert sum(p.numel() for p in net.parameters()) == size
 
 
 class Silent(JointPrecond):

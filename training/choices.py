@@ -84,6 +84,7 @@ _EDM_ARCHS = {
         _SONG, embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=[1, 3, 3, 1]
     ),
     "adm": dict(model_type="DhariwalUNet", model_channels=192, channel_mult=[1, 2, 3, 4]),
+    "hounet": dict(model_type="HoUNet"),
 }
 PRECONDS = {"edm": "EDMPrecond", "vp": "VPPrecond", "ve": "VEPrecond"}  # classes of training/networks_edm/precond.py
 
@@ -101,7 +102,7 @@ def _edm(config, interface):
 
 
 # (TrainingConfig, {img_resolution, img_channels, label_dim}) -> denoiser.
-ARCHS: dict[str, Callable] = {"edm2": _edm2, "ddpmpp": _edm, "ncsnpp": _edm, "adm": _edm}
+ARCHS: dict[str, Callable] = {"edm2": _edm2, "ddpmpp": _edm, "ncsnpp": _edm, "adm": _edm, "hounet": _edm}
 
 
 def augment_pipe(config: Any) -> Any:

@@ -18,7 +18,7 @@ from torch_utils import random
 from torch_utils.random import Generator
 from training.guidance import for_sampling
 from training.processes import Process
-from training.processes.score import DenoiserScore, make_score, require_linear
+from training.processes.score import DenoiserScore, brings_score, make_score, require_linear
 from training.processes.states import expand
 from training.processes.time_density import snr_law
 from training.samplers import endpoints
@@ -131,10 +131,12 @@ def elbo(
     with log(1 + sigma_data^2 snr) uniform: exact for every process, which enters by its ends only. The decoder is
     Gaussian around the denoiser's output, of the variance that Gaussian data would have. Differentiable, also in Q and
     D of the process (t_min and t_max stay fixed). terms=True returns (elbo, dict) with kl, diffusion, decoder [N] and
-    sigma_min, sigma_max. Raises ValueError for noise kernels that are no process (PFGM++) and impossible ends.
+    sigma_min, sigma_max. A joint network under its own process has MDM's bound, from its t_min 1e-3, with its term
+    no_offset (training/joint_likelihood.py); where the data are levels of pixels it is used as the denoiser that it also is.
+    Raises ValueError for noise kernels that are no process (PFGM++) and impossible ends.
     """
-    if hasattr(net, "score"):
-        raise ValueError("elbo takes a denoiser; a joint network has its own loss")
+    if brings_score(net, process) and not (decoder == "discretised" and callable(net)):
+        return _joint_bound(net, process, x, labels, num_samples, decoder, generator, terms, options)
     if num_samples < 1:
         raise ValueError(f"num_samples = {num_samples}: at least one is needed")
     setting = Setting(**options)
@@ -162,6 +164,28 @@ def elbo(
         return bound
     parts = {"kl": kl, "diffusion": diffusion, "decoder": decoded}
     return bound, parts | {"sigma_min": float(sigma), "sigma_max": float(snr_min.rsqrt())}
+
+
+def _joint_bound(net, process, x, labels, num_samples, decoder, generator, terms, options):
+    """`elbo` of a joint network: MDM's bound with offset, and its parts."""
+    from training.joint_likelihood import joint_elbo
+
+    if decoder != "gaussian":
+        raise ValueError("the bound of a joint network is one of densities: give --encoder=dequantize (center, logit)")
+    if not hasattr(net, "noise"):
+        raise ValueError(
+            "a network with a score(u, t) only has no bound by draws of noise: use the probability flow (ode)"
+        )
+    setting = Setting(**{"t_min": 1e-3, **options} if options.get("sigma_min") is None else options)
+    t_max, t_min = setting.ends(net, process)
+    if setting.prior != "stationary" or abs(t_max - process.T) > 1e-9:
+        raise ValueError(
+            "the bound of a joint network ends at T with the stationary prior: leave --prior, --sigma-max out"
+        )
+    how = dict(num_samples=num_samples, t_min=t_min, generator=generator)
+    bound, parts = joint_elbo(net, process, x, labels, **how, terms=True)
+    ends = {"sigma_min": float(process.sigma(t_min)), "sigma_max": float(process.sigma(t_max))}
+    return (bound, parts | {"kl": endpoint_kl(process, x, t_max)} | ends) if terms else bound
 
 
 @torch.no_grad()
@@ -192,8 +216,9 @@ def ode_log_likelihood(
         raise ValueError(f"hutch_probes = {hutch_probes}: at least one is needed")
     if probe not in ("rademacher", "gaussian", "exact"):
         raise ValueError(f"probe {probe!r}: choose rademacher, gaussian or exact")
-    state = ("joint" if hasattr(net, "score") else "reduced") if state is None else state
-    if state not in ("reduced", "joint") or (state == "reduced" and hasattr(net, "score")):
+    own = brings_score(net, process)
+    state = ("joint" if own else "reduced") if state is None else state
+    if state not in ("reduced", "joint") or (state == "reduced" and own):
         raise ValueError(f"state {state!r}: choose reduced (denoisers only) or joint")
     setting = Setting(**options)
     if state == "joint" and setting.t_min is None and setting.sigma_min is None and process.beta is not None:

@@ -89,9 +89,8 @@ class JointPrecond(torch.nn.Module):
         self.model = BODIES[model_type](
             img_resolution, variables * img_channels, self.outputs * img_channels, label_dim, **model_kwargs
         )
-        rest = torch.randn(
-            variables, img_channels, img_resolution, img_resolution, generator=torch.Generator().manual_seed(0)
-        )
+        shape, generator = [variables, img_channels, img_resolution, img_resolution], torch.Generator().manual_seed(0)
+        rest = torch.randn(shape, generator=generator, device="cpu")
         self.register_buffer("rest", rest, persistent=False)  # of the state, where a denoiser is asked for
         self._bound = ()
 
@@ -210,6 +209,12 @@ class JointPrecond(torch.nn.Module):
         aux_noise: [N, V, C, H, W] standard normal, the rest of the state; default the same for every call and sample.
         Levels above `sigma_max` are denoised there, scaled to its standard deviation.
         """
+        if x.device.type == "meta":  # the cost, without values
+            labels = class_labels if self.label_dim else None
+            out = self.model(
+                torch.empty([len(x), self.rest[:, :, 0, 0].numel(), *x.shape[2:]], device="meta"), sigma, labels
+            )
+            return (out, x.new_zeros([len(x), 1, 1, 1])) if return_logvar else out
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1).expand(len(x))
         y, top = x.to(torch.float64), self.sigma_max
         level, sd = sigma.clamp(max=top), self.sigma_data

@@ -71,6 +71,52 @@ for _system, _arch, _labels in product(("edm", "pfgmpp"), ("ddpmpp", "ncsnpp"), 
 PRESETS["edm-ffhq64-ddpmpp"] = dict(_EDM, **_FFHQ, arch="ddpmpp", cond=False)  # FID 2.39
 PRESETS["pfgmpp-ffhq64-ddpmpp"] = dict(PRESETS["edm-ffhq64-ddpmpp"], process="pfgmpp", aug_dim=128.0)  # FID 2.43
 
+# Networks of the whole state as published. CLD (arXiv 2112.07068): lengths are iterations times 16 GPUs' batch, its flips are
+# drawn, ours are copies. MDM (arXiv 2302.07261): its YAML files, without ALDA and ImageNet, whose lengths it does not tell;
+# its learned matrices have no fixed speed, ours have.
+_JOINT = dict(
+    parameterization="joint", cond=False, lr_schedule="constant", betas=[0.9, 0.999], decay=0, fp16=False, time_sampling=None,
+)  # fmt: skip
+_CLD = dict(
+    _JOINT, process="cld", prediction="mixed", predict="noised", transition="hybrid", objective="noise", arch="ncsnpp",
+    weighting="reweightedv2", process_options=dict(m_inv=4, gamma=0.04, beta0=4, beta1=0), t_min=1e-5, channels=128,
+    dropout=0.1, attn_resolutions=[16], ema="decay", ema_decay=0.9999, grad_clip=1.0, xflip=True, encoder="rgb",
+)  # fmt: skip
+PRESETS["cld-cifar10"] = dict(  # FID 2.25 by the flow, 2.23 by EM; <= 3.31 bits/dim
+    _CLD, channel_mult=[1, 2, 2, 2], num_blocks=8, cov_eps=1e-9, lr=2e-4, batch_size=128, total_nimg=800_000 * 128, rampup=12.8,
+)  # fmt: skip
+_PLAIN = dict(
+    embedding_type="positional", encoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1]
+)  # of ncsnpp
+_CELEBA = dict(
+    _CLD, channel_mult=[1, 1, 2, 2, 2, 2, 2], net_options=_PLAIN, cov_eps=1e-6, lr=1e-4, batch_size=64, rampup=6.4
+)
+PRESETS["cld-celebahq256-paper"] = dict(_CELEBA, num_blocks=2, total_nimg=320_000 * 64)  # no number published
+PRESETS["cld-celebahq256-postpaper"] = dict(
+    _CELEBA, num_blocks=4, total_nimg=600_000 * 64, process_options=dict(m_inv=4, gamma=0.04, beta0=0.1, beta1=6.9),
+    optimizer="adamw", weight_decay=0.01, t_min=1e-3,
+)  # fmt: skip
+_MDM = dict(
+    _JOINT, prediction="noise", predict="all", transition="hybrid", objective="elbo", t_min=1e-3, arch="hounet", num_blocks=2,
+    attn_resolutions=[16], lr=2e-4, batch_size=128, rampup=0.0, ema="none", grad_clip=2.0, encoder="logit", sigma_data=2.0,
+    process_lr_scale=1.0,
+)  # fmt: skip
+_MDM_DATA = {
+    "cifar10": dict(channels=128, channel_mult=[1, 2, 2, 2], xflip=True, total_nimg=15_000_064),
+    "mnist": dict(channels=32, channel_mult=[1, 2, 2], total_nimg=18_000_000),
+    "imagenet32": dict(channels=128, channel_mult=[1, 2, 2, 2], total_nimg=15_000_064),
+}
+_MDM_PROCESSES = {  # bits/dim of the review version: CIFAR-10, MNIST
+    "vp": ("vp", {}),  # 3.36, 1.089
+    "cld": ("cld", {}),  # 3.563, 0.920
+    "alda": ("alda", {}),  # 4.700, 2.061
+    "malda": ("malda", {"V": 3}),  # 2.634, 0.507, which the later version does not repeat
+    "learned2": ("learned", {"V": 2}),  # 3.009, 0.960
+    "learned3": ("learned", {"V": 3}),
+}
+for (_data, _sizes), (_name, (_process, _options)) in product(_MDM_DATA.items(), _MDM_PROCESSES.items()):
+    PRESETS[f"mdm-{_data}-{_name}"] = dict(_MDM, **_sizes, process=_process, process_options=_options)
+
 # Small enough for a CPU: 8x8 and 28x28 grey digits.
 _DIGITS = dict(
     arch="edm2", loss="edm2", channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=16,
@@ -97,9 +143,10 @@ def interface(
     name: str, resolution: int | None = None, channels: int | None = None, classes: int | None = None
 ) -> dict:
     """{img_resolution, img_channels, label_dim} of the data that a preset is made for; what is given wins."""
-    row, grey, latent = get(name), name.startswith("digits"), "img512" in name or "img256" in name
+    row, grey, latent = get(name), name.startswith("digits") or "mnist" in name, "img512" in name or "img256" in name
     known = {"digits8": 8, "digits28": 28, "small32": 32}
-    side = known.get(name, 32 if "cifar" in name or "img256" in name else 64)
+    sides = {"celebahq256": 256, "cifar": 32, "img256": 32, "imagenet32": 32, "mnist": 28}
+    side = known.get(name) or next((side for word, side in sides.items() if word in name), 64)
     labels = 10 if grey or "cifar" in name else 200 if "tiny" in name else 1000
     return dict(
         img_resolution=resolution or side,

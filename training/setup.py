@@ -158,6 +158,8 @@ def build_network(config: TrainingConfig, interface: dict[str, int], device: tor
         raise ValueError(
             f"--arch={config.arch} cannot be built with {sizes} for images of {interface} ({reason(err)}): give other sizes"
         ) from err
+    if hasattr(net, "bind"):
+        net.bind(build_process(config))
     return net.train().requires_grad_(True)
 
 
@@ -293,7 +295,7 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
         held_out = of_sources(held_out, dataset.sources, f"--val-data={config.val_data}")
     if config.init is not None:
         start_from(net, config.init, own, config.init_classes)
-    if hasattr(net, "bind"):
+    if hasattr(net, "bind"):  # to the one that is trained along
         net.bind(loss.process)
     objective = losses.Objective(net, loss)
     ema = choose(EMAS, "ema", config.ema)(config, objective)

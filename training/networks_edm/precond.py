@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from torch_utils.persistence import persistent
+from training.networks_edm.hounet import HoUNet
 from training.networks_edm.layers import LogVariance, require
 from training.networks_edm.unets import DhariwalUNet, SongUNet
 from training.networks_edm2 import Preconditioned
@@ -172,4 +173,4 @@ class iDDPMPrecond(_Precond):
         return torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise
 
 
-MODELS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+MODELS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet, "HoUNet": HoUNet}

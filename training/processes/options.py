@@ -70,8 +70,9 @@ def make_process(
             warnings.warn("--process=learned: nothing is learned yet, its matrices are random", stacklevel=2)
     try:
         if name == "cld" and {"m_inv", "gamma", "beta0", "beta1"} & set(options):
-            return processes.CLD.published(**options)
-        with torch.random.fork_rng(devices=[]):
+            with torch.device("cpu"):
+                return processes.CLD.published(**options)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(seed)
             process = processes.get(name, **options)
         return process.requires_grad_(learn) if isinstance(process, torch.nn.Module) else process
