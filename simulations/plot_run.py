@@ -45,7 +45,9 @@ def draw(runs: dict[str, list[dict]], keys: list[str], axes: list[str], log: boo
 
 @cli.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-@click.option("--keys", type=cli.STRINGS, help=f"Fields of stats.jsonl; default: those present of {', '.join(CURVES)}")
+@click.option(
+    "--keys", type=cli.STRINGS, help=f"Fields of stats.jsonl; default: those present of {', '.join(CURVES)}, Process/*"
+)
 @click.option("--x", "axes", type=cli.STRINGS, default="images,time", help=f"Any of {', '.join(AXES)}")
 @click.option("--log/--linear", default=True, help="Logarithmic where all values are positive")
 @figure_stem("--save", "runs")
@@ -66,7 +68,8 @@ def main(runs, keys, axes, log, save):
     missing = set(keys or ()) - present
     if missing:
         raise ValueError(f"--keys={sorted(missing)[0]} is in no stats.jsonl; there are: {', '.join(sorted(present))}")
-    keys = keys or [key for key in CURVES if key in present]
+    learned = sorted(key for key in present if key.startswith("Process/"))  # matrices
+    keys = keys or [key for key in CURVES if key in present] + learned
     if not keys:
         raise ValueError(f"none of the usual fields is there; give --keys from {', '.join(sorted(present))}")
     from metrics import figures

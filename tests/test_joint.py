@@ -9,10 +9,13 @@ import torch
 from small_runs import final_state, one_line, run, small_command
 
 import train_edm2
+from dnnlib.util import read_stats
+from simulations import plot_run
 from torch_utils.persistence import load_snapshot
 from training import processes
 from training.choices import ARCHS
 from training.config import make_config
+from training.guidance import NullLabels, guided
 from training.joint_likelihood import joint_elbo
 from training.losses.denoising import Draws
 from training.losses.joint import JointLoss
@@ -264,6 +267,27 @@ def test_noise_losses_of_a_silent_network(weighting, hybrid):
         assert float(expected.mean()) == pytest.approx(3, abs=0.15)
 
 
+def test_guidance_without_labels_mixes_the_scores_of_joint_networks():
+    torch.manual_seed(0)
+    process = process_of("cld")
+    net = JointPrecond(
+        8, 1, 3, variables=2, first=1, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[]
+    )
+    torch.nn.init.normal_(net.bind(process).eval().requires_grad_(False).model.map_label.weight)
+    for p in net.parameters():
+        p.add_(0.1 * torch.randn_like(p))  # the last layers start at zero
+    u, t, labels = torch.randn(2, 2, 1, 8, 8).double(), torch.tensor(0.4), torch.eye(3)[:2]
+    main, null = net.score(u, t, labels), net.score(u, t)
+    assert float((main - null).abs().max()) > 1e-3
+    both = guided(net, NullLabels(net), 3.0, process=process)
+    torch.testing.assert_close(make_score(both, process, labels)(u, t), null + 3 * (main - null))
+    x, sigma = u[:, 0].float(), torch.tensor(0.7)
+    main, null = net(x, sigma, labels), net(x, sigma)
+    torch.testing.assert_close(
+        guided(net, NullLabels(net), 3.0)(x, sigma, labels), null + 3 * (main - null), rtol=1e-4, atol=1e-4
+    )
+
+
 LEARNED = (
     "--process=learned",
     "--process-options=V=2",
@@ -286,7 +310,15 @@ def test_a_joint_run_learns_resumes_and_is_loaded(digits, tmp_path):
     )
     assert torch.equal(start.process.q, middle.process.q) and not torch.equal(middle.process.q, last.process.q)
     assert last.net.process is last.process and last.net(torch.zeros(2, 1, 8, 8), 0.5).isfinite().all()
-    assert float(torch.linalg.eigvalsh(last.process.D)[0]) > 0
+    lines = read_stats(tmp_path / "whole")
+    for line, process in zip(lines, (start.process, middle.process), strict=False):  # the lines are of what is trained
+        assert 0 < line["Process/min_eigenvalue"] <= min(line["Process/D00"], line["Process/D11"])
+        assert line["Process/Q01"] == pytest.approx(
+            float(process.Q[0, 1]), abs=1e-6
+        )  # nothing is learned before the switch
+        assert line["Process/D00"] + line["Process/D11"] == pytest.approx(2)  # the fixed speed
+    assert lines[-1]["Process/Q01"] != lines[0]["Process/Q01"]
+    run(plot_run.main, tmp_path / "whole", "--keys=Process/Q01,Process/min_eigenvalue", f"--save={tmp_path / 'curve'}")
 
 
 @pytest.mark.parametrize("options, says", [

@@ -115,7 +115,7 @@ class GuidedDenoiser(torch.nn.Module):
     ) -> None:
         super().__init__()
         _check(net, gnet, guidance, interval)
-        if hasattr(net, "score") or hasattr(gnet, "score"):
+        if any(hasattr(part, "score") and not callable(part) for part in (net, gnet)):
             raise ValueError("a network brings its own score(u, t): use GuidedScore(net, gnet, process, guidance)")
         _forward_attributes(self, net)
         self.net, self.gnet, self.guidance, self.interval = net, gnet, guidance, interval
@@ -194,6 +194,9 @@ class NullLabels(torch.nn.Module):
             )
         _forward_attributes(self, net)
         self.net, self.null = net, null
+        if hasattr(net, "score"):  # a joint network without its label is one still
+            self.process = net.process
+            self.score = lambda u, t: net.score(u, t, self.null_labels(u))
 
     def forward(
         self, x: Tensor, sigma: Level, class_labels: Labels = None, **kwargs: Any

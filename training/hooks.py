@@ -34,9 +34,35 @@ def standard_hooks(run: "Run") -> dict:
     if run.held_out is not None:
         looks = Validation(run.held_out, run.periods.status_nimg, run.config.patience)
         chosen |= {"on_status": looks.on_status, "finished": looks.finished}
+    if isinstance(run.objective.noise, torch.nn.Module):
+        chosen["on_status"] = with_matrices(chosen.get("on_status"))
     if run.config.grid and _can_decode(run.encoder, run.feed.device):
         chosen["on_snapshot"] = grid_hook(*grid_labels(run.feed.dataset))
     return chosen
+
+
+def with_matrices(on_status: Callable | None = None) -> Callable:
+    """on_status hook that adds what a learned process is now: Process/Q01, Process/D00, ..., Process/min_eigenvalue of D.
+
+    Raises TrainingFailed where D is not positive semi-definite.
+    """
+
+    def fields(loop):
+        process = loop.objective.noise
+        with torch.no_grad():
+            Q, D = process.Q, process.D
+            smallest = float(torch.linalg.eigvalsh(D)[0])
+        if not smallest >= 0:
+            raise TrainingFailed(
+                f"D of the learned process has the eigenvalue {smallest:g} at {loop.kimg} kimg; {REMEDY}"
+            )
+        found = {f"Process/Q{i}{j}": float(Q[i, j]) for i in range(process.V) for j in range(i + 1, process.V)}
+        found |= {
+            f"Process/D{i}{j}": float(D[i, j]) for i in range(process.V) for j in range(i, process.V) if D[i, j] != 0
+        }
+        return (on_status(loop) if on_status else {}) | found | {"Process/min_eigenvalue": smallest}
+
+    return fields
 
 
 def joined(first: dict, second: dict) -> dict:
