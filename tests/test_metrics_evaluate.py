@@ -84,6 +84,24 @@ def test_real_images_score_the_floor(real):
     json.dumps(real, allow_nan=False)
 
 
+@pytest.mark.filterwarnings("ignore:Matrix is singular")
+def test_the_floor_is_at_the_size_of_the_comparison():
+    """60 images stand beside floors of 60: halves as drawn, cut, by scipy; the bias of so few is several times larger."""
+    options = dict(splits=2, per_source=False, measures=("fd", "kid"))
+    found = evaluate(dataset(slice(0, 60)), dataset(REFERENCE), "pixel", **options)["overall"]
+    expected, pixels = [], IMAGES[REFERENCE].reshape(800, -1) / 127.5 - 1
+    for split in range(2):
+        order = np.random.default_rng([0, split]).permutation(800)
+        a, b = pixels[order[:60]], pixels[order[400:460]]
+        root = scipy.linalg.sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real
+        apart = ((a.mean(0) - b.mean(0)) ** 2).sum() + a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum()
+        expected.append(apart - 2 * np.trace(root))
+    assert found["floor_size"] == 60 and found["fd_floor"] == pytest.approx(np.mean(expected), rel=1e-4)
+    assert found["fd_floor_sd"] == pytest.approx(np.std(expected, ddof=1), rel=1e-2)
+    more = evaluate(dataset(HELD), dataset(REFERENCE), "pixel", **options)["overall"]
+    assert more["floor_size"] == 400 and found["fd_floor"] > 3 * more["fd_floor"]
+
+
 def test_noise_lowers_precision_and_raises_the_distance(judge, real):
     noise = np.random.default_rng(1).normal(0, 60, IMAGES.shape)
     noisy = np.clip(IMAGES + noise, 0, 255).astype(np.uint8)
