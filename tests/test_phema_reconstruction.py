@@ -77,7 +77,8 @@ def test_the_fit_error_is_the_distance_of_the_profiles():
 
 def wandering(folder, stds, tracked, dtype, steps, every, kind):
     """A run of `steps` steps of a network that walks at random; snapshots of `stds`. Returns {std: average} of all."""
-    net = MLPDenoiser(hidden_dim=8, num_layers=1) if kind == "ours" else theirs.edm2_net()[0]
+    torch.manual_seed(0)
+    net = MLPDenoiser(hidden_dim=32, num_layers=1) if kind == "ours" else theirs.edm2_net()[0]
     averages = phema.PowerFunctionEMA(net, [*stds, *tracked])
     generator = torch.Generator().manual_seed(3)
     batch = 1024
@@ -98,7 +99,7 @@ def wandering(folder, stds, tracked, dtype, steps, every, kind):
 
 
 def distance(a, b):
-    """Relative L2 distance of all parameters; one rounding to half precision (11 bits) makes 2.1e-4."""
+    """Relative L2 distance of all parameters; one rounding to half precision (11 bits) makes about 2.1e-4."""
     a, b = (torch.cat([p.flatten() for p in net.parameters()]).double() for net in (a, b))
     return float((a - b).norm() / b.norm())
 
@@ -114,8 +115,8 @@ def test_a_tracked_average_comes_back(tmp_path, dtype, kind):
     for entry in files:
         found = load_snapshot(entry["file"])
         error, stored = distance(found.net, tracked[entry["std"]]), entry["std"] in (0.05, 0.1)
-        # In half precision inputs and output are rounded, sqrt(2) * 2.1e-4; a stored profile only once.
-        assert error < (1e-4 if dtype is None else 2.3e-4 if stored else 3.5e-4), entry
+        # In half precision inputs and output are rounded, sqrt(2) * 2.1e-4 together; a stored profile only once.
+        assert error < (1e-4 if dtype is None else 2.6e-4 if stored else 3.7e-4), entry
         assert dtype is not None or not stored or error == 0
         assert found.header["ema"] == f"{entry['std']:.3f}" and found.header["nimg"] // 1000 == report["kimg"]
     assert max(entry["fit_error"] for entry in files) < (5e-3 if kind == "ours" else 0.02)
@@ -181,7 +182,7 @@ def test_memory_does_not_grow_with_the_number_of_snapshots(tmp_path):
     net = MLPDenoiser(hidden_dim=1024, num_layers=1)
     size = sum(p.numel() for p in net.parameters()) * 4 / 2**20
     path = tmp_path / f"network-snapshot-{STEP // 1000:07d}-0.050.safetensors"
-    save_snapshot(path, net, nimg=STEP, ema="0.050")
+    save_snapshot(path, net)  # says nothing of its time: it stands for all of them
     for k in range(1, 33):
         for std in ("0.050", "0.100"):
             if (k, std) != (1, "0.050"):
@@ -271,5 +272,10 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch):
     assert len(list(phema.reconstruct(phema.stored_profiles(mixed), [0.1]))) == 1
     constant(mixed, "a", float("nan"), 2 * STEP, 0.1)
     mistake("not finite", indir=mixed)
+    constant(mixed, "a", 1.0, 2 * STEP, 0.1)
+    for name, says in (("a-0000196-0.100", "131072"), ("a-0000131-0.200", "0.1 by its header")):
+        os.rename(mixed / "a-0000131-0.100.safetensors", mixed / f"{name}.safetensors")
+        mistake(["by its name", says], indir=mixed)
+        os.rename(mixed / f"{name}.safetensors", mixed / "a-0000131-0.100.safetensors")
     (mixed / "a-0000042-0.100.safetensors").write_bytes(b"")
     mistake("multiple of 1024", indir=mixed)

@@ -272,6 +272,11 @@ def reconstruct(
         first = None
         for entry, weights in zip(progress(inputs), x[:, part].tolist(), strict=True):
             header, state = persistence.read_snapshot(entry.path)
+            for said, named in zip(_profile_of(header), (entry.nimg, entry.std), strict=True):
+                if said not in (None, named):
+                    raise ValueError(
+                        f"{entry.path}: is of {named} by its name, of {said} by its header: name it as it was"
+                    )
             if first is None:
                 first, layout = header, shapes(state)
                 names, dtype = _parameters(persistence.assemble(entry.path, header, state), state)
@@ -290,6 +295,12 @@ def reconstruct(
             header = first | {"nimg": nimg, "ema": f"{stds[index]:.3f}"}
             made = persistence.assemble(inputs[0].path, header, {**state, **total})
             yield Reconstructed(stds[index], made, dtype, float(errors[index]))
+
+
+def _profile_of(header):
+    """(images seen, std) by a header; None where it does not say, and the word where its average is of another kind."""
+    nimg, ema = header.get("nimg"), header.get("ema")
+    return nimg, round(float(ema), 3) if re.fullmatch(r"\d\.\d+", str(ema)) else ema
 
 
 def _other_run(first, header):
