@@ -1,13 +1,12 @@
 """Run an experiment file: its steps in order, those already done skipped, several side by side."""
 
 import contextlib
-import os
 
 import click
 
 from dnnlib import cli, experiment, outputs
 from dnnlib.reading import parse_yaml
-from dnnlib.util import locked, reason
+from dnnlib.util import locked, reason, usable_cores
 
 EXAMPLES = """
 \b
@@ -99,7 +98,7 @@ def main(file, budget, settings, out, list_only, names, index, jobs):
     outputs.check("--out", settings["out"], outputs.RESULTS, [outputs.Named("FILE", file)])
     chosen = [step for step in steps if not names or step.name in names]
     with contextlib.nullcontext() if names else locked(settings["out"]):  # single steps may run side by side
-        experiment.run(chosen, settings["out"], load_scripts, jobs or min(os.cpu_count() or 1, 8))
+        experiment.run(chosen, settings["out"], load_scripts, jobs or min(usable_cores(), 8))
     if not names and settings.get("print"):
         with open(settings["print"].replace("{out}", settings["out"]), encoding="utf-8") as text:
             print(text.read())

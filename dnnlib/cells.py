@@ -21,6 +21,7 @@ def run(
     read: Callable = lambda result: result,
     fresh: bool = False,
     keep: bool = True,
+    looked: Callable[[], object] = lambda: None,
     progress: Callable[[list], Iterable] = iter,
 ) -> list:
     """[work(*cell) for cell in cells]; results that lie in `folder` are read instead, and equal cells are worked on once.
@@ -32,6 +33,8 @@ def run(
         read:     stored plain data -> result; where it raises KeyError, TypeError or ValueError, the cell is run again.
         fresh:    run finished cells again.
         keep:     write the files (of several processes that work on the same cells together, one does).
+        looked:   called once when all files have been read: a barrier, where processes work together, so that none finds a
+                  cell that another has only just written.
         progress: wraps the list of cells that are run, e.g. tqdm.
     """
     named = lambda value: [type(value).__name__, dataclasses.asdict(value)]
@@ -41,6 +44,7 @@ def run(
     for name, path in ({} if fresh else files).items():
         with contextlib.suppress(OSError, KeyError, TypeError, ValueError):  # absent, damaged, or of an older form
             results[name] = read(json.loads(path.read_text(encoding="utf-8"))["result"])
+    looked()
     missing = {name: cell for name, cell in zip(names, cells, strict=True) if name not in results}
     for name in progress(list(missing)):
         text = json.dumps({"cell": json.loads(name), "result": work(*missing[name])}, default=dataclasses.asdict)

@@ -43,7 +43,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dnnlib.reading import read_json, read_yaml
-from dnnlib.util import file_sum, reason, write_json
+from dnnlib.util import file_sum, reason, usable_cores, write_json
 from dnnlib.writers import Writers
 
 ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
@@ -469,7 +469,7 @@ def run(
         pool = None
         if jobs > 1:
             context = multiprocessing.get_context("spawn")
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
             pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _exit_with, (os.getpid(),))
             stack.enter_context(pool)
         for _, group in itertools.groupby(todo, key=lambda step: step.stage):

@@ -271,6 +271,11 @@ def parse_seeds(text: str | int) -> list[int]:
     return seeds
 
 
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def reason(err: Exception) -> str:
     """What an exception says, in one line; its type where it says nothing."""
     return (str(err) or type(err).__name__).splitlines()[0]

@@ -156,13 +156,12 @@ def score_all(
 
     how = _identity(chosen, prepared, o)
     identity = lambda one, first: {"snapshot": _digest(one.path, os.stat(one.path).st_mtime_ns), "first": first, **how}
-    together = lambda names: (dist.barrier(), names)[1]  # nobody writes before all have looked
     for one, first in tqdm.tqdm(todo, desc="snapshots", unit="score", file=sys.stderr, disable=not leads):
         if folder is None:
             row = work(one, first)
         else:
             place = Path(folder) / "cells"
-            (row,) = cells.run([(one, first)], work, place, identity=identity, keep=leads, progress=together)
+            (row,) = cells.run([(one, first)], work, place, identity=identity, keep=leads, looked=dist.barrier)
         if leads:
             tags = {"checkpoint": one.checkpoint, "sampling": str(first), **o.tags}
             rows.append(row | {"images": one.path, "tags": tags})

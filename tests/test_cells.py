@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import threading
+import time
 
 import pytest
 
@@ -86,3 +88,23 @@ def test_what_is_no_input_does_not_count(tmp_path):
     assert len(calls) == 1
     assert cells.run([("abcd", None)], work, tmp_path / "none", keep=False)[0]["length"] == 4
     assert not (tmp_path / "none").exists()
+
+
+def test_processes_together_agree_on_what_is_missing(tmp_path):
+    """The first process writes its cell as soon as it may; the second, slower to look, must still work on it."""
+    lock, worked = threading.Barrier(2, timeout=20), []
+
+    def process(slow):
+        def identity(cell):
+            time.sleep(0.2 * slow)
+            return cell
+
+        def work(cell):
+            worked.append(cell)
+            return cell
+
+        cells.run([(1,), (2,)], work, tmp_path, identity=identity, keep=not slow, looked=lock.wait)
+
+    threads = [threading.Thread(target=process, args=[slow]) for slow in (False, True)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert sorted(worked) == [1, 1, 2, 2]

@@ -5,6 +5,9 @@ import importlib.util
 import io
 import json
 import os
+import shutil
+import threading
+import time
 import zipfile
 
 import numpy as np
@@ -16,6 +19,7 @@ from small_runs import ROOT, one_line, python, run
 import dataset_tool
 from training.dataset import ImageFolderDataset, content_hash
 from training.dataset import convert as dataset_convert
+from training.dataset.format import ImageSource
 
 
 def tool(*args):
@@ -404,3 +408,77 @@ def test_images_in_both_parts_are_counted_and_named(tmp_path):
     assert f"Warning: {shared} of 10 images of {tmp_path}/b.zip are in {tmp_path}/a.zip too" in done.stderr
     again = run(dataset_tool.main, "convert", "--source=sklearn:digits", *parts[:-1], "--overwrite")
     assert json.loads(again.stdout)["shared"] == 0 and "Warning" not in again.stderr
+
+
+# --- Workers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Large and small photos by turns (those behind overtake those before), turned, transparent, one too small."""
+    root = tmp_path_factory.mktemp("mixed") / "photos"
+    random = np.random.RandomState(0)
+    for i in range(13):
+        side, folder, exif = [400, 24, 60][i % 3], root / "ab"[i % 2], PIL.Image.Exif()
+        image = PIL.Image.fromarray(random.randint(0, 256, [side, side + 9 * i, 3]).astype(np.uint8))
+        image.putalpha(255 - 127 * (i % 4 == 1))
+        folder.mkdir(exist_ok=True, parents=True)
+        exif[0x0112] = 1 + i % 8
+        image.save(folder / f"{i}.png", exif=exif)
+    PIL.Image.new("RGB", (8, 8)).save(root / "a" / "small.png")
+    return root
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--resolution=20x10", "--transform=center-crop-wide"],
+        ["--resolution=20x20", "--per-source=4", "--holdout=rest.zip"],
+    ],
+)
+def test_workers_change_no_byte(tmp_path, monkeypatch, mixed, kind, options):
+    monkeypatch.chdir(tmp_path)
+    source = mixed if kind == "folder" else shutil.make_archive(str(tmp_path / "in"), "zip", mixed)
+    found = []
+    for workers in (1, 2, 4, 39):
+        summary = convert("--source", source, "--dest=out.zip", f"--workers={workers}", "--overwrite", *options)
+        found.append([summary, {path.name: path.read_bytes() for path in tmp_path.glob("*t.zip")}])
+    assert all(one == found[0] for one in found) and len(found[0][1]) == 1 + ("--holdout=rest.zip" in options)
+    assert (found[0][0]["count"], found[0][0]["skipped"]) == ((14, 4) if len(options) == 2 else (8, 0))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_the_first_error_is_reported_and_nothing_is_left(tmp_path, workers):
+    def fetch(i):
+        if i == 5:  # cannot be read; before it, one that cannot be decoded
+            raise ValueError("5 is not readable")
+        return PIL.Image.new("L", (4, 4))
+
+    def decode(image, name, header_only):
+        if name == "3":
+            time.sleep(0.1)
+            raise ValueError("3 is corrupt")
+        return image
+
+    source = ImageSource("made", 9, fetch, decode=decode)
+    seen = []
+    with pytest.raises(ValueError, match="3 is corrupt"):
+        shown = lambda items, text: (seen.append(item) or item for item in items)
+        dataset_convert.convert(source, tmp_path / "out.zip", workers=workers, progress=shown)
+    assert seen == [0, 1, 2, 3] and not list(tmp_path.iterdir())
+
+
+def test_workers_decode_at_the_same_time(tmp_path):
+    """Each of four waits until all of them decode; reading is one thread's."""
+    together, readers = threading.Barrier(4, timeout=20), set()
+
+    def fetch(i):
+        readers.add(threading.get_ident())
+        return PIL.Image.new("L", (4, 4), i)
+
+    source = ImageSource("made", 8, fetch, decode=lambda image, *_: together.wait() in range(4) and image)
+    assert dataset_convert.convert(source, tmp_path / "out.zip", workers=4)["count"] == 8
+    assert readers == {threading.get_ident()}
+    pixels = [ImageFolderDataset(tmp_path / "out.zip")[i][0].max() for i in range(8)]
+    assert pixels == list(range(8))

@@ -189,7 +189,9 @@ def test_images_and_latents_that_are_not_finite_are_named(tmp_path, value):
     images[1, 0, 0, 1] = value
     with pytest.raises(ValueError, match="1 of 3 images hold NaN or infinity"):
         ArrayDataset(images)
-    source = ImageSource("latents", 3, lambda i: images[i].astype(np.float32), latents=True, describe="item {}".format)
-    with pytest.raises(ValueError, match="item 1: its latents hold NaN or infinity"):
+    source = ImageSource(
+        "latents", 3, images.astype(np.float32).__getitem__, latents=True, decode=lambda item, *_: item
+    )
+    with pytest.raises(ValueError, match="1: its latents hold NaN or infinity"):
         convert(source, tmp_path / "out.zip")
     assert not list(tmp_path.iterdir())

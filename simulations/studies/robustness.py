@@ -152,7 +152,8 @@ def run_grid(
     work = lambda model, setting, first: measure(model, setting, judge, first, grid, device)
     todo, writes = [cell for cell, *_ in wanted], dist.get_rank() == 0
     progress = functools.partial(tqdm, unit="cell", disable=not writes)
-    found = cells.run(todo, work, folder, identity=identity, keep=writes, progress=progress)
+    how = dict(identity=identity, keep=writes, progress=progress, looked=dist.barrier)
+    found = cells.run(todo, work, folder, **how)
     rows = defaultdict(list)
     for (cell, name, value), scores in zip(wanted, found, strict=True):
         row = columns(*cell) | scores | {"experiment": name, "value": value}

@@ -96,8 +96,8 @@ def _tfrecords(path):
         if not all(type(label) is int and 0 <= label < MOST_CLASSES for label in labels):
             raise ValueError(f"--source={path}: the label of some records is no integer from 0 to {MOST_CLASSES - 1}")
     num_classes = None if labels is None else max(labels) + 1
-    read = lambda i: _image_of_example(features(i), describe(i))
-    return ImageSource(base_name(path), len(places), read, labels, num_classes, describe=describe)
+    about = dict(describe=describe, decode=_image_of_example)
+    return ImageSource(base_name(path), len(places), features, labels, num_classes, **about)
 
 
 def index_tfrecord(path: str) -> list[tuple[int, int]]:
@@ -190,7 +190,7 @@ def _feature_values(data):
     return values
 
 
-def _image_of_example(features, name):
+def _image_of_example(features, name, header_only):
     import PIL.Image
 
     key = next((key for key in ("image/encoded", "image", "encoded", "data") if key in features), None)
@@ -199,7 +199,7 @@ def _image_of_example(features, name):
         known = ", ".join(sorted(features))
         raise ValueError(f"{name}: no feature `data`, `image` or `image/encoded` with bytes; it has {known:.200}")
     if key != "data":
-        return open_image(content[0], name)
+        return open_image(content[0], name, header_only)
     raw, shape = np.frombuffer(content[0], dtype=np.uint8), features.get("shape", [])[:4]
     sound = len(shape) == 3 and all(type(n) is int and n > 0 for n in shape) and shape[0] in (1, 3)
     if not sound or math.prod(shape) != raw.size:
@@ -243,7 +243,7 @@ def _lmdb(path):
     return ImageSource(
         base_name(path),
         len(places),
-        lambda i: open_image(content(places[i]), describe(i)),
+        lambda i: content(places[i]),
         labels,
         num_classes,
         describe=describe,
@@ -291,16 +291,12 @@ def _tiny_imagenet(path):
             names = (n for n in os.listdir(folder) if n.lower().endswith((".jpeg", ".jpg", ".png")))
             files += [(folder / name, index[wnid]) for name in sorted(names, key=natural_key)]
 
-    def read(i, header_only=False):
-        return open_image(require_file(files[i][0], MOST_ITEM).read_bytes(), str(files[i][0]), header_only)
-
     return ImageSource(
         name="tiny-imagenet",
         count=len(files),
-        read=read,
+        fetch=lambda i: require_file(files[i][0], MOST_ITEM).read_bytes(),
         labels=[label for _, label in files],
         num_classes=len(wnids),
         class_names=[f"{wnid} {words[wnid]}" if wnid in words else wnid for wnid in wnids],
         describe=lambda i: str(files[i][0]),
-        header=lambda i: read(i, header_only=True),
     )

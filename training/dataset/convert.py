@@ -9,31 +9,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import io
-import json
 import os
-import re
-import shutil
-import tempfile
-import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import click
 import numpy as np
 import PIL.Image
 
-from dnnlib import atomic_write, cli, outputs
+from dnnlib import cli, outputs
 from dnnlib.options import opt
-from dnnlib.util import REPLACED, TEMPORARY, Lock
-from training.choices import given
-from training.dataset.format import LABELS_FILE, ImageSource, extension
+from dnnlib.util import usable_cores
+from training.dataset.format import ImageSource
 from training.dataset.pixels import GREY, Pixels, upright_size
 from training.dataset.sources import open_source
-
-_NO_IMAGES = "nothing is written, no images are left"
-_NO_DESTINATION = (".tar", ".tgz", ".gz", ".7z", ".rar", ".npz", ".npy", ".png", ".jpg", ".json")
+from training.dataset.writing import DATA_SET, NO_IMAGES, Item, check_dest, dataset_writer
 
 # --- Crops (EDM2 dataset tool). Each takes and returns a PIL image; center-crop-wide may return None: skipped ---------
 
@@ -180,134 +171,6 @@ def permute_labels(labels: Sequence | None, sources: Sequence[int] | None, seed:
     return labels.tolist()
 
 
-# --- Writing ----------------------------------------------------------------------------------------------------------
-
-
-def _is_data_set(path):
-    if not path.is_dir():
-        return extension(path.name) == ".zip" and outputs.zip_with(LABELS_FILE)(path)
-    names = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
-    ours = re.compile(r"\d{5}/img(\d{8}\.png|-mean-std-\d{8}\.npy)|" + re.escape(LABELS_FILE))
-    return extension(path.name) != ".zip" and LABELS_FILE in names and all(map(ours.fullmatch, names))
-
-
-DATA_SET = outputs.Kind(
-    f"a data set as written here (with {LABELS_FILE}, and in a folder nothing else)", _is_data_set, folder=None
-)
-
-
-def check_dest(option: str, dest: str | os.PathLike, others: Iterable[outputs.Named], new: bool = False) -> None:
-    """ValueError where `dest` is neither a folder name nor .zip, or `outputs.check` refuses it; new: or where it exists."""
-    if extension(os.fspath(dest)) in _NO_DESTINATION:
-        raise ValueError(f"{option}={dest}: the destination must be a folder or end in .zip")
-    outputs.check(option, dest, DATA_SET, others)
-    if new:
-        outputs.refuse_existing(option, dest)
-
-
-@contextlib.contextmanager
-def _zip_writer(dest, lock):
-    """Function (name, bytes) into a zip. Stored, with fixed time stamps: equal images give equal bytes on every system."""
-
-    def write(name, data):
-        info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-        info.create_system, info.external_attr = 3, 0o644 << 16
-        archive.writestr(info, data)
-
-    with atomic_write(dest) as file:
-        with zipfile.ZipFile(file, "w", compression=zipfile.ZIP_STORED) as archive:
-            yield write
-        file.flush()
-        lock.announce(os.fstat(file.fileno()))
-
-
-@contextlib.contextmanager
-def _folder_writer(dest, lock):
-    """Function (name, bytes) into a folder that takes its name, and the place of an older one, when all is written."""
-    parent, name = os.path.split(os.path.abspath(dest))
-    folder = tempfile.mkdtemp(dir=parent, prefix=f".{name}.", suffix=TEMPORARY)
-
-    def write(name, data):
-        path = os.path.join(folder, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(data)
-
-    try:
-        yield write
-        os.chmod(folder, 0o755)
-        lock.announce(os.stat(folder))
-        if os.path.isdir(dest):
-            os.replace(dest, folder + REPLACED)
-        os.replace(folder, dest)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder + REPLACED, ignore_errors=True)
-
-
-class DatasetWriter:
-    """What goes into one data set: items that agree in shape, and their labels. See `dataset_writer`."""
-
-    def __init__(self, write: Callable[[str, bytes], object]):
-        self.write = write
-        self.labels = []  # [name, label]
-        self.hashes = []  # of the files: equal images are equal files
-        self.shape = None
-
-    def _add(self, name, data, shape, label, described):
-        if shape[-1] != shape[-2]:
-            raise ValueError(f"{described}: {shape[-1]}x{shape[-2]} is not square; use --transform and --resolution")
-        self.shape = self.shape or shape
-        if shape != self.shape:
-            raise ValueError(
-                f"{described}: shape {list(shape)} differs from {list(self.shape)} of the images before; "
-                f"use --resolution=WxH so that all agree"
-            )
-        self.write(name, data.getvalue())
-        self.hashes.append(hashlib.blake2b(data.getvalue(), digest_size=16).digest())
-        self.labels.append([name, label])
-
-    def add_image(self, index: int, image: PIL.Image.Image, label: int | list | None, described: str) -> None:
-        """PIL image (L, RGB or RGBA) -> `IIIII/imgIIIIIIII.png`, uncompressed."""
-        data = io.BytesIO()
-        image.save(data, format="png", compress_level=0, optimize=False)
-        shape = (len(image.getbands()), image.size[1], image.size[0])
-        self._add(f"{index:08d}"[:5] + f"/img{index:08d}.png", data, shape, label, described)
-
-    def add_latents(self, index: int, array: np.ndarray, label: int | list | None, described: str) -> None:
-        """float32 [C,H,W] -> `IIIII/img-mean-std-IIIIIIII.npy`. Raises ValueError where they are not finite."""
-        if not np.isfinite(array).all():
-            raise ValueError(f"{described}: its latents hold NaN or infinity")
-        data = io.BytesIO()
-        np.save(data, np.asarray(array, dtype=np.float32))
-        self._add(f"{index:08d}"[:5] + f"/img-mean-std-{index:08d}.npy", data, array.shape, label, described)
-
-
-@contextlib.contextmanager
-def dataset_writer(dest: str | os.PathLike, lock: Lock, source: ImageSource) -> Iterator[DatasetWriter]:
-    """Context that writes one data set of images of `source`; `dest` appears, whole, only when it ends without an error.
-
-    lock: of `dest` (see outputs.claimed). Raises ValueError, and leaves what is there, where no image was added.
-    """
-    make = _zip_writer if extension(os.fspath(dest)) == ".zip" else _folder_writer
-    try:
-        with make(dest, lock) as write:
-            writer = DatasetWriter(write)
-            yield writer
-            if not writer.labels:
-                raise ValueError(f"--source={source.name}: {_NO_IMAGES} for {dest}")
-            meta = {"labels": None}
-            if all(label is not None for _, label in writer.labels):
-                about = given(num_classes=source.num_classes, class_names=source.class_names)
-                meta = {"labels": writer.labels, **about}
-            write(LABELS_FILE, json.dumps(meta).encode())
-    except OSError as err:
-        if err.errno and not err.filename:  # a full disk does not say which file
-            raise OSError(err.errno, err.strerror, os.fspath(dest)) from err
-        raise
-
-
 # --- Commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +216,9 @@ class Conversion(_Writing):
         type=click.Choice(["auto", "1", "3", "4"]),
     )
     background: str = opt("white", "Colour behind transparent images", metavar="COLOUR")
+    workers: int | None = opt(
+        None, "Images decoded at a time [default: a core each]", metavar="INT", type=click.IntRange(1, 256)
+    )
     depth: str | None = opt(
         None,
         "How more than 8 bits become 8: scale16 (0..65535), unit (0..1), minmax (of each image), LOW:HIGH "
@@ -397,6 +263,28 @@ def _all_grey(count, header):
     return True
 
 
+def _in_order(function, fetch, indices, workers):
+    """function(index, fetch(index)) by threads; results, and errors, in the order of the indices.
+
+    Archives are read here, forwards, by one thread, and few items ahead of what was taken.
+    """
+    jobs, pool = deque(), ThreadPoolExecutor(workers)
+    try:
+        for index in indices:
+            try:
+                job = pool.submit(function, index, fetch(index))
+            except ValueError as err:  # those before it come first
+                job = Future()
+                job.set_exception(err)
+            jobs.append(job)
+            if len(jobs) > 2 * workers:
+                yield jobs.popleft().result()
+        while jobs:
+            yield jobs.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **options: object) -> dict:
     """Write the data set(s); returns a summary (`count`, `holdout`, `skipped`, `per_source`, ...). ValueError.
 
@@ -423,7 +311,7 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
     source = source if isinstance(source, ImageSource) else open_source(source, o.split_folder)
     if source.latents and (o.transform or o.resolution or o.depth or o.channels != "auto"):
         raise ValueError("latents are copied as they are: drop --transform, --resolution, --channels and --depth")
-    bad, vetoes, header = {}, [], source.header or source.read
+    bad, vetoes, header = {}, [], functools.partial(source.read, header_only=True)
     if o.skip_bad:
         vetoes.append(lambda i: _is_sound(source, i, bad))
     if o.transform == "center-crop-wide":
@@ -443,7 +331,7 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
     if o.holdout is not None and not len(rest):
         raise ValueError(f"--holdout={o.holdout}: no images are left for it; lower --per-source={o.per_source}")
     if not len(chosen):
-        raise ValueError(f"--source={where}: {_NO_IMAGES}")
+        raise ValueError(f"--source={where}: {NO_IMAGES}")
     grey = _all_grey(source.count, header) if source.grey is None else source.grey
     channels = (1 if grey else 3) if o.channels == "auto" else int(o.channels)
     pixels = Pixels(channels, o.background, o.depth)
@@ -466,21 +354,28 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
     }
     if o.dry_run:
         return summary
+
+    def made(index, stored):
+        name = source.describe(index)
+        item = source.decode(stored, name, False)
+        if not source.latents:
+            item = apply(pixels(item, name))
+        return None if item is None else Item.of(index, item, name)
+
     with contextlib.ExitStack() as stack:  # all take their names at the end, and only then are let go
         claim = lambda option, path: outputs.claimed(option, path, DATA_SET, others[option], new=not o.overwrite)
         locks = {option: stack.enter_context(claim(option, path)) for option, path in places.items()}
         writers = [stack.enter_context(dataset_writer(places[option], locks[option], source)) for option in places]
         parts = {"--dest": chosen, "--holdout": rest, "--val": validation}
         for (option, path), writer in zip(places.items(), writers, strict=True):
-            for index in o.progress(parts[option].tolist(), os.path.basename(path)):
-                if source.latents:
-                    writer.add_latents(index, source.read(index), labels[index], source.describe(index))
-                    continue
-                image = apply(pixels(source.read(index), source.describe(index)))
-                if image is None:
+            indices = parts[option].tolist()
+            made_items = _in_order(made, source.fetch, indices, o.workers or usable_cores())
+            items = stack.enter_context(contextlib.closing(made_items))
+            for index, item in zip(o.progress(indices, os.path.basename(path)), items, strict=True):
+                if item is None:
                     summary["skipped"] += 1
                 else:
-                    writer.add_image(index, image, labels[index], source.describe(index))
+                    writer.add(item, labels[index], source.describe(index))
     summary["warnings"] += pixels.notes(automatic=o.channels == "auto")
     contents = [writer.hashes for writer in writers]
     if len(contents) > 1:

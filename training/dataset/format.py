@@ -228,18 +228,22 @@ class ImageSource:
 
     name: str
     count: int
-    read: Callable  # index -> PIL image, or float32 [C,H,W] where `latents`
+    fetch: Callable  # index -> what is stored, such as the bytes of an image file
     labels: list | None = None  # Per image: int, list of floats, or None where there is no entry.
     num_classes: int | None = None  # Number of sources in the whole collection.
     class_names: list | None = None
     grey: bool | None = False  # Grey by nature: stays one channel under --channels=auto. None: where all images are.
     latents: bool = False  # Items are arrays to be copied, not images.
     describe: Callable = str  # index -> name for messages
-    header: Callable | None = None  # index -> PIL image, not decoded where that can be
+    decode: Callable = open_image  # (what is stored, name, header_only) -> item; needs nothing that threads would share
     about: str = ""  # what was understood of a folder or zip, in one line
     warnings: Sequence[str] = ()
     missing: str | None = None  # a sentence about images without a label
     parted: bool = False  # has parts, such as train and test, of which one was chosen
+
+    def read(self, index: int, header_only: bool = False) -> PIL.Image.Image | np.ndarray:
+        """PIL image, with header_only not decoded where that can be; float32 [C,H,W] where `latents`. ValueError names it."""
+        return self.decode(self.fetch(index), self.describe(index), header_only)
 
     @classmethod
     def of_arrays(
@@ -271,7 +275,8 @@ class ImageSource:
         return cls(
             name=name,
             count=len(images),
-            read=(lambda i: images[i]) if latents else (lambda i: pixels_to_pil(images[i])),
+            fetch=lambda i: images[i],
+            decode=lambda item, *_: item if latents else pixels_to_pil(item),
             labels=labels,
             num_classes=num_classes,
             class_names=class_names,

@@ -10,8 +10,9 @@ import torch
 
 from dnnlib import outputs
 from training import encoders
-from training.dataset.convert import DATA_SET, LatentOptions, check_dest, dataset_writer
+from training.dataset.convert import LatentOptions
 from training.dataset.sources import open_source
+from training.dataset.writing import DATA_SET, Item, check_dest, dataset_writer
 
 
 def encode_dataset(source: str, dest: str, **options: object) -> dict:
@@ -64,7 +65,6 @@ def _translate(path, dest, o, read, translate, from_latents):
     batches = [range(start, min(start + o.batch, count)) for start in range(0, count, o.batch)]
     claim = outputs.claimed("--dest", dest, DATA_SET, others, new=not o.overwrite)
     with claim as lock, dataset_writer(dest, lock, source) as writer:
-        add = writer.add_image if from_latents else writer.add_latents
         for indices in o.progress(batches, os.path.basename(dest)):
             names = [source.describe(i) for i in indices]
             arrays = [read(source.read(i)) for i in indices]
@@ -74,5 +74,5 @@ def _translate(path, dest, o, read, translate, from_latents):
                     raise ValueError(f"{name}: {shapes}; convert first")
             items = translate(encoder, torch.from_numpy(np.stack(arrays)), device)
             for index, item, name in zip(indices, items, names, strict=True):
-                add(index, item, labels[index], name)
+                writer.add(Item.of(index, item, name), labels[index], name)
     return summary

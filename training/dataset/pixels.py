@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 
 import numpy as np
@@ -95,6 +96,7 @@ class Pixels:
 
     def __init__(self, channels: int, background: str = "white", depth: str | None = None):
         self.mode, self.counts, self.total = {1: "L", 3: "RGB", 4: "RGBA"}[channels], Counter(), 0
+        self.counting = threading.Lock()
         self.background, self.depth = background, depth
         try:
             self.colour = PIL.ImageColor.getrgb(background)[:3]
@@ -113,19 +115,21 @@ class Pixels:
 
     def __call__(self, image: PIL.Image.Image, name: str) -> PIL.Image.Image:
         """The image in `mode`, without metadata. name: for messages."""
-        self.total += 1
-        self.counts["frames"] += bool(image.info.get("frames"))
-        self.counts["turned"] += orientation(image) != 1 or bool(image.info.get("turned"))
+        found = Counter(frames=bool(image.info.get("frames")))
+        found["turned"] = orientation(image) != 1 or bool(image.info.get("turned"))
         image = upright(image)
         if image.info.get("deep") or image.mode.startswith(("I", "F")):
-            image = self._eight_bits(image, name)
-        self.counts["grey"] += image.mode in GREY
+            image, found["deep"] = self._eight_bits(image, name), 1
+        found["grey"] = image.mode in GREY
         if image.mode == "LAB":
             image = image.convert("RGB")
         if see_through(image):
-            image = self._composited(image)
+            image, found["alpha"] = self._composited(image)
         image = image if image.mode == self.mode else image.convert("RGB").convert(self.mode)
         image.info = {}  # a profile or text would be copied into every file
+        with self.counting:
+            self.total += 1
+            self.counts.update(found)
         return image
 
     def _eight_bits(self, image, name):
@@ -134,7 +138,6 @@ class Pixels:
                 f"{name} has more than 8 bits per channel (pixel mode {image.mode}); say how they become 8: "
                 f"--depth=scale16 (0..65535), unit (0..1), minmax (of each image) or LOW:HIGH"
             )
-        self.counts["deep"] += 1
         if not image.mode.startswith(("I", "F")):  # Pillow has kept the upper 8 bits: 256 equal steps
             if self.range != DEPTHS["scale16"]:
                 raise ValueError(f"{name} has colours of 16 bits, of which the upper 8 are read: use --depth=scale16")
@@ -157,17 +160,17 @@ class Pixels:
         return grey
 
     def _composited(self, image):
+        """(image in `mode` or RGBA, whether anything could be seen through)."""
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
         least, most = alpha.getextrema()
         if least == 255:
-            return image
-        self.counts["alpha"] += 1
+            return image, False
         plain = PIL.Image.new("RGBA", image.size, (*self.colour, 255))
         if self.mode != "RGBA":
-            return PIL.Image.alpha_composite(plain, image)
+            return PIL.Image.alpha_composite(plain, image), True
         plain.putalpha(0)
-        return PIL.Image.composite(image, plain, alpha.point(lambda a: 255 * (a > 0)))
+        return PIL.Image.composite(image, plain, alpha.point(lambda a: 255 * (a > 0))), True
 
     def notes(self, automatic: bool) -> list[str]:
         """What was done, in lines with counts. automatic: nobody chose the channels."""

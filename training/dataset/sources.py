@@ -62,24 +62,18 @@ def _list_images(files, part):
     images = layout.names
     latents = layout.arrays and load_npy(files.read(images[0]), images[0]).dtype != np.uint8
 
-    def read(i):
-        data = files.read(images[i])
+    def decode(data, name, header_only):
         if not layout.arrays:
-            return open_image(data, f"{path}: {images[i]}")
-        array = load_npy(data, images[i])
+            return open_image(data, f"{path}: {name}", header_only)
+        array = load_npy(data, name)
         if (array.dtype != np.uint8) != latents:
-            raise ValueError(
-                f"{path}: {images[i]} holds {array.dtype}, unlike {images[0]}: keep pixels and arrays apart"
-            )
+            raise ValueError(f"{path}: {name} holds {array.dtype}, unlike {images[0]}: keep pixels and arrays apart")
         return array if latents else pixels_to_pil(array)
-
-    def header(i):
-        return read(i) if layout.arrays else open_image(files.read(images[i]), f"{path}: {images[i]}", header_only=True)
 
     return ImageSource(
         name=base_name(path),
         count=len(images),
-        read=read,
+        fetch=lambda i: files.read(images[i]),
         labels=layout.labels,
         num_classes=layout.num_classes,
         class_names=layout.class_names,
@@ -87,7 +81,7 @@ def _list_images(files, part):
         grey=None if layout.written_here and not latents else False,
         latents=latents,
         describe=lambda i: images[i],
-        header=header,
+        decode=decode,
         about=layout.sentence,
         warnings=layout.warnings,
         missing=layout.missing,

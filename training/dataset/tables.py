@@ -42,16 +42,15 @@ def open_tables(path: str, part: str | None = None) -> ImageSource | None:
     encoded = [row.get("bytes") if isinstance(row, dict) else row for row in rows]
     describe = lambda i: f"{path}: row {i}"
 
-    def read(i):
-        if not isinstance(encoded[i], bytes):
-            raise ValueError(f"{describe(i)} of column {image} holds no encoded image; write the files into folders")
-        return open_image(encoded[i], describe(i))
+    def decode(data, name, header_only):
+        if not isinstance(data, bytes):
+            raise ValueError(f"{name} of column {image} holds no encoded image; write the files into folders")
+        return open_image(data, name, header_only)
 
     count = len(names) if names else max(labels) + 1 if labels else None
     about = f"{len(encoded)} images of column {image}{said(chosen, parts)}"
-    return ImageSource(
-        base_name(path), len(encoded), read, labels, count, names, describe=describe, about=about, parted=bool(parts)
-    )
+    more = dict(describe=describe, decode=decode, about=about, parted=bool(parts))
+    return ImageSource(base_name(path), len(encoded), encoded.__getitem__, labels, count, names, **more)
 
 
 def _read(file):

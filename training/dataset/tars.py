@@ -23,7 +23,6 @@ from training.dataset.format import (
     base_name,
     extension,
     image_extensions,
-    open_image,
 )
 from training.dataset.labels import path_of
 from training.dataset.listing import choose_part, is_junk, said, shards
@@ -200,11 +199,10 @@ def _webdataset(path, members):
     return ImageSource(
         name=base_name(path),
         count=len(items),
-        read=lambda i: open_image(_read_member(*items[i][0]), describe(i)),
+        fetch=lambda i: _read_member(*items[i][0]),
         labels=labels if known else None,
         num_classes=max(known) + 1 if known else None,
         describe=describe,
-        header=lambda i: open_image(_read_member(*items[i][0]), describe(i), header_only=True),
         about=about + (f" ({left} stray files ignored)" if left else ""),
         missing=missing,
     )
