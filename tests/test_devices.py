@@ -64,11 +64,6 @@ def test_values_and_gradients_are_those_of_the_cpu():
         assert torch.equal(net.weight.grad.inner, wanted)
 
 
-def uploads(seen):
-    """Lines that send from ordinary memory and wait; the constants of networks aside, which are those files' own."""
-    return {line: n for line, n in seen.uploads.items() if not line.startswith("training/networks_")}
-
-
 # --- training ---------------------------------------------------------------------------------------------------------
 
 STEPS = {  # options -> waits per step (of one micro-batch of 64, two blocks)
@@ -108,7 +103,7 @@ def test_waits_of_a_training_step(digits, tmp_path, name):
         seen.forget()
         loop.step()
         assert sum(seen.syncs.values()) <= waits, seen.syncs
-        assert not uploads(seen) or name == "learned", seen.uploads
+        assert not seen.uploads or name == "learned", seen.uploads
         assert all(isinstance(p, Pretended) and p.grad.inner.isfinite().all() for p in loop.parameters)
         assert np.isfinite(loop.stats.means()["Loss/loss"])
 
@@ -165,7 +160,7 @@ def test_heun_never_waits(options):
         waits = 2 * 3 - 1 if getattr(net, "interval", None) else 0
         seen.forget()
         images = sampled("heun", net=net, num_steps=3, **options)
-        assert isinstance(images, Pretended) and sum(seen.syncs.values()) == waits and not uploads(seen), seen.syncs
+        assert isinstance(images, Pretended) and sum(seen.syncs.values()) == waits and not seen.uploads, seen.syncs
 
 
 @pytest.mark.parametrize("process", ["edm", "vp", "cld", "alda", "malda", "learned"])
@@ -174,7 +169,7 @@ def test_heun_never_waits(options):
 def test_solvers_never_wait(name, process):
     with Accelerator() as seen:
         images = sampled(name, process, num_steps=3)
-        assert isinstance(images, Pretended) and not seen.syncs and not uploads(seen), (seen.syncs, seen.uploads)
+        assert isinstance(images, Pretended) and not seen.syncs and not seen.uploads, (seen.syncs, seen.uploads)
 
 
 def test_the_adaptive_solver_waits_twice_per_evaluation():
@@ -217,7 +212,7 @@ def test_likelihoods(process):
         x = torch.rand(4, 1, 8, 8, device=DEVICE)
         seen.forget()
         assert isinstance(likelihood.elbo(small_net(), processes.get(process), x, labels()), Pretended)
-        assert not seen.syncs and not uploads(seen), (seen.syncs, seen.uploads)
+        assert not seen.syncs and not seen.uploads, (seen.syncs, seen.uploads)
         options = dict(probe="gaussian", rtol=1e-1, atol=1e-1)
         assert isinstance(
             likelihood.ode_log_likelihood(small_net(), processes.get(process), x, labels(), **options), Pretended
