@@ -18,13 +18,17 @@ from PIL import Image
 from small_runs import one_line, run
 
 import calculate_metrics
+import generate_images
 from dnnlib.util import EasyDict, file_sum
 from metrics import commands
 from metrics.detectors import about, base, find, get_detector, weights
 from metrics.detectors.inception import SIDE, WEIGHTS, InceptionV3, Unit
 from metrics.detectors.resize import tf1_bilinear
 from metrics.references import load_references
+from torch_utils.persistence import save_snapshot
+from training.encoders import StandardRGBEncoder
 from training.fit import Side
+from training.networks_edm2 import Precond
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +278,7 @@ def frechet(x, y):
 
 
 def test_reference_and_scores_from_the_command_line(file, detector, tmp_path):
-    """ref, then calc."""
+    """ref, then calc, then gen of a network: its images, written by generate_images, have the same distance."""
     seen, rng = {}, np.random.RandomState(2)
     for name, most in (("real", 256), ("made", 200)):
         pixels = rng.randint(0, most, (4, 16, 16, 3)).astype(np.uint8)
@@ -303,6 +307,16 @@ def test_reference_and_scores_from_the_command_line(file, detector, tmp_path):
     assert found["overall"]["fd"] == pytest.approx(expected, rel=1e-4) and found["feature_width"] == 2048
     again = run(calculate_metrics.cmdline, *score, given[1])  # the reference and --weights say which
     assert json.loads(again.stdout)["metrics"].keys() == {detector.identity}
+    torch.manual_seed(0)
+    net = Precond(16, 3, 0, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[], channels_per_head=8)
+    save_snapshot(tmp_path / "net.safetensors", net, encoder=StandardRGBEncoder())
+    sample = [f"--net={tmp_path}/net.safetensors", "--steps=2", "--device=cpu"]
+    run(generate_images.main, *sample, f"--outdir={tmp_path}/out", "--seeds=0-3")
+    made = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "out").glob("*.png"))])
+    made = detector.features(torch.from_numpy(made).permute(0, 3, 1, 2)).double().numpy()
+    done = run(calculate_metrics.cmdline, "gen", *sample, *score[2:], *given)
+    found = json.loads(done.stdout)["metrics"][detector.identity]["overall"]["fd"]
+    assert found == pytest.approx(frechet(seen["real"], made), rel=1e-4)
     for options, says in (
         (["--metrics=pixel", given[1]], "--metrics=pixel names no detector 'fid'"),
         (["--metrics=fid", f"--weights=fid={tmp_path}"], f"not in {tmp_path}: put it there"),
