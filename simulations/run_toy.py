@@ -32,13 +32,22 @@ class Training(ProcessChoice):
     """What is trained."""
 
     dataset: str = opt("multimodal_swissroll", "Of simulations/toy_data.py", metavar="NAME")
-    time_sampling: str = opt("snr", "Law of t", choices=("uniform", "importance", "snr"))
-    weighting: str = opt("likelihood", "Of the loss", choices=("likelihood", "reweightedv1", "reweightedv2"))
-    t_min: float | None = opt(None, "Lowest t; default: where sigma is 0.002", above=0)
+    arch: str = opt(
+        "residual", "A denoiser, or CLD's networks of the whole state", choices=("residual", "mlp", "resnet")
+    )
+    prediction: str | None = opt(None, "Of mlp, resnet", choices=("noise", "score", "mixed"), shown="noise")
+    transition: str | None = opt(None, "Of mlp, resnet", choices=("hybrid", "conditional"), shown="hybrid")
+    objective: str | None = opt(None, "Of mlp, resnet", choices=("noise", "elbo"), shown="noise")
+    cov_eps: float | None = opt(None, "Of mlp, resnet: added to covariances (CLD: 1e-6)", at_least=0, shown="0")
+    time_sampling: str | None = opt(None, "Law of t", choices=("uniform", "importance", "snr"), shown="the loss's own")
+    weighting: str | None = opt(
+        None, "Of the loss", choices=("likelihood", "reweightedv1", "reweightedv2"), shown="the loss's own"
+    )
+    t_min: float | None = opt(None, "Lowest t; default: where sigma is 0.002, of mlp and resnet 1e-3", above=0)
     steps: int = opt(2000, "Training steps", at_least=1)
     batch: int = opt(512, "Points per step", at_least=1)
     lr: float = opt(2e-3, "Learning rate")
-    hidden_dim: int = opt(128, "Width of the network", "--channels", at_least=2)
+    hidden_dim: int | None = opt(None, "Width of the network", "--channels", at_least=2, shown="128; resnet: 64")
     seed: int = opt(0, "Of everything random", at_least=0)
 
 

@@ -11,11 +11,14 @@ from simulations.studies.solvers import sliced_wasserstein
 from torch_utils.persistence import load_snapshot
 from torch_utils.random import hash_seed, seeded_generator
 from training import likelihood, samplers
+from training.choices import given
 from training.dataset import ArrayDataset
 from training.encoders import IdentityEncoder
 from training.feed import Feed
 from training.losses import EDM2Loss, Objective
+from training.losses.joint import JointLoss
 from training.losses.process import ProcessLoss
+from training.networks_joint import JointPrecond
 from training.networks_toy import MLPDenoiser
 from training.phema import PowerFunctionEMA
 from training.processes import is_linear
@@ -31,20 +34,31 @@ TOLERANCE = dict(probe="exact", rtol=1e-3, atol=1e-3)  # of likelihoods
 
 
 def train(c, outdir):
-    """Train an MLPDenoiser on points [N, 2, 1, 1] by the project's own loop; returns the TrainingLoop.
+    """Train an MLPDenoiser, or a network of the whole state, on points [N, 2, 1, 1] by the project's own loop.
 
-    c: run_toy.Training. Snapshots, stats.jsonl and checkpoints lie in `outdir`. Raises ValueError for unknown names.
+    c: run_toy.Training. Returns the TrainingLoop. Snapshots, stats.jsonl and checkpoints lie in `outdir`. Raises ValueError
+    for unknown names, and for options of networks that are not trained.
     """
     points = toy_data.get(c.dataset)(NUM_POINTS, seeded_generator("cpu", c.seed, 3))
     data = ArrayDataset(points.reshape(-1, 2, 1, 1).numpy(), name=c.dataset)
     sigma_data = float(points.std(dim=0).square().mean().sqrt())
     torch.manual_seed(hash_seed(c.seed, 0))
-    net, process = MLPDenoiser(hidden_dim=c.hidden_dim, num_layers=4, sigma_data=sigma_data), c.process or "edm"
+    process = c.process or "edm"
+    own = given(**{name: getattr(c, name) for name in ("prediction", "transition", "objective", "cov_eps")})
+    laws = given(time_sampling=c.time_sampling, weighting=c.weighting, t_min=c.t_min)
+    if c.arch == "residual" and own:
+        raise ValueError(f"{', '.join(own)}: belongs to a network of the whole state, --arch=mlp or resnet")
+    if process == "edm" and c.arch != "residual":
+        raise ValueError(f"--arch={c.arch}: sees the whole state of a linear diffusion; give --process=cld or another")
+    net = MLPDenoiser(hidden_dim=c.hidden_dim or 128, num_layers=4, sigma_data=sigma_data)
     if process == "edm":
         loss = EDM2Loss(P_mean=math.log(sigma_data) - 1.2, P_std=1.5, sigma_data=sigma_data, uncertainty=False)
     else:
         made = make_process(process, c.process_options, seed=c.seed, learn=True)
-        loss = ProcessLoss(made, sigma_data, time_sampling=c.time_sampling, weighting=c.weighting, t_min=c.t_min)
+        if c.arch == "residual":
+            loss = ProcessLoss(made, sigma_data, **laws)
+        else:
+            net, loss = _joint(c, made, sigma_data, laws)
     objective = Objective(net, loss)
     total, period = c.steps * c.batch, math.lcm(c.batch, 1024)
     options = dict(dataset=c.dataset, process=process, steps=c.steps, batch=c.batch, lr=c.lr, seed=c.seed)
@@ -59,8 +73,21 @@ def train(c, outdir):
         Periods(total, 0, c.batch * max(1, c.steps // 10), period * max(1, total // period), 0),
         batch_size=c.batch,
         seed=c.seed,
+        grad_clip=None if c.arch == "residual" else 1.0,
         header=dict(options=options, dataset=dict(path=c.dataset, label_dim=0)),
     ).start(outdir)
+
+
+def _joint(c, process, sigma_data, laws):
+    """(network, loss) of the whole state as CLD trains them (CLD §9.2)."""
+    kernel = dict(hybrid=c.transition != "conditional", cov_eps=c.cov_eps or 0.0)
+    model = dict(
+        mlp=dict(model_type="JointMLP", time_code="t"), resnet=dict(model_type="JointResNet", time_code="log-t")
+    )
+    state = dict(variables=process.V, first=process.first_noised(), parameterization=c.prediction or "noise")
+    sizes = given(hidden_dim=c.hidden_dim)
+    net = JointPrecond(1, 2, 0, sigma_data, **state, **kernel, **model[c.arch], **sizes).bind(process)
+    return net, JointLoss(process, c.objective or "noise", **kernel, **laws)
 
 
 def open_points(net, o):

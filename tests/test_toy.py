@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_runs import run
+from small_runs import one_line, run
 
+from dnnlib.util import read_stats
 from simulations import run_toy, toy_data
 from torch_utils.persistence import describe
 from training import processes
@@ -73,3 +74,31 @@ def test_the_guides_process_runs():
     cld = processes.get("cld", M=1.0)
     assert torch.allclose(made(friction=2.0).kernel(0.4)[1], cld.kernel(0.4)[1], rtol=1e-12)
     json.dumps(describe(made()))
+
+
+# Mean loss of the first 1000 iterations of the official code at batch 512 (cld.md §17.4).
+@pytest.mark.parametrize("options, loss", [
+    (["--prediction=mixed"], 0.182), ([], 0.222), (["--transition=conditional"], 0.225), (["--weighting=likelihood"], 15.2),
+])  # fmt: skip
+@pytest.mark.slow
+def test_published_networks_start_as_the_official_ones_do(options, loss, tmp_path):
+    process = ["--process=cld", "--process-options=m_inv=4,gamma=0.04,beta0=4,beta1=0"]
+    how = [
+        "--dataset=multimodal_swissroll",
+        "--arch=mlp",
+        "--cov-eps=1e-6",
+        "--t-min=1e-5",
+        "--lr=1e-3",
+        "--steps=1000",
+    ]
+    run(run_toy.main, "train", f"--outdir={tmp_path}", *how, *process, *options)
+    assert np.mean([line["Loss/loss"] for line in read_stats(tmp_path)]) == pytest.approx(loss, rel=0.05)
+
+
+def test_networks_of_the_whole_state_are_trained_sampled_and_scored(tmp_path):
+    process = ["--process=learned", "--process-options=V=2", "--arch=resnet", "--objective=elbo"]
+    run(run_toy.main, "train", f"--outdir={tmp_path}/run", "--dataset=diamond", "--steps=8", "--batch=128", *process)
+    run(run_toy.main, "sample", f"--net={tmp_path}/run", "--steps=5", "--num=32", f"--dest={tmp_path}/p.npz")
+    assert np.isfinite(np.load(tmp_path / "p.npz")["points"]).all()
+    one_line(run_toy.main, "train", f"--outdir={tmp_path}/x", "--prediction=mixed", says="--arch=mlp")
+    one_line(run_toy.main, "train", f"--outdir={tmp_path}/x", "--arch=mlp", says="--process=cld")
