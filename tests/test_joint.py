@@ -240,6 +240,17 @@ def test_published_sizes(model, images, variables, options, size):
     assert sum(p.numel() for p in net.parameters()) == size
 
 
+def test_the_objective_switches_at_so_many_images():
+    loss, phases = JointLoss(process_of("malda"), switch_at=128), []
+    for nimg in (0, 127, 128, 500):
+        loss.at(nimg)
+        draws = loss.draw(torch.zeros(400, 1, 1, 1), generator=torch.Generator().manual_seed(0))
+        phases.append((loss.phase, bool(draws.elbo.all())))
+        # Uniform times before, then the published density: its median is 0.146 (mdm.md §9).
+        assert float(draws.t.median()) == pytest.approx(0.5 if nimg < 128 else 0.146, abs=0.06)
+    assert phases == [("noise", False), ("noise", False), ("elbo", True), ("elbo", True)]
+
+
 class Silent(JointPrecond):
     """Predicts nothing."""
 
