@@ -199,6 +199,11 @@ def matmul(self, other, real=torch.Tensor.__matmul__):
     return outer(real(inner(self), inner(other))) if vectors else real(self, other)
 
 
+def autocast(kind, *args, real=torch.autocast, **kwargs):
+    """torch.autocast, as the CPU does it."""
+    return real("cpu" if on_device(kind) else kind, *args, **kwargs)
+
+
 class Accelerator(TorchDispatchMode):
     """While it is entered, `DEVICE` is an accelerator. syncs, uploads: Counter by line."""
 
@@ -216,7 +221,9 @@ class Accelerator(TorchDispatchMode):
     def __enter__(self):
         global seen
         seen, self.patches = self, contextlib.ExitStack()
-        replaced = {"Generator": Generator} | {name: drawing(getattr(torch, name)) for name in DRAWS}
+        replaced = {"Generator": Generator, "autocast": autocast} | {
+            name: drawing(getattr(torch, name)) for name in DRAWS
+        }
         replaced |= {name: made_of_numbers(getattr(torch, name)) for name in ("tensor", "as_tensor")}
         for name, function in replaced.items():
             self.patches.enter_context(mock.patch.object(torch, name, function))

@@ -10,6 +10,9 @@ import torch
 from pretend_device import DEVICE, Accelerator, Generator, Pretended
 from small_runs import small_config
 
+from metrics.detectors.dinov2 import Dino, DinoV2
+from metrics.detectors.inception import Inception, InceptionV3
+from metrics.features import collect
 from torch_utils.random import StackedRandomGenerator
 from training import guidance, likelihood, processes, samplers, selection, setup
 from training.dataset import label_rows
@@ -234,3 +237,17 @@ def test_validation_waits_once_per_batch(digits):
         seen.forget()
         result = held.denoising_loss(net, encoder)
         assert sum(seen.syncs.values()) == 1 and np.isfinite(result["loss"]), seen.syncs
+
+
+def test_detectors_wait_once_per_batch():
+    """For the features; images go up without waiting, and a network meets no constant of the CPU."""
+    images = torch.randint(256, [4, 3, 16, 16], dtype=torch.uint8)
+    inception, dino = object.__new__(Inception), object.__new__(Dino)
+    inception.net, dino.net = InceptionV3().eval(), DinoV2(embed=16, depth=1, heads=2).eval()
+    inception.name, dino.name = "fid", "dino"
+    with Accelerator() as seen:
+        found = {detector.name: detector.to(DEVICE) for detector in (inception, dino)}
+        seen.forget()
+        made = collect([(images, np.zeros(4, np.int64), np.arange(4))], found)
+        assert sum(seen.syncs.values()) == 2 and not seen.uploads, (seen.syncs, seen.uploads)
+    assert all(part.count() == 4 for part in made.values())

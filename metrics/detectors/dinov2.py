@@ -12,6 +12,7 @@ from torch.nn.functional import gelu, interpolate, scaled_dot_product_attention
 from metrics.detectors import weights
 from metrics.detectors.base import Detector
 from metrics.detectors.resize import bicubic, normalise
+from torch_utils.devices import send
 
 SIDE = 224  # pixels of the input
 HEAD = 64  # channels per head, in every published size
@@ -140,4 +141,4 @@ class Dino(Detector):
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [n, 3, H, W] -> [n, 3, 224, 224], normalised as ImageNet is; sides and proportions do not matter."""
-        return normalise(bicubic(images.to(self.device).float(), SIDE))
+        return normalise(bicubic(send(images, self.device).float(), SIDE))

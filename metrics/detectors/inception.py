@@ -10,6 +10,7 @@ import torch
 from metrics.detectors import weights
 from metrics.detectors.base import Detector
 from metrics.detectors.resize import tf1_bilinear
+from torch_utils.devices import send
 
 SIDE = 299  # pixels of the input
 WIDTH = 2048  # features
@@ -154,7 +155,7 @@ class Inception(Detector):
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [n, 3, H, W] -> [n, 3, 299, 299] in [-1, 1)."""
-        return (tf1_bilinear(images.to(self.device).float(), SIDE) - 128) / 128
+        return (tf1_bilinear(send(images, self.device).float(), SIDE) - 128) / 128
 
     @torch.no_grad()
     def logits(self, features: torch.Tensor | np.ndarray, bias: bool = False) -> torch.Tensor:
