@@ -171,7 +171,7 @@ def _joint_bound(net, process, x, labels, num_samples, decoder, generator, terms
     from training.joint_likelihood import joint_elbo
 
     if decoder != "gaussian":
-        raise ValueError("the bound of a joint network is one of densities: give --encoder=dequantize (center, logit)")
+        raise ValueError("the bound of a joint score is one of densities: give --encoder=center (or logit)")
     if not hasattr(net, "noise"):
         raise ValueError(
             "a network with a score(u, t) only has no bound by draws of noise: use the probability flow (ode)"
