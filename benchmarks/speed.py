@@ -99,7 +99,7 @@ def train(case, device, repeats, warmup, compiled):
 
 
 def outside(case, device, repeats, warmup, compiled):
-    """Share of the loop outside forward, backward and optimizer."""
+    """Share of the loop outside forward, backward and optimizer (its step and its clearing of gradients)."""
     loop, clock, inside = make(case, device)[1], step.clock_of(device), []
 
     def timed(function):
@@ -114,7 +114,8 @@ def outside(case, device, repeats, warmup, compiled):
         return call
 
     kept = torch.Tensor.backward, NormalizedOnce.backward
-    loop.objective.forward, loop.optimizer.step = timed(loop.objective.forward), timed(loop.optimizer.step)
+    for part, name in ((loop.objective, "forward"), (loop.optimizer, "step"), (loop.optimizer, "zero_grad")):
+        setattr(part, name, timed(getattr(part, name)))
     torch.Tensor.backward, NormalizedOnce.backward = map(timed, kept)
     try:
         shares = []

@@ -1,18 +1,22 @@
 """What makes the networks fast changes no number: against the published formulation of benchmarks/reference."""
 
 import copy
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_runs import assert_identical, final_state, small_config
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from torch_utils.training_stats import Collector
 from training import setup
 from training.config import differences, make_config
 from training.guidance import GuidedDenoiser, NullLabels, for_sampling, guided
 from training.magnitude import normalize
-from training.networks_edm2 import Block, Precond
+from training.networks_edm2 import Block, Precond, compile_network
 from training.samplers import heun
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -99,9 +103,11 @@ def test_other_resampling_filters_fold():
         close(net.folded()(x, 0.5), net(x, 0.5), 5e-7)
 
 
-def gradients(net, parts, once):
+def gradients(net, parts, once, compiled=False):
     """Gradients and weights after forward and backward passes over `parts`, weights normalised once or in every pass."""
     net = copy.deepcopy(net).train()
+    if compiled:
+        compile_network(net)
     if once:
         with net.step():
             for x, sigma, labels in parts:
@@ -203,7 +209,41 @@ def test_samplers_fold_by_themselves():
     close(heun(ours, x, labels, NullLabels(ours), num_steps=4, guidance=2.0), expected, 3e-6)
 
 
+def test_statistics_are_means_of_all_finite_samples():
+    collector, generator = Collector(), torch.Generator().manual_seed(0)
+    reports = [torch.randn(4, 3, generator=generator), 0.1, [], [2, math.nan], torch.tensor(True), math.inf]
+    reports += [torch.tensor([[-math.inf, 7.0]], requires_grad=True), torch.tensor(3, dtype=torch.int64)]
+    for value in reports:
+        collector.report("x", value)
+    collector.report("none", [])
+    every = np.concatenate([np.ravel(torch.as_tensor(v, dtype=torch.float64).detach()) for v in reports])
+    found = collector.means()
+    assert found["x"] == pytest.approx(every[np.isfinite(every)].mean(), rel=1e-7) and found["none"] is None
+    assert collector.nonfinite_share == {"x": 3 / len(every), "none": 0} and len(every) == 20
+    assert collector.means() == {"x": None, "none": None}  # starts anew
+
+
 # --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+def test_one_graph_without_breaks_for_every_shape_in_training_and_sampling(monkeypatch):
+    ours, graphs = pair()[0], CompileCounterWithBackend("eager")  # no code is generated, which takes most of the time
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend=graphs, **options)
+    )
+    torch._dynamo.reset()
+    parts = list(zip(*(value.split(2) for value in batch()), strict=True))
+    found, expected = (gradients(ours, parts, True, compiled) for compiled in (True, False))  # a break is an error
+    for name in ("unet.out_conv.weight", "unet.enc.8x8_block0.conv_res0.weight"):
+        close(found[name][1], expected[name][1], 1e-6)
+    assert graphs.frame_count == 1
+    with torch.no_grad():
+        folded, (x, sigma, labels) = ours.eval().folded(compiled=True), batch()
+        for size, count in ((6, 2), (6, 2), (4, 3), (6, 3)):
+            given = x[:size], sigma[:size], labels[:size]
+            close(folded(*given), ours(*given), 1e-6)
+            assert graphs.frame_count == count
 
 
 @pytest.mark.slow

@@ -1,10 +1,19 @@
 """Means of quantities reported between two status lines, over all ranks, without device synchronisation per report."""
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from torch_utils import distributed as dist
+
+
+def _moments(value):
+    """[number of finite elements, their sum, number of others] float64, without waiting for the device."""
+    value = value.to(torch.float64).flatten()
+    finite = value.isfinite()
+    return torch.stack([finite.sum(), value.where(finite, 0).sum(), (~finite).sum()]).to(torch.float64)
 
 
 class Collector:
@@ -18,18 +27,21 @@ class Collector:
         # float64 sums; Apple's accelerator has no float64, its sums live on the CPU.
         device = torch.device(device)
         self.device = device if device.type != "mps" else torch.device("cpu")
-        self.sums = {}  # name -> sums of what was reported from the host, and from the device
+        self.sums = {}  # name -> (moments of what was reported from the host, [those from the device])
         self.nonfinite_share = {}
 
     def report(self, name: str, value: float | Sequence[float] | torch.Tensor) -> None:
         """value: number or tensor of any shape; every element is one sample."""
-        value = torch.as_tensor(value).detach()
-        host = value.device.type == "cpu"  # numbers stay there until the status line
-        value = (value if host else value.to(self.device)).to(torch.float64).flatten()
-        finite = value.isfinite()
-        moments = torch.stack([finite.sum(), value.where(finite, 0).sum(), (~finite).sum()]).to(torch.float64)
-        sums = self.sums.setdefault(name, [0, 0])
-        sums[not host] = sums[not host] + moments
+        host, device = self.sums.setdefault(name, (np.zeros(3), []))
+        if torch.is_tensor(value) and value.device.type != "cpu":
+            value = value.detach().to(self.device)
+            moments = _moments(value)
+            device[:] = [device[0] + moments] if device else [moments]
+            return
+        # On the host few operations: the loop spends little beside them.
+        value = torch.as_tensor(value).detach() if not isinstance(value, (int, float)) else value
+        count, total = (value.numel(), value.sum(dtype=torch.float64).item()) if torch.is_tensor(value) else (1, value)
+        host += (count, total, 0) if math.isfinite(total) else _moments(torch.as_tensor(value)).numpy()
 
     def means(self) -> dict[str, float | None]:
         """{name: mean or None}, in order of first report; starts anew. Raises RuntimeError if ranks know other names."""
@@ -38,12 +50,11 @@ class Collector:
             raise RuntimeError(f"rank {dist.get_rank()} reported other statistics than rank 0: {names}")
         if not names:
             return {}
-        zero = torch.zeros(3, dtype=torch.float64)
-        host, device = (
-            torch.stack([zero.to(d) + self.sums[name][k] for name in names]) for k, d in enumerate(("cpu", self.device))
-        )
-        table = dist.all_reduce_(host.to(self.device) + device).cpu()
+        host = torch.from_numpy(np.stack([self.sums[name][0] for name in names])).to(self.device)
+        zero = torch.zeros(3, dtype=torch.float64, device=self.device)
+        table = host + torch.stack([sum(self.sums[name][1], zero) for name in names])
+        table = dist.all_reduce_(table).cpu()
         rows = list(zip(names, table, strict=True))
         self.nonfinite_share = {n: float(bad / max(count + bad, 1)) for n, (count, _, bad) in rows}
-        self.sums = {name: [0, 0] for name in names}
+        self.sums = {name: (np.zeros(3), []) for name in names}
         return {n: float(s / count) if count > 0 else None for n, (count, s, _) in rows}

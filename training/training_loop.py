@@ -247,7 +247,7 @@ class TrainingLoop:
         norms = torch.stack(torch._foreach_norm(gradients))
         finite = norms.isfinite().all()
         self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
-        self.stats.report("Progress/nonfinite_steps", (~finite).double())
+        self.stats.report("Progress/nonfinite_steps", ~finite)
         if finite.device.type != "cpu" or not finite:  # an accelerator is not waited for
             for g in gradients:
                 torch.nan_to_num(g, nan=0, posinf=0, neginf=0, out=g)
