@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from torch_utils.devices import send
 from torch_utils.persistence import load_snapshot, persistent, save_snapshot
 from torch_utils.precision import full
 
@@ -92,7 +93,7 @@ class Classifier:
                 f"classifier was trained on uint8 images {list(self.net.image_shape)} [C, H, W], "
                 f"got {str(images.dtype).removeprefix('torch.')} {list(images.shape[1:])}"
             )
-        return self.net.features(_normalize(images.to(self.device)))
+        return self.net.features(_normalize(send(images, self.device)))
 
     @torch.no_grad()
     def logits(self, features: torch.Tensor | np.ndarray) -> torch.Tensor:

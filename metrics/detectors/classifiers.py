@@ -23,6 +23,7 @@ from dnnlib.util import file_sum, reason, write_json
 from metrics.detectors import weights
 from metrics.detectors.base import Detector
 from metrics.detectors.resize import bicubic, normalise
+from torch_utils.devices import send
 
 ORDER = "class-order-1"
 SWIN = weights.Weights(
@@ -219,7 +220,7 @@ class Swin(ImageClassifier):
         """uint8 [n, 3, H, H] -> [n, 3, side, side], normalised as ImageNet is. Raises ValueError for other proportions."""
         if images.shape[2] != images.shape[3]:
             raise ValueError(f"detector '{self.name}' looks at square images, got {list(images.shape[2:])}")
-        x = bicubic(images.to(self.device).float(), self.side, self.antialias)
+        x = bicubic(send(images, self.device).float(), self.side, self.antialias)
         return normalise(x.clamp(0, 255).round() if self.rounded else x)
 
 
@@ -277,4 +278,4 @@ class HuggingFace(ImageClassifier):
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [n, 3, H, W] -> what the folder's preprocessor makes of them."""
         made = self.processor(images=list(images.permute(0, 2, 3, 1).numpy()), return_tensors="pt")
-        return made["pixel_values"].to(self.device)
+        return send(made["pixel_values"], self.device)
