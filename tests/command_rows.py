@@ -335,7 +335,7 @@ CUT = {
     "atol": fixed("0.1"),
     "batch-gpu": fixed("16"),
     "stf-refs": fixed("64"),
-    "channels": fixed("8"),
+    "channels": lambda text: text if int(text) <= 32 else "8",
     "cbase": fixed("8"),
     "num-blocks": fixed("1"),
     "nblock": fixed("1"),

@@ -240,6 +240,11 @@ def test_published_sizes(model, images, variables, options, size):
     assert sum(p.numel() for p in net.parameters()) == size
 
 
+def test_groups_of_the_ddpm_network():
+    with pytest.raises(ValueError, match="--channels=8: .* multiple of 32"):
+        JointPrecond(8, 1, model_type="HoUNet", model_channels=8)
+
+
 def test_the_objective_switches_at_so_many_images():
     loss, phases = JointLoss(process_of("malda"), switch_at=128), []
     for nimg in (0, 127, 128, 500):

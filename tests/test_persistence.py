@@ -411,6 +411,7 @@ def test_all_networks_keep_to_the_memory_of_their_file():
         "ConvNet": dict(image_shape=[1, 8, 8], num_classes=3),
     }
     small = dict(img_resolution=8, img_channels=1, label_dim=3, model_channels=32, num_blocks=1, channel_mult=[1, 2])
+    made["JointPrecond"] = {**small, "model_type": "SongUNet", "variables": 3}
     made |= {f"{kind}Precond": {**small, "model_type": "SongUNet"} for kind in ("EDM", "VP", "VE", "iDDPM")}
     for name, kwargs in made.items():
         net = persistence.build({"class": name, "kwargs": kwargs})

@@ -27,9 +27,14 @@ class HoUNet(torch.nn.Module):
         attn_resolutions: Sequence[int] = (16,),
         dropout: float = 0.0,
     ):
+        """Raises ValueError for model_channels that groups of 32 do not divide."""
         from diffusers import UNet2DModel
 
         super().__init__()
+        if model_channels % 32:
+            raise ValueError(
+                f"--channels={model_channels}: HoUNet normalises groups of 32 channels, give a multiple of 32"
+            )
         levels = range(len(channel_mult))
         kinds = ["Attn" if (img_resolution >> level) in attn_resolutions else "" for level in levels]
         self.unet = UNet2DModel(
