@@ -10,7 +10,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,11 @@ class SampleFolder:
         labels = batch.labels if batch.class_ids is None else batch.class_ids
         labels = [None] * len(batch.seeds) if labels is None else labels.tolist()
         images = batch.images.cpu()  # one transfer
-        self.records += self.pool.map(self._write, batch.seeds, images, labels)
+        writing = [self.pool.submit(self._write, *one) for one in zip(batch.seeds, images, labels, strict=True)]
+        for waiting in wait(writing, return_when=FIRST_EXCEPTION).not_done:
+            waiting.cancel()
+        wait(writing)  # nobody writes any more when an error is reported, and the folder tidied up
+        self.records += [one.result() for one in writing]
 
     def _write(self, seed, image, label):
         name = file_name(seed, self.subdirs, ".png" if image.dtype == torch.uint8 else ".npy")
