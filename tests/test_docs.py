@@ -17,8 +17,9 @@ def test_the_quickstarts_answer():
     multi, single = (np.array([[loss[a, s, t] for t in seeds] for s in sources]) for a in ("multi", "single"))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = " ".join(text[text.index("## What the quickstart shows") : text.index("## More sources")].split())
+    half = lambda v: scipy.stats.t.ppf(0.975, len(v) - 1) * scipy.stats.sem(v)
     for source, a, b in zip(sources, multi, single, strict=True):
-        shown = " | ".join(f"{v.mean():.3f} +- {v.std(ddof=1):.3f}" for v in (a, b))
+        shown = " | ".join(f"{v.mean():.3f} +- {half(v):.3f}" for v in (a, b))
         assert f"| {source} | {shown} | {1 - a.mean() / b.mean():.1%}".replace("%", " %") in text
     units = single.mean(axis=1, keepdims=True)
     test = scipy.stats.ttest_rel((single / units).mean(axis=0), (multi / units).mean(axis=0))
