@@ -21,7 +21,7 @@ from training.dataset.convert import convert
 from training.dataset.format import ImageSource
 from training.encoders import IdentityEncoder, StandardRGBEncoder
 from training.feed import Feed
-from training.losses import Draws, Loss, Objective
+from training.losses import Draws, Objective
 from training.networks_edm2 import Precond
 from training.setup import Run
 from training.training_loop import Periods, TrainingFailed, TrainingLoop
@@ -37,8 +37,8 @@ class Scale(torch.nn.Module):
         self.w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
 
 
-class Sometimes(Loss):
-    """w0 + w1 per example, but for the positions in `bad`, whose loss multiplies w0 by `value`."""
+class Sometimes(torch.nn.Module):
+    """Only the contract's two methods: w0 + w1 per example, but for positions in `bad`, whose loss multiplies w0 by `value`."""
 
     def __init__(self, bad, value=math.nan):
         super().__init__()

@@ -189,7 +189,8 @@ class TrainingLoop:
     def candidates(self) -> Candidates:
         """What the selector chooses from in the next step."""
         parts = (self.feed, self.encoder, self.objective.loss, self.state.position)
-        self.objective.loss.at(self.state.cur_nimg)
+        if hasattr(self.objective.loss, "at"):  # what changes within a run
+            self.objective.loss.at(self.state.cur_nimg)
         count = self.selector.candidates(self.batch_size)
         return Candidates(*parts, count, self.batch_size, self.state.cur_nimg, self.parts.batch_gpu)
 
@@ -311,8 +312,9 @@ class TrainingLoop:
 
     def run(self) -> State:
         """Train. Returns the final State; `interrupted` tells whether a stop request ended it."""
-        for _ in self.turns():
-            self.step()
+        with contextlib.closing(self.turns()) as turns:  # the bar ends before an error is said
+            for _ in turns:
+                self.step()
         return self.state
 
     def turns(self, quiet: bool = False) -> Iterator[None]:
