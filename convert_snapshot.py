@@ -30,22 +30,29 @@ TENSORS = outputs.Kind("a .safetensors file of tensors alone", outputs.safetenso
 FORMS = {"snapshot": outputs.SNAPSHOT, "tensors": TENSORS, "folder": FOLDER}
 
 
+def form_of(o):
+    """Which of FORMS the flags ask for."""
+    if o["state_dict"] and o["folder"]:
+        raise click.UsageError("--state-dict and --folder are two forms: give one")
+    return "tensors" if o["state_dict"] else "folder" if o["folder"] else "snapshot"
+
+
 @cli.command(epilog=EXAMPLES)
 @click.option("--net", metavar="SNAPSHOT", required=True, help="File, URL, or run folder (its newest snapshot)")
 @cli.output(
     "--dest",
-    lambda o: FORMS[o["form"] or "snapshot"],
+    lambda o: FORMS[form_of(o)],
     metavar="FILE|DIR",
     help="Write this .safetensors file (or folder); default: only say what is there",
 )
 @click.option("--part", type=click.Choice(["ema", "net"]), default="ema", help="Of a file with both: averaged or raw")
-@click.option("--state-dict", "form", flag_value="tensors", help="Tensors alone, without description")
-@click.option("--folder", "form", flag_value="folder", help="A folder for diffusers: config.json, weights, scheduler")
-def main(net, dest, part, form):
+@click.option("--state-dict", is_flag=True, help="Tensors alone, without description")
+@click.option("--folder", is_flag=True, help="A folder for diffusers: config.json, weights, scheduler")
+def main(net, dest, part, **form):
     """Convert snapshots. stdout: what was found, as JSON."""
     from torch_utils.conversion import convert
 
-    print(json.dumps(convert(net, dest, part, form or "snapshot"), indent=2))
+    print(json.dumps(convert(net, dest, part, form_of(form)), indent=2))
 
 
 if __name__ == "__main__":

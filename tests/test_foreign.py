@@ -201,6 +201,10 @@ def test_conversion_of_pfgmpp(tmp_path):
     before = sorted(p.name for p in tmp_path.iterdir())
     one_line(convert_snapshot.main, f"--net={path}", f"--dest={path}", says=["--dest", "--net"])
     one_line(convert_snapshot.main, f"--net={path}", f"--dest={tmp_path}/x.pkl", says="--dest")
+    both = ["--state-dict", "--folder"]
+    one_line(convert_snapshot.main, f"--net={path}", f"--dest={tmp_path}/both", *both, says=both)
+    one_line(convert_snapshot.main, f"--net={path}", *both, says=both)
+    assert not (tmp_path / "both").exists()
     ours = tmp_path / "ema.safetensors"
     one_line(convert_snapshot.main, f"--net={ours}", f"--dest={ours}", says=["--dest", "--net"])
     one_line(convert_snapshot.main, f"--net={ours}", "--part=net", says="part")
