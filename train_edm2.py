@@ -7,6 +7,7 @@ import click
 
 from dnnlib import cli
 from dnnlib.options import options
+from training import presets
 from training.config import RUN, TrainingConfig, make_config
 
 EXAMPLES = """
@@ -34,7 +35,8 @@ Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM or SIG
 
 @cli.command(epilog=EXAMPLES)
 @cli.output("--outdir", RUN, metavar="DIR", required=True, help="Run folder; an existing run is resumed")
-@click.option("--preset", metavar="NAME", default="edm2-img512-s", help="Row of training/presets.py")
+@click.option("--preset", metavar="NAME", help="Where all other defaults come from, see --list-presets")
+@cli.listing("--list-presets", presets.listed, "Print the presets with their sizes and sources")
 @options(TrainingConfig)
 @click.option("--chunks", type=click.IntRange(min=1), help="jest, easy, diverse: number of chunks")
 @click.option("--resume", metavar="FILE", help="Continue from this checkpoint")
@@ -76,6 +78,8 @@ def configure(
     """The TrainingConfig of the options of a command line."""
     if not data:
         raise click.UsageError("Missing option '--data'.")
+    if not preset:
+        raise presets.ask()
     if chunks is not None:
         given["select_options"] = {"num_chunks": chunks}
     return make_config(preset, data=data, **given)

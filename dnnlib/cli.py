@@ -174,6 +174,17 @@ plugin_option = click.option(
 )
 
 
+def listing(flag: str, lines: Callable[[], list[str]], help: str) -> Callable:
+    """A flag that prints lines and ends the command, whatever else is missing; after --plugin, what that adds is among them."""
+
+    def show(ctx, param, asked):
+        if asked and not ctx.resilient_parsing:
+            click.echo("\n".join(lines()))
+            ctx.exit()
+
+    return click.option(flag, is_flag=True, is_eager=True, expose_value=False, callback=show, help=help)
+
+
 def _out_of_memory(err):
     """Whether there was no room for a tensor, on the CPU or a GPU."""
     return isinstance(err, MemoryError) or any(

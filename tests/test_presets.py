@@ -1,9 +1,13 @@
 """Every published configuration, typed here a second time from the publications."""
 
 import json
+import re
 
 import pytest
+from small_runs import one_line, run
 
+import train_edm2
+from dnnlib.util import parse_nimg
 from training import presets
 from training.config import make_config
 
@@ -40,6 +44,12 @@ MULTI_SOURCE = """
 10c-500       100663296   0.0030  3000
 10c-1000      402653184   0.0060  3000
 10c-1000-nlr  1610612736  0.0040  6000
+"""
+# The same paper, table 2: kimg, lr, decay; the digest's §3.1.
+TABLE_2 = """
+table2-1c   184549   0.005  2500
+table2-3c   268435   0.006  4000
+table2-10c  1610612  0.012  6000
 """
 
 # Pais et al. 2025 (arXiv 2509.15267): images, channels, lr, decay, ramp-up in million images.
@@ -85,6 +95,15 @@ def test_multi_source(row):
     assert config.lr_schedule == "edm2-halved"  # the published code halves the rate at the start of the decay
 
 
+@pytest.mark.parametrize("row", rows(TABLE_2), ids=lambda row: row[0])
+def test_multi_source_as_in_the_paper(row):
+    name, kimg, lr, decay = row
+    config = make_config(f"edm2-img256-xs-{name}")
+    assert (config.total_nimg // 1000, config.lr, config.decay, config.channels) == (kimg, lr, decay, 128)
+    assert config.total_nimg % 8192 == 0  # the batch of the published scripts
+    assert config.lr_schedule == "edm2-halved"
+
+
 @pytest.mark.parametrize("row", rows(SELECTION), ids=lambda row: row[0])
 def test_selection(row):
     name, duration, channels, lr, decay, rampup = row
@@ -124,7 +143,7 @@ def test_ffhq(system, D):
 
 def test_no_row_is_missing_and_all_are_plain_data():
     names = {row[0] for row in rows(EDM2) + rows(SELECTION)} | {
-        f"edm2-img256-xs-{row[0]}" for row in rows(MULTI_SOURCE)
+        f"edm2-img256-xs-{row[0]}" for row in rows(MULTI_SOURCE) + rows(TABLE_2)
     }
     assert names <= set(presets.PRESETS)
     for name in presets.PRESETS:
@@ -145,3 +164,16 @@ def test_explicit_options_win():
     assert make_config("edm2-img512-xs", lr=None).lr == 0.012
     with pytest.raises(ValueError, match="unknown training options.*learning"):
         make_config("digits8", learning=1)
+
+
+def test_whoever_names_none_is_asked(tmp_path):
+    """With the list; --list-presets needs no other option, and shows every row with its size and source."""
+    line = one_line(train_edm2.main, f"--outdir={tmp_path}/run", f"--data={tmp_path}/x.zip", says="--list-presets")
+    assert all(word in line for word in ("small32", "edm2-img512-{xxs,", "edm2-img256-xs-table2-{1c,3c,10c}"))
+    assert len(line) < 1500 and not (tmp_path / "run").exists()
+    shown = run(train_edm2.main, "--list-presets").stdout
+    for name, row in presets.PRESETS.items():
+        found = re.search(rf"^  {re.escape(name)} .*", shown, re.M)[0].split()
+        assert parse_nimg(found[1]) == row["total_nimg"] and float(found[-1]) == row["lr"]
+    titles = [line for line in shown.splitlines() if line and line[0] != " "]
+    assert sum("table 2 of the paper" in title for title in titles) == sum("published code" in t for t in titles) == 1
