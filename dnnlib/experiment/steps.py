@@ -1,0 +1,223 @@
+"""One step of an experiment: its command line, what it reads and writes, and whether it has been done on these inputs."""
+
+import functools
+import glob
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dnnlib.reading import read_json
+from dnnlib.util import file_sum, write_json
+from dnnlib.writers import Writers
+
+LAUNCHER = "torchrun"
+LAUNCHER_OPTIONS = {"standalone"}  # what may stand between torchrun and the script: switches, and options with a value
+LAUNCHER_VALUES = {
+    "nproc_per_node",
+    "nnodes",
+    "node_rank",
+    "master_addr",
+    "master_port",
+    "rdzv_backend",
+    "rdzv_endpoint",
+}
+# Options that name what a command writes; of a script its own.
+OUTPUTS = {"dest", "outdir", "figure", "tables", "save", "results-dir", "figures-dir"}
+SCRIPT_OUTPUTS = {"dataset_tool.py": {"holdout", "val"}}
+REPLACED = "replaced"  # folder of outputs that a step made before its command or inputs changed
+
+
+@dataclass
+class Step:
+    """One command line: a script and its arguments, or `torchrun` with options before them. Steps with the same `stage`
+    are independent of each other.
+
+    needs: the earlier steps whose outputs its command line names. A `summary` reads what other steps wrote: it is done
+    again whenever one of them was.
+    """
+
+    name: str
+    argv: list[str]
+    stage: int
+    summary: bool = False
+    needs: list = field(default_factory=list)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Identity: the command line, size and time of the outside files and folders it names, identities of the steps it
+        needs.
+        """
+        outside = {path: _traits(path) for path in sorted(self.reads) if os.path.isfile(path) or path in self.folders}
+        return _digest([self.argv, outside, [step.key for step in self.needs]])
+
+    @property
+    def script(self) -> str:
+        """The script of the command line. Raises ValueError where the launcher would start anything else."""
+        if self.argv[0] != LAUNCHER:
+            return self.argv[0]
+        words = iter(self.argv[1:])
+        for word in words:
+            name, equals, _ = word.removeprefix("--").replace("-", "_").partition("=")
+            if not word.startswith("-"):
+                return word
+            if name in LAUNCHER_VALUES:
+                equals or next(words, None)
+            elif name not in LAUNCHER_OPTIONS or equals:
+                known = ", ".join(sorted(LAUNCHER_OPTIONS | LAUNCHER_VALUES))
+                raise ValueError(f"step {self.name}: {word} is no option for {LAUNCHER} here; known: {known}")
+        raise ValueError(f"step {self.name}: {LAUNCHER} starts no script")
+
+    @functools.cached_property
+    def words(self) -> list[str]:
+        """The arguments; where one is --each=A,B, all of them for A, then for B, which `%s` stands for."""
+        each = next(
+            (word.removeprefix("--each=").split(",") for word in self.argv if word.startswith("--each=")), ["%s"]
+        )
+        return [word.replace("%s", entry) for entry in each for word in self.argv[1:]]
+
+    @functools.cached_property
+    def writes(self) -> set[str]:
+        """Paths (files, folders, or stems of files) that the command line says it writes."""
+        names = OUTPUTS | SCRIPT_OUTPUTS.get(self.script, set())
+        options = (word[2:].partition("=") for word in self.words if word.startswith("--"))
+        return {os.path.normpath(value) for name, _, value in options if name in names and value}
+
+    @property
+    def folders(self) -> set[str]:
+        """Outside folders that whole options name."""
+        values = {
+            os.path.normpath(word.partition("=")[2]) for word in self.words if word.startswith("--") and "=" in word
+        }
+        return {path for path in values & self.reads if path != "." and os.path.isdir(path)}
+
+    @functools.cached_property
+    def reads(self) -> set[str]:
+        """All that may be a path in the command line and is not written by it; `%s` stands for anything."""
+        found = set()
+        for word in self.words:
+            value = word.partition("=")[2] if word.startswith("--") else word
+            found |= {value, value.partition(":")[2], *re.split(r"[,:]", value)}
+        return {os.path.normpath(path.replace("%s", "*")) for path in found if path} - self.writes
+
+
+def _traits(path):
+    """Size and time of a file; of a folder a digest over all that is in it, links followed."""
+    if os.path.isfile(path):
+        return [os.path.getsize(path), os.stat(path).st_mtime_ns]
+    found, seen = [], set()
+    for folder, folders, files in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(folders)  # links may lead in circles
+        for name in [] if real in seen else sorted(files):
+            file = os.path.join(folder, name)
+            traits = os.stat(file, follow_symlinks=os.path.exists(file))
+            found.append([os.path.relpath(file, path), traits.st_size, traits.st_mtime_ns])
+        seen.add(real)
+    return _digest(found)
+
+
+def _digest(content):
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def link(steps: list[Step], root: str) -> None:
+    """Fill in what each step needs: earlier steps that write what it names."""
+    root, writers = os.path.normpath(root), Writers()
+    for step in steps:
+        for path in step.writes:
+            writers.add(path, step)
+    inside = root + os.sep
+    for step in steps:
+        found = {}
+        for path in sorted(step.reads | step.writes):
+            earlier = {id(w): w for w in writers.of(path, root) if w.stage < step.stage}
+            found |= earlier
+            if earlier or (path + os.sep).startswith(inside):
+                step.reads.discard(path)  # the rest is from outside
+        step.needs = [other for other in steps if id(other) in found]
+
+
+def _marker(out, step):
+    return Path(out) / "steps" / f"{step.name}.json"
+
+
+def _read_marker(out, step):
+    try:
+        marker = read_json(_marker(out, step))
+        return marker if isinstance(marker["key"], str) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _files(out, step):
+    """Sorted paths of all files that a step's outputs consist of now; the experiment's own folder says nothing of one."""
+    found = set()
+    for path in sorted(step.writes - {os.path.normpath(out)}):
+        if os.path.isdir(path):
+            found |= {str(p) for p in Path(path).rglob("*") if p.is_file()}
+        else:
+            found |= {p for p in [path, *glob.glob(glob.escape(path) + ".*")] if os.path.isfile(p)}
+    return sorted(found)
+
+
+def _state(path):
+    """[size, time, sha256] of a file."""
+    with open(path, "rb") as file:
+        stat = os.fstat(file.fileno())
+        return [stat.st_size, stat.st_mtime_ns, file_sum(file)]
+
+
+def _unchanged(path, then):
+    """Whether a file is what it was; its content is read only where its time has changed, as in copies of results."""
+    try:
+        stat = os.stat(path)
+        return [stat.st_size, stat.st_mtime_ns] == then[:2] or (stat.st_size == then[0] and _state(path)[2] == then[2])
+    except (OSError, TypeError, IndexError):
+        return False
+
+
+def is_done(out: str | Path, step: Step) -> bool:
+    """Whether this very command line has been completed on these inputs, and what it wrote is still there."""
+    marker = _read_marker(out, step)
+    if marker is None:
+        return False
+    if "files" not in marker:  # written by an earlier version, which knew the command line only
+        return marker["key"] == _digest(step.argv)
+    return marker["key"] == step.key and all(_unchanged(path, then) for path, then in marker["files"].items())
+
+
+def mark_done(out: str | Path, step: Step, seconds: float) -> None:
+    """Keep the command line, how long it took, and the state of the files that it wrote."""
+    record = {"key": step.key, "argv": step.argv, "seconds": round(seconds, 3)}
+    record["files"] = {path: _state(path) for path in _files(out, step)}
+    write_json(_marker(out, step), record)
+
+
+def missing(out: str | Path, steps: Iterable[Step]) -> list[Step]:
+    """The earlier steps that `steps` need and that are not done, with what these lack themselves, in order."""
+    found, look = {}, list(steps)
+    chosen = {step.name for step in look}
+    while look:
+        for other in look.pop().needs:
+            if other.name not in found and other.name not in chosen and not is_done(out, other):
+                found[other.name] = other
+                look.append(other)
+    return sorted(found.values(), key=lambda step: step.stage)
+
+
+def set_aside(out: str | Path, step: Step) -> None:
+    """Before a step is done again: what it wrote moves to <out>/replaced, so that nothing old stays in its place."""
+    if _read_marker(out, step) is None:
+        return  # never finished: the command itself resumes
+    root, target = os.path.normpath(out), Path(out) / REPLACED / f"{step.name}-{int(time.time() * 1e3)}"
+    for path in sorted(step.writes):
+        for place in [path, *glob.glob(glob.escape(path) + ".*")]:
+            if place != root and os.path.lexists(place):
+                target.mkdir(parents=True, exist_ok=True)
+                os.replace(place, target / (os.path.basename(place) + "~"))  # no search for results finds it
+    _marker(out, step).unlink(missing_ok=True)
