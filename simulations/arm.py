@@ -20,11 +20,15 @@ from simulations.mle import MLP, Conditional, Outcome, compare, fit, mixed_field
 def ground_truth(config: ArmConfig, seed: int) -> np.ndarray:
     """Probability tables of the sources, float64 [K, M^D]; the first token is the most significant digit.
 
+    family=dirichlet has no structure: p_k = sim q_0 + (1 - sim) q_k, every q uniform on the simplex (Dirichlet(1)). Otherwise
     log p_k = scale * mixed_fields + const. A random field is a sum over all sets of 1 to `order` positions of a table of
     standard normals, one entry per value of these tokens, divided by the square root of the number of sets, so that each
     outcome's value is N(0, 1).
     """
     rng = np.random.default_rng([seed, 0])
+    if config.family == "dirichlet":
+        common, *own = rng.dirichlet(np.ones(config.M**config.D), 1 + config.K)
+        return config.sim * common + (1 - config.sim) * np.stack(own)
     return softmax(config.scale * mixed_fields(config, lambda: _field(config, rng)), axis=1)
 
 

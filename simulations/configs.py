@@ -56,7 +56,9 @@ class ArmConfig(_Checked):
     D: int = count(10, "Sequence length, unless it varies")
     M: int = count(2, "Vocabulary")
     sim: float = budget(0.8, SIMILARITY, at_least=0, at_most=1)
-    family: str = budget("path", "Sources differ in one number or in everything", choices=FAMILIES)
+    family: str = budget(
+        "path", "Sources differ in one number, in everything, or have no structure", choices=(*FAMILIES, "dirichlet")
+    )
     order: int = budget(3, "Tokens that interact at most; 0 draws the probability of every outcome", at_least=0)
     scale: float = budget(2.0, "Size of the log-probability field; 0: uniform", at_least=0)
     de: int = count(64, "Embedding width")
@@ -65,6 +67,8 @@ class ArmConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.family == "dirichlet" and (self.order, self.scale) != (ArmConfig.order, ArmConfig.scale):
+            raise ValueError("--order, --scale: random fields have them, --family=dirichlet does not; leave them out")
         if self.M**self.D * self.K > 2**26:
             raise ValueError(f"M^D * K = {self.M**self.D * self.K} outcomes are too many to enumerate; lower D, M or K")
 

@@ -55,6 +55,7 @@ def main(**options):
       python simulations/run_arm.py --budget=smoke
       python simulations/run_arm.py --tag=K
       python simulations/run_arm.py --tag=sim --family=independent --results-dir=results/independent
+      python simulations/run_arm.py --tag=K --family=dirichlet --sim=0 --results-dir=results/unstructured
     """
     from simulations import arm, bounds
 

@@ -24,6 +24,7 @@ DELTA = click.option(
     "--delta", type=cli.Float(0, 0.5, min_open=True), default=0.05, help="The bounds may fail with this probability"
 )
 SIDES = ("single", "multi")
+COUNTING, INTERVAL = "counting, no network", " (95 % interval)"
 REFERENCES = ("histogram", "pooled", "uniform")  # errors that need no network
 
 
@@ -198,7 +199,10 @@ def read_results(results_dir: str | Path, tag: str) -> list[dict]:
 
 
 def plot(tags: list[str], results_dir: str | Path, stem: Path, dpi: int = 200) -> list[Path]:
-    """Errors above, ratio multi / single below, a column per sweep; published values as open markers where there are any."""
+    """Errors above, ratio multi / single below, a column per sweep; published values as open markers where there are any.
+
+    Bars are 95 % intervals over seeds (Student's t); beside the networks stands counting, each source by itself.
+    """
     from metrics import figures
 
     tables = [read_results(results_dir, tag) for tag in tags]
@@ -209,12 +213,15 @@ def plot(tags: list[str], results_dir: str | Path, stem: Path, dpi: int = 200) -
         x, top = [row[tag] for row in rows], 0.0
         for side in SIDES:
             style = {"color": figures.LINE[side], "marker": figures.MARKER[side], "markersize": 4.5}
-            y, error = [row[f"TV of {side}"] for row in rows], [row[f"standard error of {side}"] for row in rows]
+            y, error = [r[f"TV of {side}"] for r in rows], [_half(r, r[f"standard error of {side}"]) for r in rows]
             highest = _curve(errors, rows, tag, y, error, f"published TV of {side}", figures.LABEL[side], style)
             top = max(top, highest)
+        counted = [row["TV of histogram"] for row in rows]
+        errors.plot(x, counted, color=figures.NEUTRAL, linestyle="-.", linewidth=1.2, label=COUNTING)
+        top = max(top, *counted)
         errors.set_ylim(0, 1.07 * top)
         ratio.axhline(1, color=figures.NEUTRAL, linewidth=0.7)
-        y, error = [row["measured ratio"] for row in rows], [_ratio_error(row) for row in rows]
+        y, error = [row["measured ratio"] for row in rows], [_half(row, _ratio_error(row)) for row in rows]
         style = {"color": "black", "marker": "o", "markersize": 4}
         _curve(ratio, rows, tag, y, error, "published ratio", "ratio", style)
         predicted = [row["predicted ratio"] for row in rows]
@@ -232,7 +239,7 @@ def plot(tags: list[str], results_dir: str | Path, stem: Path, dpi: int = 200) -
 def _curve(axis, rows, tag, y, error, published, label, style) -> float:
     """Draw measured values with error bars and published ones; returns the highest point."""
     x = [row[tag] for row in rows]
-    axis.errorbar(x, y, error, capsize=2, elinewidth=1, label=f"{label} (± standard error)", **style)
+    axis.errorbar(x, y, error, capsize=2, elinewidth=1, label=f"{label}{INTERVAL}", **style)
     known = [(row[tag], row[published]) for row in rows if row.get(published) not in (None, "")]
     if known:
         open_marker = {"linestyle": ":", "linewidth": 1, "markerfacecolor": "white", "label": f"{label}, published"}
@@ -242,10 +249,17 @@ def _curve(axis, rows, tag, y, error, published, label, style) -> float:
 
 def _legend(fig, axes, names, columns) -> None:
     handles = {handle.get_label(): handle for axis in axes.flat for handle in axis.get_legend_handles_labels()[0]}
-    order = [f"{name}{kind}" for name in names for kind in (" (± standard error)", ", published", ", predicted")]
+    order = [f"{name}{kind}" for name in names for kind in (INTERVAL, ", published", ", predicted")] + [COUNTING]
     shown = {label: handles[label] for label in order if label in handles}
     style = dict(loc="outside upper center", ncols=columns, fontsize=8.5, columnspacing=1.3, handlelength=1.9)
     fig.legend(shown.values(), shown, **style)
+
+
+def _half(row: Mapping, error: float) -> float:
+    """Half of the 95 % interval of a mean over the seeds of a row, from its standard error; 0 for a single seed."""
+    from scipy.stats import t
+
+    return error * float(t.ppf(0.975, row["seeds"] - 1)) if row["seeds"] > 1 else 0.0
 
 
 def _ratio_error(row: Mapping) -> float:

@@ -201,3 +201,15 @@ def test_options_win_over_the_budget(monkeypatch):
     assert {name: value for name, value in given.items() if value is not None} == asked
     run(run_arm.main, "--last", "--B=0.5", "--n-values=10,20-22")
     assert (given["early"], given["bound"], given["n_values"]) == (False, 0.5, [10, 20, 21, 22])
+
+
+def test_sources_without_structure_are_uniform_on_the_simplex():
+    """Dirichlet(1): single probabilities are Beta(1, N - 1); a share sim of every table is common."""
+    tables = np.concatenate([ground_truth(ArmConfig(K=20, D=4, family="dirichlet", sim=0.0), s) for s in range(20)])
+    assert scipy.stats.kstest(tables[:, 3], scipy.stats.beta(1, 15).cdf).pvalue > 1e-3
+    same = ground_truth(ArmConfig(K=2, D=4, family="dirichlet", sim=1.0), 0)
+    np.testing.assert_array_equal(*same)
+    gap = lambda sim: tv(*ground_truth(ArmConfig(K=2, D=4, family="dirichlet", sim=sim), 0))
+    assert gap(0.7) == pytest.approx(0.3 * gap(0.0))
+    with pytest.raises(ValueError, match="--order, --scale"):
+        ArmConfig(family="dirichlet", order=0)
