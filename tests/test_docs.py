@@ -1,17 +1,195 @@
 """The numbers that the documents print, from the numbers of every seed beside them."""
 
+import math
 import re
 
 import numpy as np
+import pytest
 import scipy.stats
 from small_runs import ROOT
 
+from metrics.contrasts import detectable
 from metrics.table import read_csv
+from simulations import run_arm
+from simulations.arm import ground_truth, sample
+from simulations.bounds import arm_bound, ebm_bound
+from simulations.configs import ArmConfig
+
+NOISE = 0.0028  # standard error of a loss on the tree's 2048 points
+
+
+def data(name):
+    return read_csv(ROOT / "docs" / "data" / f"{name}.csv")
+
+
+def document(name):
+    """Its text in one line."""
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+SUMMARIES = {(r["experiment"], r["arm"], r["measure"]): r for r in data("summaries")}
+
+
+def standard_error(row):
+    scale = {"sd": math.sqrt(row["seeds"]), "half of the 95 % interval": scipy.stats.t.ppf(0.975, row["seeds"] - 1)}
+    return row["error"] / scale.get(row["kind"], 1)
+
+
+def student(mean, error, df, null=0.0):
+    """(mean, low, high, p, smallest effect seen four times in five): as the documents print them."""
+    half = scipy.stats.t.ppf(0.975, df) * error
+    p = 2 * scipy.stats.t.sf(abs(mean - null) / error, df)
+    return mean, mean - half, mean + half, p, detectable(error, df + 1)
+
+
+def kept(*key, null=0.0):
+    """Of a mean whose standard error was kept."""
+    row = SUMMARIES[key]
+    return student(row["mean"], standard_error(row), row["seeds"] - 1, null)
+
+
+def welch(experiment, measure, one, other, against=None, noise=0.0):
+    """Of arm `one` less arm `other` (of another measure: `against`), from means and deviations."""
+    a, b = SUMMARIES[experiment, one, measure], SUMMARIES[experiment, other, against or measure]
+    va, vb = (standard_error(row) ** 2 + noise**2 for row in (a, b))
+    df = (va + vb) ** 2 / (va**2 / (a["seeds"] - 1) + vb**2 / (b["seeds"] - 1))
+    return student(a["mean"] - b["mean"], math.sqrt(va + vb), df)
+
+
+def less_baseline(arm, when, than="baseline"):
+    return welch("selection-tree", f"{when} loss", arm, than, noise=NOISE)
+
+
+def guided(arm):
+    return welch("selection-tree", "steps guided", arm, arm, against="steps mandala")
+
+
+def guidance(arm, measure):
+    return welch("guidance-digits", measure, arm, "no guidance")
+
+
+def stable_targets(weights):
+    values = [r["fd_on_less_off"] for r in data("pfgmpp-stable") if r["weights"] == weights]
+    return student(np.mean(values), scipy.stats.sem(values), len(values) - 1)
+
+
+PFGMPP = welch("pfgmpp-digits", "fd", "D=16", "D=inf")
+PREDICTED = {
+    "arm": arm_bound(10, 30000, 10, 2, 64, 5, 64, 13314, 1.0, 0.05).ratio,
+    "ebm 4": ebm_bound(4, 1000, 4, 3, 64, 4609, 1.0, 0.05).ratio,
+    "ebm 8": ebm_bound(8, 1000, 4, 3, 64, 4609, 1.0, 0.05).ratio,
+}
+LOSS = {when: less_baseline("early-ajest", when) for when in ("steps", "samples")}
+LOSS["random"] = less_baseline("ajest", "steps", "random")
+short = lambda text: re.sub(r"(?<!\d)0\.", ".", text)
+SAID = [  # document; sentence with 0: mean, 1 and 2: interval, 3: p, 4: smallest effect that would have been seen; these
+    ("theory", "with K (by {0:.3f} from 1 to 10; {1:.3f} to {2:.3f})", welch("arm-path", "single", "K=10", "K=1")),
+    ("theory", "and D (by {0:.3f} from 10 to 18; {1:.3f} to {2:.3f})", welch("arm-path", "single", "D=18", "D=10")),
+    ("theory", "(by {0:.3f} from 1000 to 30000; {1:.3f} to {2:.3f})", welch("arm-path", "single", "n=1000", "n=30000")),
+    ("theory", "its error is {0:.2f} of the single ones' ({1:.2f} to {2:.2f};", kept("arm-path", "sim=1.0", "ratio")),
+    ("theory", "the ratio is {0:.2f} ({1:.2f} to {2:.2f}) at K = 3", kept("arm-path", "K=3", "ratio")),
+    ("theory", "{0:.2f} ({1:.2f} to {2:.2f}) at K = 10, where {4:.2f} less", kept("arm-path", "K=10", "ratio")),
+    ("theory", "excludes one (n = 5000: {1:.2f} to {2:.2f})", kept("arm-path", "n=5000", "ratio")),
+    ("theory", "{0:.2f} ({1:.2f} to {2:.2f}) at K = 4, where {4:.2f} less", kept("ebm", "K=4", "ratio")),
+    ("theory", "{0:.2f} ({1:.2f} to {2:.2f}) at K = 8.", kept("ebm", "K=8", "ratio")),
+    ("theory", "at K = 4 (p = {3:.3f})", kept("ebm", "K=4", "ratio", null=PREDICTED["ebm 4"])),
+    ("theory", "at K = 8 (p = {3:.3f})", kept("ebm", "K=8", "ratio", null=PREDICTED["ebm 8"])),
+    ("pfgmpp", "is {0:.1f} (95 % interval {1:.1f} to {2:.1f}, Welch; one of {4:.1f}", PFGMPP),
+    ("pfgmpp", "{0:+.1f} (95 % interval {1:.1f} to {2:+.1f}; one of {4:.1f} would have shown)", stable_targets("learned")),
+    ("pfgmpp", "{0:.1f} ({1:.1f} to {2:+.1f}; {4:.1f})", stable_targets("fixed")),
+    ("pfgmpp", "-0.60 ± 0.25, p = {3:.3f}", kept("pfgmpp-digits", "D=16", "growth less inf, alpha=0.2")),
+    ("selection", "score of the baseline by {0:.2f} ({1:.2f} to {2:.2f}; p = {3:.3f})", guided("baseline")),
+    ("selection", "`diverse` by {0:.2f} ({1:.2f} to {2:.2f})", guided("diverse")),
+    ("selection", "AJEST {0:+.2f} ({1:.2f} to {2:.2f}; {4:.2f} would", guided("ajest")),
+    ("selection", "loss {0:+.3f} ({1:.3f} to {2:.3f}; {4:.3f} would have shown) at equal steps", LOSS["steps"]),
+    ("selection", "{0:.3f} ({1:.3f} to {2:.3f}; {4:.3f}) at equal trained samples", LOSS["samples"]),
+    ("selection", "(loss {0:+.3f}, {1:.3f} to {2:.3f}; {4:.3f} would have shown). With", LOSS["random"]),
+    ("selection", "(loss {0:+.3f}; {1:.3f} to {2:.3f}; p = {3:.3f})", less_baseline("ajest", "steps")),
+    ("selection", "(loss {0:.3f}; {1:.3f} to {2:.3f}; {4:.3f} would have shown)", less_baseline("diverse", "steps", "ajest")),
+    ("selection", "AJEST by {0:.3f} ({1:.3f} to {2:.3f})", less_baseline("ajest", "time")),
+    ("selection", "`jest` by {0:.3f} ({1:.3f} to {2:.3f})", less_baseline("jest", "time")),
+    ("selection", "`diverse` by {0:.3f} ({1:.3f} to {2:.3f})", less_baseline("diverse", "time")),
+    ("selection", "2 by {0:.2f}; 95 % interval {1:.2f} to {2:.2f}", guidance("classifier-free, 2", "agreement")),
+    ("selection", "the distance (by {0:.1f}; {1:.1f} to {2:.1f})", guidance("classifier-free, 2", "fd")),
+    ("selection", "falls by {0:.2f} ({1:.2f} to {2:.2f}) at weight 2", guidance("classifier-free, 2", "recall")),
+    ("selection", "by {0:.2f} ({1:.2f} to {2:.2f}) at 3", guidance("classifier-free, 3", "recall")),
+    ("selection", "by {0:.2f} ({1:.2f} to {2:.2f}) at 5", guidance("classifier-free, 5", "recall")),
+    ("selection", "improves agreement (by {0:.2f}; {1:.2f} to {2:.2f})", guidance("autoguidance, 1.5", "agreement")),
+    ("selection", "precision (by {0:.2f}; {1:.2f} to {2:.2f})", guidance("autoguidance, 1.5", "precision")),
+    ("selection", "and distance (by {0:.1f}; {1:.1f} to {2:.1f})", guidance("autoguidance, 1.5", "fd")),
+    ("selection", "recall as well (by {0:.2f}; {1:.2f} to {2:.2f})", guidance("autoguidance, 1.5", "recall")),
+    ("selection", "`random` (FD {0:+.1f}; {1:.1f} to {2:.1f})", kept("ajest-digits", "ajest", "fd less random")),
+    ("selection", "baseline by {4:.1f}. Three seeds", kept("ajest-digits", "early-ajest", "fd less baseline")),
+    ("selection", "`diverse` is behind it (p = {3:.3f})", kept("ajest-digits", "diverse", "fd less baseline")),
+    *(
+        ("selection", "{0:+.1f} ({1:.1f} to {2:.1f})", kept("ajest-digits", arm, "fd less baseline"))
+        for arm in ("random", "ajest", "early-ajest", "diverse")
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("where", "sentence", "found"), SAID)
+def test_what_a_document_says_of_an_effect(where, sentence, found):
+    """An effect with its 95 % interval, p or smallest visible size: by scipy from means and errors; decreases as magnitudes."""
+    down = sorted(-v for v in found[1:3])
+    magnitudes = (-found[0], *down, *found[3:])
+    said = {sentence.format(*values) for values in (found, magnitudes)}
+    text = document(f"docs/{where}.md")
+    assert any(short(s) in short(text) for s in said), said
+
+
+def test_tables_and_counts_of_intervals():
+    """The tree's losses carry the error of its points; which of the intervals exclude zero or one."""
+    tree = document("docs/selection.md")
+    for (experiment, arm, measure), row in SUMMARIES.items():
+        if experiment == "selection-tree":
+            half = scipy.stats.t.ppf(0.975, row["seeds"] - 1) * standard_error(row)
+            digits, more = (3, 1.96 * NOISE) if "loss" in measure else (2, 0)
+            shown = short(f"{row['mean']:.{digits}f} ± {math.hypot(half, more):.{digits}f}")
+            assert shown in tree[tree.index(f"| {arm} |", tree.index("equal steps (1000)")) :].split(" | ")[:11], (
+                measure
+            )
+    growths = [k for k in SUMMARIES if "growth" in k[2]]
+    found = {k: kept(*k) for k in growths}
+    clear = {k: f for k, f in found.items() if f[3] < 0.05}
+    assert (len(found), len(clear), sum(f[0] < 0 for f in clear.values())) == (18, 4, 2)
+    assert round(18 * min(f[3] for f in found.values()), 2) == 0.17
+    cells = [f"K={K}" for K in (3, 5, 7, 10)] + [f"n={n}" for n in (1000, 3000, 5000, 10000)]
+    cells += [f"D={D}" for D in (12, 14, 16, 18)]
+    assert [c for c in cells if kept("arm-path", c, "ratio", null=1)[3] < 0.05] == ["n=5000"]
+    assert kept("arm-path", "K=10", "ratio", null=PREDICTED["arm"])[3] < 0.05
+    angles = {K: np.pi * (np.arange(K) + 0.5) / K for K in (3, 10)}
+    cosines = {K: np.cos(a[:, None] - a)[~np.eye(K, dtype=bool)].mean() for K, a in angles.items()}
+    assert f"{cosines[3]:.2f} at K = 3 and {cosines[10]:.2f} at K = 10" in document("docs/theory.md")
+
+
+def test_counting_beside_the_published_errors():
+    """docs/theory.md's table; and the numbers behind it are what the command counts."""
+    rows, text = data("arm-counting"), document("docs/theory.md")
+    for tag, table in run_arm.PUBLISHED.items():
+        for value, (single, multi) in table.items():
+            cell = {"K": 3, "n": 30_000 if tag == "K" else 10_000, "D": 10} | {tag: value}
+            counted = [r["counting"] for r in rows if all(r[k] == v for k, v in cell.items())]
+            mean, low, high, *_ = student(np.mean(counted), scipy.stats.sem(counted), len(counted) - 1)
+            line = f"| {cell['K']} | {cell['n']} | {cell['D']} | {single:.4f} | {multi:.4f} |"
+            assert f"{line} {mean:.4f} ± {(high - low) / 2:.4f} |" in text
+            if cell["D"] > 12:
+                assert mean > 1.1 * single
+            else:
+                assert abs(mean / single - 1) < (0.08 if cell["K"] > 1 else 0.165)
+    config = ArmConfig(K=3, n=3000, D=10, family="dirichlet", sim=0.0)
+    tables = ground_truth(config, 0)
+    codes, sources = sample(tables, config.n, 0)
+    counts = [np.bincount(codes[sources == k], minlength=1024) for k in range(3)]
+    error = np.mean([abs(c / c.sum() - p).sum() / 2 for c, p in zip(counts, tables, strict=True)])
+    assert error == pytest.approx(
+        next(r["counting"] for r in rows if (r["K"], r["n"], r["D"], r["seed"]) == (3, 3000, 10, 0))
+    )
 
 
 def test_the_quickstarts_answer():
     """README's table, interval and p, by scipy from docs/data/quickstart.csv."""
-    rows = read_csv(ROOT / "docs" / "data" / "quickstart.csv")
+    rows = data("quickstart")
     sources, seeds = sorted({r["source"] for r in rows}), sorted({r["seed"] for r in rows})
     loss = {(r["arm"], r["source"], r["seed"]): r["denoising_loss"] for r in rows}
     multi, single = (np.array([[loss[a, s, t] for t in seeds] for s in sources]) for a in ("multi", "single"))
@@ -32,11 +210,11 @@ def test_the_quickstarts_answer():
 
 def test_the_ema_lengths_of_digits():
     """docs/ema.md's optimum and differences, by numpy and scipy from docs/data/ema-digits.csv."""
-    rows = read_csv(ROOT / "docs" / "data" / "ema-digits.csv")
+    rows = data("ema-digits")
     lengths, seeds = sorted({r["ema"] for r in rows}), sorted({r["seed"] for r in rows})
     found = {(r["ema"], r["seed"]): r["denoising_loss"] for r in rows}
     loss = np.array([[found[length, seed] for length in lengths] for seed in seeds])
-    text = " ".join((ROOT / "docs" / "ema.md").read_text(encoding="utf-8").split())
+    text = document("docs/ema.md")
     vertices = []
     for curve in loss:
         near = slice(curve.argmin() - 1, curve.argmin() + 2)

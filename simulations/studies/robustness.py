@@ -183,24 +183,45 @@ def summarize(rows: Sequence[dict]) -> dict[str, dict]:
 
 
 def plot(rows: Sequence[dict], experiment: str, stem: str | Path) -> list[Path]:
-    """Frechet distance against the disturbance, one line per label with error bars; writes stem.png and stem.svg."""
-    table = summarize(rows)
-    fig, axis = figures.figure(width=4.6, height=3.2)
-    values = list(next(iter(table.values())))
-    x = np.arange(len(values), dtype=float) if experiment == "bits" else np.array(values, float)
-    colours = figures.colours([None] * len(table))
-    for index, (label, line) in enumerate(table.items()):
-        shift = (index - (len(table) - 1) / 2) * 0.012 * (x.max() - x.min() or 1)  # bars side by side
-        mean, sd, _ = np.transpose([line[value] for value in values])
-        axis.errorbar(x + shift, mean, sd, label=label, color=colours[index], marker="o", markersize=3.5, capsize=2)
-    if experiment == "bits":
-        axis.set_xticks(x, [str(value) for value in values])
+    """Frechet distance against the disturbance, one line per label with error bars; writes stem.png and stem.svg.
+
+    Beside it, where trainings are paired, how much more each label's distance grows than the last label's (`forgiveness`).
+    """
+    table, paired = summarize(rows), forgiveness(rows, experiment)
+    fig, axes = figures.figure(columns=1 + bool(paired), width=4.6, height=3.2, squeeze=False)
+    axis, colours = axes[0, 0], figures.colours([None] * len(table))
+    lines = {label: [line[value][:2] for value in line] for label, line in table.items()}
+    _lines(axis, lines, list(next(iter(table.values()))), experiment, colours)
     means, _, seeds = np.transpose([cell for line in table.values() for cell in line.values()])
     if means.min() > 0 and means.max() > 5 * means.min():
         figures.log_y(axis)
-    axis.set(xlabel=X_LABELS[experiment], ylabel="Frechet distance")
+    axis.set(ylabel="Frechet distance")
     axis.legend(title=f"mean ± sd of {seeds.max():g} trainings" if seeds.max() > 1 else None)
+    if paired:
+        plot_growth(axes[0, 1], paired, list(table)[-1], experiment, colours)
     return figures.save(fig, stem)
+
+
+def plot_growth(axis, paired: dict[str, dict], last: str, experiment: str, colours: Sequence) -> None:
+    """Draw what `forgiveness` finds, with its 95 % intervals; below zero a label takes less damage than `last`."""
+    _lines(
+        axis, {k: list(v.values()) for k, v in paired.items()}, list(next(iter(paired.values()))), experiment, colours
+    )
+    axis.axhline(0, color=figures.NEUTRAL, linewidth=0.7)
+    axis.set(ylabel=f"growth less that of {last}")
+    axis.legend(title="paired, 95 % interval")
+
+
+def _lines(axis, lines, values, experiment, colours):
+    """Means with bars [(mean, half)] of every label over the disturbance, side by side."""
+    x = np.arange(len(values), dtype=float) if experiment == "bits" else np.array(values, float)
+    for index, (label, points) in enumerate(lines.items()):
+        shift = (index - (len(lines) - 1) / 2) * 0.012 * (x.max() - x.min() or 1)
+        style = dict(color=colours[index], marker="o", markersize=3.5, capsize=2)
+        axis.errorbar(x + shift, *np.transpose(points), label=label, **style)
+    if experiment == "bits":
+        axis.set_xticks(x, [str(value) for value in values])
+    axis.set(xlabel=X_LABELS[experiment])
 
 
 def markdown(rows: Sequence[dict], experiment: str) -> str:
