@@ -8,12 +8,13 @@ import pytest
 import scipy.stats
 from small_runs import ROOT
 
-from metrics.contrasts import detectable
+from metrics.contrasts import detectable, holm
 from metrics.table import read_csv
 from simulations import run_arm
 from simulations.arm import ground_truth, sample
 from simulations.bounds import arm_bound, ebm_bound
 from simulations.configs import ArmConfig
+from simulations.studies import solvers
 
 NOISE = 0.0028  # standard error of a loss on the tree's 2048 points
 
@@ -73,6 +74,16 @@ def stable_targets(weights):
     return student(np.mean(values), scipy.stats.sem(values), len(values) - 1)
 
 
+def at(nfe, one, other, source=None):
+    """Of CLD by the splitting solver and others, at so many evaluations: on the mixture, or on a source of the digits."""
+    which = ("linear-mixture", "sliced W2") if source is None else ("linear-digits", f"fd source {source}")
+    return welch(which[0], f"{which[1]}, nfe {nfe}", one, other)
+
+
+HEUN, EM, SSCS = "EDM Heun, sigma", "CLD EM, {}", "CLD SSCS, {}"
+HEUN_MIXTURE = at(20, HEUN, SSCS.format("quadratic"))
+HEUN_DIGITS = at(20, HEUN, SSCS.format("quadratic"), 1)
+faster = lambda grid, source, nfe=20: at(nfe, SSCS.format(grid), EM.format(grid), source)
 PFGMPP = welch("pfgmpp-digits", "fd", "D=16", "D=inf")
 PREDICTED = {
     "arm": arm_bound(10, 30000, 10, 2, 64, 5, 64, 13314, 1.0, 0.05).ratio,
@@ -121,6 +132,25 @@ SAID = [  # document; sentence with 0: mean, 1 and 2: interval, 3: p, 4: smalles
     ("selection", "`random` (FD {0:+.1f}; {1:.1f} to {2:.1f})", kept("ajest-digits", "ajest", "fd less random")),
     ("selection", "baseline by {4:.1f}. Three seeds", kept("ajest-digits", "early-ajest", "fd less baseline")),
     ("selection", "`diverse` is behind it (p = {3:.3f})", kept("ajest-digits", "diverse", "fd less baseline")),
+    ("linear", "by {0:.3f} ({1:.3f} to {2:.3f}) on the uniform grid; on", faster("uniform", None)),
+    ("linear", "one {0:.3f} ({1:.3f} to {2:.3f}) is no difference", faster("quadratic", None)),
+    ("linear", "(by {0:.3f}; {1:.3f} to {2:.3f}) and ahead", HEUN_MIXTURE),
+    ("linear", "(by {0:.3f}; {1:.3f} to {2:.3f}): the grid", at(20, HEUN, SSCS.format("uniform"))),
+    ("linear", "in source 1 (by {0:.1f}; {1:.1f} to {2:.1f}) and not seen", HEUN_DIGITS),
+    ("linear", "in sources 0 (by {0:.1f}; {1:.1f} to {2:.1f})", faster("quadratic", 0)),
+    ("linear", "and 1 (by {0:.1f}; {1:.1f} to {2:.1f}), and on", faster("quadratic", 1)),
+    ("linear", "1 and 2 (by {0:.0f}; {1:.0f} to {2:.0f}, and", faster("uniform", 1)),
+    ("linear", "{0:.0f}; {1:.0f} to {2:.0f}), and in all", faster("uniform", 2)),
+    ("linear", "(source 1: {0:+.0f}; {1:.0f} to {2:.0f})", at(100, "learned EM, quadratic", HEUN, 1)),
+    ("linear", "(source 1: {0:+.1f}; {1:.1f} to {2:.1f})", at(100, SSCS.format("uniform"), HEUN, 1)),
+    ("README", "(sliced W2 by {0:.3f}; {1:.3f} to {2:.3f})", HEUN_MIXTURE),
+    ("README", "(Frechet distance by {0:.1f}; {1:.1f} to {2:.1f})", HEUN_DIGITS),
+    ("README", "({0:.2f} of the error, {1:.2f} to {2:.2f})", kept("arm-path", "sim=1.0", "ratio")),
+    ("README", "score by {0:.2f} (95 % interval {1:.2f} to {2:.2f}, p = {3:.3f})", guided("baseline")),
+    ("README", "{0:+.3f} in loss at equal steps ({1:.3f} to {2:.3f}; {4:.3f} would", LOSS["steps"]),
+    ("README", "{0:.3f} at equal samples ({1:.3f} to {2:.3f})", LOSS["samples"]),
+    ("README", "`random` {0:+.3f} ({1:.3f} to {2:.3f})", LOSS["random"]),
+    ("README", "is {0:.1f} (95 % interval {1:.1f} to {2:.1f})", PFGMPP),
     *(
         ("selection", "{0:+.1f} ({1:.1f} to {2:.1f})", kept("ajest-digits", arm, "fd less baseline"))
         for arm in ("random", "ajest", "early-ajest", "diverse")
@@ -134,21 +164,23 @@ def test_what_a_document_says_of_an_effect(where, sentence, found):
     down = sorted(-v for v in found[1:3])
     magnitudes = (-found[0], *down, *found[3:])
     said = {sentence.format(*values) for values in (found, magnitudes)}
-    text = document(f"docs/{where}.md")
+    text = document("README.md" if where == "README" else f"docs/{where}.md")
     assert any(short(s) in short(text) for s in said), said
 
 
 def test_tables_and_counts_of_intervals():
     """The tree's losses carry the error of its points; which of the intervals exclude zero or one."""
-    tree = document("docs/selection.md")
+    tree, readme = document("docs/selection.md"), document("README.md")
     for (experiment, arm, measure), row in SUMMARIES.items():
         if experiment == "selection-tree":
             half = scipy.stats.t.ppf(0.975, row["seeds"] - 1) * standard_error(row)
             digits, more = (3, 1.96 * NOISE) if "loss" in measure else (2, 0)
             shown = short(f"{row['mean']:.{digits}f} ± {math.hypot(half, more):.{digits}f}")
-            assert shown in tree[tree.index(f"| {arm} |", tree.index("equal steps (1000)")) :].split(" | ")[:11], (
-                measure
-            )
+            line = tree[tree.index(f"| {arm} |", tree.index("equal steps (1000)")) :]
+            assert shown in line.split(" | ")[:11], measure
+            if "loss" in measure and arm != "jest":
+                name = {"ajest": "AJEST", "early-ajest": "early AJEST"}.get(arm, arm)
+                assert shown in readme[readme.index(f"| {name} |") :].split(" | ")[:5], measure
     growths = [k for k in SUMMARIES if "growth" in k[2]]
     found = {k: kept(*k) for k in growths}
     clear = {k: f for k, f in found.items() if f[3] < 0.05}
@@ -161,6 +193,31 @@ def test_tables_and_counts_of_intervals():
     angles = {K: np.pi * (np.arange(K) + 0.5) / K for K in (3, 10)}
     cosines = {K: np.cos(a[:, None] - a)[~np.eye(K, dtype=bool)].mean() for K, a in angles.items()}
     assert f"{cosines[3]:.2f} at K = 3 and {cosines[10]:.2f} at K = 10" in document("docs/theory.md")
+
+
+def test_solvers_at_many_evaluations_and_on_an_exact_gaussian():
+    """docs/linear.md: which combinations differ from the floor or from Heun, and what needs no Monte Carlo."""
+    arms = {arm for experiment, arm, _ in SUMMARIES if experiment == "linear-mixture"} - {"data"}
+    floor = SUMMARIES["linear-mixture", "data", "sliced W2, nfe 10"]
+    SUMMARIES["linear-mixture", "data", "sliced W2, nfe 200"] = floor
+    assert len(arms) == 18
+    assert round(min(holm([at(200, arm, "data")[3] for arm in arms])), 2) == 0.34
+    digits = {arm for experiment, arm, _ in SUMMARIES if experiment == "linear-digits"} - {HEUN}
+    digits -= {EM.format("uniform"), SSCS.format("uniform"), "learned EM, quadratic", "CLD RK45, adaptive"}
+    found = [at(100, arm, HEUN, source) for arm in digits for source in range(3)]
+    assert (len(found), round(min(holm([f[3] for f in found])), 2)) == (21, 0.34)
+    assert [round(limit(f[4] for f in found), 1) for limit in (min, max)] == [0.4, 1.9]
+    unseen = [at(20, HEUN, SSCS.format("quadratic"), source)[3] for source in (0, 2)]
+    assert min(unseen) > 0.05 > max(faster("uniform", source, 50)[3] for source in range(3))
+    assert all(faster("uniform", source, 50)[0] > 0 for source in range(3))
+    exact = {key[1:]: row["mean"] for key, row in SUMMARIES.items() if key[0] == "linear-gaussian"}
+    gain = {(g, n): exact[EM.format(g), f"W2, nfe {n}"] / exact[SSCS.format(g), f"W2, nfe {n}"]
+            for g in ("uniform", "quadratic") for n in (20, 50, 100)}  # fmt: skip
+    assert [round(v, 1) for v in gain.values()] == [2.4, 1.2, 1.0, 2.2, 1.7, 1.6]
+    for arm, grid, nfe in (("CLD SSCS", "quadratic", 20), ("CLD EM", "uniform", 50), ("EDM Heun", "sigma", 10)):
+        assert exact[f"{arm}, {grid}", f"W2, nfe {nfe}"] == pytest.approx(
+            solvers.exact_error((arm, grid, nfe)), rel=5e-3
+        )
 
 
 def test_counting_beside_the_published_errors():
