@@ -45,7 +45,9 @@ Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM or SIG
 @click.option("--profile", is_flag=True, help="Also say where a step goes, and leave a trace in the run folder")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop")
 @click.option(
-    "--each", metavar="LIST", help="Train a small model for each entry, side by side; %s stands for it elsewhere"
+    "--each",
+    metavar="LIST",
+    help="Train a small model for each entry, side by side; %s stands for it elsewhere (LIST/LIST: %1, %2)",
 )
 def main(outdir, resume, device, profile, dry_run, each, **given):
     """Train a diffusion model on one data source or many. Run the same command again to resume."""

@@ -21,7 +21,7 @@ import click
 
 from dnnlib import outputs
 from dnnlib.reading import read_yaml
-from dnnlib.util import parse_integers, parse_nimg, parse_seeds, reason
+from dnnlib.util import each_of, parse_integers, parse_nimg, parse_seeds, reason
 
 MOST_LINE = 2000  # characters of an error
 INTERRUPTED = 75  # exit code of a training that was stopped by a signal after writing a checkpoint (EX_TEMPFAIL)
@@ -290,7 +290,7 @@ class Command(_OneLineErrors, click.Command):
     """A command that takes no empty values (they come from unset shell variables), with options under headings.
 
     What it writes passes the door of dnnlib/outputs.py first, and is held until it ends; errors name the option. Where it
-    has an option --each, `%s` in all others stands for the entries of that list: `each` becomes the options of all.
+    has an option --each, all others may name its entries (see `each_of`): `each` becomes the options of all.
     """
 
     def make_context(self, name: str | None, args: list[str], parent: click.Context | None = None, **more: Any) -> Any:
@@ -301,10 +301,7 @@ class Command(_OneLineErrors, click.Command):
             return super().make_context(name, args, parent, **more)
         _, equals, value = args[index].partition("=")
         rest = args[:index] + args[index + (1 if equals else 2) :]
-        entries = [e for e in (value if equals else "".join(args[index + 1 : index + 2])).split(",") if e]
-        if not entries or len(entries) != len(set(entries)):
-            raise ValueError(f"--each={value}: give different entries, separated by commas")
-        words = ([word.replace("%s", entry) for word in rest] for entry in entries)
+        words = each_of(value if equals else "".join(args[index + 1 : index + 2]), rest)
         ctx, *others = (super(Command, self).make_context(name, w, parent, **more) for w in words)
         ctx.obj = [ctx, *others]
         ctx.params["each"] = [dict(own.params) for own in ctx.obj]
@@ -318,7 +315,9 @@ class Command(_OneLineErrors, click.Command):
                 for param in (p for p in self.params if getattr(p, "writes", None)):
                     if len({str(own.params[param.name]) for own in several}) < len(several):
                         own = f"{_flag(param)}={ctx.params[param.name]}"
-                        raise ValueError(f"{own}: every entry of --each needs a place of its own: put %s into it")
+                        raise ValueError(
+                            f"{own}: every entry of --each needs a place of its own: put %s (or %1, %2, ...) into it"
+                        )
                 for own in several:
                     self._hold(own, held)
                 return super().invoke(ctx)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -269,6 +270,21 @@ def parse_seeds(text: str | int) -> list[int]:
     if min(seeds) < 0:
         raise ValueError(f"{text!r} is no list of seeds: they are not negative")
     return seeds
+
+
+def each_of(value: str, words: Sequence[str]) -> list[list[str]]:
+    """The words of a command line for each of `value`: of a list `A,B`, whose entries `%s` stands for, or of several
+    lists `A,B/C,D`, whose combinations `%1` and `%2` stand for. ValueError for a list that is empty or repeats an entry.
+    """
+    lists = [[entry for entry in part.split(",") if entry] for part in value.split("/")]
+    if any(not part or len(part) != len(set(part)) for part in lists):
+        raise ValueError(f"--each={value}: give different entries, separated by commas")
+    found = []
+    for entries in itertools.product(*lists):
+        names = {"%s": entries[0]} if len(lists) == 1 else {f"%{k}": entry for k, entry in enumerate(entries, 1)}
+        fill = lambda word, names=names: re.sub("|".join(names), lambda match: names[match[0]], word)
+        found.append([fill(word) for word in words])
+    return found
 
 
 def usable_cores() -> int:

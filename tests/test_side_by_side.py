@@ -1,5 +1,6 @@
 """Models side by side against the same models one after another: same weights, same stopping, same files."""
 
+import itertools
 import json
 import signal
 
@@ -121,12 +122,29 @@ def test_command_line(data, tmp_path):
         assert load_snapshot(tmp_path / str(k) / "network-snapshot-0000002-0.100.safetensors").sources == [k]
     step = experiment.Step("a", ["train_edm2.py", "--each=0,1", "--outdir=runs/%s", "--data=d/%s.zip"], 0)
     assert step.writes == {"runs/0", "runs/1"} and {"d/0.zip", "d/1.zip"} <= step.reads
+    pairs = experiment.Step("b", ["train_edm2.py", "--each=0,%2/7,8", "--outdir=runs/%1-%2", "--data=d/%1.zip"], 0)
+    assert pairs.writes == {
+        "runs/0-7",
+        "runs/0-8",
+        "runs/%2-7",
+        "runs/%2-8",
+    }  # no entry is taken for a place of another
+
+
+def test_all_combinations_of_two_lists(data, tmp_path):
+    command = small_command(
+        data / "%1.zip", tmp_path / "%1-%2", "--each=0,1/3,4", "--seed=%2", "--batch=128", "--rampup=0.001"
+    )
+    run(train_edm2.main, *command)
+    for k, seed in itertools.product((0, 1), (3, 4)):
+        options = json.loads((tmp_path / f"{k}-{seed}" / "training_options.json").read_text())
+        assert options["seed"] == seed and options["data"].endswith(f"{k}.zip")
 
 
 @pytest.mark.parametrize(
     "more, says",
     [
-        (["--outdir={tmp}/x"], "every entry of --each needs a place of its own: put %s into it"),
+        (["--outdir={tmp}/x"], "every entry of --each needs a place of its own: put %s (or %1, %2, ...) into it"),
         (["--dropout=0.1"], "--dropout=0.1: not for models side by side"),
         (["--select=random"], "--select=random: not for models side by side"),
         (["--batch=%s"], "--batch=128: models side by side share it"),

@@ -1,8 +1,8 @@
 """Several small models trained side by side in one process: one step of all of them over stacked weights.
 
 Every model keeps a run of its own: data, labels, draws, validation, stopping, files. Common are the forward and backward
-pass (torch.func.vmap), the optimizer's step and the averages', over one matrix with a row per model, of which the runs hold
-views. Equal to training one after another up to rounding; worth it where one model is too small to fill the machine.
+pass (torch.func.vmap), the optimizer's step and the averages', over stacked tensors of which the
+runs hold views. Equal to training one after another up to rounding; worth it where one model does not fill the machine.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.func import functional_call, vmap
@@ -23,9 +24,11 @@ from training.choices import OPTIMIZERS, choose
 from training.config import TrainingConfig, option_name
 from training.hooks import standard_hooks, stop_on_signal
 from training.losses import Draws
+from training.magnitude import MPConv, NormalizedOnce
 from training.setup import Run
 from training.training_loop import TrainingFailed, TrainingLoop
 
+MOST = 10  # models of one pass: more of them find no place in a processor's caches
 OWN = {
     "data",
     "data_content",
@@ -64,29 +67,36 @@ def _shapes(module):
     return {name: value.shape for name, value in module.state_dict().items()}
 
 
-def _rows(models: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """[G, P]: the tensors of G models, end to end; they become views of it."""
-    rows = torch.stack([torch.cat([t.detach().flatten() for t in own]) for own in models])
-    for row, own in zip(rows, models, strict=True):
-        for t, part in zip(own, row.split([t.numel() for t in own]), strict=True):
-            t.data = part.view(t.shape)
-    return rows
+def _stacked(models: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """[G, ...] for each of the tensors that G models have; those of the models become views of it."""
+    stacks = [torch.stack([t.detach() for t in same]) for same in zip(*models, strict=True)]
+    for same, stack in zip(zip(*models, strict=True), stacks, strict=True):
+        for t, own in zip(same, stack, strict=True):
+            t.data = own
+    return stacks
 
 
 class Stack:
-    """Models in step, that is after the same number of images: their weights, averages and optimizer states in rows."""
+    """Models in step, that is after the same number of images: their weights, averages and optimizer states stacked."""
 
     def __init__(self, loops: Sequence[TrainingLoop]) -> None:
         self.loops, first = list(loops), loops[0]
         self.names = [name for name, p in first.objective.named_parameters() if p.requires_grad]
-        self.shapes = [p.shape for p in first.parameters]
-        self.sizes = [p.numel() for p in first.parameters]
-        self.weights = torch.nn.Parameter(_rows([loop.parameters for loop in loops]))
+        self.weights = [torch.nn.Parameter(w) for w in _stacked([loop.parameters for loop in loops])]
         copies = zip(*([] if loop.ema is None else loop.ema.copies for loop in loops), strict=True)
-        self.averages = [_rows([list(average.parameters()) for average in same]) for same in copies]
+        self.averages = [_stacked([list(average.parameters()) for average in same]) for same in copies]
         buffers = [dict(loop.objective.named_buffers()) for loop in loops]
         self.buffers = {name: torch.stack([b[name] for b in buffers]) for name in buffers[0]}
-        group = dict(params=[self.weights], lr_scale=1.0)
+        layers = {f"{n}.weight": m for n, m in first.objective.named_modules() if isinstance(m, MPConv)}
+        self.layers, self.rest = {}, {}  # weights by name: to be normalised, as one layer with the rows of all models
+        for name, w in zip(self.names, self.weights, strict=True):
+            if name in layers and w.dtype == torch.float32:
+                rows = dict(out_channels=len(w) * w.shape[1], constant=layers[name].constant)
+                self.layers[name] = SimpleNamespace(weight=w.data.flatten(0, 1).requires_grad_(), ready=None, **rows)
+            else:
+                self.rest[name] = w
+        self.once = NormalizedOnce(list(self.layers.values())) if self.layers else None
+        group = dict(params=self.weights, lr_scale=1.0)
         self.optimizer = choose(OPTIMIZERS, "optimizer", first.parts.config.optimizer)(first.parts.config, [group])
         self._read_states()
         write = lambda index, optimizer: self._write_state(index)
@@ -102,75 +112,87 @@ class Stack:
             self._write_state(index)
 
     def _read_states(self):
-        """The state of the common optimizer from those of the runs: what has a weight's shape in rows, the rest once."""
+        """The state of the common optimizer from those of the runs: what has a weight's shape stacked, the rest once."""
         states = [[loop.optimizer.state.get(p) for p in loop.parameters] for loop in self.loops]
         if not states[0][0]:
             return
-        like = next(i for i, shape in enumerate(self.shapes) if len(shape))
-        common = self.optimizer.state[self.weights]
-        for name, value in states[0][like].items():
-            per_weight = torch.is_tensor(value) and value.shape == self.shapes[like]
-            common[name] = _rows([[s[name].clone() for s in own] for own in states]) if per_weight else value
+        for w, *same in zip(self.weights, *states, strict=True):
+            for name, value in same[0].items():
+                own = [s[name] for s in same]
+                self.optimizer.state[w][name] = torch.stack(own) if _per_weight(name, value) else value
 
     def _write_state(self, index):
         loop = self.loops[index]
-        for name, value in self.optimizer.state[self.weights].items():
-            per_weight = torch.is_tensor(value) and value.shape == self.weights.shape
-            parts = self._parts(value[index]) if per_weight else [value] * len(self.shapes)
-            for p, part in zip(loop.parameters, parts, strict=True):
-                loop.optimizer.state[p][name] = part.clone() if torch.is_tensor(part) else part
-
-    def _parts(self, rows):
-        """The tensors of all weights, [..., *shape] each, from [..., P]."""
-        parts = rows.split(self.sizes, dim=-1)
-        return [
-            part.unflatten(-1, shape) if len(shape) else part[..., 0]
-            for part, shape in zip(parts, self.shapes, strict=True)
-        ]
-
-    def _losses(self, parameters, buffers, draws):
-        """The losses of one model, for vmap."""
-        missing = {name: None for name, value in self.draws[0].items() if value is None}
-        return functional_call(self.loops[0].objective, (parameters, buffers), (Draws(**draws, **missing),))
+        for p, w in zip(loop.parameters, self.weights, strict=True):
+            for name, value in self.optimizer.state[w].items():
+                value = value[index] if _per_weight(name, value) else value
+                loop.optimizer.state[p][name] = value.clone() if torch.is_tensor(value) else value
 
     def step(self) -> None:
         """What `TrainingLoop.step` does, for all models."""
-        loops, first = self.loops, self.loops[0]
+        loops = self.loops
         candidates = [loop.candidates() for loop in loops]
-        self.draws = [
+        draws = [
             Draws.cat(loop.selector.minibatches(loop.objective, given))
             for loop, given in zip(loops, candidates, strict=True)
         ]
-        given = {
-            name: torch.stack([own[name] for own in self.draws]) for name, v in self.draws[0].items() if v is not None
-        }
-        leaves = [part.data.requires_grad_() for part in self._parts(self.weights)]  # each with a version of its own
-        first.objective.train()
-        with sdpa_kernel(SDPBackend.MATH):  # the others know no models side by side
-            losses = vmap(self._losses)(dict(zip(self.names, leaves, strict=True)), self.buffers, given)  # [G, N, ...]
-            total = losses.sum() * (first.parts.loss_scaling / first.batch_size)
-            gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
-        self.weights.grad = torch.cat([g.reshape(len(loops), -1) for g in gradients], dim=1)
-        self._apply(losses.detach(), [loop.parts.learning_rate(loop.state.cur_nimg) for loop in loops])
+        given = {name: torch.stack([own[name] for own in draws]) for name, v in draws[0].items() if v is not None}
+        losses = self._backward(given, [name for name, v in draws[0].items() if v is None])
+        for loop, own in zip(loops, losses, strict=True):
+            loop.stats.report("Loss/loss", own)
+        self._apply([loop.parts.learning_rate(loop.state.cur_nimg) for loop in loops])
         for loop, done in zip(loops, candidates, strict=True):
             loop.advance(done)
         self._average()
 
-    def _apply(self, losses, rates):
-        finite = self.weights.grad.norm(dim=1).isfinite()
-        for loop, own, good, lr in zip(self.loops, losses, finite, rates, strict=True):
-            loop.stats.report("Loss/loss", own)
+    def _backward(self, given, missing):
+        """Gradients of all weights; returns the losses [G, N, ...]."""
+        first = self.loops[0]
+        if self.once is not None:
+            self.once.prepare()
+        ready = {name: layer.ready for name, layer in self.layers.items()}
+        tensors = {
+            f"{name.removesuffix('weight')}ready": w.unflatten(0, (len(self.loops), -1)) for name, w in ready.items()
+        }
+
+        def losses_of_one(tensors, buffers, draws):
+            return functional_call(first.objective, (tensors, buffers), (Draws(**draws, **dict.fromkeys(missing)),))
+
+        first.objective.train()
+        with sdpa_kernel(SDPBackend.MATH):  # the others know no models side by side
+            losses = vmap(losses_of_one)(tensors | self.rest, self.buffers, given)
+            total = losses.sum() * (first.parts.loss_scaling / first.batch_size)
+            found = torch.autograd.grad(total, [*ready.values(), *self.rest.values()], materialize_grads=True)
+        for tensor, grad in zip([*ready.values(), *self.rest.values()], found, strict=True):
+            tensor.grad = grad
+        if self.once is not None:
+            for layer in self.layers.values():
+                layer.weight.grad = None
+            self.once.backward()
+            self.once.forget()
+            for name, w in zip(self.names, self.weights, strict=True):
+                if name in self.layers:
+                    w.grad = self.layers[name].weight.grad.view_as(w)
+        return losses.detach()
+
+    def _apply(self, rates):
+        gradients = [w.grad for w in self.weights]
+        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) if g.ndim > 1 else g for g in gradients])
+        finite = norms.isfinite().all(dim=0)
+        for loop, good, lr in zip(self.loops, finite, rates, strict=True):
             loop.stats.report("Loss/learning_rate", lr)
             loop.stats.report("Progress/nonfinite_steps", (~good).double())
             loop.bad_steps = torch.where(good, 0, loop.bad_steps + 1)
-        torch.nan_to_num(self.weights.grad, nan=0, posinf=0, neginf=0, out=self.weights.grad)
+        for g in gradients:
+            torch.nan_to_num(g, nan=0, posinf=0, neginf=0, out=g)
         for group in self.optimizer.param_groups:
             group["lr"] = max(rates)
-        before = self.weights.detach().clone() if min(rates) < max(rates) else None
+        before = torch._foreach_add([w.data for w in self.weights], 0) if min(rates) < max(rates) else None
         self.optimizer.step()
         if before is not None:  # the step of every optimizer here is proportional to the rate
-            shares = before.new_tensor(rates)[:, None] / max(rates)
-            self.weights.data.copy_(before.lerp_(self.weights.data, shares))
+            shares = before[0].new_tensor(rates) / max(rates)
+            for old, w in zip(before, self.weights, strict=True):
+                w.data.copy_(old.lerp_(w.data, shares.reshape(-1, *[1] * (w.ndim - 1))))
 
     @torch.no_grad()
     def _average(self):
@@ -178,7 +200,12 @@ class Stack:
         if first.ema is not None:
             betas = first.ema.betas(first.state.cur_nimg, first.batch_size)
             for average, beta in zip(self.averages, betas, strict=True):
-                average.lerp_(self.weights, 1 - beta)
+                torch._foreach_lerp_(average, self.weights, 1 - beta)
+
+
+def _per_weight(name, value):
+    """Whether a part of an optimizer's state belongs to each model: all but the count of steps."""
+    return torch.is_tensor(value) and name != "step"
 
 
 def train_command(configs: dict[str, TrainingConfig], device: str | None = None) -> int:
@@ -222,7 +249,7 @@ def train(
 
 def _run(loops, logs, stop, bar):
     """Steps of those that are furthest behind, until all are done."""
-    turns, stack, over = {loop: loop.turns(quiet=True) for loop in loops}, None, False
+    turns, stacks, over = {loop: loop.turns(quiet=True) for loop in loops}, [], False
     while turns and not over:
         behind = min(loop.state.cur_nimg for loop in turns)
         now = [loop for loop in turns if loop.state.cur_nimg == behind]
@@ -231,13 +258,13 @@ def _run(loops, logs, stop, bar):
                 if next(turns[loop], turns) is turns:
                     del turns[loop]
         now = [loop for loop in now if loop in turns]
-        if stack is not None and stack.loops != now:
-            stack.close()
-            stack = None
-        if now:
-            stack = stack or Stack(now)
+        if [loop for stack in stacks for loop in stack.loops] != now:
+            for stack in stacks:
+                stack.close()
+            stacks = [Stack(now[k : k + MOST]) for k in range(0, len(now), MOST)]
+        for stack in stacks:
             stack.step()
-            over = stop()
+        over = bool(now) and stop()
         bar.update(sum(loop.state.cur_nimg for loop in loops) - bar.n)
     if over:  # those behind the others have saved what they have
         for loop in now:

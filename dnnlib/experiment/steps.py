@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dnnlib.reading import read_json
-from dnnlib.util import file_sum, write_json
+from dnnlib.util import each_of, file_sum, write_json
 from dnnlib.writers import Writers
 
 LAUNCHER = "torchrun"
@@ -74,11 +74,9 @@ class Step:
 
     @functools.cached_property
     def words(self) -> list[str]:
-        """The arguments; where one is --each=A,B, all of them for A, then for B, which `%s` stands for."""
-        each = next(
-            (word.removeprefix("--each=").split(",") for word in self.argv if word.startswith("--each=")), ["%s"]
-        )
-        return [word.replace("%s", entry) for entry in each for word in self.argv[1:]]
+        """The arguments; where one is --each=LIST, those of every model after each other."""
+        each = next((word.removeprefix("--each=") for word in self.argv if word.startswith("--each=")), "%s")
+        return [word for words in each_of(each, self.argv[1:]) for word in words]
 
     @functools.cached_property
     def writes(self) -> set[str]:
