@@ -10,7 +10,7 @@ import click
 from dnnlib import EasyDict, cli
 from dnnlib.options import options as fields
 from metrics import commands, results, snapshots
-from training.sampling import ProcessChoice, Sampling
+from training.sampling import ProcessChoice, Sampling, listings
 
 
 def _int(name, help, default=None, at_least=0):
@@ -35,18 +35,19 @@ def _options(*decorators):
 
 
 def _choice(name, help, *values):
-    return _text(name, help, "NAME", values[0], type=click.Choice(values))
+    return _text(name, help, None, values[0], type=cli.Choice(values))
 
 
 def _pairs(name, help, metavar):
     return _text(name, help, metavar, multiple=True, callback=commands.parse_pairs)
 
 
-DEVICE = _options(
-    _text("--device", "cpu, cuda, ...; default: cuda where there is one", "STR"),
-    cli.plugin_option,
+DETECTORS = cli.listing(
+    "--list-detectors", cli.names_in("metrics.detectors", "DETECTORS"), "Print the values of --metrics"
 )
-DEST = _options(
+DEVICE = _options(cli.under("Running", cli.device_option), cli.plugin_option)
+DEST = cli.under(
+    "Result",
     _dest("Also write the JSON to this file", commands.SCORES),
     _pairs("--tag tags", "Note in the JSON, repeatable", "NAME=VALUE"),
 )
@@ -55,7 +56,8 @@ WEIGHTS = _pairs(
     "Weights of a detector: a file, its folder, a URL, or `download`; FILE@any: others than the published. Repeatable",
     "NAME=FILE",
 )
-EXTRACT = _options(
+EXTRACT = cli.under(
+    "Features",
     _text(
         "--metrics",
         "Detectors: pixel, classifier:FILE, fid, fd_dinov2, swin_l, hf:FOLDER; default: what image size and weights allow",
@@ -66,27 +68,37 @@ EXTRACT = _options(
         "--detector-precision", "Of the detectors' networks; scores say what a lower one does", "fp32", "bf16", "fp16"
     ),
     click.option("--per-source/--no-per-source", help="Also per source", default=True),
-    _int("--batch", "Images per batch and process", 64, at_least=1),
-    click.option("--workers", help="Processes that decode images ahead", metavar="INT", type=cli.WORKERS, default=2),
+    cli.under(
+        "Running",
+        _int("--batch", "Images per batch and process", 64, at_least=1),
+        click.option(
+            "--workers", help="Processes that decode images ahead", metavar="INT", type=cli.WORKERS, default=2
+        ),
+    ),
     DEVICE,
+    DETECTORS,
 )
 
-FEATURES = _text(
-    "--features",
-    "Keep the features of these images here; read them, if they are there and of the same images and detectors",
-    "NPZ",
-    cls=cli.Output,
-    writes=commands.FEATURES,
+FEATURES = cli.under(
+    "Features",
+    _text(
+        "--features",
+        "Keep the features of these images here; read them, if they are there and of the same images and detectors",
+        "NPZ",
+        cls=cli.Output,
+        writes=commands.FEATURES,
+    ),
 )
 
-COMPARE = _options(
+COMPARE = cli.under(
+    "Reference and distances",
     _text("--ref", "Reference file (ours, EDM's .npz, EDM2's .pkl)", "FILE"),
     _text("--data", "Reference images, instead of --ref", "DIR|ZIP"),
     EXTRACT,
-    _int("--seed", "calc: of the subset; gen: of the first image; also of the floor's splits", 0),
     _text("--train", "Training images: adds nearest-neighbour distances", "DIR|ZIP"),
     _text("--distances", "Some of fd, kid, mmd, prdc, is", "LIST", "fd,kid,mmd,prdc,is", type=cli.STRINGS),
     _int("--splits", "Half-against-half splits of the floor", 4),
+    _int("--seed", "calc: of the subset; gen: of the first image; also of the floor's splits", 0),
     DEST,
 )
 
@@ -140,19 +152,26 @@ def calc(**options):
 
 
 @cmdline.command()
-@_int(NUM, "Images to generate, with seeds SEED to SEED + NUM - 1", 50000, at_least=2)
-@_int("--blocks", "Score so many times NUM images, of seeds that follow: minimum, mean, spread", 1, at_least=1)
-@_int("--min-kimg", "Of the snapshots that --net matches, those from so many thousand images on")
-@_int("--max-kimg", "Of the snapshots that --net matches, those up to so many thousand images")
-@_text(
-    "--outdir",
-    "Folder of metrics.jsonl, curve and finished scores, to resume; default with a pattern: metrics beside the snapshots",
-    "DIR",
-    cls=cli.Output,
-    writes=snapshots.FOLDER,
+@cli.under(
+    "What to generate",
+    _int(NUM, "Images to generate, with seeds SEED to SEED + NUM - 1", 50000, at_least=2),
+    _int("--blocks", "Score so many times NUM images, of seeds that follow: minimum, mean, spread", 1, at_least=1),
+    _int("--min-kimg", "Of the snapshots that --net matches, those from so many thousand images on"),
+    _int("--max-kimg", "Of the snapshots that --net matches, those up to so many thousand images"),
+)
+@cli.under(
+    "Result",
+    _text(
+        "--outdir",
+        "Folder of metrics.jsonl, curve and finished scores, to resume; default: metrics beside what a pattern matches",
+        "DIR",
+        cls=cli.Output,
+        writes=snapshots.FOLDER,
+    ),
 )
 @COMPARE
 @fields(Sampling, skip=["max_batch_size"])
+@listings
 def gen(**options):
     """Generate images and score them: of one snapshot, or of all that the pattern --net='RUN/*.safetensors' matches."""
     snapshots.gen(EasyDict(options))

@@ -45,7 +45,7 @@ def form_of(o):
     metavar="FILE|DIR",
     help="Write this .safetensors file (or folder); default: only say what is there",
 )
-@click.option("--part", type=click.Choice(["ema", "net"]), default="ema", help="Of a file with both: averaged or raw")
+@click.option("--part", type=cli.Choice(["ema", "net"]), default="ema", help="Of a file with both: averaged or raw")
 @click.option("--state-dict", is_flag=True, help="Tensors alone, without description")
 @click.option("--folder", is_flag=True, help="A folder for diffusers: config.json, weights, scheduler")
 def main(net, dest, part, **form):

@@ -31,7 +31,7 @@ Examples:
 @click.option("--classes", type=click.IntRange(min=0), help="Their sources; 0: no labels")
 @click.option("--duration", type=cli.NIMG, help="Training images; default: the preset's")
 @click.option("--batch-gpu", type=cli.NIMG, help="Micro-batch that the memory of a step is for; default: the batch")
-@click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), help="On GPUs; default: the preset's")
+@click.option("--precision", type=cli.Choice(["fp32", "tf32", "bf16", "fp16"]), help="On GPUs; default: the preset's")
 @click.option("--mfu", type=cli.Float(0.01, 1), default=0.4, show_default=True, help="Assumed share of a GPU's peak")
 @click.option(
     "--seconds", type=cli.Float(0, 600), default=10, show_default=True, help="Of measurement on this machine; 0: none"

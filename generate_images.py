@@ -31,13 +31,17 @@ def generate_images(*args, **kwargs):
 
 
 @cli.command(epilog=EXAMPLES)
-@cli.output("--outdir", sampling.IMAGES, metavar="DIR", required=True, help="Where to write the images")
-@click.option("--subdirs", is_flag=True, help="A folder for every 1000 seeds")
-@click.option("--seeds", type=cli.SEEDS, default="16-19", help="Random seeds, e.g. 1,2,5-10")
-@click.option("--grid", is_flag=True, help="Also write <outdir>-grid.png with a row per source")
-@cli.plugin_option
-@click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
+@cli.under(
+    "What to generate",
+    cli.output("--outdir", sampling.IMAGES, metavar="DIR", required=True, help="Where to write the images"),
+    click.option("--seeds", type=cli.SEEDS, default="16-19", help="Random seeds, e.g. 1,2,5-10"),
+    click.option("--subdirs", is_flag=True, help="A folder for every 1000 seeds"),
+    click.option("--grid", is_flag=True, help="Also write <outdir>-grid.png with a row per source"),
+)
 @options(sampling.Sampling)
+@cli.under("Running", cli.device_option)
+@cli.plugin_option
+@sampling.listings
 def main(outdir, subdirs, seeds, grid, device, **given):
     """Generate images. Seed s gives the same noise and label whatever the batch size and number of processes."""
     chosen = sampling.take(given)

@@ -34,21 +34,29 @@ Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM or SIG
 
 
 @cli.command(epilog=EXAMPLES)
-@cli.output("--outdir", RUN, metavar="DIR", required=True, help="Run folder; an existing run is resumed")
-@click.option("--preset", metavar="NAME", help="Where all other defaults come from, see --list-presets")
-@cli.listing("--list-presets", presets.listed, "Print the presets with their sizes and sources")
-@options(TrainingConfig)
-@click.option("--chunks", type=click.IntRange(min=1), help="jest, easy, diverse: number of chunks")
-@click.option("--resume", metavar="FILE", help="Continue from this checkpoint")
-@cli.plugin_option
-@click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
-@click.option("--profile", is_flag=True, help="Also say where a step goes, and leave a trace in the run folder")
-@click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop")
-@click.option(
-    "--each",
-    metavar="LIST",
-    help="Train a small model for each entry, side by side; %s stands for it elsewhere (LIST/LIST: %1, %2)",
+@cli.under(
+    "What to run",
+    cli.output("--outdir", RUN, metavar="DIR", required=True, help="Run folder; an existing run is resumed"),
+    click.option("--preset", metavar="NAME", help="Where all other defaults come from, see --list-presets"),
+    click.option("--resume", metavar="FILE", help="Continue from this checkpoint"),
+    click.option(
+        "--each",
+        metavar="LIST",
+        help="A small model for each entry, side by side; %s stands for it elsewhere (LIST/LIST: %1, %2)",
+    ),
 )
+@options(TrainingConfig)
+@cli.under("Selection", click.option("--chunks", type=cli.COUNT, help="jest, easy, diverse: number of chunks"))
+@cli.under(
+    "Running",
+    cli.device_option,
+    click.option("--profile", is_flag=True, help="Also say where a step goes, and leave a trace in the run folder"),
+)
+@cli.plugin_option
+@cli.listing("--list-presets", presets.listed, "Print the presets with their sizes and sources")
+@cli.listing("--list-processes", cli.names_in("training.processes", "REGISTRY"), "Print the values of --process")
+@cli.listing("--list-selections", cli.names_in("training.selection", "FUNCTIONS"), "Print the values of --select")
+@click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop")
 def main(outdir, resume, device, profile, dry_run, each, **given):
     """Train a diffusion model on one data source or many. Run the same command again to resume."""
     config = configure(**given)

@@ -1,5 +1,7 @@
+#!/usr/bin/env bash
 # Sourced by the scripts in the folders beside it, after `cd` to the root: their words without --dry-run are in `args`.
 # GPUS: processes (gpus, where a script has no default of its own: 8).
+source bash_files/help.sh
 args=()
 for a in "$@"; do if [ "$a" = --dry-run ]; then DRY_RUN=1; else args+=("$a"); fi; done
 gpus=${GPUS:-${gpus:-8}}

@@ -1,12 +1,23 @@
 #!/usr/bin/env bash
-# All tests, set-up included. Options: --slow adds the long ones; anything else goes to pytest.
-source "$(dirname "$0")/setup.sh"
+# All tests, set-up included.
+# usage: bash bash_files/test.sh [--slow] [--list] [options of pytest]
+# --slow: the long ones too. --list: the files of tests, nothing done. TEST_JOBS: processes (as many as cores).
+source "$(dirname "$0")/help.sh"
+cd "$(dirname "$0")/.."
 marks="not slow"
-args=()
-for arg in "$@"; do
-  if [ "$arg" = "--slow" ]; then marks=""; else args+=("$arg"); fi
+for word in "$@"; do # those that are not ours go round to the end
+  shift
+  case "$word" in
+    --slow) marks="" ;;
+    --list)
+      for file in tests/test_*.py; do echo "$file: $(sed -n -e 1s/\"\"\"//gp "$file")"; done
+      exit
+      ;;
+    *) set -- "$@" "$word" ;;
+  esac
 done
-# Small tensors: two processes with one thread each beat one process with two. (nproc counts OMP_NUM_THREADS as the cores.)
-jobs="${TEST_JOBS:-$(env -u OMP_NUM_THREADS nproc)}"
+source bash_files/setup.sh
+# Small tensors: two processes with one thread each beat one process with two.
+jobs=${TEST_JOBS:-$(python -c "from dnnlib.util import usable_cores; print(usable_cores())")}
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec python -m pytest -m "$marks" -n "$jobs" "${args[@]}"
+exec python -m pytest -m "$marks" -n "$jobs" "$@"

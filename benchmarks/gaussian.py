@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch and numpy load
 
+from dnnlib import cli  # noqa: E402
+
 
 def plain_sweep(tag: str) -> list[list[float]]:
     """The published experiment the direct way: three densities per test point in a Python loop. [values, 2]"""
@@ -61,8 +63,8 @@ def plain_sweep(tag: str) -> list[list[float]]:
     return table
 
 
-@click.command()
-@click.option("--tag", type=click.Choice(["K", "n", "sim"]), default="K", show_default=True)
+@cli.command()
+@click.option("--tag", type=cli.Choice(["K", "n", "sim"]), default="K", show_default=True)
 @click.option(
     "--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Calls of the fast side; median."
 )

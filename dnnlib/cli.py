@@ -21,7 +21,7 @@ import click
 
 from dnnlib import outputs
 from dnnlib.reading import read_yaml
-from dnnlib.util import each_of, parse_integers, parse_nimg, parse_seeds, reason
+from dnnlib.util import each_of, one_of, parse_integers, parse_nimg, parse_seeds, reason
 
 MOST_LINE = 2000  # characters of an error
 INTERRUPTED = 75  # exit code of a training that was stopped by a signal after writing a checkpoint (EX_TEMPFAIL)
@@ -59,6 +59,13 @@ class Float(click.FloatRange):
         if math.isnan(number) or (math.isinf(number) and not self.infinite):
             raise click.UsageError(f"{param.opts[0]}={value} must be finite: give a number", ctx)
         return number
+
+
+class Choice(click.Choice):
+    """One of some names, with a suggestion for what is none."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        return f"{value!r} {one_of(str(value), self.choices)}"
 
 
 class _Mapping(click.ParamType):
@@ -163,26 +170,65 @@ def _load_plugins(ctx, param, paths):
     return paths
 
 
-plugin_option = click.option(
-    "--plugin",
-    metavar="FILE.py",
-    multiple=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_load_plugins,
-    help="Run this file of yours first: its own choices (CONTRIBUTING.md) are then values of options. Repeatable.",
+device_option = click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
+
+
+def under(heading: str, *decorators: Callable) -> Callable:
+    """Decorators of options as one, with a heading of --help over those that have none."""
+
+    def add(function):
+        for decorate in reversed(decorators):
+            before = len(getattr(function, "__click_params__", ()))
+            function = decorate(function)
+            for param in function.__click_params__[before:]:
+                param.group = getattr(param, "group", None) or heading
+        return function
+
+    return add
+
+
+plugin_option = under(
+    "Options",
+    click.option(
+        "--plugin",
+        metavar="FILE.py",
+        multiple=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_load_plugins,
+        help="Run this file of yours first: its own choices (CONTRIBUTING.md) are then values of options. Repeatable.",
+    ),
 )
 
 
+class Listing(click.Option):
+    """A flag that counts after all others, so that plugins are known."""
+
+    group = "Options"
+
+
 def listing(flag: str, lines: Callable[[], list[str]], help: str) -> Callable:
-    """A flag that prints lines and ends the command, whatever else is missing; after --plugin, what that adds is among them."""
+    """A flag that prints lines and ends the command, whatever else is missing; what --plugin adds is among them."""
 
     def show(ctx, param, asked):
         if asked and not ctx.resilient_parsing:
             click.echo("\n".join(lines()))
             ctx.exit()
 
-    return click.option(flag, is_flag=True, is_eager=True, expose_value=False, callback=show, help=help)
+    return click.option(flag, cls=Listing, is_flag=True, is_eager=True, expose_value=False, callback=show, help=help)
+
+
+def names_in(module: str, table: str) -> Callable[[], list[str]]:
+    """For `listing`: a line for every name of a table of choices, which is imported when asked, with what it says of itself."""
+
+    def lines():
+        entries = getattr(importlib.import_module(module), table)
+        width = max(map(len, entries))
+        said = (" ".join((entry.__doc__ or "").split()) for entry in entries.values())
+        first = (re.split(r"\.(?=\s+[A-Z]|$)|:\s", text, maxsplit=1)[0] for text in said)  # sentence
+        return [f"{name:{width}}  {text}".rstrip() for name, text in zip(entries, first, strict=True)]
+
+    return lines
 
 
 def _out_of_memory(err):
@@ -338,7 +384,7 @@ class Command(_OneLineErrors, click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections = {}
         for param in self.get_params(ctx):
-            if record := param.get_help_record(ctx):
+            if record := _help_row(param, ctx):
                 sections.setdefault(getattr(param, "group", None) or "Options", []).append(record)
         for heading, records in sorted(sections.items(), key=lambda item: item[0] == "Options"):
             with formatter.section(heading):
@@ -349,7 +395,24 @@ class Command(_OneLineErrors, click.Command):
         for word in args:
             if re.fullmatch(r"-[-\w]*=", word) or not word:
                 raise click.UsageError(f"{word[:-1] or 'an argument'} is empty: give a value, or leave it out", ctx)
+        lists = {param.opts[0] for param in self.params if isinstance(param, Listing)}
+        args = sorted(args, key=lists.__contains__)
         return super().parse_args(ctx, [expand_home(word) for word in args])
+
+
+def _help_row(param, ctx):
+    """(names, text) of an option: its short and first long name, then what it takes; bounds and default behind the text."""
+    if not isinstance(param, click.Option) or param.hidden:
+        return None
+    short, long = ([name for name in param.opts if name.startswith("--") == kind] for kind in (False, True))
+    words = ", ".join([*short[:1], *long[:1]]) + "".join(f" / {name}" for name in param.secondary_opts[:1])
+    if not param.is_flag:
+        words += f" {param.make_metavar(ctx).replace(' RANGE', '').replace('INTEGER', 'INT').strip('[]')}"
+    text, said = re.fullmatch(r"(?s)(.*?)(?:(?:; | \[)default: (.*?)\]?)?", param.help or "").groups()
+    extra = param.get_help_extra(ctx)
+    default = said or str(extra.get("default", "")).strip("()")
+    more = [extra.get("range"), f"default: {default}" if default else "", extra.get("required")]
+    return words, f"{text}  [{'; '.join(filter(None, more))}]" if any(more) else text
 
 
 def _others(ctx, output):

@@ -17,9 +17,10 @@ from operator import ge, gt, le, lt
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from dnnlib import cli
-from dnnlib.util import format_nimg
+from dnnlib.util import format_nimg, one_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Opt:
     def symbols(self) -> str:
         """The bounds as --help shows them: 0<=x<1; empty without bounds."""
         low = next((f"{v:g}{s}" for v, s in ((self.at_least, "<="), (self.above, "<")) if v is not None), "")
-        high = next((f"{s}{v:.4g}" for v, s in ((self.at_most, "<="), (self.below, "<")) if v is not None), "")
+        bounds = ((self.at_most, "<="), (self.below, "<"))
+        high = next((f"{s}{v if isinstance(v, int) else f'{v:.4g}'}" for v, s in bounds if v is not None), "")
         if low and not high:
             return f"x>{'=' if self.above is None else ''}{low.rstrip('<=')}"
         return f"{low}x{high}" if high else ""
@@ -102,14 +104,19 @@ class Option(click.Option):
     def make_metavar(self, ctx: click.Context) -> str:
         return "|".join(self.own.choices) if self.own.choices and not self.metavar else super().make_metavar(ctx)
 
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        words, text = super().get_help_record(ctx)
-        extra = [self.own.symbols()] if self.own.symbols() else []
+    def get_help_extra(self, ctx: click.Context) -> dict[str, str]:
+        """Bounds and default as --help shows them."""
+        extra = {"range": self.own.symbols()} if self.own.symbols() else {}
         shown = self.shown if self.own.shown is None else self.own.shown
-        if shown not in (None, "", [], {}):
-            shown = format_nimg(shown) if self.type is cli.NIMG else shown
-            extra.append(f"default: {','.join(map(str, shown)) if isinstance(shown, list) else shown}")
-        return words, f"{text}  [{'; '.join(extra)}]" if extra else text
+        if shown in (None, "", [], {}):
+            return extra
+        shown = format_nimg(shown) if self.type is cli.NIMG else shown
+        return extra | {"default": ",".join(map(str, shown)) if isinstance(shown, list) else str(shown)}
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The choices, where it has some."""
+        found = [CompletionItem(name) for name in self.own.choices or () if name.startswith(incomplete)]
+        return found or super().shell_complete(ctx, incomplete)
 
 
 def options(cls: type, skip: Collection[str] = ()) -> Callable:
@@ -146,5 +153,4 @@ def check(made: Any) -> None:
                 must = own.range() if math.isfinite(number) else "be finite"
                 raise ValueError(f"{flag(type(made), name)}={value} must {must}")
         if own.choices is not None and value is not None and value not in own.choices:
-            known = ", ".join(sorted(own.choices))
-            raise ValueError(f"{flag(type(made), name)}={value} is unknown; known: {known}")
+            raise ValueError(f"{flag(type(made), name)}={value} {one_of(value, own.choices)}")

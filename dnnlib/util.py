@@ -1,6 +1,7 @@
 """Small utilities shared by every room: EasyDict, a tee for log.txt, atomic writes, locks, number formats."""
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import itertools
@@ -11,7 +12,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -290,6 +291,14 @@ def each_of(value: str, words: Sequence[str]) -> list[list[str]]:
 def usable_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def one_of(value: object, names: Iterable[str], listed: str = "") -> str:
+    """What to say of a value that is none of some names: the nearest, and all, or with which option to see them."""
+    names = list(names)
+    near = " or ".join(difflib.get_close_matches(str(value), names, n=2))
+    known = f"{listed} names all" if listed and near else f"known: {', '.join(sorted(names))}"
+    return f"is unknown{f' (did you mean {near}?)' if near else ''}; {known}"
 
 
 def reason(err: Exception) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from dnnlib import outputs
-from dnnlib.util import EasyDict, write_json
+from dnnlib.util import EasyDict, one_of, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -246,8 +246,7 @@ def prepare(o: EasyDict, device: torch.device, samples: Side, images: Dataset | 
     if (o.ref is None) == (o.data is None):
         raise ValueError("give either --ref=FILE or --data=ZIP as the reference")
     if unknown := [name for name in o.distances if name not in MEASURES]:
-        known = ", ".join(MEASURES)
-        raise ValueError(f"--distances={','.join(o.distances)}: unknown distance '{unknown[0]}'; known: {known}")
+        raise ValueError(f"--distances={','.join(o.distances)}: '{unknown[0]}' {one_of(unknown[0], MEASURES)}")
     references = None if o.ref is None else load_references(o.ref)
     metrics = o.metrics or default_metrics(o, samples, references)
     detectors = open_detectors(metrics, device, o.weights, precision=o.detector_precision)

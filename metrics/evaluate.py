@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from dnnlib.util import one_of
 from metrics.classifier import source_agreement
 from metrics.distances import (
     Gaussian,
@@ -320,7 +321,7 @@ def choose_encoder(name: str | None, trained: encoders.Encoder | None) -> encode
             return trained
         return encoders.StandardRGBEncoder()
     if name not in ENCODERS:
-        raise ValueError(f"--encoder={name} is unknown: choose {', '.join(ENCODERS)}")
+        raise ValueError(f"--encoder={name} {one_of(name, ENCODERS)}")
     made = ENCODERS[name]()
     trained = trained or encoders.StandardRGBEncoder()
     scale = (encoders.StandardRGBEncoder, encoders.CenterEncoder)

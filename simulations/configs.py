@@ -9,6 +9,7 @@ from fractions import Fraction
 
 from dnnlib import cli
 from dnnlib.options import check, opt
+from dnnlib.util import one_of
 
 budget = functools.partial(opt, shown="")  # an option whose default depends on the budget
 count = functools.partial(budget, at_least=1)
@@ -144,7 +145,7 @@ class TreeConfig(_Checked):
         from training import selection
 
         if self.select != "none" and self.select not in selection.FUNCTIONS:
-            raise ValueError(f"--select={self.select} is unknown; known: none, {', '.join(selection.FUNCTIONS)}")
+            raise ValueError(f"--select={self.select} {one_of(self.select, ['none', *selection.FUNCTIONS])}")
         if self.when != "always" and self.select == "none":
             raise ValueError(f"--{self.when} says when to select, and nothing does: give --select")
         if self.interpol and self.guide is None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
+from dnnlib.util import one_of
 from simulations.bounds import gaussian_bound
 from simulations.configs import GaussianConfig
 from simulations.gaussian_exact import expected_tv, tv_unit_gaussians
@@ -116,7 +117,7 @@ def sweep_configs(tag: str, values: Sequence[float] | None = None, **fixed: floa
     Raises ValueError for an unknown tag, no values, or a value out of range.
     """
     if tag not in PAPER_SWEEPS:
-        raise ValueError(f"tag={tag!r} is unknown; use one of {', '.join(PAPER_SWEEPS)}")
+        raise ValueError(f"tag={tag!r} {one_of(tag, PAPER_SWEEPS)}")
     values = PAPER_SWEEPS[tag] if values is None else values
     if not len(values):
         raise ValueError(f"the sweep over {tag} has no values")

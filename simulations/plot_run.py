@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from dnnlib import cli
-from dnnlib.util import read_stats
+from dnnlib.util import one_of, read_stats
 from simulations.sweeps import figure_stem, print_files
 
 AXES = {
@@ -60,7 +60,7 @@ def main(runs, keys, axes, log, save):
     """
     unknown = set(axes) - set(AXES)
     if unknown:
-        raise click.UsageError(f"--x={sorted(unknown)[0]} is none of {', '.join(AXES)}")
+        raise click.UsageError(f"--x={min(unknown)} {one_of(min(unknown), AXES)}")
     names = [Path(run).name for run in runs]
     names = names if len(set(names)) == len(names) else runs
     lines = {name: read_stats(run) for name, run in zip(names, runs, strict=True)}

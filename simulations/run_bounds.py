@@ -27,7 +27,7 @@ _DEFAULTS = {  # the paper's simulations; it has no EBM one
 
 
 @cli.command()
-@click.option("--model", type=click.Choice(list(bounds.FAMILIES)), default="gaussian", help="Model family")
+@click.option("--model", type=cli.Choice(list(bounds.FAMILIES)), default="gaussian", help="Model family")
 @click.option("--K", "K", type=_COUNT, help="Sources  [gaussian 5, arm 3, ebm 3]")
 @click.option("--n", "n", type=_COUNT, help="Samples of all sources together  [500; arm, ebm 10000]")
 @DELTA
@@ -47,7 +47,7 @@ _DEFAULTS = {  # the paper's simulations; it has no EBM one
 @click.option("--positions", type=_COUNT, help="arm, ebm: places for these; counts sparsity patterns")
 @click.option("--as-published", is_flag=True, help="Sharp bound with the logarithm as printed, errors included")
 @click.option("--target-tv", type=cli.Float(0, min_open=True), help="Error to reach; needs --solve-for")
-@click.option("--solve-for", type=click.Choice(["n"]), help="Smallest n whose bound is at most --target-tv")
+@click.option("--solve-for", type=cli.Choice(["n"]), help="Smallest n whose bound is at most --target-tv")
 @cli.output("--out", BOUND, type=click.Path(path_type=Path), help="Write the JSON here as well")
 def main(model, n, delta, eps, as_published, target_tv, solve_for, out, **options):
     """Print the bounds of the theory paper as JSON, with constants, beta_sim, ratio and vacuity.

@@ -17,7 +17,7 @@ TAGS = ["K", "n", "sim"]
 
 
 @cli.command()
-@click.option("--tag", type=click.Choice([*TAGS, "all"]), required=True, help="What varies")
+@click.option("--tag", type=cli.Choice([*TAGS, "all"]), required=True, help="What varies")
 @sweeps.results_dir("gaussian", "Where <tag>/results_<tag>.csv goes", **sweeps.WRITES)
 @click.option("--seeds", type=cli.SEEDS, help="Seeds, e.g. 3,33 or 0-99; default: 3,33,520,2025,25731")
 @click.option("--num-seeds", type=click.IntRange(min=1), help="Instead of --seeds: 0 to this number minus one")

@@ -31,7 +31,6 @@ NETS = click.option(
     "--net", "nets", metavar="[LABEL=]SNAPSHOT", multiple=True, required=True,
     help="Snapshot, run folder or pattern; repeatable, the same label for training seeds. Default label: its D",
 )  # fmt: skip
-DEVICE = click.option("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
 
 
 @dataclass
@@ -72,7 +71,7 @@ class Grid:
 @cli.output(
     "--dest", outputs.RESULTS, metavar="DIR", required=True, help="Where robustness-<experiment>.csv, .png and .svg go"
 )
-@DEVICE
+@cli.device_option
 @click.option("-n", "--dry-run", is_flag=True, help="Print the size of the grid and stop")
 def main(nets, data, ref, detector, dest, device, dry_run, **given):
     """Measure how much trained models forgive. Run the same command again to resume; stdout: the files, as JSON."""

@@ -8,7 +8,7 @@ import click
 from dnnlib import cli, outputs
 from metrics.commands import start
 from metrics.table import write_csv
-from simulations.run_robustness import DEVICE, NETS
+from simulations.run_robustness import NETS
 from simulations.sweeps import print_files
 
 EXAMPLES = """
@@ -26,7 +26,7 @@ Example:
 @click.option("--num", "--num-images", type=click.IntRange(min=2), default=4096, help="Images with noise to evaluate")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of images, noise and references")
 @cli.output("--dest", outputs.TABLE, metavar="FILE", required=True, help="Table (.csv)")
-@DEVICE
+@cli.device_option
 def main(nets, data, stf_refs, num, seed, dest, device):
     """Evaluate the training loss of each network against one-image and against stable targets, on the same draws."""
     from simulations.studies import robustness, stable_targets

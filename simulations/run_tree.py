@@ -29,7 +29,7 @@ def main():
     """The tree mixture of EDM2's autoguidance paper, with AJEST's selection and metrics."""
 
 
-CLASSES = click.option("--cls", type=click.Choice(["A", "B", "AB"]), default="A", help="Classes of the tree")
+CLASSES = click.option("--cls", type=cli.Choice(["A", "B", "AB"]), default="A", help="Classes of the tree")
 GUIDANCE = click.option("--guidance", type=cli.Float(), default=3.0, help="Guidance weight")
 SEED = click.option("--seed", type=click.IntRange(min=0), default=1)
 DEVICE = click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu, ...")

@@ -74,8 +74,8 @@ def sweep_options(config: type, budgets: Mapping) -> Callable:
     """Options of a command that trains: the sweeps, the fields of `config` and `Rule`, seeds and what else `run` takes."""
     tags = list(budgets["smoke"]["values"])
     return decorators(
-        click.option("--tag", type=click.Choice([*tags, "all"]), default="all", help="What varies"),
-        click.option("--budget", type=click.Choice(list(budgets)), default="small", help="Defaults of what follows"),
+        click.option("--tag", type=cli.Choice([*tags, "all"]), default="all", help="What varies"),
+        click.option("--budget", type=cli.Choice(list(budgets)), default="small", help="Defaults of what follows"),
         values_options(tags),
         options(config),
         results_dir(None, "Where results go; default: simulations/results/<experiment>/<budget>", **WRITES),
@@ -185,7 +185,7 @@ def figure_command(experiment: str, all_tags: list[str]) -> click.Command:
 
     @cli.command(help=text)
     @figure_options(f"{experiment}/small", f"run_{experiment}.py")
-    @click.option("--tag", "tags", type=click.Choice(all_tags), multiple=True, help="Sweeps to draw; default: all")
+    @click.option("--tag", "tags", type=cli.Choice(all_tags), multiple=True, help="Sweeps to draw; default: all")
     @click.option("--name", default=experiment, help="File name without suffix")
     def command(results_dir, figures_dir, dpi, tags, name):
         print_files(plot(list(tags) or all_tags, results_dir, Path(figures_dir) / name, dpi))

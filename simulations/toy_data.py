@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from dnnlib.util import one_of
 from simulations import tree
 
 CENTERS = ((0.0, 0.0), (0.8, 0.8), (0.8, -0.8), (-0.8, -0.8), (-0.8, 0.8))
@@ -74,7 +75,7 @@ TOY_DATA = {"multimodal_swissroll": multimodal_swissroll, "rings": rings} | {
 def get(name):
     """Sampler of a data set by name. Raises ValueError that lists the known ones."""
     if name not in TOY_DATA:
-        raise ValueError(f"--dataset={name} is unknown: choose {', '.join(sorted(TOY_DATA))}")
+        raise ValueError(f"--dataset={name} {one_of(name, TOY_DATA)}")
     return TOY_DATA[name]
 
 

@@ -7,7 +7,7 @@ import sys
 from small_runs import ROOT, python
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import gpu  # noqa: E402
+from measures import gpu  # noqa: E402
 
 
 def test_every_section_measures(tmp_path):

@@ -127,7 +127,7 @@ def test_every_command_takes_a_configuration_file_and_answers_in_one_line(name):
 @pytest.mark.parametrize(
     "options, parts",
     [
-        (["--preset=edm2-img999"], ["edm2-img999", "known", "digits8"]),
+        (["--preset=edm2-img999"], ["edm2-img999", "did you mean edm2-img", "--list-presets"]),
         (["--duration=1000"], ["--duration=1000", "--batch=64", "960"]),
         (["--batch=96"], ["131072 must be a multiple of --batch=96"]),
         (["--batch=0"], ["--batch=0"]),
@@ -157,6 +157,8 @@ def test_every_command_takes_a_configuration_file_and_answers_in_one_line(name):
         (["--process=pfgmpp", "--aug-dim=0"], ["--aug-dim=0"]),
         (["--process=pfgmpp", "--aug-dim=nan"], ["--aug-dim=nan"]),
         (["--process=xyz"], ["xyz", "pfgmpp"]),
+        (["--select=jist"], ["--select=jist", "did you mean jest?", "known: "]),
+        (["--lr-schedule=konstant"], ["--lr-schedule=konstant", "did you mean constant?"]),
         (["--arch=unet"], ["--arch=unet", "edm2"]),
         (["--loss=l2"], ["--loss=l2", "edm2"]),
         (["--arch=ddpmpp", "--precond=x", "--loss=edm"], ["--precond=x"]),

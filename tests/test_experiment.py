@@ -211,8 +211,8 @@ def test_command_line(file, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--budget=huge"], "--budget=huge is unknown to .*known: default, single, smoke"),
-        (["--set", "m=1"], "--set m: .*no such setting; known: n, out"),
+        (["--budget=huge"], "--budget=huge of .* is unknown; known: default, single, smoke"),
+        (["--set", "m=1"], "--set m: .*no such setting, it is unknown; known: n, out"),
         (["--set", "n"], "--set n: give NAME=VALUE"),
         (["--set", "n=[1"], "--set n=.*not readable"),
         (["--step=nothing"], "--step=nothing is no step"),

@@ -273,6 +273,6 @@ def test_every_script_prints_its_help_anywhere(tmp_path):
 
 def test_help_needs_no_torch(tmp_path):
     files = ["train_edm2.py", "generate_images.py", "calculate_metrics.py", "dataset_tool.py", "count_flops.py"]
-    files += [file for file in RUNNABLE if file.startswith("simulations/")]
+    files += [file for file in RUNNABLE if file.startswith(("simulations/", "benchmarks/"))]
     for file, (text, code) in helps(files, tmp_path, without="torch,scipy,matplotlib").items():
         assert code.strip() in ("0", "None") and "Usage:" in text, f"{file}:\n{text}"

@@ -29,7 +29,7 @@ from metrics.distances import (
 from metrics.distances import frechet as distance_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import frechet  # noqa: E402
+from measures import frechet  # noqa: E402
 
 
 def moments(x):

@@ -240,7 +240,7 @@ def test_the_class_order_is_fitted_from_labelled_images(digits, tmp_path, monkey
         ("'order' must list a class below 13", {"order": [13]}),
         ("'order' must list", {"order": None}),
         ("was fitted to 'other'", {"identity": "other"}),
-        ("unknown detector 'nothing'", {"detector": "nothing"}),
+        ("detector 'nothing' is unknown", {"detector": "nothing"}),
         ("a class order of a class order", {"detector": f"classifier:{file}"}),
         ("format class-order-1", {"format": "x"}),
     ):

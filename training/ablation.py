@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dnnlib.util import one_of
 from torch_utils.devices import send
 from training.guidance import guided
 from training.networks_edm.precond import iddpm_levels
@@ -50,7 +51,7 @@ class Ablation:
         known = {"method": METHODS, "disc": DISCRETIZATIONS, "schedule": SCHEDULES, "scaling": SCALINGS}
         for name, values in known.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"--{name}={getattr(self, name)} is unknown; known: {', '.join(values)}")
+                raise ValueError(f"--{name}={getattr(self, name)} {one_of(getattr(self, name), values)}")
         if not 0 < self.alpha <= 1:
             raise ValueError(f"--alpha={self.alpha} must lie in (0, 1]")
         if self.num_steps < 1:

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from dnnlib.util import one_of
 from training.schedules import SCHEDULES as SCHEDULES  # one of the choices
 
 
@@ -18,7 +19,7 @@ def given(**options: Any) -> dict[str, Any]:
 def choose(table: dict[str, Any], option: str, name: str) -> Any:
     """The entry of a registry. Raises ValueError that names the option and the known names."""
     if name not in table:
-        raise ValueError(f"--{option}={name} is unknown; known: {', '.join(sorted(table))}")
+        raise ValueError(f"--{option}={name} {one_of(name, table)}")
     return table[name]
 
 

@@ -6,7 +6,7 @@ A preset is one row; an option given on the command line wins over it. Published
 import os
 from itertools import product
 
-from dnnlib.util import format_nimg
+from dnnlib.util import format_nimg, one_of
 
 Mi = 2**20
 
@@ -195,7 +195,7 @@ def ask() -> ValueError:
 def get(name: str) -> dict:
     """A copy of a preset's row. Raises ValueError for an unknown name, listing the known ones."""
     if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown; known: {', '.join(sorted(PRESETS))}")
+        raise ValueError(f"preset {name!r} {one_of(name, PRESETS, '--list-presets')}")
     return dict(PRESETS[name])
 
 
@@ -279,9 +279,18 @@ def generation_preset(name: str, root: str = MODEL_ROOT) -> dict:
     comes first. Raises ValueError for an unknown name, listing the known ones.
     """
     if name not in GENERATION_PRESETS:
-        raise ValueError(f"--preset={name} is unknown; known: {', '.join(GENERATION_PRESETS)}")
+        raise ValueError(f"--preset={name} {one_of(name, GENERATION_PRESETS, '--list-presets')}")
     row = GENERATION_PRESETS[name]
     return row | {key: row[key] and published_file(root, row[key]) for key in ("net", "gnet")}
+
+
+def generation_listed() -> list[str]:
+    """A line for each combination: guidance, and the published value of its metric."""
+    lines = []
+    for name, row in GENERATION_PRESETS.items():
+        guided = f"guided by {row['gnet']} with weight {row['guidance']:g}" if row["gnet"] else "not guided"
+        lines.append(f"{name:32}{', '.join(f'{k} {v:g}' for k, v in row['published'].items()):18}{guided}")
+    return lines
 
 
 def published_file(root: str, name: str) -> str:

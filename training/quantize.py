@@ -5,6 +5,8 @@ import re
 
 import torch
 
+from dnnlib.util import one_of
+
 LEVEL = re.compile(r"(?:^|\.)(?:enc|dec)\.(\d+)x\d+_")  # a layer of a U-Net's resolution level
 ORIGINAL_EXEMPT = ("norm", "affine", "map", "32")
 
@@ -58,7 +60,7 @@ def quantized_names(net: torch.nn.Module, policy: str = "role") -> list[str]:
     Raises ValueError for an unknown policy, and for "role" on a network without inner resolution levels.
     """
     if policy not in POLICIES:
-        raise ValueError(f"quantize policy {policy!r} is unknown; known: {', '.join(POLICIES)} (--quantize-policy)")
+        raise ValueError(f"--quantize-policy={policy} {one_of(policy, POLICIES)}")
     return POLICIES[policy](net)
 
 

@@ -11,7 +11,9 @@ from dnnlib import cli, options, outputs
 from dnnlib.options import opt
 from training import presets
 
-process_opt = functools.partial(opt, group="Process")
+_opt = functools.partial(opt, group="What to generate")
+_running = functools.partial(opt, group="Running")
+process_opt = functools.partial(opt, group="Process and solver")
 sampler_opt = functools.partial(opt, group="Sampler")
 ablation_opt = functools.partial(opt, group="Solver ablation (EDM table 1)")
 guidance_opt = functools.partial(opt, group="Guidance")
@@ -45,32 +47,32 @@ class ProcessChoice:
 class Sampling(ProcessChoice):
     """What is sampled, and how. Without process and solver, or with edm and heun, it is EDM2's sampler."""
 
-    net: str | None = opt(None, "Network snapshot, or a run folder (its newest)", metavar="SNAPSHOT")
-    preset: str | None = opt(None, "Published combination of --net, --gnet and --guidance", metavar="NAME")
-    models: str | None = opt(
+    net: str | None = _opt(None, "Network snapshot, or a run folder (its newest)", metavar="SNAPSHOT")
+    preset: str | None = _opt(None, "Published combination of --net, --gnet and --guidance", metavar="NAME")
+    models: str | None = _opt(
         None, "Folder or URL with the files of --preset; default: NVIDIA's, downloaded once", metavar="DIR"
     )
-    class_idx: str | int | None = opt(
+    class_idx: str | int | None = _opt(
         None, "Class label, or balanced: seed modulo sources; default: random per seed", "--class", metavar="N|balanced"
     )
-    sources: list | None = opt(None, "With --class=balanced: cycle through these labels only", type=cli.INTS)
-    vae: str | None = opt(
+    sources: list | None = _opt(None, "With --class=balanced: cycle through these labels only", type=cli.INTS)
+    vae: str | None = _running(
         None, "VAE of latents: local folder, or name on the hub to download [default: local]", metavar="DIR|NAME"
     )
-    labels: str | None = opt(
+    labels: str | None = _opt(
         None, "Draw label vectors from this data set [default: those trained on]", metavar="DIR|ZIP|JSON"
     )
-    max_batch_size: int = opt(32, "Largest batch per process", "--batch", at_least=1)
-    aug_dim: float | None = opt(
+    max_batch_size: int = _running(32, "Largest batch per process", "--batch", at_least=1)
+    aug_dim: float | None = _opt(
         None, "Refuse a snapshot that was not trained with this D of PFGM++", metavar="D", infinite=True
     )
-    compile: bool = opt(False, "Compile the networks: pays back over many images; outputs differ by rounding")
-    quantize_bits: int | None = opt(None, "Round weights to so many bits", metavar="B", at_least=1, at_most=24)
-    quantize_policy: str = opt(
+    compile: bool = _running(False, "Compile the networks: pays back over many images; outputs differ by rounding")
+    quantize_bits: int | None = _running(None, "Round weights to so many bits", metavar="B", at_least=1, at_most=24)
+    quantize_policy: str = _running(
         "role", "Weights to round: inner resolution levels, or by name as published", choices=("role", "original")
     )
 
-    precision: str | None = opt(
+    precision: str | None = _running(
         None, "Of the networks' arithmetic", choices=("fp32", "tf32", "bf16", "fp16"), shown="what they were trained in"
     )
 
@@ -175,6 +177,14 @@ class Sampling(ProcessChoice):
             return keywords
         denoise = {"yes": True, "no": False}.get(self.denoise, self.denoise)
         return keywords | {"grid": self.time_grid, "t_min": self.t_min, "denoise": denoise}
+
+
+listings = cli.under(
+    "Options",
+    cli.listing("--list-presets", presets.generation_listed, "Print the published combinations that --preset takes"),
+    cli.listing("--list-processes", cli.names_in("training.processes", "REGISTRY"), "Print the values of --process"),
+    cli.listing("--list-solvers", cli.names_in("training.samplers", "SOLVERS"), "Print the values of --solver"),
+)
 
 
 def take(given: dict) -> Sampling:

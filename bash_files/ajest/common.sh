@@ -1,3 +1,5 @@
+#!/usr/bin/env bash
+# shellcheck disable=SC2034 # for them
 # Sourced by the scripts beside it. GPUS: processes (default 2); RUNS: where runs go; TINY: the data set; REF: its statistics.
 gpus=2
 source bash_files/common.sh

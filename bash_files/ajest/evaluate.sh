@@ -11,6 +11,7 @@ out=${args[1]:?usage: evaluate.sh SNAPSHOT OUTDIR [WEIGHT] [--dry-run]}
 guide=${GUIDE:-$runs/reference/network-snapshot-0010567-0.100.safetensors}
 for weight in 1 "${args[2]:-2.2}"; do
   guided=(); if [ "$weight" != 1 ]; then guided=(--gnet="$guide" --guidance="$weight"); fi
-  launch calculate_metrics.py gen --net="$net" "${guided[@]}" --class=balanced --num-images="${NUM:-2000}" --ref="$ref" \
+  # shellcheck disable=SC2086 # words of one's own
+  launch calculate_metrics.py gen --net="$net" ${guided[@]+"${guided[@]}"} --class=balanced --num-images="${NUM:-2000}" --ref="$ref" \
     ${METRICS:+--metrics="$METRICS"} --dest="$out/w$weight.json" --tag=guidance="$weight" ${SCORE:-}
 done

@@ -1,7 +1,9 @@
+#!/usr/bin/env bash
 # Sourced by the conversion and training scripts: the ten ImageNet classes of each similarity level of the multi-source
 # experiments (Wang et al., ICML 2025), as indices of the sorted WordNet ids. sim3: dogs, sim2: mammals, sim1: one per
 # high-level category. In the paper sim1 is "Sim=1" and sim3 is "Sim=2"; its Python code calls sim3, sim2, sim1 level1, 2, 3.
 source bash_files/common.sh
+# shellcheck disable=SC2034 # of the scripts
 datasets=${DATASETS:-datasets}
 classes_of() {
   case "$1" in

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source bash_files/common.sh
-usage() { sed -n 3p "$0" | cut -c3- >&2; exit 2; }
+usage() { sed -n 3p "$called" | cut -c3- >&2; exit 2; }
 [ ${#args[@]} -ge 2 ] || usage
 case "${args[0]}" in
   cifar10) preset=pfgmpp-cifar10-${ARCH:-ncsnpp} data=${DATA:-datasets/cifar10-32x32.zip} steps=18 from=${FROM:-100000} ;;
@@ -27,9 +27,11 @@ if wanted ref && [ ! -e "$ref" ]; then # first: what it lacks, such as weights, 
   launch calculate_metrics.py ref --data="$data" --dest="$ref" --metrics="$metrics"
 fi
 if wanted train; then # snapshots every 2.6 million images, as published
+  # shellcheck disable=SC2086 # words of one's own
   launch train_edm2.py --outdir="$folder" --data="$data" --preset="$preset" --aug-dim="$D" --snapshot=2560Ki ${TRAIN:-}
 fi
 if wanted score; then # minimum, and mean of the three best snapshots; finished scores are kept
+  # shellcheck disable=SC2086 # words of one's own
   launch calculate_metrics.py gen --net="$folder/network-snapshot-*-ema.safetensors" --min-kimg="$from" --blocks=3 \
     --num-images="${NUM:-50000}" --ref="$ref" --metrics="$metrics" --distances=fd --aug-dim="$D" --steps=$steps ${SCORE:-}
 fi

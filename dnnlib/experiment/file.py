@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dnnlib.experiment.steps import Step, link
 from dnnlib.reading import read_yaml
-from dnnlib.util import reason
+from dnnlib.util import one_of, reason
 
 MOST_STEPS, MOST_REPLACED = 2000, 1000  # steps of one entry, settings in one word
 
@@ -118,15 +118,13 @@ def load(
     settings, budgets = dict(spec["settings"]), {"default": {}, **spec["budgets"]}
     for part in (budget or "default").split(","):
         if part not in budgets:
-            raise ValueError(f"--budget={part} is unknown to {path}; known: {', '.join(sorted(budgets))}")
+            raise ValueError(f"--budget={part} of {path} {one_of(part, budgets)}")
         if not isinstance(budgets[part] or {}, dict) or not all(isinstance(n, str) for n in budgets[part] or {}):
             raise ValueError(f"{path}: the budget {part} must map names to values")
         settings.update(budgets[part] or {})
     unknown = set(overrides or {}) - {*settings, "out"}
     if unknown:
-        raise ValueError(
-            f"--set {sorted(unknown)[0]}: {path} has no such setting; known: {', '.join(sorted(settings))}"
-        )
+        raise ValueError(f"--set {min(unknown)}: {path} has no such setting, it {one_of(min(unknown), settings)}")
     settings.update(overrides or {})
     wanted = [name for name, value in spec["settings"].items() if value is None]
     missing = next((name for name in wanted if settings[name] in (None, "")), None)

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from dnnlib.util import one_of
 from metrics.classifier import load_classifier
 from metrics.detectors.base import Detector, OfFunction, about
 from metrics.detectors.weights import cached, find, without_pin
@@ -32,12 +33,14 @@ def pixel_features(images: torch.Tensor) -> torch.Tensor:
 
 
 def _pixel(argument):
+    """The pixels themselves, for images of 32x32 and less."""
     if argument:
         raise ValueError(f"detector 'pixel:{argument}': pixel takes no argument; use 'pixel'")
     return OfFunction(pixel_features, "pixel")
 
 
 def _classifier(argument):
+    """classifier:FILE, a small network trained by calculate_metrics.py detector, which also judges labels."""
     if not argument:
         raise ValueError("detector 'classifier' needs a file: classifier:FILE.safetensors")
     if argument.endswith(".json"):
@@ -48,24 +51,28 @@ def _classifier(argument):
 
 
 def _fid(argument):
+    """Inception v3 as in the published FID; needs its weights."""
     from metrics.detectors.inception import WEIGHTS, Inception
 
     return Inception(find(WEIGHTS, argument))
 
 
 def _fd_dinov2(argument):
+    """DINOv2 ViT-L/14 as in the published FD-DINOv2; needs its weights."""
     from metrics.detectors.dinov2 import WEIGHTS, Dino
 
     return Dino(find(WEIGHTS, argument))
 
 
 def _swin_l(argument):
+    """Swin-L, an ImageNet classifier; needs its weights and transformers."""
     from metrics.detectors.classifiers import SWIN, Swin
 
     return Swin(find(SWIN, argument))
 
 
 def _hf(argument):
+    """hf:FOLDER, an image classifier of transformers."""
     from metrics.detectors.classifiers import HuggingFace
 
     if not argument:
@@ -119,7 +126,7 @@ def get_detector(
         name, _, argument = spec.partition(":")
         name = name.strip()
         if name not in DETECTORS:
-            raise ValueError(f"unknown detector '{name}'; known: {', '.join(sorted(DETECTORS))}")
+            raise ValueError(f"detector '{name}' {one_of(name, DETECTORS)}")
         detector = DETECTORS[name](argument or (weights or {}).get(name))
     else:
         detector, name = spec, getattr(spec, "__name__", type(spec).__name__)

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dnnlib import cells
+from dnnlib.util import one_of
 from metrics import figures
 from metrics.detectors import get_detector, identity_of
 from metrics.evaluate import compare
@@ -48,7 +49,7 @@ def settings_of(grid) -> dict[str, list[tuple[float | None, Setting]]]:
         "bits": [(value, Setting(0.0, grid.num_steps, value)) for value in (None, *grid.bits)],
     }
     if unknown := [name for name in grid.experiments if name not in made]:
-        raise ValueError(f"experiment {unknown[0]!r} is unknown; known: {', '.join(made)}")
+        raise ValueError(f"experiment {unknown[0]!r} {one_of(unknown[0], made)}")
     return {name: made[name] for name in grid.experiments}
 
 

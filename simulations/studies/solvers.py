@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dnnlib.cells import digest
 from dnnlib.cells import run as run_cells
+from dnnlib.util import one_of
 from metrics.detectors import get_detectors
 from metrics.distances import frechet_distance
 from metrics.evaluate import choose_encoder
@@ -62,7 +63,7 @@ def cells(nfes: Sequence[int], grids: Sequence[str] = GRIDS, arms: Sequence[str]
     """
     for option, names, known in (("--arms", arms, ARMS), ("--grids", grids, GRIDS)):
         if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"{option}: {unknown[0]!r} is unknown; choose some of {', '.join(known)}")
+            raise ValueError(f"{option}: {unknown[0]!r} {one_of(unknown[0], known)}")
     if min(nfes) < 3:
         raise ValueError(f"--nfe={min(nfes)}: give at least 3 network evaluations")
     grids_of = {"ode": ["adaptive"], **dict.fromkeys(IN_SIGMA, ["sigma"])}

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from dnnlib import cells
-from dnnlib.util import read_stats, write_text
+from dnnlib.util import one_of, read_stats, write_text
 from metrics import figures
 from metrics.table import markdown, mean_and_deviation, mean_and_error, write_csv
 from simulations.configs import TreeConfig
@@ -216,7 +216,7 @@ def run(
     """Train what is missing, measure, write table and figure. Returns the written paths. Raises ValueError for unknown arms."""
     unknown = set(arms) - set(ARMS)
     if unknown:
-        raise ValueError(f"--arms={sorted(unknown)[0]} is unknown; known: {', '.join(ARMS)}")
+        raise ValueError(f"--arms={min(unknown)} {one_of(min(unknown), ARMS)}")
     outdir = Path(outdir)
     outdir.mkdir(parents=True, exist_ok=True)
     reference = train_reference(base, outdir, reference_iter, reference_batch)

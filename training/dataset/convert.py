@@ -209,11 +209,11 @@ class Conversion(_Writing):
     resolution: tuple[int, int] | None = opt(
         None, "Size of the images written [default: as they are]", type=cli.SIZE, metavar="WxH"
     )
-    transform: str | None = opt(None, "Crop mode [default: resize]", type=click.Choice(list(TRANSFORMS)))
+    transform: str | None = opt(None, "Crop mode [default: resize]", type=cli.Choice(list(TRANSFORMS)))
     channels: str = opt(
         "auto",
         "auto: RGB, but digits and grey data sets stay grey; 4 keeps alpha",
-        type=click.Choice(["auto", "1", "3", "4"]),
+        type=cli.Choice(["auto", "1", "3", "4"]),
     )
     background: str = opt("white", "Colour behind transparent images", metavar="COLOUR")
     workers: int | None = opt(

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dnnlib.util import one_of
 from training.magnitude import LOOKUP_WIDTH, project
 
 
 def require(name: str, value: str, known: Collection[str]) -> None:
     """Raises ValueError unless `value` is one of the known ones."""
     if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(known)}")
+        raise ValueError(f"{name}={value!r} {one_of(value, known)}")
 
 
 def init_tensor(shape: Sequence[int], mode: str, fan_in: int, fan_out: int) -> Tensor:

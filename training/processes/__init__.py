@@ -8,6 +8,7 @@ A new linear process is a class with its Q and D; decorated, snapshots can hold 
             super().__init__(Q=[[0, -1], [1, 0]], D=[[0, 0], [0, friction]], **options)
 """
 
+from dnnlib.util import one_of
 from training.processes.base import GaussianKernel, Process, aug_dim, is_linear, noise_law
 from training.processes.edm import EDM
 from training.processes.linear import LinearProcess
@@ -23,7 +24,7 @@ REGISTRY = dict(edm=EDM, pfgmpp=PFGMpp, vp=VP, cld=CLD, alda=ALDA, malda=MALDA, 
 def get(name: str, **options: object) -> GaussianKernel:
     """Make a process by name, e.g. `get("pfgmpp", D=128)`. Raises ValueError for unknown names or options."""
     if name not in REGISTRY:
-        raise ValueError(f"process {name!r} is unknown: choose one of {', '.join(sorted(REGISTRY))}")
+        raise ValueError(f"process {name!r} {one_of(name, REGISTRY)}")
     try:
         return REGISTRY[name](**options)
     except TypeError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dnnlib.util import one_of
 from torch_utils import persistence
 from training import processes
 
@@ -62,7 +63,7 @@ def make_process(
             raise ValueError(f"--process={name}: a snapshot {why}")
         return process
     if name not in names:
-        raise ValueError(f"--process={name} is unknown: choose {', '.join(names)}, or a snapshot that holds a process")
+        raise ValueError(f"--process={name} {one_of(name, names)}, or a snapshot that holds a process")
     if name == "learned":
         if not options and isinstance(trained, processes.Learned):
             return trained
