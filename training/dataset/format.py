@@ -240,6 +240,7 @@ class ImageSource:
     warnings: Sequence[str] = ()
     missing: str | None = None  # a sentence about images without a label
     parted: bool = False  # has parts, such as train and test, of which one was chosen
+    foldered: bool = False  # labels may be those of its folders
 
     def read(self, index: int, header_only: bool = False) -> PIL.Image.Image | np.ndarray:
         """PIL image, with header_only not decoded where that can be; float32 [C,H,W] where `latents`. ValueError names it."""

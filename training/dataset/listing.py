@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dnnlib.reading import require_file, require_honest
 from dnnlib.util import natural_key
 from training.dataset.format import LABELS_FILE, MOST_ITEM, ZIP_ERRORS, extension, image_extensions
+from training.dataset.imagenet import named
 from training.dataset.labels import (
     METADATA_FILES,
     check_labels,
@@ -36,8 +37,8 @@ _JUNK = re.compile(
 )
 # Folders that are parts of one data set, not classes.
 _PART = re.compile(r"(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval)([-_ ]?(set|data|images|\d{4}))?")
-# Shards as written here and by generate_images.py --subdirs: 00001/img00001234.png, 001000/001234.png.
-_SHARD = re.compile(r"(\d{5})/img(?:-mean-std-)?\1\d{3}\.\w+|(\d{3,})000/\2\d{3}\.\w+")
+# Shards as written here, by generate_images.py --subdirs, and FFHQ's: 00001/img00001234.png, 001000/001234.png, 01000/01234.png
+_SHARD = re.compile(r"(\d{5})/img(?:-mean-std-)?\1\d{3}\.\w+|(\d{2,})000/\2\d{3}\.\w+")
 _SHOWN = 12  # classes named in a sentence
 
 
@@ -174,20 +175,21 @@ class Layout:
     warnings: list[str] = dataclasses.field(default_factory=list)
 
 
-def understand(files: Container, part: str | None = None) -> Layout:
+def understand(files: Container, part: str | None = None, labels: str | None = None) -> Layout:
     """The images of a collection and their labels. part: the folder to take of train, val, test (--split-folder).
 
     Parts are never mixed: `train` is taken where none is named. One folder around everything is looked into. Labels come
-    from dataset.json, else from metadata.jsonl or .csv, else from class folders, two or more, and are checked. Raises
-    ValueError.
+    from dataset.json, else from metadata.jsonl or .csv, else from class folders, two or more, and are checked. labels:
+    "none", or that they are the folders instead, those at the "top" or those that images lie in ("leaf"). ValueError.
     """
-    return _Reading(files, part).layout()
+    return _Reading(files, part, labels).layout()
 
 
 class _Reading:
-    def __init__(self, files, part):
+    def __init__(self, files, part, labels=None):
         self.files, self.part, self.prefix, self.notes, self.warnings = files, part, "", [], []
         self.label_files = [n for n in files.names if n.split("/")[-1] in (LABELS_FILE, *METADATA_FILES)]
+        self.by = labels
         images = [name for name in files.names if extension(name) in image_extensions()]
         arrays = [name for name in files.names if extension(name) == ".npy"]
         self.arrays = len(arrays) > len(images)
@@ -283,6 +285,10 @@ class _Reading:
     def _labelled(self):
         names, self.used = self._inside(self.names), []
         meta, where, base = self._read_label_files()
+        if self.by is not None:
+            found = self._by_folders(names)
+            found.written_here = meta.get("written_here", False)
+            return found
         if meta["labels"] is not None:
             relative = [name[len(base) :] for name in names]
             labels, missing = match_labels(relative, meta["labels"], where)
@@ -336,6 +342,22 @@ class _Reading:
         parts = self.prefix.split("/")[:-1]
         return ["".join(f"{p}/" for p in parts[:n]) for n in range(len(parts), -1, -1)]
 
+    def _by_folders(self, names):
+        """Labels as --labels asks for them, whatever label files say."""
+        if self.by == "none":
+            return Layout(names, self.arrays, sentence=f"{len(names)} images, no labels")
+        parts = {name: name[len(self.prefix) :].split("/")[:-1] for name in names}
+        folder = {name: above[-1 if self.by == "leaf" else 0] for name, above in parts.items() if above}
+        classes = sorted(set(folder.values()), key=order_key)
+        if not classes:
+            raise ValueError(f"--labels={self.by}: no folders in {self.files.path}/{self.prefix}")
+        if beside := len(names) - len(folder):
+            self.warnings.append(f"{beside} images in no folder left out (--labels={self.by})")
+        ids = {name: i for i, name in enumerate(classes)}
+        labels = [ids[name] for name in folder.values()]
+        sentence, classes = self._sentence(Counter(labels), classes), named(classes, self.files.path)
+        return Layout([*folder], self.arrays, labels, len(classes), classes, sentence=sentence)
+
     def _class_folders(self, names, listed, explicit):
         tops, loose = self._tops()
         relative = [name[len(self.prefix) :] for name in names]
@@ -363,7 +385,7 @@ class _Reading:
             ids = {top: known[folded(top)] for top in tops}
         labels = [ids[top] for _, top in inside]
         counts = dict.fromkeys(range(len(classes)), 0) | Counter(labels)
-        sentence = self._sentence(counts, classes)
+        sentence, classes = self._sentence(counts, classes), named(classes, self.files.path)
         return Layout([n for n, _ in inside], self.arrays, labels, len(classes), classes, sentence=sentence)
 
     def _warn_of_ids(self, classes, empty):

