@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import scipy.stats
 from small_runs import ROOT
+from test_simulations_gaussian import PUBLISHED as PUBLISHED_GAUSSIAN
 
 from metrics.contrasts import detectable, holm
 from metrics.table import read_csv
-from simulations import run_arm
+from simulations import gaussian, run_arm
 from simulations.arm import ground_truth, sample
 from simulations.bounds import arm_bound, ebm_bound
 from simulations.configs import ArmConfig
 from simulations.studies import solvers
+from training.presets import PRESETS
 
 NOISE = 0.0028  # standard error of a loss on the tree's 2048 points
 
@@ -291,3 +293,40 @@ def test_the_ema_lengths_of_digits():
         t = scipy.stats.t(len(seeds) - 1)
         seen = scipy.stats.sem(difference) * (t.ppf(0.975) + t.ppf(0.8))  # four times in five
         assert says.format(difference.mean(), *interval, seen) in text
+
+
+def test_the_reproduction_table():
+    """What stands beside the published numbers is what the simulations give, and what is not run has its preset."""
+    text = document("docs/reproduction.md")
+    for tag, table in PUBLISHED_GAUSSIAN.items():
+        for row, line in zip(gaussian.summary_rows(gaussian.sweep(tag)), table.splitlines(), strict=True):
+            value, *_, single, multi = line.split()
+            ours = [f"{row[f'empirical TV of {side}']:.6f}" for side in ("single", "multi")]
+            assert f"| {tag} = {float(value):g} | {single} | {ours[0]} | {multi} | {ours[1]} |" in text
+            assert ours == [single, multi]
+    for tag in ("K", "n", "D"):
+        for value, published in run_arm.PUBLISHED[tag].items():
+            found = [kept("arm-path", f"{tag}={value}", side) for side in ("single", "multi")]
+            cells = (f"{p:.4f} | {f[0]:.4f} ± {f[0] - f[1]:.3f}" for p, f in zip(published, found, strict=True))
+            assert f"| {tag} = {value} | {' | '.join(cells)} |" in text
+    arms = {"no selection": "baseline", "early AJEST": "early-ajest", "AJEST": "ajest", "random": "random"}
+    for when, names in (("steps", list(arms)[:3]), ("samples", arms)):
+        for name in names:
+            loss, *scores = (
+                SUMMARIES["selection-tree", arms[name], f"{when} {m}"]["mean"] for m in ("loss", "mandala", "guided")
+            )
+            shown = " | ".join([f"{loss:.3f}", *(f"{v:.2f}" for v in scores)])
+            assert re.search(rf"\| {name} \|[^|]*\|[^|]*\|[^|]*\| {re.escape(short(shown))} \|", text), (when, name)
+    named = set(re.findall(r"(?:edm2|mdm|cld|pfgmpp)-[a-z0-9-]*(?:1c|vp|cifar10)\b", text))
+    assert named and named <= set(PRESETS)
+
+
+def test_the_posterior_is_aligned_in_sigma():
+    """docs/pfgmpp.md: how far the curves of other D are from that of D = inf."""
+    rows = {(str(r["D"]), r["sigma"]): r for r in data("pfgmpp-alignment")}
+    pairs = {key: (row, rows["inf", key[1]]) for key, row in rows.items() if key[0] != "inf"}
+    gap = {key: (b["tvd"] - a["tvd"], 1.96 * math.hypot(a["error"], b["error"])) for key, (a, b) in pairs.items()}
+    assert all(abs(mean) < min(half, 0.002) for (D, _), (mean, half) in gap.items() if D != "16")
+    (_, sigma), (mean, half) = max(((k, v) for k, v in gap.items() if k[0] == "16"), key=lambda item: item[1][0])
+    said = f"at most {mean:.3f} (95 % interval {mean - half:.3f} to {mean + half:.3f}, at sigma = {sigma:g})"
+    assert said in document("docs/pfgmpp.md")

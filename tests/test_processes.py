@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
+from simulations.studies.alignment import mean_tvd
 from torch_utils.persistence import build, describe
 from torch_utils.random import StackedRandomGenerator
 from training import processes
@@ -373,21 +374,6 @@ def test_radius_table():
         ours = torch.quantile(noise.norm(dim=1) / N**0.5, torch.tensor([0.001, 0.05, 0.5, 0.95, 0.999]))
         np.testing.assert_allclose(ours[1:4], expected[1:4], rtol=0.02)
         np.testing.assert_allclose(ours, expected, rtol=0.1)
-
-
-def mean_tvd(data, kernel, sigmas, num_samples, generator):
-    """Mean total variation distance of the posterior over the data from uniform, at each noise level, and its error.
-
-    1/2 sum_i |w_i - 1/n|, averaged over noisy samples x: near 1 where x knows its datum, near 0 where it has forgotten it.
-    """
-    n = len(data)
-    index = torch.arange(num_samples) % n
-    noise = kernel.unit_noise((num_samples, *data.shape[1:]), generator, dtype=torch.float64)
-    found = []
-    for sigma in sigmas:
-        weights = pfgmpp.posterior_weights(data[index].double() + sigma * noise, data, sigma, kernel.D)
-        found.append((weights - 1 / n).abs().sum(1) / 2)
-    return torch.stack([tvd.mean() for tvd in found]), torch.stack([tvd.std() / num_samples**0.5 for tvd in found])
 
 
 def test_phase_alignment():

@@ -12,7 +12,7 @@ from small_runs import one_line, run
 
 import calculate_metrics
 from metrics import results
-from simulations import run_robustness
+from simulations import run_alignment, run_robustness
 from simulations.studies import robustness, stable_targets
 from torch_utils import persistence
 from training import processes
@@ -258,3 +258,15 @@ def test_latents_are_decoded_by_the_vae_that_is_given(tiny_vae, tmp_path):
     one_line(run_robustness.main, *command, "--experiments=steps", says=["nobody/nothing", "--vae=FOLDER"])
     run(run_robustness.main, *command, "--experiments=steps", f"--vae={tiny_vae[0]}")
     assert [row["value"] for row in read(tmp_path / "out" / "robustness-steps.csv")] == ["2", "3"]
+
+
+def test_alignment_of_digits(digits, tmp_path):
+    """Curves of large D meet over sigma; a noise level of zero is refused before anything is written."""
+    command = [f"--data={digits}", "--aug-dims=1e6,inf", "--num=40"]
+    written = [f"--dest={tmp_path}/a.csv", f"--figure={tmp_path}/a", "--sigmas=0.5,5"]
+    files = json.loads(run(run_alignment.main, *command, *written).stdout)["files"]
+    assert [f.rsplit("/", 1)[1] for f in files] == ["a.csv", "a.png", "a.svg"]
+    known, forgotten, *gaussian = (float(row["tvd"]) for row in read(tmp_path / "a.csv"))
+    assert [known, forgotten] == pytest.approx(gaussian, abs=1e-3) and known > 2 * forgotten
+    one_line(run_alignment.main, *command, f"--dest={tmp_path}/b.csv", "--sigmas=0,1", says=["--sigmas=0,1"])
+    assert not (tmp_path / "b.csv").exists()
