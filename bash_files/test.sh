@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All tests, set-up included.
-# usage: bash bash_files/test.sh [--slow] [--list] [options of pytest]
-# --slow: the long ones too. --list: the files of tests, nothing done. TEST_JOBS: processes (as many as cores).
+# usage: bash bash_files/test.sh [--slow] [--browser] [--list] [options of pytest]
+# --slow: the long ones too. --browser: those that drive one, too (chromium on the PATH, or CHROMIUM=FILE; the driver is installed).
+# --list: the files of tests, nothing done. TEST_JOBS: processes (as many as cores).
 source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 marks="not slow"
@@ -9,6 +10,7 @@ for word in "$@"; do # those that are not ours go round to the end
   shift
   case "$word" in
     --slow) marks="" ;;
+    --browser) driver=playwright && set -- "$@" "$word" ;;
     --list)
       for file in tests/test_*.py; do echo "$file: $(sed -n -e 1s/\"\"\"//gp "$file")"; done
       exit
@@ -17,6 +19,10 @@ for word in "$@"; do # those that are not ours go round to the end
   esac
 done
 source bash_files/setup.sh
+if [ -n "${driver:-}" ] && ! python -c "import $driver" 2> /dev/null; then
+  find_python
+  add "$(sed -n 's/^# browser: //p' requirements.txt)"
+fi
 # Small tensors: two processes with one thread each beat one process with two.
 jobs=${TEST_JOBS:-$(python -c "from dnnlib.util import usable_cores; print(usable_cores())")}
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -10,6 +10,22 @@ import dataset_tool
 from training.networks_edm2 import Precond
 
 
+def pytest_addoption(parser):
+    parser.addoption("--browser", action="store_true", help="also drive a real browser (playwright and chromium)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("browser"):
+        left = [item for item in items if item.get_closest_marker("browser")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("browser") and not config.option.file_or_dir:
+        terminalreporter.write_line("Not run: tests that drive a real browser (bash bash_files/test.sh --browser)")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Small tensors: threads only cost. Also what makes two runs of the same step equal in every bit."""

@@ -20,7 +20,7 @@ def test_one_batch_shows_what_rows_show(digits, tmp_path, tiny_net, batch_gpu, m
     run = setup.build(small_config(digits, batch_gpu=batch_gpu))
     net, sizes = tiny_net(), []
     labels, titles = hooks.grid_labels(run.feed.dataset)
-    assert titles == [0, 1, 2]
+    assert titles == ["0", "1", "2"]
     stand_in = SimpleNamespace(
         state=SimpleNamespace(cur_nimg=1024), feed=run.feed, parts=run, encoder=run.encoder, run_dir=tmp_path, kimg=1,
         objective=run.objective, average=lambda: Average(net),
@@ -34,7 +34,7 @@ def test_one_batch_shows_what_rows_show(digits, tmp_path, tiny_net, batch_gpu, m
     hooks.grid_hook(labels, titles)(stand_in)
     assert sizes == ([24] if batch_gpu is None else [5, 5, 5, 5, 4])
     noise = StackedRandomGenerator("cpu", range(8)).randn([8, 1, 8, 8])
-    rows = [heun(net, noise, label_rows(torch.full([8], k), 10), num_steps=18) for k in titles]
+    rows = [heun(net, noise, label_rows(torch.full([8], int(k)), 10), num_steps=18) for k in titles]
     save_grid(tmp_path / "rows.png", [run.encoder.decode(row) for row in rows], titles)
     names = "samples-0000001.png", "rows.png"
     found, wanted = (np.asarray(PIL.Image.open(tmp_path / name)).astype(int) for name in names)

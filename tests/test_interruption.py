@@ -17,6 +17,7 @@ from small_runs import assert_identical, final_state, small_command
 from dnnlib.util import locked
 from torch_utils import checkpoint
 from torch_utils.persistence import save_snapshot
+from training.hooks import STOPPING
 from training.networks_edm2 import Precond
 
 KILL, TERM, INT, STOP = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP
@@ -83,6 +84,7 @@ def test_interrupted_and_resumed(digits, whole, tmp_path, number, what, which):
     else:
         last = what.endswith("removal")  # of the run's last checkpoint: there is no step left to stop after
         assert code == (0 if last else 75), output
+        assert output.count(STOPPING) == 1
         reached = checkpoint.load(checkpoint.newest_sound(run_dir))["state"]["cur_nimg"]
         assert (reached == 3072) == (last or (what, which) == ("step", 6))  # stopped, unless that was the last step
     for path in checkpoint.list_checkpoints(run_dir):  # whatever has its final name is whole

@@ -4,14 +4,16 @@ import csv
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import PIL.Image
-from small_runs import ROOT, python
+from small_runs import ROOT, python, run
 
+import report
 import run_experiment
 from dnnlib import experiment
 from training.dataset import ImageFolderDataset
@@ -40,6 +42,16 @@ def test_quickstart(tmp_path):
     before = markers(tmp_path)
     python(*command("quickstart", tmp_path, "--jobs=1"))
     assert markers(tmp_path) == before, "the second run did steps again"
+    run(report.main, tmp_path, f"--out={tmp_path / 'report.html'}")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'type="radio" name="arm-1" value="([^"]*)"', page) == ["multi", "single", "real images"]
+    assert json.loads(re.search(r'data-at="([^"]*)"', page)[1]) == [
+        0.5,
+        1.0,
+        2.0,
+        None,
+    ]  # thousand images of each source
+    assert "Held-out denoising loss: multi better than single in" in page
 
 
 def test_multi_vs_single_interrupted_twice(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_runs import one_line, run
 
+from metrics import curves
 from simulations import plot_run, run_tree, run_tree_sweep, tree
 from simulations.tree import metrics as tree_metrics
 from simulations.tree import plots as tree_plots
@@ -226,10 +227,10 @@ def test_commands(tmp_path):
 
 def test_a_run_keeps_its_colour_where_others_have_no_curve():
     runs = {"a": [{"Progress/kimg": 1, "x": 2.0}], "b": [{"Progress/kimg": 1, "x": 3.0, "y": 4.0}]}
-    figure = plot_run.draw(runs, ["x", "y"], ["images"])
+    figure = curves.draw(runs, ["x", "y"])
     colours = [{line.get_label(): line.get_color() for line in axis.get_lines()} for axis in figure.axes]
     assert list(colours[0]) == ["a", "b"] and colours[1] == {"b": colours[0]["b"]} != {"b": colours[0]["a"]}
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "b"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
 def test_autoguidance_figure_has_eight_panels():

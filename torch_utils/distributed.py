@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed
+from tqdm import tqdm
 
 from dnnlib import cli
 from dnnlib.util import reason
@@ -119,9 +121,10 @@ def barrier() -> None:
 
 
 def print0(*args: object) -> None:
-    """print on rank 0 only."""
+    """print on rank 0 only; a line of its own above progress bars."""
     if get_rank() == 0:
-        print(*args, flush=True)
+        tqdm.write(" ".join(map(str, args)), file=sys.stdout)
+        sys.stdout.flush()
 
 
 def all_reduce_(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:

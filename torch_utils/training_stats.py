@@ -43,6 +43,12 @@ class Collector:
         count, total = (value.numel(), value.sum(dtype=torch.float64).item()) if torch.is_tensor(value) else (1, value)
         host += (count, total, 0) if math.isfinite(total) else _moments(torch.as_tensor(value)).numpy()
 
+    def so_far(self, name: str) -> float | None:
+        """The mean of what this rank alone has reported since the last `means()`; waits for the device."""
+        host, device = self.sums.get(name, (np.zeros(3), []))
+        count, total, _ = host + sum(moments.cpu().numpy() for moments in device)
+        return float(total / count) if count > 0 else None
+
     def means(self) -> dict[str, float | None]:
         """{name: mean or None}, in order of first report; starts anew. Raises RuntimeError if ranks know other names."""
         names = list(self.sums)

@@ -10,7 +10,7 @@ from typing import Any
 
 from dnnlib import cli, options, outputs
 from dnnlib.options import opt
-from training import choices, presets
+from training import choices, presets, trackers
 
 # One line per option; `free`: a resumed run may change it, since it touches no random draw.
 _data = functools.partial(opt, group="Data")
@@ -146,6 +146,8 @@ class TrainingConfig:
         None, "--init for other sources: a new label embedding, or by class names", choices=("new", "names")
     )
     grid: bool = _run(True, "Sample grid at every snapshot", free=True)
+    grid_nimg: int = _period(0, "Interval of further sample grids; 0: none", "--grid-every")
+    log: str | None = _run(None, "Also send statistics and grids to a tracker", choices=trackers.TRACKERS, free=True)
     eval_nimg: int = _period(0, "Interval of scores of the snapshots; 0: none", "--eval-every")
     eval_ref: str | None = _run(
         None, "Reference of these: a file of calculate_metrics.py ref", metavar="FILE", free=True
@@ -183,6 +185,9 @@ class TrainingConfig:
             self._require(every or getattr(self, name) is None, name, "belongs to --eval-every=NIMG")
         labelled = not self.augment or self.arch != "edm2"
         self._require(labelled, "augment", "needs a network with augmentation labels: --arch=ddpmpp|ncsnpp|adm")
+        every, unit = self.grid_nimg, self.status_nimg
+        self._require(not every or unit and every % unit == 0, "grid_nimg", f"must be a multiple of --status={unit}")
+        self._require(self.grid or not every, "grid_nimg", "needs --grid=True")
         looks = self.val_data and self.status_nimg
         self._require(looks or not self.patience, "patience", "needs the status lines of --val-data=ZIP")
         self._require(self.aug_dim is None or self.process == "pfgmpp", "aug_dim", "belongs to --process=pfgmpp")

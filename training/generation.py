@@ -275,7 +275,8 @@ def batches(
 def run(given: Sampling, seeds: Sequence[int], outdir: str, subdirs: bool, grid: bool, device: str | None) -> None:
     """What generate_images.py does: generate, write images, labels and the grid."""
     device, seeds = dist.init(device), distinct(seeds)
-    made = batches(given, seeds, device, outdir=outdir, subdirs=subdirs)
+    net = _open(given.net, device)
+    made = batches(given, seeds, device, net, outdir=outdir, subdirs=subdirs)
     dist.print0(f"Generating {len(seeds)} images to {outdir} ...")
     shown = {}
     total = sum(map(len, dist.split_batches(seeds, given.max_batch_size)))
@@ -290,5 +291,7 @@ def run(given: Sampling, seeds: Sequence[int], outdir: str, subdirs: bool, grid:
     if grid and dist.get_rank() == 0:
         keys = sorted(shown, key=lambda k: -1 if k is None else k)
         # Beside the folder, not in it: the folder is a data set.
-        save_grid(f"{str(outdir).rstrip('/')}-grid.png", [shown[k] for k in keys], None if keys == [None] else keys)
+        names = net.header.get("dataset", {}).get("class_names")
+        titles = None if keys == [None] else [names[k] if names else k for k in keys]
+        save_grid(f"{str(outdir).rstrip('/')}-grid.png", [shown[k] for k in keys], titles)
     dist.shutdown()

@@ -1,9 +1,10 @@
-"""What a run does at status lines and snapshots besides writing them: validation, sample grids, stop requests.
+"""What a run does at status lines and snapshots besides writing them: validation, sample grids, trackers, stop requests.
 
 The loop calls these through its contract; it knows none of them.
 """
 
 import math
+import os
 import signal
 import warnings
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from torch_utils.random import StackedRandomGenerator
 from training.dataset import Dataset, label_rows
 from training.images import save_grid
 from training.samplers import heun
+from training.trackers import tracker_hooks
 from training.training_loop import REMEDY, TrainingFailed, TrainingLoop
 from training.validation import HeldOut
 
 if TYPE_CHECKING:
     from training.setup import Run
 
+STOPPING = "Finishing this step, then writing a checkpoint ... (Ctrl-C again: stop at once, without)"
 GRID_COLUMNS = 8
 GRID_ROWS = 16  # sources shown at most
 GRID_CHANNELS_TOTAL = 2**23  # elements of a grid; larger images get fewer columns
@@ -38,7 +41,22 @@ def standard_hooks(run: "Run") -> dict:
         chosen["on_status"] = with_matrices(chosen.get("on_status"))
     if run.config.grid and _can_decode(run.encoder, run.feed.device):
         chosen["on_snapshot"] = grid_hook(*grid_labels(run.feed.dataset))
+        if run.config.grid_nimg:
+            chosen["on_status"] = with_grids(chosen["on_snapshot"], run.config.grid_nimg, chosen.get("on_status"))
+    if run.config.log:
+        chosen |= tracker_hooks(run)
     return chosen
+
+
+def with_grids(grid: Callable, every: int, on_status: Callable | None = None) -> Callable:
+    """on_status hook that also makes a grid at every multiple of `every` images."""
+
+    def fields(loop):
+        if loop.state.cur_nimg % every == 0:
+            grid(loop)
+        return on_status(loop) if on_status else None
+
+    return fields
 
 
 def with_matrices(on_status: Callable | None = None) -> Callable:
@@ -132,7 +150,7 @@ class Validation:
         return f"the validation loss has not fallen for {self.patience} looks (lowest: {min(looks):.4f})"
 
 
-def grid_labels(dataset: Dataset) -> tuple[torch.Tensor | None, list[int] | None]:
+def grid_labels(dataset: Dataset) -> tuple[torch.Tensor | None, list[str] | None]:
     """Labels of the rows of a grid, [rows, GRID_COLUMNS, K], and their titles; (None, None) without labels.
 
     A row for each of the first sources; where labels are vectors, two rows of training images' own, drawn by seed 0.
@@ -140,14 +158,15 @@ def grid_labels(dataset: Dataset) -> tuple[torch.Tensor | None, list[int] | None
     if not dataset.has_labels:
         return None, None
     if dataset.has_onehot_labels:
-        titles = dataset.sources[:GRID_ROWS]
-        return label_rows(torch.tensor(titles), dataset.label_dim)[:, None].expand(-1, GRID_COLUMNS, -1), titles
+        shown, names = dataset.sources[:GRID_ROWS], dataset.class_names
+        titles = [names[k] if names else str(k) for k in shown]
+        return label_rows(torch.tensor(shown), dataset.label_dim)[:, None].expand(-1, GRID_COLUMNS, -1), titles
     raw = torch.from_numpy(dataset.raw_labels)
     drawn = torch.randint(len(raw), [2, GRID_COLUMNS], generator=torch.Generator().manual_seed(0))
     return raw[drawn], None
 
 
-def grid_hook(labels: torch.Tensor | None = None, titles: list[int] | None = None) -> Callable:
+def grid_hook(labels: torch.Tensor | None = None, titles: list[str] | None = None) -> Callable:
     """on_snapshot hook: `samples-<kimg>.png` with a row per row of `grid_labels`, from the first average once it is trained.
 
     All rows show the same noise, and are sampled in one batch, or in parts of the run's micro-batch.
@@ -183,6 +202,8 @@ def stop_on_signal() -> Callable:
     def handle(number, frame):
         if arrived and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not arrived and dist.get_rank() == 0:  # unbuffered: the signal may have come in the midst of a print
+            os.write(2, f"\n{STOPPING}\n".encode())
         arrived.append(number)
 
     signal.signal(signal.SIGTERM, handle)

@@ -29,6 +29,7 @@ from training.feed import Candidates
 if TYPE_CHECKING:
     from training.setup import Run
 
+SHOW_LOSS = 2.0  # seconds between two looks of the progress bar at the loss, which wait for the device
 MAX_BAD_STEPS = 100  # consecutive steps without one finite gradient, after which training stops
 
 
@@ -79,6 +80,7 @@ class TrainingLoop:
         run_dir: str | Path,  # existing folder
         on_status: Callable | None = None,  # (loop) -> dict of further statistics or None; called on every process
         on_snapshot: Callable | None = None,  # (loop) -> None; called on every process
+        on_stats: Callable | None = None,  # (loop, a line of stats.jsonl; None at the end) -> None; called on rank 0
         stop_requested: Callable | None = None,  # () -> bool; True on any process ends training after the step
         finished: Callable | None = None,  # (loop) -> why training is over before its time, or None; asked on rank 0
     ) -> None:
@@ -91,7 +93,7 @@ class TrainingLoop:
         self.parts, self.run_dir = run, Path(run_dir)
         self.objective, self.feed, self.encoder, self.selector = run.objective, run.feed, run.encoder, run.selector
         self.optimizer, self.ema, self.batch_size, self.periods = run.optimizer, run.ema, batch, periods
-        self.on_status, self.on_snapshot = on_status, on_snapshot
+        self.on_status, self.on_snapshot, self.on_stats = on_status, on_snapshot, on_stats
         self.stop_requested = stop_requested or (lambda: False)
         self.finished = finished or (lambda loop: None)
         self.state = State()
@@ -297,9 +299,11 @@ class TrainingLoop:
         if dist.get_rank() == 0:
             shown = [f"{word} {fields[name]:<{form}}" for word, name, form in STATUS if fields.get(name) is not None]
             shown.insert(1, f"time {format_time(fields['Timing/total_sec']):<12s}")
-            print("Status: " + " ".join(shown), flush=True)
+            dist.print0("Status: " + " ".join(shown))
             with open(self.run_dir / "stats.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({**fields, "timestamp": now}) + "\n")
+            if self.on_stats is not None:
+                self.on_stats(self, fields)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -338,7 +342,7 @@ class TrainingLoop:
         dist.print0(f"Training from {start / 1e3:g} kimg to {stop / 1e3:g} kimg:")
         clock = _Clock()
         shown = dict(unit="img", unit_scale=True, disable=quiet or dist.get_rank() != 0, mininterval=1.0)
-        bar = tqdm(total=periods.total_nimg, initial=start, **shown)
+        bar, said = tqdm(total=periods.total_nimg, initial=start, **shown), 0.0
         try:
             while True:
                 done, over = state.cur_nimg >= stop or self.interrupted, None
@@ -359,8 +363,13 @@ class TrainingLoop:
                 with clock.step(self.batch_size):
                     yield
                 bar.update(self.batch_size)
+                if not bar.disable and time.time() - said > SHOW_LOSS:
+                    said, loss = time.time(), self.stats.so_far("Loss/loss")
+                    bar.set_postfix_str("" if loss is None else f"loss {loss:.4f}", refresh=False)
         finally:
             bar.close()
+            if self.on_stats is not None and dist.get_rank() == 0:
+                self.on_stats(self, None)
         steps = (state.cur_nimg - start) // self.batch_size
         if int(self.bad_steps) >= steps:
             raise TrainingFailed(f"all {steps} steps had non-finite gradients: nothing was learned; {REMEDY}")
