@@ -47,7 +47,7 @@ def test_status_lines_stand_above_the_bar(digits, tmp_path, monkeypatch):
     assert len(status) == 3 and all(re.fullmatch(r"Status: kimg [\d.]+ .*\d", line) for line in status), shown
     bars = [line for line in shown if "img/s" in line]
     assert len(bars) == 1 and re.fullmatch(
-        r".*2\.05k/2\.05k \[\d\d:\d\d<\d\d:\d\d, .*img/s, loss \d\.\d{4}\]", bars[0]
+        r"loss \d\.\d{4} .*2\.05k/2\.05k \[\d\d:\d\d<\d\d:\d\d, .*img/s\]", bars[0]
     ), shown
 
 

@@ -44,7 +44,7 @@ def standard_hooks(run: "Run") -> dict:
         if run.config.grid_nimg:
             chosen["on_status"] = with_grids(chosen["on_snapshot"], run.config.grid_nimg, chosen.get("on_status"))
     if run.config.log:
-        chosen |= tracker_hooks(run)
+        chosen = joined(chosen, tracker_hooks(run))
     return chosen
 
 

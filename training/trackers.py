@@ -136,4 +136,9 @@ def tracker_hooks(run: "Run") -> dict[str, Callable]:
             sink.close()
             sink = None
 
-    return {"on_stats": on_stats}
+    def on_snapshot(loop: "TrainingLoop") -> None:
+        if not loop.feed.rank:
+            opened(loop)
+            pictures(loop)
+
+    return {"on_stats": on_stats, "on_snapshot": on_snapshot}

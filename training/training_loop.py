@@ -365,7 +365,7 @@ class TrainingLoop:
                 bar.update(self.batch_size)
                 if not bar.disable and time.time() - said > SHOW_LOSS:
                     said, loss = time.time(), self.stats.so_far("Loss/loss")
-                    bar.set_postfix_str("" if loss is None else f"loss {loss:.4f}", refresh=False)
+                    bar.set_description_str("" if loss is None else f"loss {loss:.4f} ", refresh=False)
         finally:
             bar.close()
             if self.on_stats is not None and dist.get_rank() == 0:
