@@ -10,10 +10,10 @@ EXAMPLES = """
 \b
 Examples:
   # From a data set (dataset_tool.py) to learning curves, the worth of a companion's images, and who helps whom:
-  python plan.py --data=datasets/mine.zip --dest=plans/mine
+  python plan.py --data=datasets/mine.zip --outdir=plans/mine
 \b
   # The same from the scores of an experiment:
-  python plan.py --scores='results/multi-vs-single/scores/*.json' --dest=plans/digits
+  python plan.py --scores='results/multi-vs-single/scores/*.json' --outdir=plans/digits
 """
 PLAN = outputs.written("a plan", "plan.md", "multiplier.csv", "curves.png", "curves.svg", folder=True)
 FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "experiments", "plan.yaml")
@@ -57,14 +57,14 @@ def pilot(data, dest, sizes, settings):
 @cli.command(epilog=EXAMPLES)
 @click.option("--data", metavar="ZIP|DIR", help="Labelled images: a pilot is trained on them")
 @click.option("--scores", metavar="GLOB", help="Score files with the tags k, n, seed, instead")
-@cli.output("--dest", PLAN, metavar="DIR", required=True, help="Folder of the answer, and of the pilot")
+@cli.output("--outdir --dest outdir", PLAN, metavar="DIR", required=True, help="Folder of the answer, and of the pilot")
 @click.option("--measure", metavar="NAME", default="bits_per_dim", help="What is to be small")
 @click.option(
     "--sizes", metavar="LIST", type=cli.INTS, help="Images of each source; default: 1/8, 1/4, 1/2 of the smallest"
 )
 @click.option("--budget", metavar="NAME", help="Of experiments/plan.yaml, e.g. smoke")
 @click.option("--jobs", metavar="INT", type=cli.COUNT, default=1, help="Steps side by side")
-def main(data, scores, dest, measure, sizes, budget, jobs):
+def main(data, scores, outdir, measure, sizes, budget, jobs):
     """Say whether sources should be trained together: learning curves of single and of shared models, what an image of a
     companion is worth, where the answer turns, and who helps whom."""
     if (data is None) == (scores is None):
@@ -79,10 +79,10 @@ def main(data, scores, dest, measure, sizes, budget, jobs):
         from run_experiment import load_scripts
 
         settings, _ = experiment.load(FILE, budget, {"data": data})
-        settings, steps = experiment.load(FILE, budget, pilot(data, dest, sizes, settings))
-        experiment.run(steps, dest, load_scripts, jobs)
-        scores = os.path.join(dest, "scores", "*.json")
-    print(write_plan(read_scores(scores), Path(dest), measure))
+        settings, steps = experiment.load(FILE, budget, pilot(data, outdir, sizes, settings))
+        experiment.run(steps, outdir, load_scripts, jobs)
+        scores = os.path.join(outdir, "scores", "*.json")
+    print(write_plan(read_scores(scores), Path(outdir), measure))
 
 
 if __name__ == "__main__":

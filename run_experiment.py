@@ -1,12 +1,13 @@
 """Run an experiment file: its steps in order, those already done skipped, several side by side."""
 
 import contextlib
+from pathlib import Path
 
 import click
 
 from dnnlib import cli, experiment, outputs
 from dnnlib.reading import parse_yaml
-from dnnlib.util import locked, reason, usable_cores
+from dnnlib.util import locked, one_of, reason, usable_cores
 
 EXAMPLES = """
 \b
@@ -51,6 +52,17 @@ def class_ids(source):
     return ids
 
 
+def find_file(ctx, param, path):
+    """The experiment file: where it is named, or one of ours, so that their names work from any folder."""
+    own = Path(__file__).parent / "experiments" / Path(path).name
+    if Path(path).is_file():
+        return path
+    if not own.is_file():
+        names = [file.name for file in sorted(own.parent.glob("*.yaml"))]
+        raise ValueError(f"FILE={path}: no such file; as one of ours it {one_of(Path(path).name, names)}")
+    return str(own)
+
+
 def parse_setting(text, texts=()):
     """'name=value' -> (name, value), the value of `texts` as written, of others read as YAML; a comma-separated list of
     scalars is a list.
@@ -68,20 +80,28 @@ def parse_setting(text, texts=()):
 
 
 @cli.command(epilog=EXAMPLES)
-@click.argument("file", metavar="FILE", type=click.Path(exists=True, dir_okay=False))
-@click.option("--budget", metavar="NAME", help="Named overrides in the file, e.g. smoke; several with commas")
-@click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="Override one setting; may be repeated")
-@cli.output("--out", outputs.RESULTS, metavar="DIR", help="Where the results go; default: results/<name>")
-@click.option("--list", "list_only", is_flag=True, help="Print the steps, with their index and whether they are done")
-@click.option("--step", "names", metavar="NAME", multiple=True, help="Run only this step; may be repeated")
-@click.option("--index", type=click.IntRange(min=0), help="Run only the step of this index (for job arrays)")
-@click.option("--jobs", type=click.IntRange(min=1), help="Steps side by side; default: number of cores, at most 8")
-def main(file, budget, settings, out, list_only, names, index, jobs):
+@click.argument("file", metavar="FILE", callback=find_file)
+@cli.under(
+    "What to run",
+    click.option("--budget", metavar="NAME", help="Named overrides in the file, e.g. smoke; several with commas"),
+    click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="Override one setting; repeatable"),
+    cli.output("--outdir --out", outputs.RESULTS, metavar="DIR", help="Where the results go; default: results/<name>"),
+)
+@cli.under(
+    "Which steps",
+    click.option(
+        "--list", "list_only", is_flag=True, help="Print the steps, with their index and whether they are done"
+    ),
+    click.option("--step", "names", metavar="NAME", multiple=True, help="Run only this step; repeatable"),
+    click.option("--index", type=click.IntRange(min=0), help="Run only the step of this index (for job arrays)"),
+    click.option("--jobs", type=cli.COUNT, help="Steps side by side; default: number of cores, at most 8"),
+)
+def main(file, budget, settings, outdir, list_only, names, index, jobs):
     """Run the experiment described by FILE. Run the same command again to resume."""
     texts = experiment.texts(file)
     overrides = dict(parse_setting(text, texts) for text in settings)
-    if out is not None:
-        overrides["out"] = out
+    if outdir is not None:
+        overrides["out"] = outdir
     settings, steps = experiment.load(file, budget, overrides, {"classes": class_ids})
     if index is not None:
         if index >= len(steps):
@@ -95,7 +115,7 @@ def main(file, budget, settings, out, list_only, names, index, jobs):
             if not names or step.name in names:
                 print(f"{i:4d} {'done' if experiment.is_done(settings['out'], step) else 'todo'} {step.name}")
         return
-    outputs.check("--out", settings["out"], outputs.RESULTS, [outputs.Named("FILE", file)])
+    outputs.check("--outdir", settings["out"], outputs.RESULTS, [outputs.Named("FILE", file)])
     chosen = [step for step in steps if not names or step.name in names]
     with contextlib.nullcontext() if names else locked(settings["out"]):  # single steps may run side by side
         experiment.run(chosen, settings["out"], load_scripts, jobs or min(usable_cores(), 8))

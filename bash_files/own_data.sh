@@ -4,7 +4,7 @@
 # usage: bash bash_files/own_data.sh FOLDER [OPTIONS]     (options go to run_experiment.py experiments/own-data.yaml)
 #   --budget=smoke     try it in a minute
 #   --set NAME=VALUE   resolution, per_source, val_per_source, preset, duration, seeds, sources, ...
-#   --out=DIR          where the results go; default: a folder in results/
+#   --outdir=DIR       where the results go; default: a folder in results/
 #   --list, --jobs=N, --step=NAME: see python run_experiment.py --help
 source "$(dirname "$0")/help.sh"
 set -euo pipefail

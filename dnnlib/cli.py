@@ -286,9 +286,9 @@ class Output(click.Option):
         self.writes = writes
 
 
-def output(flag: str, writes: Any, **more: Any) -> Callable:
-    """click.option of an Output."""
-    return click.option(flag, cls=Output, writes=writes, **more)
+def output(flags: str, writes: Any, **more: Any) -> Callable:
+    """click.option of an Output; flags: its name, and older ones that still work."""
+    return click.option(*flags.split(), cls=Output, writes=writes, **more)
 
 
 _PATHS = re.compile("FILE|DIR|ZIP|PATH|SNAPSHOT|GLOB|NPZ|SPEC|STEM")  # metavars of options that take a path

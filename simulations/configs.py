@@ -98,7 +98,7 @@ class Rule(_Checked):
         (1e-2,), "Adam's learning rates to try, with cosine decay", type=cli.FLOATS, above=0
     )
     batches: tuple[int, ...] = count((500,), "Batch sizes to try", type=cli.INTS)
-    steps: tuple[int, ...] = count((800,), "Lengths of training to try, in optimizer steps", type=cli.INTS)
+    steps: tuple[int, ...] = count((800,), "Training steps to try", "--train-steps", "--steps", type=cli.INTS)
     early: bool = budget(
         True, "Keep a try's best weights and end it when none better come, or its last", "--early/--last"
     )
@@ -116,8 +116,10 @@ class TreeConfig(_Checked):
     cls: str = opt("A", "Classes of the tree", choices=("A", "B", "AB"))
     layers: int = opt(4, "Hidden layers", at_least=1)
     dim: int = opt(64, "Width; guides have 32", at_least=1)
-    total_iter: int = opt(4096, "Steps", at_least=1)
-    batch_size: int = opt(4096, "Points drawn per step; selection trains on a part of them", at_least=1)
+    total_iter: int = opt(4096, "Training steps", "--train-steps", "--total-iter", at_least=1)
+    batch_size: int = opt(
+        4096, "Points drawn per step; selection trains on a part of them", "--batch", "--batch-size", at_least=1
+    )
     P_mean: float = -2.3
     P_std: float = 1.5
     sigma_data: float = 0.5

@@ -19,7 +19,7 @@ AXES = ("images", "steps", "time", "cpu")
 @click.option("--keys", type=cli.STRINGS, help="Fields of stats.jsonl, a panel each; default: all usual ones there are")
 @click.option("--x", "axes", type=cli.STRINGS, default="images", help=f"Any of {', '.join(AXES)}")
 @click.option("--log/--linear", default=True, help="Logarithmic where positive values differ much")
-@figure_stem("--save", "runs")
+@figure_stem("runs")
 def main(runs, keys, axes, log, save):
     """Draw run folders, of the toy and of image training alike: loss, validation by noise level and source, learning rate,
     throughput, learned processes, and scores of snapshots by weight average.

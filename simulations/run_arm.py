@@ -54,8 +54,8 @@ def main(**options):
     Examples:
       python simulations/run_arm.py --budget=smoke
       python simulations/run_arm.py --tag=K
-      python simulations/run_arm.py --tag=sim --family=independent --results-dir=results/independent
-      python simulations/run_arm.py --tag=K --family=dirichlet --sim=0 --results-dir=results/unstructured
+      python simulations/run_arm.py --tag=sim --family=independent --outdir=results/independent
+      python simulations/run_arm.py --tag=K --family=dirichlet --sim=0 --outdir=results/unstructured
     """
     from simulations import arm, bounds
 

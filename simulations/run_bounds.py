@@ -48,7 +48,7 @@ _DEFAULTS = {  # the paper's simulations; it has no EBM one
 @click.option("--as-published", is_flag=True, help="Sharp bound with the logarithm as printed, errors included")
 @click.option("--target-tv", type=cli.Float(0, min_open=True), help="Error to reach; needs --solve-for")
 @click.option("--solve-for", type=cli.Choice(["n"]), help="Smallest n whose bound is at most --target-tv")
-@cli.output("--out", BOUND, type=click.Path(path_type=Path), help="Write the JSON here as well")
+@cli.output("--dest --out out", BOUND, type=click.Path(path_type=Path), help="Write the JSON here as well")
 def main(model, n, delta, eps, as_published, target_tv, solve_for, out, **options):
     """Print the bounds of the theory paper as JSON, with constants, beta_sim, ratio and vacuity.
 

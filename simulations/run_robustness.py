@@ -69,7 +69,11 @@ class Grid:
 @click.option("--detector", metavar="SPEC", default="pixel", help="pixel, classifier:FILE, ...")
 @options(Grid)
 @cli.output(
-    "--dest", outputs.RESULTS, metavar="DIR", required=True, help="Where robustness-<experiment>.csv, .png and .svg go"
+    "--outdir --dest dest",
+    outputs.RESULTS,
+    metavar="DIR",
+    required=True,
+    help="Where robustness-<experiment>.csv, .png and .svg go",
 )
 @cli.device_option
 @click.option("-n", "--dry-run", is_flag=True, help="Print the size of the grid and stop")

@@ -44,7 +44,7 @@ class Training(ProcessChoice):
         None, "Of the loss", choices=("likelihood", "reweightedv1", "reweightedv2"), shown="the loss's own"
     )
     t_min: float | None = opt(None, "Lowest t; default: where sigma is 0.002, of mlp and resnet 1e-3", above=0)
-    steps: int = opt(2000, "Training steps", at_least=1)
+    steps: int = opt(2000, "Training steps", "--train-steps", "--steps", at_least=1)
     batch: int = opt(512, "Points per step", at_least=1)
     lr: float = opt(2e-3, "Learning rate")
     hidden_dim: int | None = opt(None, "Width of the network", "--channels", at_least=2, shown="128; resnet: 64")

@@ -17,7 +17,7 @@ EXAMPLES = """
 \b
 Examples:
   # A small reference, then a learner trained on what the reference makes learnable (AJEST), and both tested:
-  python simulations/run_tree.py train --dim=32 --total-iter=512 --outdir=out/tree/ref
+  python simulations/run_tree.py train --dim=32 --train-steps=512 --outdir=out/tree/ref
   python simulations/run_tree.py train --select=jest --guide=out/tree/ref --outdir=out/tree/ajest
   python simulations/run_tree.py test --net=out/tree/ajest --guide=out/tree/ref --external --mandala
   python simulations/run_tree.py plot --net=out/tree/ajest --gnet=out/tree/ref
@@ -50,7 +50,7 @@ DEVICE = click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu
 @click.option("--viz/--no-viz", default=False, help="Draw samples at the end, into samples.png")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop")
 def train(outdir, val, test, viz, dry_run, **given):
-    """Train one toy network. --batch-size points are drawn per step; with --select a part of them is trained on."""
+    """Train one toy network. --batch points are drawn per step; with --select a part of them is trained on."""
     fields = _resolve(**given)
     from dataclasses import asdict
 
@@ -98,7 +98,9 @@ def _resolve(use_guide, random, acid, early, late, **fields):
 @click.option("--guide", "--guide-path", "guide", metavar="SNAPSHOT", help="Guide; adds the guided metrics")
 @GUIDANCE
 @CLASSES
-@click.option("--n-samples", "num", type=click.IntRange(min=1), default=1024, help="Samples; scores depend on it")
+@click.option(
+    "--num", "--n-samples", "num", type=click.IntRange(min=1), default=1024, help="Samples; scores depend on it"
+)
 @click.option("--external", is_flag=True, help="Also on the outer branches (class A)")
 @click.option("--mandala", is_flag=True, help="Also mandala and classification score")
 @click.option("--levels", is_flag=True, help="Also the loss per noise level")
@@ -121,7 +123,7 @@ def test(cls, num, seed, device, **options):
 )
 @GUIDANCE
 @CLASSES
-@figure_stem("--save", "tree-autoguidance")
+@figure_stem("tree-autoguidance")
 @SEED
 @DEVICE
 def plot(net, gnet, models, guidance, cls, save, seed, device):

@@ -18,7 +18,7 @@ Examples:
   python simulations/run_tree_sweep.py
 \b
   # The published size:
-  python simulations/run_tree_sweep.py --batch-size=4096 --total-iter=4096 --snapshot-iter=256 --n-samples=16384 --jobs=5
+  python simulations/run_tree_sweep.py --batch=4096 --train-steps=4096 --snapshot-iter=256 --num=16384 --jobs=5
 """
 
 
@@ -28,12 +28,16 @@ ARMS = "baseline,random,jest,ajest,early-ajest,diverse"
 @cli.command(epilog=EXAMPLES)
 @click.option("--arms", type=cli.STRINGS, default=ARMS, help="Also: late-ajest")
 @click.option("--seeds", type=cli.SEEDS, default="0,73,172,231,357", help="Training seeds")
-@click.option("--batch-size", type=click.IntRange(min=16), default=1024, help="Points drawn per step")
-@click.option("--total-iter", type=click.IntRange(min=1), default=1000, help="Steps")
+@click.option(
+    "--batch", "--batch-size", "batch_size", type=click.IntRange(min=16), default=1024, help="Points drawn per step"
+)
+@click.option("--train-steps", "--total-iter", "total_iter", type=cli.COUNT, default=1000, help="Training steps")
 @click.option("--snapshot-iter", type=click.IntRange(min=1), default=48, help="Steps between the snapshots to compare")
 @click.option("--reference-iter", type=click.IntRange(min=1), default=512, help="Steps of the reference (width 32)")
 @click.option("--reference-batch", type=click.IntRange(min=1), default=4096, help="Its batch size")
-@click.option("--n-samples", type=click.IntRange(min=1), default=2048, help="Samples behind each score")
+@click.option(
+    "--num", "--n-samples", "n_samples", type=click.IntRange(min=1), default=2048, help="Samples behind each score"
+)
 @CLASSES
 @click.option("--jobs", type=click.IntRange(min=1), default=1, help="Seeds side by side; makes times noisy")
 @place("--outdir", at="results/tree-sweep", type=click.STRING, metavar="DIR", cls=cli.Output, writes=outputs.RESULTS)

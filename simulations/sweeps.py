@@ -42,8 +42,9 @@ WRITES = {"cls": cli.Output, "writes": outputs.RESULTS}  # of an option for a fo
 
 
 def results_dir(folder: str | None, help: str, **more: object) -> Callable:
-    """--results-dir, by default `folder` of simulations/results; more: WRITES, where the command writes there."""
-    return place("--results-dir", "--results_dir", at=folder and f"results/{folder}", help=help, **more)
+    """--results-dir, by default `folder` of simulations/results; more: WRITES, where the command writes there: --outdir."""
+    flags = ["--outdir"] * bool(more) + ["--results-dir", "--results_dir", "results_dir"]
+    return place(*flags, at=folder and f"results/{folder}", help=help, **more)
 
 
 def values_options(tags: Sequence[str]) -> Callable:
@@ -55,12 +56,12 @@ def values_options(tags: Sequence[str]) -> Callable:
     return decorators(*made)
 
 
-def figure_stem(flag: str, name: str) -> Callable:
+def figure_stem(name: str) -> Callable:
     """Where one figure goes, by default `name` in simulations/figures; its suffix may be left out."""
     stem = lambda ctx, param, path: path.with_suffix("") if path.suffix in (".png", ".svg") else path
     kind, help = click.Path(path_type=Path), "Figure, written as .png and .svg"
     how = {"callback": stem, "cls": cli.Output, "writes": outputs.FIGURE}
-    return place(flag, at=f"figures/{name}", type=kind, metavar="FILE", help=help, **how)
+    return place("--figure", "--save", "save", at=f"figures/{name}", type=kind, metavar="FILE", help=help, **how)
 
 
 def figure_options(folder: str, script: str) -> Callable:

@@ -457,12 +457,11 @@ def small(script, command, words, world):
     if script.startswith("simulations/plot_gaussian"):
         made += [f"--results-dir={world.gaussian}", "--figures-dir=figures", "--dpi=50"]
         written.append("figures")
-    for option, place in (("outdir", "run-here"), ("save", "figure"), ("results-dir", "results")):
-        known = [p for p in leaf.params if f"--{option}" in p.opts]
+    for option, place in (("outdir", "run-here"), ("figure", "figure"), ("results-dir", "results")):
+        known = [p for p in leaf.params if f"--{option}" == next((o for o in p.opts if o[:2] == "--"), None)]
+        names = "|".join(known[0].opts) if known else ""
         shown = script.startswith("simulations/") and known and known[0].default is not None
-        if shown and not any(
-            re.match(rf"--{option.replace('-', '[-_]')}=", w) for w in made
-        ):  # not into the repository
+        if shown and not any(re.match(rf"({names})=", w) for w in made):  # not into the repository
             made.append(f"--{option}={place}")
             written.append(place)
     return made, written
