@@ -36,7 +36,7 @@ class Study:
     arms: list = opt([], "Some of the processes with their solvers [all]", type=cli.STRINGS)
     grids: list = opt(["sigma", "uniform", "quadratic"], "Time grids", type=cli.STRINGS)
     learned: str | None = opt(None, "Snapshot of the learned process [random matrices]", metavar="FILE|DIR")
-    dest: str = opt("results/linear", "Where the rows go", metavar="DIR", writes=outputs.RESULTS)
+    dest: str = opt("results/linear", "Where the rows go", "--outdir", "--dest", metavar="DIR", writes=outputs.RESULTS)
 
 
 WITHOUT_CELLS = ("nfes", "arms", "grids")

@@ -36,18 +36,33 @@ DEVICE = click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu
 
 
 @main.command()
-@place(
-    "--outdir", at="results/tree/run", type=click.STRING, metavar="DIR", help="Run folder", cls=cli.Output, writes=RUN
+@cli.under(
+    "The run",
+    place(
+        "--outdir",
+        at="results/tree/run",
+        type=click.STRING,
+        metavar="DIR",
+        help="Run folder",
+        cls=cli.Output,
+        writes=RUN,
+    ),
+    options(TreeConfig),
 )
-@options(TreeConfig)
-@click.option("--guidance/--no-guidance", "use_guide", default=None, help="Use --guide; default: if it is given")
-@click.option("--selection", "random", is_flag=True, help="Same as --select=random")
-@click.option("--acid", is_flag=True, help="Same as --select=jest")
-@click.option("--early", is_flag=True, help="Select until the learner beats the reference")
-@click.option("--late", is_flag=True, help="Select from then on")
-@click.option("--val/--no-val", default=True, help="Loss and L2 distance at every snapshot")
-@click.option("--test/--no-test", default=True, help="All metrics at the end, into test.json")
-@click.option("--viz/--no-viz", default=False, help="Draw samples at the end, into samples.png")
+@cli.under(
+    "Selection as published",
+    click.option("--guidance/--no-guidance", "use_guide", default=None, help="Use --guide; default: if it is given"),
+    click.option("--selection", "random", is_flag=True, help="Same as --select=random"),
+    click.option("--acid", is_flag=True, help="Same as --select=jest"),
+    click.option("--early", is_flag=True, help="Select until the learner beats the reference"),
+    click.option("--late", is_flag=True, help="Select from then on"),
+)
+@cli.under(
+    "Measured",
+    click.option("--val/--no-val", default=True, help="Loss and L2 distance at every snapshot"),
+    click.option("--test/--no-test", default=True, help="All metrics at the end, into test.json"),
+    click.option("--viz/--no-viz", default=False, help="Draw samples at the end, into samples.png"),
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop")
 def train(outdir, val, test, viz, dry_run, **given):
     """Train one toy network. --batch points are drawn per step; with --select a part of them is trained on."""

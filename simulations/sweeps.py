@@ -44,7 +44,7 @@ WRITES = {"cls": cli.Output, "writes": outputs.RESULTS}  # of an option for a fo
 def results_dir(folder: str | None, help: str, **more: object) -> Callable:
     """--results-dir, by default `folder` of simulations/results; more: WRITES, where the command writes there: --outdir."""
     flags = ["--outdir"] * bool(more) + ["--results-dir", "--results_dir", "results_dir"]
-    return place(*flags, at=folder and f"results/{folder}", help=help, **more)
+    return place(*flags, at=folder and f"results/{folder}", metavar="DIR", help=help, **more)
 
 
 def values_options(tags: Sequence[str]) -> Callable:
@@ -66,7 +66,7 @@ def figure_stem(name: str) -> Callable:
 
 def figure_options(folder: str, script: str) -> Callable:
     """Where a plot command reads and writes, and the resolution."""
-    figures_dir = place("--figures-dir", at="figures", help="For the figures", **WRITES)
+    figures_dir = place("--figures-dir", at="figures", metavar="DIR", help="For the figures", **WRITES)
     dpi = click.option("--dpi", type=click.IntRange(50, 1200), default=200, help="Resolution of the PNG")
     return decorators(results_dir(folder, f"Where {script} wrote"), figures_dir, dpi)
 
@@ -75,15 +75,18 @@ def sweep_options(config: type, budgets: Mapping) -> Callable:
     """Options of a command that trains: the sweeps, the fields of `config` and `Rule`, seeds and what else `run` takes."""
     tags = list(budgets["smoke"]["values"])
     return decorators(
-        click.option("--tag", type=cli.Choice([*tags, "all"]), default="all", help="What varies"),
-        click.option("--budget", type=cli.Choice(list(budgets)), default="small", help="Defaults of what follows"),
-        values_options(tags),
-        options(config),
-        results_dir(None, "Where results go; default: simulations/results/<experiment>/<budget>", **WRITES),
-        click.option("--seeds", type=cli.SEEDS, help="Seeds of truth, data and networks, e.g. 0-4"),
+        cli.under(
+            "What to run",
+            click.option("--tag", type=cli.Choice([*tags, "all"]), default="all", help="What varies"),
+            click.option("--budget", type=cli.Choice(list(budgets)), default="small", help="Defaults of what follows"),
+            values_options(tags),
+            results_dir(None, "Where results go; default: simulations/results/<experiment>/<budget>", **WRITES),
+            click.option("--seeds", type=cli.SEEDS, help="Seeds of truth, data and networks, e.g. 0-4"),
+        ),
+        cli.under("Problem and network", options(config)),
+        cli.under("Training and choice of networks", options(Rule)),
         click.option("--fresh", is_flag=True, help="Run finished cells again"),
-        click.option("--threads", type=click.IntRange(min=1), default=1, help="CPU threads; the networks are small"),
-        options(Rule),
+        click.option("--threads", type=cli.COUNT, default=1, help="CPU threads; the networks are small"),
         DELTA,
     )
 

@@ -26,7 +26,7 @@ def plot_solvers(dest: str | Path, stem: str | Path) -> str:
     everything = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
     bound = everything.pop("bound", None)
     if not everything:
-        raise ValueError(f"--dest={dest}: no results; run run_solvers.py gaussian, mixture or digits first")
+        raise ValueError(f"--outdir={dest}: no results; run run_solvers.py gaussian, mixture or digits first")
     fig, axes = figures.figure(len(everything), 3.6, 3.0, rows=len(ROWS), squeeze=False)
     for column, (name, rows) in zip(axes.T, everything.items(), strict=True):
         stats, nfes = _over_sources(summarise(rows)), _fixed_nfes(rows)
