@@ -168,10 +168,10 @@ REPLACES = {
     "tensors": (["snapshot", "--net=W/net.safetensors", "--state-dict", "--dest=X"], set()),
     "folder": (["snapshot", "--net=W/net.safetensors", "--folder", "--dest=X"], set()),
     "averages": (["averages", "--indir=W/run", "--outstd=0.1", "--outdir=X"], set()),
-    "bounds": (["bounds", "--out=X"], set()),
+    "bounds": (["bounds", "--dest=X"], set()),
     "table": (["solvers", "plot", "--dest=W/none", "--figure=W/none/f", "--tables=X"], set()),
     "points": (["toy", "sample", "--net=W/none", "--dest=X"], set()),
-    "results": (["experiment", "W/e.yaml", "--out=X"], {"photos"}),
+    "results": (["experiment", "W/e.yaml", "--outdir=X"], {"photos"}),
 }  # fmt: skip
 ALL = "data.zip data net.safetensors ref.npz stats.npz det.safetensors scores.json settings.json images run"
 ALL += " notes.txt photo.png photos labelled"
