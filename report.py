@@ -20,7 +20,7 @@ Examples:
 
 @cli.command(epilog=EXAMPLES)
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True)
-@cli.output("--out", PAGE, metavar="FILE", default="report.html", help="The page; one of before is replaced")
+@cli.output("--dest --out out", PAGE, metavar="FILE", default="report.html", help="The page; one of before is replaced")
 def main(folders, out):
     """Write one self-contained HTML page about folders of results (run_experiment.py, plan.py) and of runs."""
     from metrics.page import write_page
