@@ -7,9 +7,13 @@ import time
 import child_runs
 import PIL.Image
 import pytest
-from small_runs import one_line, run
+import torch
+from small_runs import ROOT, one_line, run
 
 import dataset_tool
+import run_experiment
+from simulations.studies import small_vae
+from torch_utils.persistence import load_snapshot
 from training.dataset import ImageFolderDataset
 
 
@@ -98,3 +102,46 @@ def test_without_network_the_hub_is_asked_once(images, tmp_path, monkeypatch):
     assert waited < 15 and not [*tmp_path.iterdir()]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     one_line(dataset_tool.main, *command, "--vae=nobody/nothing", says="HF_HUB_OFFLINE is set")
+
+
+# --- An autoencoder of one's own, and the whole route -----------------------------------------------------------------
+
+
+def test_a_small_vae_has_stabilitys_units_and_its_own_pictures():
+    pytest.importorskip("diffusers")
+    vae = small_vae.build([8, 16], seed=3).eval().requires_grad_(False)
+    images = small_vae.rgb(
+        torch.randint(0, 256, [64, 1, 8, 8], dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    )
+    before = vae.encode(images / 255)["latent_dist"]
+    pictures = vae.decode(before.mean)["sample"]
+    small_vae.to_stability_units(vae, images)
+    after = vae.encode(images / 255)["latent_dist"]
+    torch.testing.assert_close(vae.decode(after.mean)["sample"], pictures, atol=1e-4, rtol=1e-4)
+    spread = (after.mean.var((0, 2, 3)) + after.std.square().mean((0, 2, 3))).sqrt()
+    torch.testing.assert_close(
+        after.mean.mean((0, 2, 3)), torch.tensor([5.81, 3.25, 0.12, -2.15]), atol=1e-3, rtol=1e-3
+    )
+    torch.testing.assert_close(spread, torch.tensor([4.17, 4.62, 3.71, 3.28]), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        after.std / after.mean.std((0, 2, 3))[:, None, None], before.std / before.mean.std((0, 2, 3))[:, None, None]
+    )
+    with pytest.raises(ValueError, match="lower --batch"):
+        small_vae.train(vae, images, batch=65)
+
+
+def test_from_pictures_through_latents_to_a_score(tmp_path):
+    """experiments/latents.yaml at smoke size: autoencoder, encode, train, generate, decode, score, table."""
+    pytest.importorskip("diffusers")
+    run(run_experiment.main, ROOT / "experiments" / "latents.yaml", "--budget=smoke", f"--out={tmp_path}", "--jobs=1")
+    snapshot = load_snapshot(next((tmp_path / "runs" / "seed0").glob("network-snapshot-*")))
+    assert type(snapshot.encoder).__name__ == "StabilityVAEEncoder" and snapshot.net.img_channels == 4
+    assert next((tmp_path / "runs" / "seed0").glob("samples-*.png"))  # grids need the VAE too
+    found = {}
+    for arm in ("real", "through", "latents"):
+        assert ImageFolderDataset(tmp_path / "samples" / f"{arm}-seed1").image_shape == [3, 8, 8]
+        row = json.loads((tmp_path / "scores" / f"{arm}-seed1.json").read_text())
+        (found[arm],) = (value for name, value in row["scores"].items() if name.startswith("fd"))
+    assert 0 < found["real"] < found["through"] < float("inf") and found["real"] < found["latents"] < float("inf")
+    table = (tmp_path / "latents.md").read_text()
+    assert all(arm in table for arm in found)
