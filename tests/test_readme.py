@@ -25,9 +25,9 @@ def commands(text):
 
 
 def of_python(words):
-    """The python command behind one that sets up first; None for the tests themselves."""
+    """The python command behind one that sets up first; None for set-up and tests themselves (test_setup.py)."""
     script = words[1].rpartition("/")[2]
-    if words[0] == "python" or script == "test.sh":
+    if words[0] == "python" or script not in EXPERIMENTS:
         return words[1:] if words[0] == "python" else None
     rest = words[2:]
     if script == "own_data.sh":
@@ -62,7 +62,9 @@ def test_steps_one_by_one(words, place, monkeypatch):
     sub = [] if words[1].startswith("-") else [words[1]]
     added = ADDED.get((words[0], "".join(sub)), [])
     own = words[1 + len(sub) :]
-    run(command_of(words[0]), *sub, *own, *(word for word in added if not word.startswith("--seeds")))
+    done = run(command_of(words[0]), *sub, *own, *(word for word in added if not word.startswith("--seeds")))
+    if sub == ["inspect"]:
+        assert re.search(r"train_edm2.py --sigma-data=0\.\d+ --preset=small64", done.stdout)
     for word in own:
         if re.match("--(dest|outdir)=", word):
             assert exists(place / word.partition("=")[2])

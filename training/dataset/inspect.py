@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from training import encoders
+from training import encoders, presets
 from training.dataset import ImageFolderDataset
 
 _SAMPLE_VALUES = 2**26  # Largest sample for pairwise distances, in numbers (float32).
@@ -101,6 +101,13 @@ def largest_distance(x: torch.Tensor) -> float:
     return (x[pair[0]].double() - x[pair[1]].double()).norm().item()
 
 
+def _preset(info):
+    """The preset for so few images of that size, or where to look."""
+    sizes = {presets.interface(name)["img_resolution"]: name for name in ("digits8", "digits28", "small32", "small64")}
+    name = sizes.get(info["image_shape"][1]) if info["count"] <= 5000 else None
+    return f" --preset={name}" if name else ", for the preset see --list-presets"
+
+
 def format_report(info: dict) -> list[str]:
     """Lines for people."""
     numbers = lambda values: " ".join(f"{v:.4g}" for v in values)
@@ -120,7 +127,8 @@ def format_report(info: dict) -> list[str]:
         f"latents     mean {info['latents']['mean']:.4f}   std {info['latents']['std']:.4f}   "
         f"({info['latents']['encoder']})",
         f"distance    largest of {info['distance_sample']} images: {info['max_distance']:.4f}",
-        f"suggested   sigma_data={info['suggested']['sigma_data']:g}  sigma_max={info['suggested']['sigma_max']:g}",
+        f"suggested   train_edm2.py --sigma-data={info['suggested']['sigma_data']:g}{_preset(info)}",
+        f"            generate_images.py --sigma_max={info['suggested']['sigma_max']:g}  (default: 80)",
     ]
     if "content_hash" in info:
         lines.append(f"hash        {info['content_hash']}")
