@@ -27,6 +27,7 @@ SIGN = "multi-source diffusion report"  # what a page is recognised by
 PAGE = outputs.Kind("a report of this project", lambda path: SIGN.encode() in path.open("rb").read(2**10))
 MOST_FRAMES = 16  # sample grids of a run
 MOST_GRIDS = 200  # of an experiment
+MOST_LABELS = 12  # kinds of models that are told apart in curves and options
 MOST_WIDTH = 1200  # pixels of a picture
 MOST_BYTES = 300_000  # of a picture without losses
 COLUMNS = 8  # images of a source
@@ -329,6 +330,8 @@ def _curves(runs):
 
     lines = {run.name: run.lines for run in runs if run.lines}
     arms = {run.name: run.arm for run in runs}
+    if len(set(arms.values())) > MOST_LABELS:
+        arms = dict.fromkeys(arms, f"{len(arms)} runs")
     found = []
     for panel in curves.panels(lines):
         shown = [_drawn(lambda axis, p=panel: curves.draw_panel(axis, p, lines, labels=arms), dark) for dark in (0, 1)]
@@ -344,7 +347,9 @@ def _drawn(draw: Callable, dark: bool) -> str:
         fig, axis = figures.figure(1, 4.4, 2.9)
         draw(axis)
         labels = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        if labels:
+        if axis.get_legend() is not None:
+            axis.get_legend().remove()
+        if 0 < len(labels) <= MOST_LABELS:
             axis.legend(labels.values(), labels, fontsize=8, ncols=1 + len(labels) // 6)
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png", dpi=140)
@@ -394,6 +399,8 @@ def _options(runs):
     if not runs:
         return None
     arms = grouped((run.arm, run.options) for run in runs)
+    if len(arms) > MOST_LABELS:  # no table has so many columns
+        arms = {"all runs": [run.options for run in runs]}
     names = list(dict.fromkeys(name for run in runs for name in run.options))
     texts = lambda options, name: sorted({_text(own.get(name)) for own in options}, key=natural_key)
     short = lambda values: ", ".join(values) if len(values) < 4 else f"{len(values)} different ones"
