@@ -12,4 +12,4 @@ name=inet-256-${k}c-$nums
 run python dataset_tool.py convert --source="${IMAGENET:-downloads/imagenet/train}" --sources="$classes" \
   --per-source="$nums" --dest="$datasets/ori_datasets/$sim/$name.zip" --resolution=256x256 --transform=center-crop-dhariwal
 run python dataset_tool.py encode --source="$datasets/ori_datasets/$sim/$name.zip" \
-  --dest="$datasets/latent_datasets/$sim/$name.zip" ${VAE:+--model-url="$VAE"}
+  --dest="$datasets/latent_datasets/$sim/$name.zip" ${VAE:+--vae="$VAE"}

@@ -14,7 +14,7 @@ for class in ${classes//,/ }; do
   run python dataset_tool.py convert --source="${IMAGENET:-downloads/imagenet/train}" --sources="$class" \
     --per-source="$nums" --dest="$datasets/ori_datasets/$sim/$name.zip" --resolution=256x256 --transform=center-crop-dhariwal
   run python dataset_tool.py encode --source="$datasets/ori_datasets/$sim/$name.zip" \
-    --dest="$datasets/latent_datasets/$sim/$name.zip" ${VAE:+--model-url="$VAE"}
+    --dest="$datasets/latent_datasets/$sim/$name.zip" ${VAE:+--vae="$VAE"}
   run python calculate_metrics.py ref --data="$datasets/ori_datasets/$sim/$name.zip" \
     --dest="${REFS:-dataset-refs}/$sim/$name.npz" ${METRICS:+--metrics="$METRICS"}
 done
