@@ -28,7 +28,7 @@ def load_scripts():
     import generate_images
     import reconstruct_phema
     import train_edm2
-    from simulations import run_robustness, run_small_vae, run_solvers, run_stable_targets
+    from simulations import run_robustness, run_small_vae, run_solvers, run_stable_targets, run_toy
 
     return {
         "train_edm2.py": train_edm2.main,
@@ -40,6 +40,7 @@ def load_scripts():
         "simulations/run_small_vae.py": run_small_vae.main,
         "simulations/run_solvers.py": run_solvers.main,
         "simulations/run_stable_targets.py": run_stable_targets.main,
+        "simulations/run_toy.py": run_toy.main,
     }
 
 

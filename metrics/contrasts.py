@@ -32,6 +32,7 @@ class Contrast:
     measure: str = "bits_per_dim"
     over: str | None = None
     rank: str | None = None  # the detector whose numbers <rank>_<source> are distances between sources
+    section: str | None = None  # "overall" or "mean"; None: single sources
 
 
 @dataclass
@@ -71,11 +72,12 @@ def read_contrasts(path: str) -> list[Contrast]:
     return found
 
 
-def chosen(rows: Sequence[Row], tags: dict, measure: str) -> list[Row]:
-    """The rows of single sources that have these tags (a list: any of its values) and the number."""
+def chosen(rows: Sequence[Row], tags: dict, measure: str, section: str | None = None) -> list[Row]:
+    """The rows of a section (None: of single sources) that have these tags (a list: any of its values) and the number."""
     allowed = {k: [str(v) for v in (values if isinstance(values, list) else [values])] for k, values in tags.items()}
     fits = lambda row: all(row.tags.get(k) in values for k, values in allowed.items())
-    return [row for row in rows if measure in row.numbers and of_one_source(row) and fits(row)]
+    here = lambda row: of_one_source(row) if section is None else row.section == section
+    return [row for row in rows if measure in row.numbers and here(row) and fits(row)]
 
 
 def of_one_source(row: Row) -> bool:
@@ -91,9 +93,11 @@ def gains(rows: Sequence[Row], contrast: Contrast) -> list[tuple[Row, float]]:
     measure, over = contrast.measure, contrast.over
     free = over if over and over not in contrast.against else None
     key = lambda row: (row.tags["seed"], row.section, row.tags.get(free) if free else None)
-    base = grouped((key(row), row.numbers[measure]) for row in chosen(rows, contrast.against, measure))
+    base = grouped(
+        (key(row), row.numbers[measure]) for row in chosen(rows, contrast.against, measure, contrast.section)
+    )
     found = []
-    for row in chosen(rows, contrast.of, measure):
+    for row in chosen(rows, contrast.of, measure, contrast.section):
         if key(row) not in base:
             raise ValueError(f"contrast {contrast.name!r}: {row.file} (source {row.section}) has no counterpart")
         found.append((row, fmean(base[key(row)]) - row.numbers[measure]))

@@ -12,8 +12,8 @@ from dnnlib.util import natural_key, write_text
 from metrics.results import of_detector, read_scores
 from metrics.table import collect, half_width, markdown, mean_and_deviation, write_csv
 
-COLUMNS = ("agreement", "fd", "precision", "recall", "density", "coverage")
-SHOWN = ("agreement", "fd", "recall")  # in the figure
+COLUMNS = ("bits_per_dim", "agreement", "fd", "precision", "recall", "density", "coverage")
+SHOWN = ("bits_per_dim", "agreement", "fd", "recall")  # in the figure
 
 Arms = dict[str, dict[str, dict[str, float]]]  # arm -> column -> training seed -> value
 
@@ -81,7 +81,7 @@ def figure(stem: Path, arms: Arms) -> list[Path]:
             axis.errorbar([i], [mean], yerr=[0 if math.isnan(sd) else sd], marker="o", color="#222222", capsize=3, lw=1)
             axis.scatter([i + 0.18] * len(values), values, s=8, color="#888888", lw=0)
         axis.set_xticks(range(len(arms)), list(arms), rotation=35, ha="right", fontsize=8)
-        axis.set_title({"fd": "Fréchet distance"}.get(name, name), fontsize=10)
+        axis.set_title({"fd": "Fréchet distance", "bits_per_dim": "bits/dim"}.get(name, name), fontsize=10)
     return figures.save(fig, stem, dpi=130)
 
 

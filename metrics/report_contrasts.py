@@ -102,6 +102,18 @@ def cell_rows(lines: Sequence[dict]) -> list[dict[str, object]]:
     return rows
 
 
+def tested(results: Sequence[Result]) -> str:
+    """The contrasts, a line each."""
+    shown = [
+        [r.contrast.name, f"{r.effect:+.4f} ({r.low:+.4f} to {r.high:+.4f})", f"{r.p:.4f}", f"{r.holm:.4f}",
+         f"{r.detectable:.4f}"] for r in results
+    ]  # fmt: skip
+    return (
+        f"{markdown(['contrast', 'effect', 'p', 'p (Holm)', 'detectable'], shown)}\n\n"
+        "Detectable: the smallest true effect that so many seeds would have shown (p < 0.05) with probability 0.8."
+    )
+
+
 def to_markdown(cells: Sequence[dict], results: Sequence[Result]) -> str:
     """Gains of every kind of model, then the contrasts, then levels of what was generated."""
 
@@ -120,10 +132,6 @@ def to_markdown(cells: Sequence[dict], results: Sequence[Result]) -> str:
         about = [row[name] for name in ("group", "design", "n", "k", "models")]
         gained = [interval(row, "bits_per_dim"), *(interval(row, name, 100, 1, " %") for name in shares)]
         rows.append([*about, short(row["best_kimg"]), *gained])
-    tested = [
-        [r.contrast.name, f"{r.effect:+.4f} ({r.low:+.4f} to {r.high:+.4f})", f"{r.p:.4f}", f"{r.holm:.4f}",
-         f"{r.detectable:.4f}"] for r in results
-    ]  # fmt: skip
     level = ("bits_per_dim", "denoising_loss", "kid", "kid_floor", "fd_at_floor_size", "fd_floor", "agreement",
              "agreement_reference", "nearest_train", "nearest_train_reference")  # fmt: skip
     shown = [name for name in level if any(row.get(name, "") != "" for row in cells)]
@@ -134,9 +142,7 @@ def to_markdown(cells: Sequence[dict], results: Sequence[Result]) -> str:
         "Gain: of a source from being trained with others, against its single model of the same images: mean over sources, "
         "95 % interval by Student's t over seeds. Every model at its lowest validation loss; test images of the ELBO and of "
         "the loss are seen by none. The last two columns: loss on validation images after fixed numbers of training images.\n\n"
-        f"{markdown(['contrast', 'effect', 'p', 'p (Holm)', 'detectable'], tested)}\n\n"
-        "Detectable: the smallest true effect that so many seeds would have shown (p < 0.05) with probability 0.8.\n\n"
-        f"{markdown(['group', 'n', 'K', *(name.replace('_', ' ') for name in shown)], levels)}\n"
+        f"{tested(results)}\n\n{markdown(['group', 'n', 'K', *(name.replace('_', ' ') for name in shown)], levels)}\n"
     )
 
 
@@ -222,6 +228,7 @@ def write_contrasts_report(
     """Write table.csv, seeds.csv, contrasts.csv, table.md and comparison.png into `dest`; returns the text of table.md.
 
     file: the experiment file that declares the contrasts; reading: images after which the validation loss is read, too.
+    Without scores that say their number of sources (tag k), the contrasts alone: contrasts.csv and table.md.
     """
     contrasts = read_contrasts(file)
     apart = {contrast.rank for contrast in contrasts}
@@ -230,12 +237,15 @@ def write_contrasts_report(
         *(r for r in rows if r.detector in apart),
     ]
     results = examine_all(rows, contrasts)
+    write_csv(dest / "contrasts.csv", [result.row for result in results])
     lines = seed_rows(rows, reading)
+    if not lines:
+        write_text(dest / "table.md", f"{tested(results)}\n")
+        return tested(results)
     cells = cell_rows(lines)
     text = to_markdown(cells, results)
     write_csv(dest / "seeds.csv", lines)
     write_csv(dest / "table.csv", cells)
-    write_csv(dest / "contrasts.csv", [result.row for result in results])
     write_text(dest / "table.md", text)
     ranked = next((contrast for contrast in contrasts if contrast.rank), None)
     figure(dest / "comparison", lines, pair_points(rows, ranked), results)

@@ -11,6 +11,7 @@ import numpy as np
 
 from dnnlib import atomic_write, cli, outputs
 from dnnlib.options import from_options, opt, options
+from dnnlib.util import write_json
 from training.config import RUN
 from training.sampling import ProcessChoice
 
@@ -32,6 +33,8 @@ class Training(ProcessChoice):
     """What is trained."""
 
     dataset: str = opt("multimodal_swissroll", "Of simulations/toy_data.py", metavar="NAME")
+    points: int = opt(1 << 15, "Points of the data set", type=cli.NIMG, at_least=1)
+    preset: str | None = opt(None, "Everything below as published, but for what is given", choices=("cld-toy",))
     arch: str = opt(
         "residual", "A denoiser, or CLD's networks of the whole state", choices=("residual", "mlp", "resnet")
     )
@@ -44,9 +47,9 @@ class Training(ProcessChoice):
         None, "Of the loss", choices=("likelihood", "reweightedv1", "reweightedv2"), shown="the loss's own"
     )
     t_min: float | None = opt(None, "Lowest t; default: where sigma is 0.002, of mlp and resnet 1e-3", above=0)
-    steps: int = opt(2000, "Training steps", "--train-steps", "--steps", at_least=1)
+    steps: int | None = opt(None, "Training steps", "--train-steps", "--steps", at_least=1, shown="2000, or the preset's")
     batch: int = opt(512, "Points per step", at_least=1)
-    lr: float = opt(2e-3, "Learning rate")
+    lr: float | None = opt(None, "Learning rate", above=0, shown="2e-3, or the preset's")
     hidden_dim: int | None = opt(None, "Width of the network", "--channels", at_least=2, shown="128; resnet: 64")
     seed: int = opt(0, "Of everything random", at_least=0)
 
@@ -91,6 +94,35 @@ def sample(net, dest, **given):
     points, times, states = toy.trajectories(snapshot.net, process, way)
     with atomic_write(dest) as file:
         np.savez(file, points=points.numpy(), times=times, states=states.float().numpy())
+
+
+@main.command()
+@NET
+@click.option(
+    "--num", type=click.IntRange(2), default=10000, help="Samples of every solver; a fifth, for the likelihood"
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of everything random")
+@click.option("--tolerance", type=cli.Float(min=0, min_open=True), default=1e-5, help="Of the adaptive flow")
+@cli.output(
+    "--dest", outputs.Kind("scores", outputs.json_with("sliced_w2")), metavar="JSON", required=True, help="Scores"
+)
+def compare(net, num, seed, tolerance, dest):
+    """CLD's solvers at 20 and 50 evaluations and the likelihood bound of a network of the whole state, as CLD measures."""
+    from simulations.studies import cld_toy
+
+    write_json(dest, cld_toy.measure(net, num, seed, tolerance))
+
+
+@main.command()
+@click.option("--scores", metavar="GLOB", required=True, help="Files of compare")
+@cli.output(
+    "--dest", outputs.TABLE, metavar="CSV", required=True, help="A line per network; the table beside it as .md"
+)
+def table(scores, dest):
+    """Networks of compare beside those of the official code."""
+    from simulations.studies import cld_toy
+
+    print(cld_toy.table(scores, dest))
 
 
 @main.command()

@@ -10,8 +10,9 @@ from simulations import toy_data
 from simulations.studies.solvers import sliced_wasserstein
 from torch_utils.persistence import load_snapshot
 from torch_utils.random import hash_seed, seeded_generator
-from training import likelihood, samplers
-from training.choices import given
+from training import likelihood, presets, samplers, setup
+from training.choices import EMAS, OPTIMIZERS, SCHEDULES, given
+from training.config import make_config
 from training.dataset import ArrayDataset
 from training.encoders import IdentityEncoder
 from training.feed import Feed
@@ -29,7 +30,6 @@ from training.selection import IdentitySelector
 from training.setup import Run
 from training.training_loop import Periods
 
-NUM_POINTS = 1 << 15  # of a data set that is trained on
 TOLERANCE = dict(probe="exact", rtol=1e-3, atol=1e-3)  # of likelihoods
 
 
@@ -39,10 +39,13 @@ def train(c, outdir):
     c: run_toy.Training. Returns the TrainingLoop. Snapshots, stats.jsonl and checkpoints lie in `outdir`. Raises ValueError
     for unknown names, and for options of networks that are not trained.
     """
-    points = toy_data.get(c.dataset)(NUM_POINTS, seeded_generator("cpu", c.seed, 3))
+    points = toy_data.get(c.dataset)(c.points, seeded_generator("cpu", c.seed, 3))
     data = ArrayDataset(points.reshape(-1, 2, 1, 1).numpy(), name=c.dataset)
+    if c.preset is not None:
+        return _as_published(c, data).start(outdir)
     sigma_data = float(points.std(dim=0).square().mean().sqrt())
     torch.manual_seed(hash_seed(c.seed, 0))
+    steps, lr = c.steps or 2000, c.lr or 2e-3
     process = c.process or "edm"
     own = given(**{name: getattr(c, name) for name in ("prediction", "transition", "objective", "cov_eps")})
     laws = given(time_sampling=c.time_sampling, weighting=c.weighting, t_min=c.t_min)
@@ -60,22 +63,58 @@ def train(c, outdir):
         else:
             net, loss = _joint(c, made, sigma_data, laws)
     objective = Objective(net, loss)
-    total, period = c.steps * c.batch, math.lcm(c.batch, 1024)
-    options = dict(dataset=c.dataset, process=process, steps=c.steps, batch=c.batch, lr=c.lr, seed=c.seed)
+    optimizer = torch.optim.Adam(objective.param_groups(), lr=lr, betas=(0.9, 0.99))
+    rate = lambda nimg: learning_rate_schedule(nimg, c.batch, lr, steps / 4, 0)
+    clip = None if c.arch == "residual" else 1.0
+    options = dict(process=process, lr=lr)
+    return _run(c, data, objective, optimizer, PowerFunctionEMA(objective, [0.05]), rate, clip, steps, options).start(
+        outdir
+    )
+
+
+def _run(c, data, objective, optimizer, ema, rate, grad_clip, steps, options):
+    total, period = steps * c.batch, math.lcm(c.batch, 1024)
+    options |= dict(dataset=c.dataset, steps=steps, batch=c.batch, seed=c.seed)
     return Run(
         objective,
         Feed(data, seed=c.seed, block=c.batch),
         IdentityEncoder(),
         IdentitySelector(),
-        torch.optim.Adam(objective.param_groups(), lr=c.lr, betas=(0.9, 0.99)),
-        PowerFunctionEMA(objective, [0.05]),
-        lambda nimg: learning_rate_schedule(nimg, c.batch, c.lr, c.steps / 4, 0),
-        Periods(total, 0, c.batch * max(1, c.steps // 10), period * max(1, total // period), 0),
+        optimizer,
+        ema,
+        rate,
+        Periods(total, 0, c.batch * max(1, steps // 10), period * max(1, total // period), 0),
         batch_size=c.batch,
         seed=c.seed,
-        grad_clip=None if c.arch == "residual" else 1.0,
+        grad_clip=grad_clip,
         header=dict(options=options, dataset=dict(path=c.dataset, label_dim=0)),
-    ).start(outdir)
+    )
+
+
+CHANGED = (
+    "process", "process_options", "prediction", "transition", "objective", "cov_eps", "time_sampling", "weighting", "t_min",
+    "lr",
+)  # fmt: skip
+
+
+def _as_published(c, data):
+    """The Run of a preset, with what is given in its place."""
+    own = {name: getattr(c, name) for name in CHANGED} | {"batch_size": c.batch, "seed": c.seed}
+    own["channels"] = c.hidden_dim
+    own["process_options"] = own["process_options"] or None
+    if own["process"] not in (None, presets.get(c.preset)["process"]):
+        own["process_options"] = own["process_options"] or {}  # not those of another process
+    own["arch"] = None if c.arch == "residual" else f"points-{c.arch}"
+    config = make_config(c.preset, **own, **given(total_nimg=c.steps and c.steps * c.batch))
+    net = setup.build_network(config, dict(img_resolution=1, img_channels=2, label_dim=0), torch.device("cpu"))
+    objective = Objective(net, setup.build_loss(config, None))
+    net.bind(objective.loss.process)
+    optimizer = OPTIMIZERS[config.optimizer](config, objective.param_groups())
+    schedule = SCHEDULES[config.lr_schedule]
+    rate = lambda nimg: schedule(nimg, config.batch_size, config.lr, config.decay, config.rampup)
+    options = {"preset": c.preset} | {name: getattr(config, name) for name in CHANGED}
+    ema = EMAS[config.ema](config, objective)
+    return _run(c, data, objective, optimizer, ema, rate, config.grad_clip, config.total_nimg // c.batch, options)
 
 
 def _joint(c, process, sigma_data, laws):

@@ -23,6 +23,7 @@ from conftest import convert_digits
 from fuzz_child import _cifar
 from small_runs import ROOT, run, small_command
 from test_dataset_archives import example, record
+from test_foreign_joint import chain, cld_file, mdm_file
 
 import calculate_metrics
 import generate_images
@@ -110,6 +111,14 @@ class World:
         net, args, kwargs = theirs.edm_net("edm")
         content = theirs.pfgmpp_content(net, net, args, kwargs, float(D), D != "inf")
         return theirs.dump(content, self.folder / f"D{D}.pkl")
+
+    @cached_property
+    def cld(self):
+        return cld_file(self.folder / "checkpoint_800000.pth", chain(5, 2))
+
+    @cached_property
+    def mdm(self):
+        return mdm_file(self.folder / "last.ckpt", chain(5, 4), {"q": [[0.0, 1.0], [0.0, 0.0]], "d": [0.1, 0.2]})
 
     @cached_property
     def edm2(self):
@@ -296,6 +305,8 @@ READS = [
     (r".*", NETS, r".*adm\.pkl", "adm"),
     (r".*", NETS, r".*\.pkl", "edm2"),
     (r".*", NETS, r".*\.pt", "pfgmpp"),
+    (r".*", NETS, r".*\.pth", "cld"),
+    (r".*", NETS, r".*\.ckpt", "mdm"),
     (r".*", NETS, r"(NAME|SNAPSHOT|r|\S*/\S+|\S*\.safetensors|first-run)", "run"),
     (r".*", "ref|eval-ref", r".*", "reference"),
     (r".*", "images", r".*", "samples"),

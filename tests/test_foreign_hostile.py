@@ -329,15 +329,6 @@ def test_dimensions_of_pfgmpp(tmp_path, D):
     refused(theirs.dump(theirs.pfgmpp_content(net, net, args, kwargs, D), tmp_path / "x.pkl"))
 
 
-@pytest.mark.parametrize("suffix, says", [("pth", "--process=cld"), ("ckpt", "--process=malda")])
-def test_joint_networks_are_explained(tmp_path, suffix, says):
-    path = tmp_path / f"checkpoint.{suffix}"
-    torch.save({"model": {}, "optimizer": {}}, path)
-    for place in (path, f"https://example.invalid/checkpoint.{suffix}"):
-        with pytest.raises(ValueError, match=says):
-            load_snapshot(place)
-
-
 def test_files_without_a_description_are_explained(tmp_path):
     torch.save({"state": {}, "net": {"w": torch.zeros(3)}, "ema": {"emas": []}}, tmp_path / "training-state-0000001.pt")
     refused(tmp_path / "training-state-0000001.pt", "network-snapshot")

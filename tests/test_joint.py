@@ -3,6 +3,7 @@
 import json
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -203,6 +204,46 @@ def test_every_parameterisation_gives_the_score_of_all_variables(name, form, hyb
         torch.testing.assert_close(net(y, sigma, aux_noise=rest), posterior.float(), rtol=1e-5, atol=1e-5)
 
 
+class Raw(JointPrecond):
+    """The raw output that is exact for Gaussian data, as a formula in which nothing cancels."""
+
+    def raw(self, u, t, labels):
+        u = u * (1 + self.sigma_data**2 * self.process.kernel_parts(t).a ** 2).sqrt()[..., None, None, None]
+        a, snr = self.process.kernel_parts(t)[4:]
+        y, s2 = (a[..., None, None, None] * u).sum(1) / snr[:, None, None, None], 1 / snr[:, None, None, None]
+        mean, var, sd2 = MEAN[:, None, None], (STD**2)[:, None, None], self.sigma_data**2
+        moved = y * (var - sd2) / ((var + s2) * (sd2 + s2)) + mean / (var + s2)  # (D - c_skip y) / sigma^2
+        return (moved * (s2 * (s2 + sd2) / sd2).sqrt())[:, None]
+
+
+@pytest.mark.parametrize(
+    "name, t, off", [("alda", 1e-3, 1e3), ("alda", 1e-2, 1e-3), ("cld", 1e-4, 1e-3), ("malda", 1e-3, 1e-3)]
+)
+def test_raw_outputs_keep_the_digits_of_all_scores(name, t, off):
+    """Against 50 digits; by the posterior mean (in float32, as networks return it) the variables without noise lose them."""
+    process, V = process_of(name), len(process_of(name).Q)
+    net = Raw(1, 3, 0, 0.5, V, parameterization="denoiser", model_type="JointMLP").bind(process)
+    generator = torch.Generator().manual_seed(2)
+    mean, cov = process.kernel(t)
+    u = mean[:, None] * (MEAN + STD * torch.randn(3, generator=generator))
+    u = (u + process.cholesky(t) @ torch.randn(V, 3, generator=generator).double())[None, ..., None, None]
+    with mpmath.workdps(50):
+        matrix = lambda values: mpmath.matrix(values.tolist())
+        B = mpmath.mpf("0.1") * t + mpmath.mpf("9.9") * mpmath.mpf(t) ** 2 / 2
+        F = mpmath.expm(matrix(process.A) * B, method="taylor")
+        start = mpmath.diag([0] + [mpmath.mpf(0.01)] * (V - 1))
+        C = matrix(process.S) - F * (matrix(process.S) - start) * F.T
+        m, exact = F[:, 0], []
+        for channel, (mu, std) in enumerate(zip(MEAN.tolist(), STD.tolist(), strict=True)):
+            away = matrix(u[0, :, channel, 0, 0]) - m * mpmath.mpf(mu)
+            exact.append([float(-v) for v in mpmath.lu_solve(C + mpmath.mpf(std) ** 2 * m * m.T, away)])
+    exact = torch.tensor(exact, dtype=torch.float64).mT[None, ..., None, None]
+    with torch.no_grad():
+        error = lambda score: float(((score - exact).abs() / exact.abs().amax(2, keepdim=True)).max())
+        denoised = net.denoised(u, torch.tensor([t], dtype=torch.float64)).float()
+        assert error(net.score(u, t)) < 1e-7 < off < error(process.score(u, torch.tensor(t), denoised))
+
+
 def test_covariances_and_noise_multiplier_of_the_cld_paper():
     """cld.md §3.4: values of the official code for CIFAR-10 with numerical_eps 1e-9."""
     t = torch.tensor([1e-5, 1e-3, 0.01, 0.1, 0.5, 1.0], dtype=torch.float64)
@@ -218,7 +259,7 @@ def test_covariances_and_noise_multiplier_of_the_cld_paper():
 
 
 @pytest.mark.parametrize("model, images, variables, options, size", [
-    ("JointMLP", (1, 2), (2, 1), {}, 50562), ("JointResNet", (1, 2), (2, 1), {}, 84996),  # cld.md §9
+    ("JointMLP", (1, 2), (2, 1), "cld-toy", 50562), ("JointResNet", (1, 2), (2, 1), {}, 84996),  # cld.md §9
     ("SongUNet", (32, 3), (2, 1), "cld-cifar10", 107593859),
     ("SongUNet", (256, 3), (2, 1), "cld-celebahq256-paper", 65466371),
     ("SongUNet", (256, 3), (2, 1), "cld-celebahq256-postpaper", 103073795),

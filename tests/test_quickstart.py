@@ -3,9 +3,11 @@
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -98,3 +100,24 @@ def test_no_image_is_in_two_parts(tmp_path):
     assert hashes("data/real-all-n25-seed0.zip") < hashes("data/real-all-n100-seed0.zip")
     sources = [ImageFolderDataset(tmp_path / f"data/{pool}-all-n25-seed0.zip") for pool in ("real", "shuffled")]
     assert sources[0].sources == sources[1].sources == [0, 1, 2]
+
+
+def test_joint_mnist(tmp_path):
+    """The comparison of networks of the whole state runs through, and its contrasts are those of the per-seed numbers."""
+    settings, steps = experiment.load(ROOT / "experiments" / "joint-mnist.yaml", "smoke", {"out": str(tmp_path)})
+    experiment.run(steps, tmp_path, run_experiment.load_scripts, progress=False)
+    rows = list(csv.DictReader((tmp_path / "own.csv").open()))
+    assert {r["arm"] for r in rows} == {
+        f"{f}-{k}" for f in ("reduced", "joint-denoiser", "joint") for k in ("cld", "learned2")
+    }
+    assert len(rows) == 12 and all(float(r["bits_per_dim"]) > 0 and float(r["fd"]) > 0 for r in rows)
+    tested = {r["contrast"]: float(r["effect"]) for r in csv.DictReader((tmp_path / "contrasts.csv").open())}
+    assert len(tested) == 8
+    mean = lambda form, name: statistics.fmean(
+        float(r[name]) for r in rows if r["arm"] in (f"{form}-cld", f"{form}-learned2")
+    )
+    for name, says in (
+        ("bits_per_dim", "joint, as MDM, against reduced (bits/dim, own bound)"),
+        ("fd", "joint, as MDM, against reduced (FD)"),
+    ):
+        assert math.isclose(tested[says], mean("reduced", name) - mean("joint", name), rel_tol=1e-6)

@@ -1,18 +1,24 @@
 """Points in the plane: the data sets against their densities, a run of seconds, the guide's example."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_runs import one_line, run
+from small_runs import ROOT, one_line, run
 
+import run_experiment
+from dnnlib import experiment
 from dnnlib.util import read_stats
+from metrics.table import read_csv
 from simulations import run_toy, toy_data
-from torch_utils.persistence import describe
+from simulations.studies import cld_toy
+from torch_utils.persistence import describe, load_snapshot
 from training import processes
+from training.config import make_config
 from training.processes import LinearProcess
 
 GENERATOR = torch.Generator().manual_seed
@@ -102,3 +108,26 @@ def test_networks_of_the_whole_state_are_trained_sampled_and_scored(tmp_path):
     assert np.isfinite(np.load(tmp_path / "p.npz")["points"]).all()
     one_line(run_toy.main, "train", f"--outdir={tmp_path}/x", "--prediction=mixed", says="--arch=mlp")
     one_line(run_toy.main, "train", f"--outdir={tmp_path}/x", "--arch=mlp", says="--process=cld")
+
+
+def test_cld_s_toy_configuration(tmp_path):
+    """cld.md §15, and the experiment beside the official code's table, from training to the table."""
+    config = make_config("cld-toy", data="x")
+    wanted = dict(
+        process_options=dict(m_inv=4, gamma=0.04, beta0=4, beta1=0), cov_eps=1e-6, lr=1e-3, batch_size=512, grad_clip=1.0,
+        total_nimg=800_000 * 512, ema="decay", ema_decay=0.999, optimizer="adam", prediction="noise", transition="hybrid",
+        weighting="reweightedv2", t_min=1e-5, lr_schedule="constant", rampup=0, decay=0, dropout=0,
+    )  # fmt: skip
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    out = {"out": str(tmp_path), "steps": 2, "num": 20}
+    settings, steps = experiment.load(ROOT / "experiments" / "cld-toy.yaml", "smoke", out)
+    experiment.run(steps, tmp_path, run_experiment.load_scripts, progress=False)
+    snapshot = load_snapshot(tmp_path / "runs" / "noise-seed0")
+    assert snapshot.net.cov_eps == 1e-6 and (snapshot.net.variables, snapshot.net.first) == (2, 1)
+    assert snapshot.header["ema"] == "ema" and snapshot.process.init_aux_var == pytest.approx(0.01)
+    (row,) = read_csv(tmp_path / "cld-toy.csv")
+    assert row["nfe"] > 20 and all(math.isfinite(row[name]) for name in cld_toy.COLUMNS)
+    assert "official code" in (tmp_path / "cld-toy.md").read_text()
+    one_line(
+        run_toy.main, "train", "--preset=cld-toy", "--process=edm", f"--outdir={tmp_path}/x", says="--parameterization"
+    )

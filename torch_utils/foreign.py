@@ -1,7 +1,7 @@
 """Snapshots of the published systems: what their files hold, in the form of our own header and tensors.
 
-EDM2 (NVlabs/edm2) and AJEST, EDM (NVlabs/edm), PFGM++ (Newbeeer/pfgmpp) and the 2-D toys. Files are read as data
-(torch_utils/torch_pickles.py); the tables below say which class of ours a class of theirs is.
+EDM2 (NVlabs/edm2) and AJEST, EDM (NVlabs/edm), PFGM++ (Newbeeer/pfgmpp) and the 2-D toys; CLD and MDM are in foreign_joint.py.
+Files are read as data (torch_utils/torch_pickles.py); the tables below say which class of ours a class of theirs is.
 """
 
 from __future__ import annotations
@@ -15,17 +15,11 @@ import torch
 
 from dnnlib.reading import require_file
 from dnnlib.util import reason
-from torch_utils import torch_pickles
+from torch_utils import foreign_joint, torch_pickles
 from torch_utils.pickles import plain
 from torch_utils.torch_pickles import Object, state_dict
 
-SUFFIXES = (".pkl", ".pt")
-NOT_READ = {
-    ".pth": "a CLD checkpoint holds a network of the whole state (x, v) without a description, and is not read; a "
-    "network of images (EDM, EDM2) can be sampled through CLD: --process=cld",
-    ".ckpt": "a Lightning checkpoint of MDM holds a network of the whole state without a description, and is not read; "
-    "a network of images can be sampled through its processes: --process=malda",
-}
+SUFFIXES = (".pkl", ".pt", *foreign_joint.SUFFIXES)
 
 _EDM = "img_resolution img_channels label_dim use_fp16"
 # Networks that ours stands for, by their constructor's positional arguments.
@@ -51,11 +45,8 @@ _MOST_OTHERS = 2**15
 
 
 def is_foreign(path: str | Path) -> bool:
-    """Whether a file name is that of another system's snapshot. Raises ValueError for those that are known but not read."""
-    suffix = Path(str(path).split("?")[0]).suffix
-    if suffix in NOT_READ:
-        raise ValueError(f"{path}: {NOT_READ[suffix]}")
-    return suffix in SUFFIXES
+    """Whether a file name is that of another system's snapshot."""
+    return Path(str(path).split("?")[0]).suffix in SUFFIXES
 
 
 def nimg_of(path: str | Path) -> tuple[int | None, str | None]:
@@ -135,7 +126,7 @@ def _network(content, part):
     if not isinstance(content, dict):
         raise ValueError("holds no network")
     if "pytorch-lightning_version" in content:
-        raise ValueError(NOT_READ[".ckpt"])
+        raise ValueError("is a checkpoint of Lightning: name it .ckpt")
     if not isinstance(content.get(part), Object):
         if any(isinstance(content.get(name), dict) for name in ("net", "ema", "model", "state_dict")):
             raise ValueError("holds tensors and no description of their network: give its network-snapshot")
@@ -154,7 +145,10 @@ def read(path: str | Path, part: str = "ema") -> tuple[dict, dict[str, torch.Ten
         raise ValueError(f"{path}: no such snapshot")
     require_file(path)
     try:
-        layout, net, rest = _network(torch_pickles.load(path), part)
+        content = torch_pickles.load(path)
+        if Path(path).suffix in foreign_joint.SUFFIXES:
+            return foreign_joint.read(content, path, part)
+        layout, net, rest = _network(content, part)
         described = _described(net, _NETWORKS, "network")
         for name, module in torch_pickles.modules(net):
             if name and module.name not in _PARTS.split():

@@ -414,9 +414,9 @@ def load_snapshot(
     """Read a snapshot -> Snapshot with the network in eval mode on `device`, float32, gradients off.
 
     path: a file or URL, or a run folder (its newest snapshot). Reads ours, and those of EDM2, EDM and PFGM++ (.pkl, .pt:
-    their averaged network) as data. classes: {name: class} extends the allow-list by the caller's own networks, encoders,
-    kernels and processes. Raises ValueError for a missing or damaged file, a class that is not on the list, or tensors that
-    do not fit.
+    their averaged network), and networks of points of CLD and MDM (.pth, .ckpt) as data. classes: {name: class} extends the
+    allow-list by the caller's own networks, encoders, kernels and processes. Raises ValueError for a missing or damaged file,
+    a class that is not on the list, or tensors that do not fit.
     """
     path = resolve(path)
     return assemble(path, *read_snapshot(path, kind), device, classes)

@@ -131,6 +131,7 @@ _TORCH |= {
     "torch.nn.parameter.Parameter": type("Parameter", (_Token,), {}),
 }
 _TORCH["torch_utils.persistence._reconstruct_persistent_obj"] = _Persistent
+_TORCH["argparse.Namespace"] = _container("Namespace")  # settings beside a Lightning checkpoint
 
 
 class _Machine(Machine):

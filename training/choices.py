@@ -102,8 +102,18 @@ def _edm(config, interface):
     return _networks(PRECONDS[config.precond])(**options | config.net_options)
 
 
+def _points(model_type):
+    def make(config, interface):
+        if config.parameterization == "reduced":
+            raise ValueError(f"--arch={config.arch} sees the whole state: give --parameterization=joint")
+        return _joint(config, interface, model_type, **given(hidden_dim=config.channels))
+
+    return make
+
+
 # (TrainingConfig, {img_resolution, img_channels, label_dim}) -> denoiser.
 ARCHS: dict[str, Callable] = {"edm2": _edm2, "ddpmpp": _edm, "ncsnpp": _edm, "adm": _edm, "hounet": _edm}
+ARCHS |= {"points-mlp": _points("JointMLP"), "points-resnet": _points("JointResNet")}  # CLD's, for data of 1x1
 
 
 def augment_pipe(config: Any) -> Any:

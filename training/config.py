@@ -208,6 +208,12 @@ class TrainingConfig:
         self._require(
             not (whole and self.augment or joint and self.stf), "parameterization", "goes without --augment, --stf"
         )
+        narrow = whole and self.precision in ("bf16", "fp16")
+        self._require(
+            not narrow,
+            "precision",
+            f"is none of networks of the whole state (--parameterization={self.parameterization}): give fp32",
+        )
         if self.block is None:
             self.block = max(b for b in range(1, min(self.batch_size, 32) + 1) if self.batch_size % b == 0)
         return self

@@ -251,7 +251,7 @@ def compile_network(net: torch.nn.Module) -> None:
             "--compile needs a C++ compiler (g++ or clang++), and there is none: install one or leave it out"
         )
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    (getattr(net, net.body) if isinstance(net, Preconditioned) else net).compile(fullgraph=True, dynamic=False)
+    (getattr(net, net.body) if hasattr(net, "body") else net).compile(fullgraph=True, dynamic=False)
 
 
 class Preconditioned(torch.nn.Module):

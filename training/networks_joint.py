@@ -59,6 +59,7 @@ class JointPrecond(torch.nn.Module):
     """
 
     sigma_min = 0.0
+    body = "model"  # what is compiled: all else is V x V work on the CPU
 
     def __init__(
         self,
@@ -160,14 +161,16 @@ class JointPrecond(torch.nn.Module):
         if self.parameterization == "denoiser":
             y, sigma = process.project(u, t)
             parts = process.kernel_parts(t).to(u.device)
-            return self._preconditioned(y, sigma, parts.a, apply_matrix(parts.W, u), t, labels)
+            return self._preconditioned(y, sigma, parts.a, apply_matrix(parts.W, u), t, labels)[0]
         return self._completed(u, t, labels)[0]
 
     def _preconditioned(self, y, sigma, a, white, t, labels):
+        """(D, y - D), the second without subtracting what is nearly equal."""
         total = expand(sigma**2 + self.sigma_data**2, y)
         scale = (1 + self.sigma_data**2 * a.square()).rsqrt().expand(len(y), -1)  # whitened u to unit variance
         out = self.raw(expand(scale, white) * white, t, labels)[:, 0].to(y.dtype)
-        return self.sigma_data**2 / total * y + expand(sigma, y) * self.sigma_data * total.rsqrt() * out
+        out = expand(sigma, y) * self.sigma_data * total.rsqrt() * out
+        return self.sigma_data**2 / total * y + out, expand(sigma**2, y) / total * y - out
 
     def _completed(self, u, t, labels):
         """(posterior mean, score of all variables) from the noise of the last ones, those that receive noise.
@@ -189,10 +192,18 @@ class JointPrecond(torch.nn.Module):
         return denoised, torch.cat([score[:, :first], known], dim=1)
 
     def score(self, u: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
-        """grad log p_t(u) [N, V, C, H, W] of all variables, in u's type; t scalar or [N]."""
+        """grad log p_t(u) [N, V, C, H, W] of all variables, in u's type; t scalar or [N].
+
+        Of the variables that the network does not predict it has the digits that `LinearProcess.score` leaves them; the
+        denoiser form, whose raw output is y - D, has all.
+        """
         t = torch.as_tensor(t, dtype=torch.float64, device=u.device).expand(len(u))
         if self.parameterization == "denoiser":
-            return self.process.score(u, t, self.denoised(u, t, labels))
+            wide = u.to(torch.float64)
+            y, sigma = self.process.project(wide, t)
+            parts = self.process.kernel_parts(t).to(u.device)
+            found = self._preconditioned(y, sigma, parts.a, apply_matrix(parts.W, wide), t, labels)
+            return self.process.score(wide, t, *found).to(u.dtype)
         return self._completed(u.to(torch.float64), t, labels)[1].to(u.dtype)
 
     def forward(
@@ -226,7 +237,7 @@ class JointPrecond(torch.nn.Module):
         along = expand(parts.a / parts.snr.sqrt()[..., None], rest)  # unit vectors
         white = rest - along * (along * rest).sum(1, keepdim=True) + expand(parts.a, rest) * y[:, None]
         if self.parameterization == "denoiser":
-            denoised = self._preconditioned(y, level, parts.a, white, t, class_labels)
+            denoised = self._preconditioned(y, level, parts.a, white, t, class_labels)[0]
         else:
             sheared = apply_matrix(parts.L, white)
             u = torch.linalg.solve_triangular(parts.T, sheared.flatten(2), upper=True, unitriangular=True)

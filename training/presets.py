@@ -103,6 +103,12 @@ PRESETS["cld-celebahq256-postpaper"] = dict(
     _CELEBA, num_blocks=4, total_nimg=600_000 * 64, process_options=dict(m_inv=4, gamma=0.04, beta0=0.1, beta1=6.9),
     optimizer="adamw", weight_decay=0.01, t_min=1e-3,
 )  # fmt: skip
+# Points, not images: simulations/run_toy.py train --preset=cld-toy; their data are drawn anew at every step.
+_IMAGES = ("channels", "attn_resolutions", "dropout", "xflip", "encoder")  # what points do not have
+PRESETS["cld-toy"] = {name: value for name, value in _CLD.items() if name not in _IMAGES} | dict(
+    arch="points-mlp", prediction="noise", cov_eps=1e-6, lr=1e-3, batch_size=512, total_nimg=800_000 * 512, rampup=0.0,
+    ema_decay=0.999, sigma_data=0.72,
+)  # fmt: skip
 _MDM = dict(
     _JOINT, prediction="noise", predict="all", transition="hybrid", objective="elbo", t_min=1e-3, arch="hounet", num_blocks=2,
     attn_resolutions=[16], lr=2e-4, batch_size=128, rampup=0.0, ema="none", grad_clip=2.0, encoder="logit", sigma_data=2.0,
@@ -204,13 +210,13 @@ def interface(
 ) -> dict:
     """{img_resolution, img_channels, label_dim} of the data that a preset is made for; what is given wins."""
     row, grey, latent = get(name), name.startswith("digits") or "mnist" in name, "img512" in name or "img256" in name
-    known = {"digits8": 8, "digits28": 28, "small32": 32}
+    known = {"digits8": 8, "digits28": 28, "small32": 32, "cld-toy": 1}
     sides = {"celebahq256": 256, "cifar": 32, "img256": 32, "imagenet32": 32, "mnist": 28}
     side = known.get(name) or next((side for word, side in sides.items() if word in name), 64)
     labels = 10 if grey or "cifar" in name else 200 if "tiny" in name else 1000
     return dict(
         img_resolution=resolution or side,
-        img_channels=channels or (1 if grey else 4 if latent else 3),
+        img_channels=channels or (1 if grey else 4 if latent else 2 if name == "cld-toy" else 3),
         label_dim=(labels if row.get("cond", True) else 0) if classes is None else classes,
     )
 

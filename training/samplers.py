@@ -308,7 +308,7 @@ class Flow(Plan):
         if self.method == "rk45":
             self.dtype = self.dtype or torch.float64  # its control of errors needs the digits
             if self.num_steps is None and self.times is None:
-                self.num_steps = 1
+                self.num_steps = 1 + (self.denoise == "euler")  # which takes the last one
         super().__post_init__()
 
     def setup(self) -> None:

@@ -301,6 +301,8 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
     ema = choose(EMAS, "ema", config.ema)(config, objective)
     optimizer = choose(OPTIMIZERS, "optimizer", config.optimizer)(config, objective.param_groups())
     selector = build_selector(config, device, ema, own)
+    if config.parameterization == "joint" and config.reference not in (None, "ema"):
+        _require_same_state(f"--reference={config.reference}", selector.reference, net)
     schedule = choose(SCHEDULES, "lr-schedule", config.lr_schedule)
     if config.compile:
         compile_network(net)  # after the averages, which are copies
@@ -344,6 +346,19 @@ def git_commit() -> str | None:
         return out.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
+
+
+def _require_same_state(name, reference, net):
+    """Raises ValueError unless the loss of a network of the whole state can be computed of `reference`, too."""
+    facts = [
+        (getattr(n, "variables", 1), getattr(n, "first", 0), n.process.V) if hasattr(n, "noise") else None
+        for n in (net, reference)
+    ]
+    if facts[0] != facts[1] or reference.parameterization == "denoiser":
+        raise ValueError(
+            f"{name} does not predict what --parameterization=joint is compared by, the noise of the same variables: give a "
+            "network that was trained with the same --process, --parameterization and --predict"
+        )
 
 
 def _learning_rate(schedule, config, selector, cur_nimg):

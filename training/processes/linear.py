@@ -330,13 +330,27 @@ class LinearProcess(Process):
         y = (parts.a[..., None, :] @ white)[:, 0] / parts.snr[..., None]
         return y.reshape(u.shape[0], *u.shape[2:]).to(u.dtype), parts.snr.rsqrt()
 
-    def score(self, u: torch.Tensor, t: Times, denoised: torch.Tensor) -> torch.Tensor:
+    def score(
+        self, u: torch.Tensor, t: Times, denoised: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """-C^-1 (u - m D). Below sigma of about 1e-5 the rounding of D costs the digits of variables without noise of their
         own, which no solver uses (ALDA at t = 1e-3: all of them); those that solvers use keep theirs.
+
+        residual: y - D where it is known without a subtraction, in place of D; then all variables keep their digits.
         """
         parts, white = self._whiten(u, t)
-        signal = denoised.reshape(len(u), 1, -1).to(torch.float64)  # [N, 1, d]
-        return (-parts.W.mT @ (white - parts.a[..., None] * signal)).reshape(u.shape).to(u.dtype)
+        if residual is None:
+            white = white - parts.a[..., None] * denoised.reshape(len(u), 1, -1).to(torch.float64)  # [N, V, d]
+            return (-parts.W.mT @ white).reshape(u.shape).to(u.dtype)
+        # P = (1 - a a'/snr) W is what of u says nothing about the data, so P m = 0 and its large first column follows.
+        a, m, W = parts.a[..., None], parts.F[..., :1], parts.W[..., 1:]
+        along = a.mT @ W / parts.snr[..., None, None]  # of y = along u, whose first entry follows from along m = 1
+        P = W - a * along
+        P = torch.cat([-P @ m[..., 1:, :] / m[..., :1, :], P], dim=-1)
+        along = torch.cat([(1 - along @ m[..., 1:, :]) / m[..., :1, :], along], dim=-1)
+        rest = P.mT @ (P @ flatten(u, self.V).to(torch.float64))
+        moved = parts.snr[..., None, None] * residual.reshape(len(u), 1, -1).to(torch.float64)
+        return -(rest + along.mT * moved).reshape(u.shape).to(u.dtype)
 
     def drift(self, u: torch.Tensor, t: Times) -> torch.Tensor:
         return apply_matrix(self.A, u) * expand(self.beta(t), u).to(u.dtype)

@@ -1,0 +1,106 @@
+"""Networks of the whole state in all that runs can be: on several processes, compiled, selecting, guided, other precisions."""
+
+import pytest
+import torch
+from small_runs import final_state, one_line, python, run, small_command, small_config
+
+import generate_images
+import train_edm2
+from torch_utils.persistence import load_snapshot
+from training import setup
+from training.guidance import guided
+from training.processes.score import make_score
+
+JOINT = ("--process=cld", "--parameterization=joint")
+LEARNED = (
+    "--process=learned",
+    "--process-options=V=2",
+    "--parameterization=joint",
+    "--objective=elbo",
+    "--duration=1Ki",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory):
+    """{name: run folder} of a denoiser, a network of the state of CLD, and one of a learned process with its bound."""
+    out = tmp_path_factory.mktemp("joint")
+    for name, options in (("reduced", ["--duration=1Ki"]), ("joint", [*JOINT, "--duration=1Ki"]), ("learned", LEARNED)):
+        run(train_edm2.main, *small_command(digits, out / name, *options))
+    return out
+
+
+def test_two_processes_learn_the_same(digits, trained, tmp_path):
+    """Weights and learned matrices agree to rounding."""
+    python("train_edm2.py", *small_command(digits, tmp_path / "two", *LEARNED), processes=2)
+    one, two = (final_state(path, 1)["objective"] for path in (trained / "learned", tmp_path / "two"))
+    start = dict(
+        setup.build(
+            small_config(digits, process="learned", parameterization="joint", objective="elbo")
+        ).objective.named_parameters()
+    )
+    for name, value in one.items():
+        moved = float((value - start[name].detach()).abs().max()) if name in start else 0
+        assert float((value - two[name]).abs().max()) <= 1e-3 * moved + 1e-6, name
+    assert float((one["loss.process.q"] - start["loss.process.q"]).abs().max()) > 1e-4
+
+
+def test_compiled(digits, trained, tmp_path, monkeypatch):
+    """The body goes through dynamo as one graph, whatever of the state is around it (backend eager: no code is made)."""
+    original, compiled = torch.nn.Module.compile, []
+
+    def compile(self, **options):
+        compiled.append((type(self).__name__, options["fullgraph"]))
+        original(self, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    run(train_edm2.main, *small_command(digits, tmp_path / "c", *JOINT, "--duration=1Ki", "--compile=True"))
+    assert compiled == [("UNet", True)]
+    plain, same = (final_state(path, 1)["objective"] for path in (trained / "joint", tmp_path / "c"))
+    for name, value in plain.items():
+        torch.testing.assert_close(same[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_selection_with_a_reference(digits, trained, tmp_path):
+    """Learner and reference are scored by the noise that they predict on the same draws; other networks have none."""
+    select = ["--select=jest", "--chunks=2", "--filter-ratio=0.5", "--duration=256", "--snapshot=0", "--checkpoint=0"]
+    command = lambda name, *more: small_command(digits, tmp_path / name, *select, *more, "--status=256")
+    run(train_edm2.main, *command("own", *JOINT, f"--reference={trained / 'joint'}"))
+    run(train_edm2.main, *command("ema", *JOINT, "--reference=ema"))
+    denoiser = ["--process=cld", "--parameterization=joint-denoiser"]
+    for name in ("joint", "reduced"):
+        run(train_edm2.main, *command(f"denoiser-{name}", *denoiser, f"--reference={trained / name}"))
+    for name, more in (("reduced", []), ("joint", ["--predict=all"])):
+        one_line(
+            train_edm2.main, *command("no", *JOINT, *more, f"--reference={trained / name}"), says="the same variables"
+        )
+    assert not (tmp_path / "no").exists()
+
+
+def test_guided_by_another_kind(trained, tmp_path):
+    """Scores are mixed at the same state, so a denoiser guides a network of the whole state."""
+    net, guide = (load_snapshot(trained / name) for name in ("joint", "reduced"))
+    process, u = net.process, torch.randn(2, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    t, labels = torch.tensor(0.4).double(), torch.eye(net.net.label_dim)[:2]
+    main, other = (make_score(s.net, process, labels)(u, t) for s in (net, guide))
+    mixed = make_score(guided(net.net, guide.net, 2.5, process=process), process, labels)(u, t)
+    torch.testing.assert_close(mixed, other + 2.5 * (main - other), rtol=1e-5, atol=1e-5)
+    words = [f"--net={trained / 'joint'}", "--seeds=0-1", "--process=cld", "--solver=sscs", "--steps=3", "--device=cpu"]
+    run(generate_images.main, *words, f"--outdir={tmp_path / 'a'}")
+    run(generate_images.main, *words, f"--outdir={tmp_path / 'b'}", f"--gnet={trained / 'reduced'}", "--guidance=2.5")
+    pixels = [(tmp_path / name / "000000.png").read_bytes() for name in "ab"]
+    assert pixels[0] != pixels[1]
+
+
+@pytest.mark.parametrize("form", ["joint", "joint-denoiser"])
+def test_precision(form, digits, tmp_path):
+    """Networks of the whole state compute in float32: others are refused, in training and in sampling."""
+    for precision in ("bf16", "fp16"):
+        words = ["--process=cld", f"--parameterization={form}", f"--precision={precision}"]
+        one_line(train_edm2.main, *small_command(digits, tmp_path / "r", *words), says=["--precision", "fp32"])
+    assert not (tmp_path / "r").exists()
+
+
+def test_precision_of_sampling(trained, tmp_path):
+    words = [f"--net={trained / 'joint'}", f"--outdir={tmp_path / 'x'}", "--seeds=0", "--process=cld", "--solver=em"]
+    one_line(generate_images.main, *words, "--precision=bf16", "--device=cpu", says="float32")
