@@ -13,11 +13,8 @@ from training.processes.score import make_score
 
 JOINT = ("--process=cld", "--parameterization=joint")
 LEARNED = (
-    "--process=learned",
-    "--process-options=V=2",
-    "--parameterization=joint",
-    "--objective=elbo",
-    "--duration=1Ki",
+    *("--process=learned", "--process-options=V=2", "--parameterization=joint", "--objective=elbo", "--duration=1Ki"),
+    *("--process-lr-scale=1", "--rampup=0.0005"),
 )
 
 
@@ -42,7 +39,7 @@ def test_two_processes_learn_the_same(digits, trained, tmp_path):
     for name, value in one.items():
         moved = float((value - start[name].detach()).abs().max()) if name in start else 0
         assert float((value - two[name]).abs().max()) <= 1e-3 * moved + 1e-6, name
-    assert float((one["loss.process.q"] - start["loss.process.q"]).abs().max()) > 1e-4
+    assert float((one["loss.process.q"] - start["loss.process.q"]).abs().max()) > 1e-2
 
 
 def test_compiled(digits, trained, tmp_path, monkeypatch):

@@ -301,8 +301,8 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
     ema = choose(EMAS, "ema", config.ema)(config, objective)
     optimizer = choose(OPTIMIZERS, "optimizer", config.optimizer)(config, objective.param_groups())
     selector = build_selector(config, device, ema, own)
-    if config.parameterization == "joint" and config.reference not in (None, "ema"):
-        _require_same_state(f"--reference={config.reference}", selector.reference, net)
+    if config.parameterization == "joint" and config.select != "none" and config.reference not in (None, "ema"):
+        _require_same_state(f"--reference={config.reference}", selector.scorer.reference, net)
     schedule = choose(SCHEDULES, "lr-schedule", config.lr_schedule)
     if config.compile:
         compile_network(net)  # after the averages, which are copies
