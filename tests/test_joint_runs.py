@@ -42,6 +42,7 @@ def test_two_processes_learn_the_same(digits, trained, tmp_path):
     assert float((one["loss.process.q"] - start["loss.process.q"]).abs().max()) > 1e-2
 
 
+@pytest.mark.slow
 def test_compiled(digits, trained, tmp_path, monkeypatch):
     """The body goes through dynamo as one graph, whatever of the state is around it (backend eager: no code is made)."""
     original, compiled = torch.nn.Module.compile, []

@@ -13,6 +13,7 @@ import sys
 import time
 
 import PIL.Image
+import pytest
 from small_runs import ROOT, python, run
 
 import report
@@ -102,6 +103,7 @@ def test_no_image_is_in_two_parts(tmp_path):
     assert sources[0].sources == sources[1].sources == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_joint_mnist(tmp_path):
     """The comparison of networks of the whole state runs through, and its contrasts are those of the per-seed numbers."""
     settings, steps = experiment.load(ROOT / "experiments" / "joint-mnist.yaml", "smoke", {"out": str(tmp_path)})

@@ -153,7 +153,7 @@ class DenoisingLoss(Loss):
 
     def error(self, net: Callable, draws: Draws) -> tuple[Tensor, Tensor | None]:
         """(D(y + n; sigma) - target [N, ...], log-variance [N, 1, ...] or None)."""
-        extra = network_options(draws) | ({"return_logvar": True} if self.uncertainty else {})
+        extra = network_options(draws, net) | ({"return_logvar": True} if self.uncertainty else {})
         out = net(draws.images + draws.noise, draws.sigma, draws.labels, **extra)
         denoised, logvar = out if self.uncertainty else (out, None)
         return denoised - (draws.images if draws.targets is None else draws.targets), logvar
@@ -164,9 +164,12 @@ class DenoisingLoss(Loss):
         return weight * error**2 if logvar is None else weight / logvar.exp() * error**2 + logvar
 
 
-def network_options(draws: Draws) -> dict:
-    """Keywords of the network besides its three arguments."""
-    return {name: draws[name] for name in ("augment_labels", "aux_noise") if draws.get(name) is not None}
+def network_options(draws: Draws, net: object) -> dict:
+    """Keywords of the network besides its three arguments; noise of the auxiliaries only for one that sees as many."""
+    options = {name: draws[name] for name in ("augment_labels", "aux_noise") if draws.get(name) is not None}
+    if "aux_noise" in options and getattr(net, "variables", None) != options["aux_noise"].shape[1]:
+        del options["aux_noise"]
+    return options
 
 
 class EDM2Loss(DenoisingLoss):

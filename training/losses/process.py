@@ -113,7 +113,7 @@ class ProcessLoss(DenoisingLoss):
             sigma = send(snr.rsqrt().to(images.dtype), images.device)
             training = net.training
             noisy = images + sigma * draws.end_noise
-            denoised = net.eval()(noisy, sigma.expand(len(images)), draws.labels, **network_options(draws))
+            denoised = net.eval()(noisy, sigma.expand(len(images)), draws.labels, **network_options(draws, net))
             net.train(training)
             error = likelihood.per_sample((denoised - images) ** 2)  # [N]
         kl = likelihood.endpoint_kl(self.process, images, self.process.T)  # [N]
