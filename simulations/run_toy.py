@@ -24,6 +24,7 @@ Examples:
   python simulations/run_toy.py sample --net=results/toy --process=cld --solver=sscs --steps=50 --dest=points.npz
   python simulations/run_toy.py plot --net=results/toy --process=cld --figure=figures/toy
 """
+SCORES = outputs.Kind("scores of a network of points", outputs.json_with("sliced_w2"))
 POINTS = outputs.Kind("a file of points", outputs.zip_with("points.npy"))
 NET = click.option("--net", metavar="FILE|DIR", required=True, help="Snapshot of a network of points, or run folder")
 
@@ -47,7 +48,9 @@ class Training(ProcessChoice):
         None, "Of the loss", choices=("likelihood", "reweightedv1", "reweightedv2"), shown="the loss's own"
     )
     t_min: float | None = opt(None, "Lowest t; default: where sigma is 0.002, of mlp and resnet 1e-3", above=0)
-    steps: int | None = opt(None, "Training steps", "--train-steps", "--steps", at_least=1, shown="2000, or the preset's")
+    steps: int | None = opt(
+        None, "Training steps", "--train-steps", "--steps", at_least=1, shown="2000, or the preset's"
+    )
     batch: int = opt(512, "Points per step", at_least=1)
     lr: float | None = opt(None, "Learning rate", above=0, shown="2e-3, or the preset's")
     hidden_dim: int | None = opt(None, "Width of the network", "--channels", at_least=2, shown="128; resnet: 64")
@@ -63,6 +66,15 @@ class Way(ProcessChoice):
     prior: str = opt("matched", "Start", choices=("matched", "stationary"))
     steps: int = opt(100, "Solver steps", at_least=1)
     num: int = opt(2048, "Points", at_least=1)
+    seed: int = opt(0, "Of everything random", at_least=0)
+
+
+@dataclass
+class Measured:
+    """How a network is measured as CLD does."""
+
+    num: int = opt(10000, "Samples of every solver; a fifth of them for the likelihood", at_least=10)
+    tolerance: float = opt(1e-5, "Of the adaptive flow", above=0)
     seed: int = opt(0, "Of everything random", at_least=0)
 
 
@@ -98,19 +110,13 @@ def sample(net, dest, **given):
 
 @main.command()
 @NET
-@click.option(
-    "--num", type=click.IntRange(2), default=10000, help="Samples of every solver; a fifth, for the likelihood"
-)
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of everything random")
-@click.option("--tolerance", type=cli.Float(min=0, min_open=True), default=1e-5, help="Of the adaptive flow")
-@cli.output(
-    "--dest", outputs.Kind("scores", outputs.json_with("sliced_w2")), metavar="JSON", required=True, help="Scores"
-)
-def compare(net, num, seed, tolerance, dest):
+@options(Measured)
+@cli.output("--dest", SCORES, metavar="JSON", required=True, help="Scores")
+def compare(net, dest, **given):
     """CLD's solvers at 20 and 50 evaluations and the likelihood bound of a network of the whole state, as CLD measures."""
     from simulations.studies import cld_toy
 
-    write_json(dest, cld_toy.measure(net, num, seed, tolerance))
+    write_json(dest, cld_toy.measure(net, from_options(Measured, given)))
 
 
 @main.command()

@@ -42,13 +42,14 @@ class Counted:
         return self.net.score(u, t)
 
 
-def measure(path, num, seed, tolerance=1e-5):
+def measure(path, how):
     """{"options", "seed", "nll", "nll_error", "nfe", "floor", "sliced_w2": {solver-grid-steps: distance}} of a network.
 
     As published: stationary prior, CLD's Euler denoising from t = 1e-3, its half steps; the bound by the probability flow of
-    the whole state with the exact divergence, from t = 1e-5, in nats of two dimensions. tolerance: of RK45. Raises ValueError
-    for another network.
+    the whole state with the exact divergence, from t = 1e-5, in nats of two dimensions. how: run_toy.Measured. Raises
+    ValueError for another network.
     """
+    num, seed, tolerance = how.num, how.seed, how.tolerance
     snapshot = load_snapshot(path)
     net, process = snapshot.net, snapshot.process
     if getattr(net, "variables", 0) != 2 or net.img_resolution != 1:
