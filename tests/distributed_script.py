@@ -37,6 +37,19 @@ class Recorder(IdentitySelector):
         return {}
 
 
+class Watched(dist.Reduction):
+    """Small buckets, noting how many of them had left when backward was over."""
+
+    seen = []
+
+    def __init__(self, tensors):
+        super().__init__(tensors, bucket_bytes=2**12)
+
+    def finish(self):
+        self.seen.append((len(self.sent), len(self.buckets)))
+        super().finish()
+
+
 def train(data, out, batch_gpu, steps):
     config = small_config(data, batch_size=BATCH, block=4)
     dataset = setup.open_dataset(config)
@@ -99,9 +112,10 @@ def main(data, out):
     out = Path(out)
     torch.set_num_threads(1)
     dist.init("cpu")
+    dist.Reduction = Watched
     result = dict(world=dist.get_world_size(), **train(data, out, None, STEPS))
     result["small"] = train(data, out, 3, STEPS)
-    result.update(sample(data, out / "images"))
+    result.update(sample(data, out / "images"), sent=Watched.seen)
     if dist.get_rank() == 0:
         torch.save(result, out / "result.pt")
     dist.barrier()

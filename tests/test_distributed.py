@@ -60,6 +60,13 @@ def test_losses_and_gradients_do_not_depend_on_the_processes(alone, group):
     same_gradients(alone[0]["gradients"], group[0]["small"]["gradients"])
 
 
+def test_gradients_are_summed_while_backward_runs(alone, group):
+    """Where processes have equally many micro-batches, every bucket but the last leaves before the end of backward."""
+    assert len(group[0]["sent"]) == 2 * distributed_script.STEPS
+    for sent, buckets in group[0]["sent"]:
+        assert buckets > 3 and (sent >= buckets - 1 if group[0]["world"] == 2 else sent == 0)
+
+
 def test_losses_and_gradients_do_not_depend_on_the_micro_batch(alone):
     same_losses(alone[0]["losses"], alone[0]["small"]["losses"])
     same_gradients(alone[0]["gradients"], alone[0]["small"]["gradients"])
@@ -121,7 +128,7 @@ def test_an_environment_that_makes_no_sense(digits, tmp_path, monkeypatch, name)
     one_line(
         calculate_metrics.cmdline, "ref", f"--data={digits}", f"--dest={tmp_path / 'r.npz'}", "--device=cpu", says=name
     )
-    one_line(dataset_tool.main, "inspect", digits, says="runs as one process")
+    one_line(dataset_tool.main, "inspect", digits, says="start it without torchrun")
     assert not list(tmp_path.iterdir())
 
 

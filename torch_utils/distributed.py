@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import socket
@@ -20,7 +21,7 @@ T = TypeVar("T")
 
 
 def init(device: str | None = None) -> torch.device:
-    """Start the process group that torchrun announces (NCCL on GPUs, gloo on the CPU); a plain run needs none.
+    """Start the process group that torchrun announces (NCCL for what is on GPUs, gloo on the CPU); a plain run needs none.
 
     Sets the CUDA device from LOCAL_RANK. Returns the device of this process. Raises ValueError for one that is not there.
     """
@@ -39,7 +40,7 @@ def init(device: str | None = None) -> torch.device:
         torch.cuda.set_device(device)
     if world_size > 1 and not is_initialized():
         try:
-            torch.distributed.init_process_group(backend="nccl" if device.type == "cuda" else "gloo")
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         except (RuntimeError, ValueError) as err:
             where = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
             why = reason(err)
@@ -152,14 +153,42 @@ def all_gather_varying(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
-def all_reduce_flat_(tensors: Iterable[torch.Tensor], bucket_bytes: int = 2**25) -> None:
-    """Reduce a list of tensors in place, flattened into buckets: few calls, and the same order on every rank."""
-    if get_world_size() == 1:
-        return
-    for bucket in torch._utils._take_tensors(tensors, bucket_bytes):  # of one type each
-        flat = all_reduce_(torch.cat([t.reshape(-1) for t in bucket]))
-        for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-            t.copy_(part.view_as(t))
+class Reduction:
+    """Sums the gradients of `tensors` over processes, a bucket at a time while `backward` still runs.
+
+    Made before the last backward pass that reaches them; `finish` afterwards. Every process gives the same tensors in the same
+    order. A bucket leaves when the gradients in it and in those before are there; backward reaches the last tensors first.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor], bucket_bytes: int = 2**25):
+        self.buckets = list(torch._utils._take_tensors(list(tensors)[::-1], bucket_bytes))  # of one type each
+        self.missing, self.sent = [len(bucket) for bucket in self.buckets], []
+        self.hooks = [
+            t.register_post_accumulate_grad_hook(functools.partial(self._arrived, index))
+            for index, bucket in enumerate(self.buckets)
+            for t in bucket
+        ]
+
+    def _arrived(self, index, tensor):
+        self.missing[index] -= 1
+        while len(self.sent) < len(self.buckets) and self.missing[len(self.sent)] == 0:
+            self._send()
+
+    def _send(self):
+        bucket = self.buckets[len(self.sent)]
+        flat = torch.cat([(torch.zeros_like(t) if t.grad is None else t.grad).reshape(-1) for t in bucket])
+        self.sent.append((flat, torch.distributed.all_reduce(flat, async_op=True)))
+
+    def finish(self) -> None:
+        """Wait for all sums, which take the place of the gradients; of tensors without one, too."""
+        for hook in self.hooks:
+            hook.remove()
+        while len(self.sent) < len(self.buckets):
+            self._send()
+        for bucket, (flat, work) in zip(self.buckets, self.sent, strict=True):
+            work.wait()
+            for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                t.grad = part.view_as(t)
 
 
 def broadcast_(tensors: Iterable[torch.Tensor], src: int = 0) -> None:

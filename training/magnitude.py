@@ -193,6 +193,7 @@ class NormalizedOnce:
 
     def __init__(self, layers: Sequence[MPConv]):
         self.layers, self.passes = layers, 0  # forward passes so far
+        self.of_weight = {layer.weight: layer for layer in layers}
         rows = [layer.weight.flatten(1) for layer in layers]
         self.sizes, like = [len(w) for w in rows], dict(device=rows[0].device, dtype=torch.float32)
         self.fan_in = torch.cat([torch.full([len(w)], w.shape[1], **like) for w in rows])
@@ -217,6 +218,11 @@ class NormalizedOnce:
         self.scale = self.factor / (EPS + self.rms)
         for layer, w, a, b in zip(self.layers, weights, self._split(first), self._split(self.scale), strict=True):
             layer.ready = (w.mul_(a) * b).requires_grad_(w.requires_grad)
+
+    def leaf(self, parameter: Tensor) -> Tensor:
+        """What has the gradient of a parameter until `backward`: the weights that act in its place, or itself."""
+        layer = self.of_weight.get(parameter)
+        return parameter if layer is None else layer.ready
 
     @torch.no_grad()
     def backward(self) -> None:

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -377,16 +377,17 @@ class Precond(Preconditioned):
         return self.unet if self.whole is None or dtype == self.folded_type else self.whole[0]
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """One step of training: in here weights are normalised and overwritten by the first forward pass alone, and
-        gradients reach the parameters at the end, together. The published way, once per pass, differs by 1e-6.
+        gradients reach the parameters at the end, together; until then they are at what the function given makes of these.
+        The published way, once per pass, differs by 1e-6.
         """
         if self.layers is None or self.layers.fan_in.device != self.unet.out_gain.device:
             layers = [layer for layer in self.unet.modules() if isinstance(layer, MPConv)]
             self.layers = NormalizedOnce([layer for layer in layers if layer.weight.dtype == torch.float32])
         self.once = self.layers
         try:
-            yield
+            yield self.once.leaf
             self.once.backward()
         finally:
             self.once.forget()

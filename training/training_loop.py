@@ -213,33 +213,45 @@ class TrainingLoop:
             self.objective.train()
         count = rounds = 0
         self.stats.report("Loss/loss", [])
-        with getattr(self.objective.net, "step", contextlib.nullcontext)():  # what a network does once for all passes
+        alike, reduction = self._alike(), None
+        with getattr(self.objective.net, "step", contextlib.nullcontext)() as leaf:  # what is done once for all passes
             for draws in self.selector.minibatches(self.objective, candidates):
                 losses = self.objective(draws)
                 self.stats.report("Loss/loss", losses)
+                if alike and count + len(draws) == self.batch_size // dist.get_world_size():  # the last pass
+                    reduction = dist.Reduction(self.parameters if leaf is None else map(leaf, self.parameters))
                 (losses.sum() * (self.parts.loss_scaling / self.batch_size)).backward()
                 count, rounds = count + len(draws), rounds + 1
+            if reduction is not None:
+                reduction.finish()
         lr = self.parts.learning_rate(self.state.cur_nimg)
         self.stats.report("Loss/learning_rate", lr)
-        self._apply_gradients(lr, count, rounds)
+        self._apply_gradients(lr, count, rounds, reduction is not None)
         self.advance(candidates)
         if self.ema is not None:
             self.ema.update(self.state.cur_nimg, self.batch_size)
 
-    def _apply_gradients(self, lr, count, rounds):
-        gradients = []
+    def _alike(self):
+        """Whether every process has as many micro-batches as the others, so that gradients can be reduced on the way."""
+        ranks, block = dist.get_world_size(), getattr(self.feed, "block", 0)
+        return (
+            ranks > 1
+            and getattr(self.selector, "keeps_all", False)
+            and bool(block)
+            and self.batch_size % (ranks * block) == 0
+        )
+
+    def _apply_gradients(self, lr, count, rounds, reduced):
+        if dist.get_world_size() > 1 and not reduced:
+            dist.Reduction(self.parameters).finish()
         for p in self.parameters:
-            if p.grad is None:  # a parameter the loss never touched still takes part in the reduction
+            if p.grad is None:  # the loss never touched it
                 p.grad = torch.zeros_like(p)
-            gradients.append(p.grad)
+        gradients = [p.grad for p in self.parameters]
         # Gradients are sums over examples / batch_size; what the ranks trained on together need not be batch_size.
-        extra = [float(count), float(self.stop_requested()), *[0.0] * dist.get_world_size()]
-        extra[2 + dist.get_rank()] = float(rounds)
-        if dist.get_world_size() > 1:  # reading the sums waits for the device, which one process need not do
-            sums = torch.tensor(extra, device=gradients[0].device)
-            dist.all_reduce_flat_([*gradients, sums])
-            extra = sums.tolist()
-        trained, stop, *all_rounds = extra
+        extra = torch.tensor([count, self.stop_requested(), *[0] * dist.get_world_size()], dtype=torch.float64)
+        extra[2 + dist.get_rank()] = rounds
+        trained, stop, *all_rounds = dist.all_reduce_(extra).tolist()  # on the host: no device is waited for
         if len(set(all_rounds)) > 1:  # forward passes may overwrite weights (EDM2): as often on one rank as on another
             dist.broadcast_(self.parameters, src=all_rounds.index(max(all_rounds)))
         self.interrupted = stop > 0

@@ -21,6 +21,7 @@ from torch_utils.precision import PRECISIONS, precise, use
 from training import cost, presets, setup
 from training.config import make_config
 from training.dataset import label_rows
+from training.guidance import for_sampling
 from training.networks_edm2 import compile_network
 from training.samplers import heun
 
@@ -115,6 +116,7 @@ def speed(preset, device, precision, compiled, tiny):
     loop = step_benchmark.make_loop(config, interface, device)
     net = loop.objective.net
     counted = cost.of_net(net)
+    sampler = copy.deepcopy(net).eval().requires_grad_(False)
     if compiled:
         compile_network(net)
     if device.type == "cuda":
@@ -125,9 +127,11 @@ def speed(preset, device, precision, compiled, tiny):
     side, steps = interface["img_resolution"], 1 if tiny else 4
     noise = torch.randn([sampled, interface["img_channels"], side, side], device=device)
     labels = label_rows(torch.arange(sampled, device=device) % interface["label_dim"], interface["label_dim"])
-    net = net.eval()
+    sampler = for_sampling(sampler, compiled=compiled)
     with torch.no_grad():
-        (one,) = step_benchmark.timed([lambda: heun(net, noise, labels, num_steps=steps)], device, 1 if tiny else 3, 1)
+        (one,) = step_benchmark.timed(
+            [lambda: heun(sampler, noise, labels, num_steps=steps)], device, 1 if tiny else 3, 1
+        )
     rate = counted.training_flops * batch / seconds
     card = next((name for name in cost.PEAKS if name in name_of(device)), None)
     mfu = f"{rate / cost.PEAKS[card][precision] / 1e12:.1%}" if card else "-"
@@ -146,9 +150,10 @@ def one_process(device, tiny):
         torch.distributed.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=0, world_size=1)
         try:
             tensors = [torch.arange(5.0, device=device), torch.ones([3, 2], device=device)]
-            before = [t.clone() for t in tensors]
-            dist.all_reduce_flat_(tensors), dist.broadcast_(tensors), dist.barrier()
-            same = all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+            for t in tensors:
+                t.requires_grad_().grad = t.detach() + 1
+            dist.Reduction(tensors).finish(), dist.broadcast_(tensors), dist.barrier()
+            same = all(torch.equal(t.grad, t + 1) for t in tensors)
         finally:
             torch.distributed.destroy_process_group()
         yield [f"{backend}: sum, broadcast, barrier of one process", "identical" if same else "DIFFERENT"]

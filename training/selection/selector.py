@@ -20,6 +20,8 @@ MAX_SOURCES = 256  # with more sources, shares per source are not reported
 class IdentitySelector:
     """Train on everything, in data order, drawn lazily."""
 
+    keeps_all = True  # every process trains on all of its candidates
+
     def candidates(self, batch: int) -> int:
         """Number of candidates to read for a batch of `batch` trained images."""
         return batch
@@ -54,6 +56,8 @@ class LossSelector(IdentitySelector):
 
     Raises ValueError for a filter ratio outside [0, 1), or a function that needs a reference where none is given.
     """
+
+    keeps_all = False
 
     def __init__(
         self,
