@@ -295,6 +295,17 @@ def test_the_ema_lengths_of_digits():
         assert says.format(difference.mean(), *interval, seen) in text
 
 
+def test_a_network_chosen_by_its_training_likelihood_counts():
+    rows, text = data("arm-independent"), document("docs/theory.md")
+    values = {name: [r[name] for r in rows] for name in ("single", "counting", "multi")}
+    ends = ("ends at {:.3f} and {:.3f}", "counting has {:.3f} and {:.3f}", "one at {:.3f} and {:.3f}")
+    for said, found in zip(ends, values.values(), strict=True):
+        assert said.format(*found) in text
+    low, high = scipy.stats.ttest_rel(values["single"], values["counting"]).confidence_interval(0.95)
+    difference = np.mean(values["single"]) - np.mean(values["counting"])
+    assert f"a difference of {difference:.3f} (95 % interval {low:.3f} to {high:.3f})" in text
+
+
 def test_the_reproduction_table():
     """What stands beside the published numbers is what the simulations give, and what is not run has its preset."""
     text = document("docs/reproduction.md")
@@ -319,6 +330,23 @@ def test_the_reproduction_table():
             assert re.search(rf"\| {name} \|[^|]*\|[^|]*\|[^|]*\| {re.escape(short(shown))} \|", text), (when, name)
     named = set(re.findall(r"(?:edm2|mdm|cld|pfgmpp)-[a-z0-9-]*(?:1c|vp|cifar10)\b", text))
     assert named and named <= set(PRESETS)
+
+
+def test_the_spread_of_stable_targets():
+    rows, text = data("pfgmpp-spread"), document("docs/pfgmpp.md")
+    spread = lambda levels, target: np.array(
+        [r["target_variance"] for r in rows if (r["levels"], r["target"]) == (levels, target)]
+    )
+    for levels, shown in (
+        ("all", "by a factor of {:.1f} ({:.1f} to {:.1f}),"),
+        ("2 to inf", "= 2 of {:.1f} ({:.1f} to {:.1f}) (means"),
+    ):
+        ratio = spread(levels, "image") / spread(levels, "stable")
+        interval = scipy.stats.ttest_1samp(ratio, 0).confidence_interval(0.95)
+        assert shown.format(ratio.mean(), *interval) in text
+    for levels in dict.fromkeys(r["levels"] for r in rows):
+        means = " | ".join(f"{spread(levels, target).mean():.4f}" for target in ("image", "stable"))
+        assert f"| {levels.replace('2 to inf', 'above 2')} | {means} |" in text
 
 
 def test_the_posterior_is_aligned_in_sigma():

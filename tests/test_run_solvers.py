@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import scipy.stats
 from small_runs import one_line, run
 
 from metrics.classifier import train_classifier
@@ -106,7 +107,11 @@ def test_differences_against_the_written_out_ones():
     rows = [row("EDM Heun", 10, s, 99.0) for s in (0, 1)] + [row("EDM Heun", 20, s, 1.0 + s) for s in (0, 1)]
     rows += [row("VP EM", 20, s, 4.0 + 3 * s) for s in (0, 1)] + [row("CLD EM", 20, 0, 3.0)]
     found = solvers.differences(rows)
-    mean, error = found["VP EM", "g", 0]
+    mean, error, low, high, p = found["VP EM", "g", 0]
+    a, b = [4.0, 7.0], [1.0, 2.0]
+    interval = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    assert (low, high) == pytest.approx(tuple(interval))
+    assert p == pytest.approx(scipy.stats.ttest_ind(a, b, equal_var=False).pvalue)
     assert list(found) == [("VP EM", "g", 0)]  # one seed has no error
     assert mean == pytest.approx(5.5 - 1.5)
     assert error == pytest.approx(math.hypot(1.5, 0.5))  # of two values: half their distance

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from small_runs import one_line, run
 
@@ -178,13 +179,16 @@ def test_sweep_compares_at_equal_steps_samples_and_time(tmp_path):
     assert f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}" in text
     loss = {(r["arm"], r["seed"]): r["loss"] for r in rows if r["comparison"] == "samples"}
     change = [loss["early-ajest", seed] - loss["baseline", seed] for seed in (0, 1)]
-    assert f"| early-ajest | {np.mean(change):+.4f} ± {np.std(change, ddof=1) / 2**0.5:.4f} |" in text
+    shown = lambda values: "{:+.4f} ({:.4f} to {:.4f})".format(
+        np.mean(values), *scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    )
+    assert f"| early-ajest | {shown(change)} |" in text
     gain = [
         r["guided_mandala_score"] - r["mandala_score"]
         for r in rows
         if (r["comparison"], r["arm"]) == ("time", "baseline")
     ]
-    assert f"| baseline | {np.mean(gain):+.4f} ± {np.std(gain, ddof=1) / 2**0.5:.4f} |" in text.split("Time: guided")[1]
+    assert f"| baseline | {shown(gain)} |" in text.split("Time: guided")[1]
     stem = tmp_path / "reference"
     (learner,) = stem.glob("learner-*")
     learner.unlink()  # as if interrupted

@@ -16,7 +16,7 @@ from dnnlib.util import one_of
 from metrics.detectors import get_detectors
 from metrics.distances import frechet_distance
 from metrics.evaluate import choose_encoder
-from metrics.table import grouped, mean_and_error
+from metrics.table import grouped, mean_and_error, welch_difference
 from simulations import toy_data
 from torch_utils import persistence
 from torch_utils.random import StackedRandomGenerator, hash_seed, seeded_generator
@@ -238,21 +238,22 @@ def summarise(rows: Sequence[dict]) -> dict[tuple, tuple[float, float]]:
     return stats
 
 
-def differences(rows: Sequence[dict]) -> dict[tuple, tuple[float, float]]:
-    """{(arm, grid, source or None): (mean, standard error)} of the errors less the reference's, at the largest budgets.
+def differences(rows: Sequence[dict]) -> dict[tuple, tuple[float, float, float, float, float]]:
+    """{(arm, grid, source or None): `welch_difference`} of the errors less the reference's, at the largest budgets.
 
-    The arms' draws are independent of each other in all but the start, so errors add in squares. Arms with one seed, which
+    The arms' draws are independent of each other in all but the start, so seeds are not paired. Arms with one seed, which
     have no error, are left out.
     """
-    best = {}
-    for (arm, grid, nfe, source), value in summarise(rows).items():
+    cells, best = grouped(((*cell_of(r), r.get("source")), r) for r in rows), {}
+    for (arm, grid, _, source), found in cells.items():
+        nfe = sum(row["nfe"] for row in found) / len(found)
         if nfe >= best.get((arm, grid, source), (0,))[0]:
-            best[arm, grid, source] = nfe, value
-    base = {source: value for (arm, _, source), (_, value) in best.items() if arm == REFERENCE}
+            best[arm, grid, source] = nfe, [row["error"] for row in found]
+    base = {source: errors for (arm, _, source), (_, errors) in best.items() if arm == REFERENCE}
     return {
-        key: (mean - base[key[2]][0], math.hypot(error, base[key[2]][1]))
-        for key, (nfe, (mean, error)) in best.items()
-        if key[0] != REFERENCE and nfe and error and key[2] in base
+        key: welch_difference(errors, base[key[2]])
+        for key, (nfe, errors) in best.items()
+        if key[0] != REFERENCE and nfe and min(len(errors), len(base.get(key[2], ()))) > 1
     }
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from metrics import figures
+from metrics.contrasts import holm
 from metrics.table import grouped, markdown, mean_and_error
 from simulations.studies.solvers import ARMS, IN_SIGMA, REFERENCE, differences, summarise
 
@@ -70,16 +71,16 @@ def _curves(axis, stats, grids):
 
 
 def _differences(found, stem):
-    """Every arm's error less the reference's at the largest budget, per source: drawn with 2 standard errors at `stem`, and
-    as a table with the largest deviation in standard errors.
+    """Every arm's error less the reference's at the largest budget, per source, with 95 % intervals (Welch): drawn at `stem`,
+    and as a table with the smallest p, and that after Holm's adjustment for all of the table.
     """
     sources = sorted({key[2] for key in found})
     names = list(dict.fromkeys(key[:2] for key in found))
     fig, axes = figures.figure(len(sources), 2.6, 0.2 * len(names) + 0.9, sharey=True, squeeze=False)
     for axis, source in zip(axes[0], sources, strict=True):
-        mean, error = zip(*(found[(*name, source)] for name in names), strict=True)
+        mean, _, low, *_ = zip(*(found[(*name, source)] for name in names), strict=True)
         style = dict(fmt="o", markersize=4, color=figures.NEUTRAL)
-        axis.errorbar(mean, range(len(names)), xerr=[2 * e for e in error], **style)
+        axis.errorbar(mean, range(len(names)), xerr=[m - end for m, end in zip(mean, low, strict=True)], **style)
         axis.axvline(0, color=figures.LINE["single"], linewidth=1)
         axis.set_yticks(range(len(names)), [f"{arm}, {grid}" for arm, grid in names])
         axis.set(title=f"source {source}", xlabel=f"FD less that of {REFERENCE}")
@@ -87,12 +88,14 @@ def _differences(found, stem):
         axis.set_xticks([-3, 0, 3, 100], ["-3", "0", "3", "100"])
     axes[0, 0].invert_yaxis()
     figures.save(fig, stem, dpi=110)
+    adjusted = dict(zip(found, holm([p for *_, p in found.values()]), strict=True))
     lines = []
     for name in names:
-        values = [found[(*name, source)] for source in sources]
-        worst = max(abs(mean) / error for mean, error in values)
-        lines.append([*name, *map(_number, values), f"{worst:.1f}"])
-    return markdown([f"less {REFERENCE}", "grid", *(f"source {s}" for s in sources), "largest / s.e."], lines)
+        keys = [(*name, source) for source in sources]
+        values = [f"{mean:.3g} ({low:.3g} to {high:.3g})" for mean, _, low, high, _ in (found[key] for key in keys)]
+        smallest = (min(table[key] for key in keys) for table in ({k: v[-1] for k, v in found.items()}, adjusted))
+        lines.append([*name, *values, *(f"{p:.2g}" for p in smallest)])
+    return markdown([f"less {REFERENCE}", "grid", *(f"source {s}" for s in sources), "smallest p", "after Holm"], lines)
 
 
 def _fixed_nfes(rows):

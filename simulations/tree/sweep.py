@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dnnlib import cells
 from dnnlib.util import one_of, read_stats, write_text
 from metrics import figures
-from metrics.table import markdown, mean_and_deviation, mean_and_error, write_csv
+from metrics.table import markdown, mean_and_deviation, mean_interval, write_csv
 from simulations.configs import TreeConfig
 from simulations.tree import metrics as tree_metrics
 from simulations.tree import training as tree_training
@@ -115,11 +115,14 @@ def measure(
 def write_table(rows: list[dict], outdir: Path) -> list[Path]:
     """table.csv (one row per run and comparison) and table.md. Returns their paths.
 
-    table.md has, for each comparison, means ± standard deviations over seeds, and means ± standard errors of the differences
-    to the baseline of the same seed, which starts from the same weights and sees the same points.
+    table.md has, for each comparison, means ± standard deviations over seeds, and means with 95 % intervals (Student's t) of
+    the differences to the baseline of the same seed, which starts from the same weights and sees the same points.
     """
     seeds = len({row["seed"] for row in rows})
-    deviation, error = (f"(mean ± standard {kind} of {seeds} seeds)" for kind in ("deviation", "error"))
+    deviation, interval = (
+        f"(mean ± standard deviation of {seeds} seeds)",
+        f"(mean and 95 % interval over {seeds} seeds)",
+    )
     text = []
     for kind, title in COMPARISONS.items():
         chosen = {row["arm"]: _of(rows, kind, row["arm"]) for row in rows}
@@ -127,10 +130,10 @@ def write_table(rows: list[dict], outdir: Path) -> list[Path]:
         if "baseline" in chosen and seeds > 1:
             base = {row["seed"]: row for row in chosen["baseline"]}
             others = {arm: mine for arm, mine in chosen.items() if arm != "baseline"}
-            text += [f"**{title.capitalize()}: difference to the baseline of the same seed** {error}"]
+            text += [f"**{title.capitalize()}: difference to the baseline of the same seed** {interval}"]
             text += [_paired(others, COLUMNS, lambda row, name: row[name] - base[row["seed"]][name])]  # noqa: B023
         if seeds > 1:
-            text += [f"**{kind.capitalize()}: guided minus unguided** {error}"]
+            text += [f"**{kind.capitalize()}: guided minus unguided** {interval}"]
             text += [_paired(chosen, SCORES, lambda row, name: row[f"guided_{name}"] - row[name])]
     files = [write_csv(outdir / "table.csv", rows)]
     return [*files, write_text(outdir / "table.md", "\n\n".join(text) + "\n")]
@@ -152,11 +155,11 @@ def _levels(chosen):
 
 
 def _paired(chosen, names, difference):
-    """A line per arm: means of difference(row, name) with standard errors."""
+    """A line per arm: means of difference(row, name) with their 95 % intervals."""
     lines = []
     for arm, rows in chosen.items():
-        found = [mean_and_error(difference(row, name) for row in rows) for name in names]
-        lines.append([arm, *(f"{mean:+.4f} ± {error:.4f}" for mean, error in found)])
+        found = [mean_interval(difference(row, name) for row in rows) for name in names]
+        lines.append([arm, *(f"{mean:+.4f} ({low:.4f} to {high:.4f})" for mean, _, low, high in found)])
     return markdown(["arm", *map(_heading, names)], lines)
 
 
