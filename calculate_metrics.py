@@ -258,8 +258,13 @@ def energy_command(**options):
 @_choice("--section", "--against: all samples, or mean of sources", "overall", "mean")
 @_text("--contrasts", "Test what this experiment file declares under `contrasts`", "FILE")
 @_text("--reading", "--contrasts: also the validation loss after so many images", "NIMG", type=cli.NIMG)
+@click.option("--cells", is_flag=True, help="The lead paper's table: by the tags sim, k, n, its numbers beside ours")
 @_text("--train-multi", "Training data of the shared model: proves that both arms saw the same images", "ZIP")
-@_text("--train-single", "Training data of the separate models, %s standing for the source id", "ZIP")
+@_text(
+    "--train-single",
+    "Training data of the separate models, %s standing for the source id (--cells: %sim, %k, %n, %class)",
+    "ZIP",
+)
 @_text("--real", "Real images to show in the figure", "DIR|ZIP")
 @_text("--net", "Snapshot of the shared model: adds the theory's prediction", "FILE|DIR")
 @_text("--detector", "Detector file: its own held-out accuracy goes under the table", "FILE")
@@ -270,6 +275,12 @@ def report(**options):
     With --contrasts, the gain of every kind of model, and the declared contrasts by paired t over training seeds with Holm's p.
     With --against, any number of arms: means over training seeds, and differences to that arm of the same seed.
     """
+    if options["cells"]:
+        from metrics.report_cells import write_cells
+
+        names = ("scores", "dest", "train_multi", "train_single", "notes")
+        print(write_cells(**{name: options[name] for name in names}))
+        return
     if options["contrasts"] is not None:
         from metrics.report_contrasts import report_command
 

@@ -7,7 +7,7 @@ import click
 
 from dnnlib import cli, experiment, outputs
 from dnnlib.reading import parse_yaml
-from dnnlib.util import locked, one_of, reason, usable_cores
+from dnnlib.util import locked, one_of, reason, visible_gpus
 
 EXAMPLES = """
 \b
@@ -16,8 +16,13 @@ Examples:
   python run_experiment.py experiments/quickstart.yaml --list
   python run_experiment.py experiments/quickstart.yaml --set sources=0,1,2,3 --set per_source=100
   python run_experiment.py experiments/own-data.yaml --set source=photos
-  python run_experiment.py experiments/quickstart.yaml --step=train-multi-seed0
-  sbatch --array=0-7 --wrap='python run_experiment.py sweep.yaml --index=$SLURM_ARRAY_TASK_ID'
+  # Some steps, with what they need: all training, each on a GPU of its own where there are several
+  python run_experiment.py experiments/quickstart.yaml --step='train-*' --with-needs
+  # What it would take, before anything runs; the same as jobs of SLURM
+  python run_experiment.py experiments/imagenet.yaml --budget=full --dry-run
+  bash bash_files/slurm/experiment.sh experiments/imagenet.yaml --budget=full
+\b
+Exit codes: 0 done, 2 bad input or a step that failed, 75 stopped by SIGTERM or SIGUSR1 (run the same command again).
 """
 
 
@@ -65,6 +70,20 @@ def find_file(ctx, param, path):
     return str(own)
 
 
+def _of_imagenet(name):
+    """The function of training/dataset/cells.py of that name."""
+
+    def read(text):
+        from training.dataset import cells
+
+        return getattr(cells, name)(text)
+
+    return read
+
+
+READERS = {"classes": class_ids, "cells": _of_imagenet("cells"), "levels": _of_imagenet("levels")}
+
+
 def parse_setting(text, texts=()):
     """'name=value' -> (name, value), the value of `texts` as written, of others read as YAML; a comma-separated list of
     scalars is a list.
@@ -94,35 +113,45 @@ def parse_setting(text, texts=()):
     click.option(
         "--list", "list_only", is_flag=True, help="Print the steps, with their index and whether they are done"
     ),
-    click.option("--step", "names", metavar="NAME", multiple=True, help="Run only this step; repeatable"),
-    click.option("--index", type=click.IntRange(min=0), help="Run only the step of this index (for job arrays)"),
-    click.option("--jobs", type=cli.COUNT, help="Steps side by side; default: number of cores, at most 8"),
+    click.option("--arrays", is_flag=True, help="Print what is to do as job arrays: first index, array, those before it"),
+    click.option("--step", "names", metavar="NAME", multiple=True, help="Only this, or a pattern: 'train-*'; repeatable"),
+    click.option("--index", type=cli.INTS, metavar="LIST", help="Only the steps of these indices, e.g. 4 or 0,2-7"),
+    click.option("--with-needs", is_flag=True, help="--step, --index: first do what these need and is not done"),
+    click.option("--jobs", type=cli.COUNT, help="Steps side by side; default: a GPU each, else a core each, at most 8"),
 )
-def main(file, budget, settings, outdir, list_only, names, index, jobs):
+@click.option("-n", "--dry-run", is_flag=True, help="Check all that can be checked, print what it would take, and stop")
+@click.option("--seconds", type=cli.Float(0, 600), default=5, help="--dry-run: measurement on this machine; 0: none")
+def main(file, budget, settings, outdir, list_only, arrays, names, index, with_needs, jobs, dry_run, seconds):
     """Run the experiment described by FILE. Run the same command again to resume."""
     texts = experiment.texts(file)
     overrides = dict(parse_setting(text, texts) for text in settings)
     if outdir is not None:
         overrides["out"] = outdir
-    settings, steps = experiment.load(file, budget, overrides, {"classes": class_ids})
-    if index is not None:
-        if index >= len(steps):
-            raise ValueError(f"--index={index}: {file} has steps 0 to {len(steps) - 1}")
-        names = (*names, steps[index].name)
-    unknown = set(names) - {step.name for step in steps}
-    if unknown:
-        raise ValueError(f"--step={sorted(unknown)[0]} is no step of {file}: see --list")
+    settings, steps = experiment.load(file, budget, overrides, READERS)
+    out, all_steps = settings["out"], not names and index is None
+    chosen = experiment.choose(steps, names, index, file)
     if list_only:
         for i, step in enumerate(steps):
-            if not names or step.name in names:
-                print(f"{i:4d} {'done' if experiment.is_done(settings['out'], step) else 'todo'} {step.name}")
+            if step in chosen:
+                print(f"{i:4d} {'done' if experiment.is_done(out, step) else 'todo'} {step.name}")
         return
-    outputs.check("--outdir", settings["out"], outputs.RESULTS, [outputs.Named("FILE", file)])
-    chosen = [step for step in steps if not names or step.name in names]
-    with contextlib.nullcontext() if names else locked(settings["out"]):  # single steps may run side by side
-        experiment.run(chosen, settings["out"], load_scripts, jobs or min(usable_cores(), 8))
-    if not names and settings.get("print"):
-        with open(settings["print"].replace("{out}", settings["out"]), encoding="utf-8") as text:
+    chosen = experiment.with_needs(out, steps, chosen, with_needs)
+    if arrays:
+        for first, numbers, after in experiment.arrays(out, steps, chosen):
+            print(first, numbers, ",".join(map(str, after)) or "-")
+        return
+    outputs.check("--outdir", out, outputs.RESULTS, [outputs.Named("FILE", file)])
+    if dry_run:
+        from metrics.detectors import require_weights
+        from training.dry_run import of_experiment
+
+        print(of_experiment(out, chosen, load_scripts(), seconds, {"calculate_metrics.py": require_weights}))
+        return
+    with locked(out) if all_steps else contextlib.nullcontext():  # single steps may run side by side
+        gpus = visible_gpus()
+        experiment.run(chosen, out, load_scripts, jobs or experiment.default_jobs(chosen, gpus), gpus=gpus)
+    if all_steps and settings.get("print"):
+        with open(settings["print"].replace("{out}", out), encoding="utf-8") as text:
             print(text.read())
 
 

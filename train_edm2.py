@@ -1,7 +1,6 @@
 """Train a diffusion model on one data source or many, on one process or, under torchrun, on several."""
 
 import json
-import os
 
 import click
 
@@ -28,7 +27,7 @@ Examples:
   # One small model for each of the digits 0, 1, 2, side by side in one process:
   python train_edm2.py --each=0,1,2 --outdir=training-runs/digit-%s --data=datasets/digit-%s.zip --preset=digits8
 \b
-Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM or SIGINT after writing a checkpoint
+Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM, SIGINT or SIGUSR1 after writing a checkpoint
 (run the same command again to go on).
 """
 
@@ -56,30 +55,36 @@ Exit codes: 0 done, 1 training failed, 2 bad input, 75 stopped by SIGTERM or SIG
 @cli.listing("--list-presets", presets.listed, "Print the presets with their sizes and sources")
 @cli.listing("--list-processes", cli.names_in("training.processes", "REGISTRY"), "Print the values of --process")
 @cli.listing("--list-selections", cli.names_in("training.selection", "FUNCTIONS"), "Print the values of --select")
-@click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop")
+@click.option("-n", "--dry-run", is_flag=True, help="Print the configuration, check all, plan, and stop")
 def main(outdir, resume, device, profile, dry_run, each, **given):
     """Train a diffusion model on one data source or many. Run the same command again to resume."""
-    config = configure(**given)
-    if dry_run:
-        print(json.dumps(config.to_dict(), indent=2))
-        print("Dry run; exiting.")
-        if os.path.exists(config.data):
-            from training import cost
-
-            click.echo(cost.estimate(config), err=True)
-        return 0
     if each and (resume or profile):
         option = "--resume" if resume else "--profile"
         raise ValueError(f"{option} is not for models side by side (these resume from their own folders): leave it out")
+    config = configure(**given)
+    runs = {own["outdir"]: configure(**own) for own in each} if each else {outdir: config}
+    if dry_run:
+        print(json.dumps(config.to_dict(), indent=2), flush=True)
+        from training import dry_run as trial
+
+        for folder, one in runs.items():
+            trial.of_training(one, folder, resume, device, snapshots_of(one))
+        print("Dry run; exiting.")
+        return 0
     if each:
         from training import side_by_side
 
-        runs = {own["outdir"]: configure(**own) for own in each}
         return side_by_side.train_command(runs, device)
-    from metrics import snapshots
     from training import setup
 
-    return setup.train_command(config, outdir, resume, device, snapshots.while_training(config), profile)
+    return setup.train_command(config, outdir, resume, device, snapshots_of(config), profile)
+
+
+def snapshots_of(config):
+    """Hooks that score the snapshots of a run, or None."""
+    from metrics import snapshots
+
+    return snapshots.while_training(config)
 
 
 def configure(

@@ -365,7 +365,7 @@ class Command(_OneLineErrors, click.Command):
                             f"{own}: every entry of --each needs a place of its own: put %s (or %1, %2, ...) into it"
                         )
                 for own in several:
-                    self._hold(own, held)
+                    self.check_outputs(own, held)
                 return super().invoke(ctx)
         except (ValueError, OSError) as err:
             message = _reason(err) if isinstance(err, OSError) else str(err)
@@ -373,7 +373,8 @@ class Command(_OneLineErrors, click.Command):
                 raise ValueError(better) from err
             raise
 
-    def _hold(self, ctx, held):
+    def check_outputs(self, ctx: click.Context, held: contextlib.ExitStack) -> None:
+        """Every output passes the door; it is held too, unless this is a dry run."""
         for param, text in _texts(ctx):
             if kind := getattr(param, "writes", None):
                 kind = kind if isinstance(kind, outputs.Kind) else kind(ctx.params)

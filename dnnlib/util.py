@@ -301,6 +301,16 @@ def one_of(value: object, names: Iterable[str], listed: str = "") -> str:
     return f"is unknown{f' (did you mean {near}?)' if near else ''}; {known}"
 
 
+def visible_gpus() -> list[str]:
+    """Names, for CUDA_VISIBLE_DEVICES, of the GPUs that this process may use."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name for name in chosen.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+    import torch
+
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
 def reason(err: Exception) -> str:
     """What an exception says, in one line; its type where it says nothing."""
     return (str(err) or type(err).__name__).splitlines()[0]

@@ -58,7 +58,14 @@ def report_kind(o: dict) -> outputs.Kind:
     if o["against"] is not None:
         return outputs.written("a report", ".md", ".csv", ".png", ".svg")
     return outputs.written(
-        "a report", "table.md", "table.csv", "contrasts.csv", "comparison.png", "comparison.svg", folder=True
+        "a report",
+        "table.md",
+        "table.csv",
+        "contrasts.csv",
+        "comparison.png",
+        "comparison.svg",
+        "cells.csv",
+        folder=True,
     )
 
 
@@ -269,6 +276,7 @@ def scores(
 ) -> dict | None:
     """What a score file holds, on rank 0, else None; says where images were seen before. trained: see `compare`."""
     from metrics.evaluate import compare, literature_name
+    from metrics.features import class_titles
     from metrics.results import finite
     from torch_utils import distributed
 
@@ -277,7 +285,7 @@ def scores(
     options = {"seed": o.seed, "per_source": o.per_source, "splits": o.splits, "measures": o.distances}
     options["trained"] = trained
     result = {"images": name, "seed": o.seed, "tags": o.tags, "overlap": overlaps(samples, prepared)}
-    result |= {"scores": {}, "metrics": {}}
+    result |= class_titles(samples, prepared.sides) | {"scores": {}, "metrics": {}}
     for key, detector in prepared.detectors.items():
         reference = prepared.references[key]
         train = prepared.training and prepared.training[key]

@@ -16,7 +16,7 @@ from metrics.detectors.base import about
 from metrics.statistics import FeatureStatistics, gather_rows, require_memory
 from torch_utils.distributed import get_rank, get_world_size, split_batches
 from training.dataset import Dataset, hash_of_items
-from training.fit import Side, of_images
+from training.fit import Side, of_images, title
 
 FEATURE_LIMIT = 2**30  # bytes of float32 features kept in memory per detector; beyond it only the sums are kept
 
@@ -79,6 +79,13 @@ class FeatureSet:
     def shared_with(self, other: FeatureSet) -> int | None:
         """How many of these images the other set has too, pixel by pixel; None where a file does not say."""
         return None if self.hashes is None or other.hashes is None else int(np.isin(self.hashes, other.hashes).sum())
+
+
+def class_titles(sets: dict[str, FeatureSet], sides: Sequence[Side]) -> dict:
+    """{"class_names": {source id: what it is called}} of the sources with images in `sets`, where one of `sides` knows."""
+    names = next((side.class_names for side in sides if side.class_names), None)
+    sources = next(iter(sets.values())).sources if names else None
+    return {"class_names": {str(k): title(k, names) for k in sources}} if sources else {}
 
 
 def keeps(num_images: int, width: int) -> bool:

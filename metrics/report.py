@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dnnlib.util import write_text
-from metrics.results import Row, of_detector, of_sources, read_scores, sources_of, theory_ratio
+from metrics.results import Row, of_detector, of_sources, read_scores, sources_of, theory_ratio, titles_of
 from metrics.table import Cells, Verdict, collect, half_width_of, markdown, numbers, verdict, write_csv
 
 COLUMNS = (
@@ -31,13 +31,18 @@ SURE = ("fd", "denoising_loss", "agreement")  # stand in the Markdown table with
 STRIP = 12  # images of each arm and source in the figure
 
 
-def table_rows(cells: Cells, arms: Sequence[str], sources: Sequence[str]) -> list[dict[str, str]]:
-    """Lines of the CSV file: one per source and arm with means, spreads, half of the 95 % interval; then means over sources."""
+def table_rows(
+    cells: Cells, arms: Sequence[str], sources: Sequence[str], titles: Mapping[str, str]
+) -> list[dict[str, str]]:
+    """Lines of the CSV file: one per source and arm with means, spreads, half of the 95 % interval; then means over sources.
+
+    titles: what the sources are called.
+    """
     names = [c for c in COLUMNS if any((a, s, c) in cells for a in arms for s in sources)]
     rows = []
     for source in [*sources, "mean"]:
         for arm in arms:
-            row = {"source": source, "arm": arm}
+            row = {"source": titles[source], "arm": arm}
             for name in names:
                 values = [*numbers(cells, arm, source, name, sources), half_width_of(cells, arm, source, name, sources)]
                 for suffix, value in zip(("", "_sd_training", "_sd_sampling", "_half95"), values, strict=True):
@@ -46,7 +51,9 @@ def table_rows(cells: Cells, arms: Sequence[str], sources: Sequence[str]) -> lis
     return rows
 
 
-def seed_rows(cells: Cells, arms: Sequence[str], sources: Sequence[str]) -> list[dict[str, object]]:
+def seed_rows(
+    cells: Cells, arms: Sequence[str], sources: Sequence[str], titles: Mapping[str, str]
+) -> list[dict[str, object]]:
     """Lines of seeds.csv: the numbers behind every mean and interval, one line per arm, source and training seed."""
     names = [c for c in COLUMNS if any((a, s, c) in cells for a in arms for s in sources)]
     rows = []
@@ -54,7 +61,7 @@ def seed_rows(cells: Cells, arms: Sequence[str], sources: Sequence[str]) -> list
         values = {name: cells[arm, source, name].by_seed() for name in names if (arm, source, name) in cells}
         for seed in dict.fromkeys(itertools.chain(*values.values())):
             found = {name: values.get(name, {}).get(seed, "") for name in names}
-            rows.append({"arm": arm, "source": source, "seed": seed, **found})
+            rows.append({"arm": arm, "source": titles[source], "seed": seed, **found})
     return rows
 
 
@@ -64,6 +71,7 @@ def to_markdown(
     sources: Sequence[str],
     verdicts: dict[str, Verdict],  # by measure, the one that decides first
     notes: Sequence[str],
+    titles: Mapping[str, str],
 ) -> str:
     """The table as Markdown: per source and mean, what the arms are judged by, agreement, floor, neighbours, verdicts."""
     a, b = arms
@@ -97,7 +105,7 @@ def to_markdown(
         return " +- ".join(f"{v * scale:.{digits}f}" for v in shown) + unit
 
     columns = {name: c for name, c in columns.items() if c is None or any((c[1], s, c[0]) in cells for s in sources)}
-    rows = [[source, *(text(source, column) for column in columns.values())] for source in [*sources, "mean"]]
+    rows = [[titles[source], *(text(source, column) for column in columns.values())] for source in [*sources, "mean"]]
     lines = "\n\n".join(f"**{MEASURES[measure]}: {found}**" for measure, found in verdicts.items())
     return (
         f"{markdown(['source', *columns], rows)}\n\n{lines}\n\n"
@@ -111,7 +119,12 @@ def to_markdown(
 
 
 def figure(
-    stem: Path, cells: Cells, arms: Sequence[str], sources: Sequence[str], strips: dict, judged: tuple[str, Verdict]
+    stem: Path,
+    cells: Cells,
+    arms: Sequence[str],
+    titles: Mapping[str, str],  # of the sources, in order
+    strips: dict,
+    judged: tuple[str, Verdict],
 ) -> list[Path]:
     """stem.png and stem.svg: a strip of images per source for real data and every arm, and bars of the measure with spread.
 
@@ -119,10 +132,12 @@ def figure(
     """
     from metrics import figures
 
-    measure, main = judged
+    (measure, main), sources = judged, [s for s in titles if s not in ("mean", "overall")]
     height = max(2.8, 0.4 * len(sources) * max(len({title for title, _ in strips}), 1) + 0.6)
     fig, (left, right) = figures.figure(2, 4.75, height, gridspec_kw={"width_ratios": [1.5, 1]})
-    _draw_strips(left, [(f"{title}, source {s}", strips[title, s]) for s in sources for title, at in strips if at == s])
+    _draw_strips(
+        left, [(f"{title}, {titles[s]}", strips[title, s]) for s in sources for title, at in strips if at == s]
+    )
     x = np.arange(len(sources) + 1)
     for i, (arm, colour) in enumerate(zip(arms, figures.colours(arms), strict=True)):
         means = [numbers(cells, arm, s, measure, sources)[0] for s in [*sources, "mean"]]
@@ -134,7 +149,9 @@ def figure(
     if measure == "fd" and len(floors) == len(sources):
         style = {"colors": "black", "linestyles": "dashed", "linewidth": 1, "label": "floor: held-out, half vs half"}
         right.hlines([*floors, np.mean(floors)], x - 0.45, x + 0.45, **style)
-    right.set_xticks(x, [*sources, "mean"])
+    right.set_xticks(x, [*map(titles.get, sources), "mean"])
+    if max(map(len, titles.values())) > 8:
+        right.tick_params(axis="x", rotation=30)
     right.set(xlabel="source", ylabel=f"{MEASURES[measure]} and 95 % interval", ylim=(None, right.get_ylim()[1] * 1.3))
     right.legend(fontsize=8, loc="upper left", ncols=2)
     error = "" if main.interval is None else f" ({main.interval[0]:.1%} to {main.interval[1]:.1%})"
@@ -185,7 +202,7 @@ def _strips(
     return strips
 
 
-def _same_data(train_multi: str, train_single: Sequence[str]) -> str:
+def same_data(train_multi: str, train_single: Sequence[str]) -> str:
     """A line that says whether the arms saw the same images, by content hash."""
     from training.dataset import ImageFolderDataset, content_hash
 
@@ -218,7 +235,7 @@ def write_report(
     """
     rows = of_sources(of_detector(read_scores(scores), metric))
     notes, dest = list(notes), Path(dest)
-    sources, cells = sources_of(rows), collect(rows)
+    sources, cells, titles = sources_of(rows), collect(rows), titles_of(rows)
     judged = [m for m in (measure, *MEASURES) if m == measure or any(m in row.numbers for row in rows)]
     verdicts = {m: verdict(cells, sources, *arms, m) for m in judged}
     if detector is not None:
@@ -234,7 +251,7 @@ def write_report(
     samplings = len({r.tags["sampling"] for r in rows})
     notes.append(f"Training seeds: {', '.join(f'{n} ({a})' for a, n in seeds.items())}; sampling seeds: {samplings}.")
     if train_multi and train_single:
-        notes.append(_same_data(train_multi, [train_single.replace("%s", s) for s in sources]))
+        notes.append(same_data(train_multi, [train_single.replace("%s", s) for s in sources]))
     if net is not None:
         from torch_utils.persistence import load_snapshot
 
@@ -246,9 +263,9 @@ def write_report(
             f"measured ratio of the means of {MEASURES[measure]} {a / b:.3f}."
         )
     strips = _strips(rows, arms, sources, real, notes)
-    text = to_markdown(cells, arms, sources, verdicts, notes)
-    write_csv(dest / "table.csv", table_rows(cells, arms, sources))
-    write_csv(dest / "seeds.csv", seed_rows(cells, arms, sources))
+    text = to_markdown(cells, arms, sources, verdicts, notes, titles)
+    write_csv(dest / "table.csv", table_rows(cells, arms, sources, titles))
+    write_csv(dest / "seeds.csv", seed_rows(cells, arms, sources, titles))
     write_text(dest / "table.md", text)
-    figure(dest / "comparison", cells, arms, sources, strips, (measure, verdicts[measure]))
+    figure(dest / "comparison", cells, arms, titles, strips, (measure, verdicts[measure]))
     return text

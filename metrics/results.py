@@ -10,6 +10,7 @@ import glob
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +45,7 @@ class Row:
     file: str
     compared: Compared = Compared(None, None, None)
     net: str | None = None  # network that was measured without images of its own
+    title: str | None = None  # what the source is called
 
 
 def read_scores(pattern: str | Path, needed: Sequence[str] = ("arm", "seed")) -> list[Row]:
@@ -76,13 +78,13 @@ def read_scores(pattern: str | Path, needed: Sequence[str] = ("arm", "seed")) ->
 def rows_of(content: dict, file: str) -> list[Row]:
     """The rows of the content of one score file. Raises what a content of another form leads to."""
     rows, tags, images = [], {"sampling": "0", **content["tags"]}, content.get("images")
-    net = content.get("net")
+    net, names = content.get("net"), content.get("class_names", {})
     for detector, result in content["metrics"].items():
         sections = {"overall": result.get("overall", result), "mean": result.get("mean", {})}
         for section, values in (sections | result.get("sources", {})).items():
             numbers = {name: float(v) for name, v in values.items() if type(v) in (int, float)}
             about = _compared(result, section, values)
-            rows.append(Row(tags, detector, section, numbers, images, file, about, net))
+            rows.append(Row(tags, detector, section, numbers, images, file, about, net, names.get(section)))
     return rows
 
 
@@ -151,6 +153,18 @@ def of_sources(rows: Iterable[Row]) -> list[Row]:
 def sources_of(rows: Iterable[Row]) -> list[str]:
     """The sources of rows, in numerical order."""
     return sorted({row.section for row in rows}, key=lambda s: (not s.isdigit(), int(s) if s.isdigit() else 0, s))
+
+
+def titles_of(rows: Iterable[Row]) -> dict[str, str]:
+    """{source: what it is called} in tables and figures: its class name, where score files know it and no other has it."""
+    rows = list(rows)
+    named = {row.section: row.title for row in rows if row.title}
+    often = Counter(named.values())
+    titles = {
+        s: named[s] if s in named and often[named[s]] == 1 else f"{named.get(s, '')} {s}".strip()
+        for s in sources_of(rows)
+    }
+    return titles | {"mean": "mean", "overall": "overall"}
 
 
 def best_of(rows: Sequence[Row], measure: str = "fd", detector: str | None = None, top: int = 3) -> dict:

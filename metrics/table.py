@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -151,6 +151,10 @@ class Cell:
         seeds = grouped((seed, value) for (seed, _), value in self.values.items())
         return {seed: fmean(v) for seed, v in sorted(seeds.items())}
 
+    def by_sampling(self) -> dict[str, float]:
+        """The values of the only training seed, one per sampling seed; empty where there are several."""
+        return {q: value for (_, q), value in sorted(self.values.items())} if len(self.by_seed()) == 1 else {}
+
     @property
     def mean(self) -> float:
         """Over training seeds."""
@@ -236,6 +240,7 @@ class Verdict:
     interval: tuple[float, float] | None  # 95 %, Student's t
     per_source: dict[str, float]
     levels: dict[str, float]  # arm -> mean over sources
+    over: str = "training"  # seeds that the interval is over
 
     def __str__(self) -> str:
         wins = f"{self.better} better than {self.other} in {self.wins} of {len(self.per_source)} sources"
@@ -244,7 +249,8 @@ class Verdict:
             return f"{line} (one training seed per arm: no uncertainty known)"
         low, high = self.interval
         clear = "clear of zero" if low > 0 or high < 0 else "zero is inside"
-        return f"{line} +- {self.standard_error:.1%} (95 % interval {low:.1%} to {high:.1%}: {clear})"
+        only = "" if self.over == "training" else " over sampling seeds alone, of one training per arm"
+        return f"{line} +- {self.standard_error:.1%} (95 % interval{only} {low:.1%} to {high:.1%}: {clear})"
 
 
 def verdict(
@@ -254,7 +260,8 @@ def verdict(
 
     One model of the shared arm serves all sources, so the seeds of both arms are averaged over sources first; the arms are
     then paired by training seed, which stands for the draw of the data, too, where every seed has its own; seeds of which
-    the arms have none in common are paired in their order. Raises ValueError where an arm has no scores.
+    the arms have none in common are paired in their order. With one training seed per arm the interval is over the sampling
+    seeds that both have, and says nothing of other trainings. Raises ValueError where an arm has no scores.
     """
     for arm in (better, other):
         if missing := [s for s in sources if (arm, s, column) not in cells]:
@@ -268,15 +275,24 @@ def verdict(
         pairs = list(zip(*(values.values() for values in relative), strict=False))
     else:
         pairs = [(value, relative[1][seed]) for seed, value in relative[0].items() if seed in relative[1]]
+    over = "training"
+    if len(pairs) == 1:
+        drawn = [
+            seeds_mean([cells[arm, s, column] for s in sources], base, Cell.by_sampling) for arm in (other, better)
+        ]
+        if len(common := [q for q in drawn[0] if q in drawn[1]]) > 1:
+            pairs, over = [(drawn[0][q], drawn[1][q]) for q in common], "sampling"
     _, error, *interval = paired_difference(*zip(*pairs, strict=True))
     error, interval = (error, tuple(interval)) if len(pairs) > 1 else (None, None)
     return Verdict(
-        better, other, wins, advantage, error, interval, per_source, {better: fmean(mine), other: fmean(base)}
+        better, other, wins, advantage, error, interval, per_source, {better: fmean(mine), other: fmean(base)}, over
     )
 
 
-def seeds_mean(cells: Sequence[Cell], units: Sequence[float]) -> dict[str, float]:
-    """Means over cells, each in its own unit, by training seed, for every seed that all cells have."""
-    tables = [cell.by_seed() for cell in cells]
+def seeds_mean(
+    cells: Sequence[Cell], units: Sequence[float], seeds: Callable[[Cell], dict[str, float]] = Cell.by_seed
+) -> dict[str, float]:
+    """Means over cells, each in its own unit, by training seed (or other `seeds`), for every seed that all cells have."""
+    tables = [seeds(cell) for cell in cells]
     common = sorted(set.intersection(*map(set, tables)))
     return {seed: fmean(t[seed] / unit for t, unit in zip(tables, units, strict=True)) for seed in common}

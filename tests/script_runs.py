@@ -38,8 +38,8 @@ def answer(words, log):
     return max(codes, key=abs), "".join(Path(log).read_text() for log in logs)
 
 
-def bash(script, *words, code=0, **environment):
-    """Output of `ENVIRONMENT bash bash_files/SCRIPT WORDS`."""
+def bash(script, *words, code=0, path="", **environment):
+    """Output of `ENVIRONMENT bash bash_files/SCRIPT WORDS`; path: a folder of further programs."""
     with tempfile.TemporaryDirectory() as folder:  # not of pytest: the names of sockets have to be short
         address, logs = f"{folder}/socket", iter(range(1000))
 
@@ -51,7 +51,7 @@ def bash(script, *words, code=0, **environment):
         for name in ("python", "torchrun"):
             (Path(folder) / name).write_text(PASS_ON.format(python=sys.executable, address=address))
             (Path(folder) / name).chmod(0o755)
-        given = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+        given = {"PATH": os.pathsep.join([folder, str(path), os.environ["PATH"]])}
         given |= {name: str(value) for name, value in environment.items()}
         with socketserver.UnixStreamServer(address, Handler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -263,10 +263,12 @@ def plan(
     seconds: float = 0.0,
     mfu: float = MFU,
     precision: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict:
     """What the run will take, as plain data: counts, GB of memory and disk, and hours of one device each.
 
-    seconds: of the measurement on this machine; 0: none. mfu, precision: assumed of GPUs; None: the precision of `config`.
+    seconds: of the measurement on this machine, on `device`; 0: none.
+    mfu, precision: assumed of GPUs; None: the precision of `config`.
     """
     cost, precision = of_run(config, interface), precision or config.precision or ("fp16" if config.fp16 else "fp32")
     per_image = cost.training_flops + cost.scoring_flops
@@ -274,7 +276,7 @@ def plan(
     basis = f"{precision} at {mfu:.0%} of the peak, {LAUNCH * 1e6:.0f} us per operation, assumed"
     rates = {name: (PEAKS[name][precision] * 1e12 * mfu, LAUNCH, basis) for name in PEAKS}
     if seconds:
-        rate, basis = measured_rate(config, interface, seconds)
+        rate, basis = measured_rate(config, interface, seconds, device)
         rates["here"] = rate, 0.0, f"measured: {basis}"
     devices = {}
     for name, (rate, launch, basis) in rates.items():
@@ -311,23 +313,6 @@ def duration(hours: float) -> str:
         if hours >= 2 * size:
             return f"{hours / size:.1f} {unit}"
     return f"{hours * 3600:.0f} seconds"
-
-
-def estimate(config: TrainingConfig) -> str:
-    """What a dry run says of a run whose data are there: a few lines, or why there are none."""
-    try:
-        what = plan(config, shape_of(config))
-    except ValueError as err:
-        return f"No estimate: {err}"
-    memory, disk, files, devices = (what[name] for name in ("memory_gb", "disk_gb", "files", "devices"))
-    time_of = ", ".join(f"{name} {duration(row['hours'])}" for name, row in devices.items())
-    return (
-        f"Estimate: {what['parameters']:,} parameters, {what['gflops']['step_per_image']:.4g} GFLOP per trained image, "
-        f"{what['steps']:,} steps, {what['images']:,} images\n"
-        f"  memory: {memory['step']:.3g} GB, of which {memory['per_image']:.3g} per image of a micro-batch\n"
-        f"  disk: {disk['all']:.3g} GB, {files['snapshots']} snapshots and {files['checkpoints']} checkpoints\n"
-        f"  one GPU ({devices['H100']['basis']}): {time_of}; this machine: see count_flops.py"
-    )
 
 
 HEAD = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,6 +67,13 @@ def class_names_of(snapshot: Snapshot) -> list[str] | None:
     """Of the sources that a network was trained on, where its file says."""
     about = snapshot.header.get("dataset")
     return (about.get("class_names") or None) if isinstance(about, dict) else None
+
+
+def title(source: int | str, class_names: Sequence[str] | None) -> str:
+    """What a source is called in tables and figures: its class name, without a WordNet id and further names, or its id."""
+    known = class_names is not None and str(source).isdigit() and int(source) < len(class_names)
+    name = re.sub(r"^n\d{8} ", "", class_names[int(source)]).split(",")[0] if known else ""
+    return name.strip() or str(source)
 
 
 def of_images(

@@ -290,8 +290,7 @@ def run(given: Sampling, seeds: Sequence[int], outdir: str, subdirs: bool, grid:
                     row.append(batch.images[i].cpu())
     if grid and dist.get_rank() == 0:
         keys = sorted(shown, key=lambda k: -1 if k is None else k)
+        titles = None if keys == [None] else [fit.title(k, fit.class_names_of(net)) for k in keys]
         # Beside the folder, not in it: the folder is a data set.
-        names = net.header.get("dataset", {}).get("class_names")
-        titles = None if keys == [None] else [names[k] if names else k for k in keys]
         save_grid(f"{str(outdir).rstrip('/')}-grid.png", [shown[k] for k in keys], titles)
     dist.shutdown()

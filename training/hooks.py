@@ -16,6 +16,7 @@ from dnnlib.util import read_stats
 from torch_utils import distributed as dist
 from torch_utils.random import StackedRandomGenerator
 from training.dataset import Dataset, label_rows
+from training.fit import title
 from training.images import save_grid
 from training.samplers import heun
 from training.trackers import tracker_hooks
@@ -158,9 +159,9 @@ def grid_labels(dataset: Dataset) -> tuple[torch.Tensor | None, list[str] | None
     if not dataset.has_labels:
         return None, None
     if dataset.has_onehot_labels:
-        shown, names = dataset.sources[:GRID_ROWS], dataset.class_names
-        titles = [names[k] if names else str(k) for k in shown]
-        return label_rows(torch.tensor(shown), dataset.label_dim)[:, None].expand(-1, GRID_COLUMNS, -1), titles
+        shown = dataset.sources[:GRID_ROWS]
+        rows = label_rows(torch.tensor(shown), dataset.label_dim)[:, None].expand(-1, GRID_COLUMNS, -1)
+        return rows, [title(source, dataset.class_names) for source in shown]
     raw = torch.from_numpy(dataset.raw_labels)
     drawn = torch.randint(len(raw), [2, GRID_COLUMNS], generator=torch.Generator().manual_seed(0))
     return raw[drawn], None
@@ -196,7 +197,7 @@ def grid_hook(labels: torch.Tensor | None = None, titles: list[str] | None = Non
 
 
 def stop_on_signal() -> Callable:
-    """stop_requested hook: True once SIGTERM or SIGINT has arrived; a second SIGINT interrupts at once."""
+    """stop_requested hook: True once SIGTERM, SIGINT or SIGUSR1 has arrived; a second SIGINT interrupts at once."""
     arrived = []
 
     def handle(number, frame):
@@ -206,6 +207,7 @@ def stop_on_signal() -> Callable:
             os.write(2, f"\n{STOPPING}\n".encode())
         arrived.append(number)
 
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # the last of batch systems; Windows has none
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handle)
     return lambda: bool(arrived)

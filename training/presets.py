@@ -221,6 +221,17 @@ def interface(
     )
 
 
+def misfit(name: str, interface: dict[str, int]) -> str | None:
+    """That a preset for latents is given pixels, or the other way round; None where it fits, or nothing is known."""
+    kinds = (
+        [shape["img_channels"] == 4 for shape in (globals()["interface"](name), interface)] if name in PRESETS else []
+    )
+    if len(set(kinds)) < 2:
+        return None
+    are, wants = ("latents", "pixels") if kinds[1] else ("pixels", "latents (dataset_tool.py encode)")
+    return f"--preset={name} is for {wants}, and the data are {are}"
+
+
 # Published combinations of network, guide and guidance weight for generate_images.py --preset.
 #
 # EDM2 (Karras et al. 2024, arXiv 2312.02696) and autoguidance (arXiv 2406.02507): ImageNet at 512x512 (latents) and 64x64,

@@ -19,7 +19,7 @@ from dnnlib.util import logged, reason, remove_leftovers, write_json
 from torch_utils import checkpoint, persistence, precision
 from torch_utils import distributed as dist
 from torch_utils.random import hash_seed
-from training import encoders, fit, losses, processes, selection
+from training import encoders, fit, losses, presets, processes, selection
 from training.choices import ARCHS, EMAS, ENCODERS, LOSSES, OPTIMIZERS, SCHEDULES, augment_pipe, choose, given
 from training.config import TrainingConfig, check_same_run, differences, has_own_levels
 from training.dataset import Dataset, ImageFolderDataset
@@ -306,7 +306,7 @@ def build(config: TrainingConfig, device: torch.device | str = "cpu") -> Run:
     schedule = choose(SCHEDULES, "lr-schedule", config.lr_schedule)
     if config.compile:
         compile_network(net)  # after the averages, which are copies
-    _warn_no_effect(config)
+    _warn_no_effect(config, interface)
     about = dict(
         path=str(config.data), num_images=len(dataset), label_dim=dataset.label_dim, class_names=dataset.class_names
     )
@@ -366,12 +366,14 @@ def _learning_rate(schedule, config, selector, cur_nimg):
     return schedule(cur_nimg, config.batch_size, config.lr, config.decay, config.rampup, **more)
 
 
-def _warn_no_effect(config):
+def _warn_no_effect(config, interface):
     """Options that are given but do nothing deserve a word."""
     if config.select == "none" and config.reference is not None:
         warnings.warn("--reference has no effect without --select", stacklevel=3)
     if config.precond != "edm" and config.arch == "edm2":
         warnings.warn(f"--precond={config.precond} has no effect: --arch=edm2 has its own", stacklevel=3)
+    if misfit := presets.misfit(config.preset, interface):
+        warnings.warn(misfit, stacklevel=3)
     if config.label_dropout and not config.cond:
         warnings.warn("--label-dropout has no effect without labels", stacklevel=3)
 

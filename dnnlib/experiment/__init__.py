@@ -20,7 +20,8 @@ A run line may start with `torchrun --standalone --nproc_per_node=2`: the step t
 """
 
 from dnnlib.experiment.file import load, read, texts
-from dnnlib.experiment.running import execute, run
-from dnnlib.experiment.steps import Step, is_done
+from dnnlib.experiment.running import default_jobs, execute, run, share
+from dnnlib.experiment.steps import Step, arrays, choose, is_done, missing, to_do, with_needs
 
-__all__ = ["Step", "execute", "is_done", "load", "read", "run", "texts"]
+__all__ = ["Step", "arrays", "choose", "default_jobs", "execute", "is_done", "load", "missing", "read", "run", "share"]
+__all__ += ["texts", "to_do", "with_needs"]

@@ -1,5 +1,6 @@
 """One step of an experiment: its command line, what it reads and writes, and whether it has been done on these inputs."""
 
+import fnmatch
 import functools
 import glob
 import hashlib
@@ -32,7 +33,7 @@ SCRIPT_OUTPUTS = {"dataset_tool.py": {"holdout", "val"}}
 REPLACED = "replaced"  # folder of outputs that a step made before its command or inputs changed
 
 
-@dataclass
+@dataclass(eq=False)  # steps are themselves, not alike
 class Step:
     """One command line: a script and its arguments, or `torchrun` with options before them. Steps with the same `stage`
     are independent of each other.
@@ -54,6 +55,12 @@ class Step:
         """
         outside = {path: _traits(path) for path in sorted(self.reads) if os.path.isfile(path) or path in self.folders}
         return _digest([self.argv, outside, [step.key for step in self.needs]])
+
+    def processes(self, gpus: int) -> int:
+        """How many the launcher starts on a machine; `gpu` and `auto` are one on each of `gpus`."""
+        words = self.argv if self.argv[0] == LAUNCHER else []
+        found = [word.partition("=")[2] for word in _joined(words) if "nproc_per_node" in word.replace("-", "_")]
+        return (int(found[-1]) if found[-1].isdigit() else max(gpus, 1)) if found else 1
 
     @property
     def script(self) -> str:
@@ -95,12 +102,20 @@ class Step:
 
     @functools.cached_property
     def reads(self) -> set[str]:
-        """All that may be a path in the command line and is not written by it; `%s` stands for anything."""
+        """All that may be a path in the command line and is not written by it; `%s`, `%class`, ... stand for anything."""
         found = set()
         for word in self.words:
             value = word.partition("=")[2] if word.startswith("--") else word
             found |= {value, value.partition(":")[2], *re.split(r"[,:]", value)}
-        return {os.path.normpath(path.replace("%s", "*")) for path in found if path} - self.writes
+        return {os.path.normpath(re.sub(r"%[a-z]+", "*", path)) for path in found if path} - self.writes
+
+
+def _joined(words):
+    """Launcher words with values of their own in one: `--nnodes 2` as `--nnodes=2`."""
+    words = iter(words)
+    for word in words:
+        known = word.startswith("-") and word.lstrip("-").replace("-", "_") in LAUNCHER_VALUES
+        yield f"{word}={next(words, '')}" if known else word
 
 
 def _traits(path):
@@ -194,6 +209,69 @@ def mark_done(out: str | Path, step: Step, seconds: float) -> None:
     record = {"key": step.key, "argv": step.argv, "seconds": round(seconds, 3)}
     record["files"] = {path: _state(path) for path in _files(out, step)}
     write_json(_marker(out, step), record)
+
+
+def to_do(out: str | Path, steps: Iterable[Step]) -> list[Step]:
+    """Of `steps`, in order, those that are not done, and what needs one of these."""
+    names = {step.name for step in steps if not is_done(out, step)}
+    for step in steps:  # in order: what needs a step that is done again is done again
+        if names and (step.summary or names & {other.name for other in step.needs}):
+            names.add(step.name)
+    return [step for step in steps if step.name in names]
+
+
+def choose(steps: list[Step], patterns: Iterable[str], indices: Iterable[int] | None, file: str) -> list[Step]:
+    """The steps of these names or patterns (`train-*`), and of these indices; all where none are given. Raises ValueError."""
+    patterns, indices, chosen = list(patterns), list(indices or ()), set()
+    for pattern in patterns:
+        found = {i for i, step in enumerate(steps) if fnmatch.fnmatchcase(step.name, pattern)}
+        if not found:
+            raise ValueError(f"--step={pattern} is no step of {file}: see --list")
+        chosen |= found
+    if wrong := [i for i in indices if not 0 <= i < len(steps)]:
+        raise ValueError(f"--index={wrong[0]}: {file} has steps 0 to {len(steps) - 1}")
+    chosen |= set(indices)
+    return [step for i, step in enumerate(steps) if i in chosen] if patterns or indices else list(steps)
+
+
+def with_needs(out: str | Path, steps: list[Step], chosen: list[Step], allowed: bool) -> list[Step]:
+    """The chosen steps with what they need and is not done. Raises ValueError that names these where not `allowed`."""
+    lacking = {step.name for step in missing(out, to_do(out, chosen))}
+    if lacking and not allowed:
+        shown = [step.name for step in steps if step.name in lacking]
+        more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
+        these = chosen[0].name if len(chosen) == 1 else f"{len(chosen)} steps"
+        raise ValueError(
+            f"{these}: not done yet, but needed: {', '.join(shown[:5])}{more}; first do these, or add --with-needs"
+        )
+    names = lacking | {step.name for step in chosen}
+    return [step for step in steps if step.name in names]
+
+
+def arrays(out: str | Path, steps: list[Step], chosen: list[Step]) -> list[tuple[int, str, list[int]]]:
+    """What is to do of the chosen steps, as job arrays, one for every entry of the file with something to do, in order:
+    (index of its first step; its steps, counted from there, such as 0-3,7; the arrays before it that have to be done).
+    """
+    todo, found, at = to_do(out, chosen), [], {}
+    for step in todo:
+        first = next(i for i, other in enumerate(steps) if other.stage == step.stage)
+        if step.stage not in at:
+            at[step.stage] = len(found)
+            found.append((first, [], set(range(len(found))) if step.summary else set()))
+        found[-1][1].append(steps.index(step) - first)
+        found[-1][2].update(at[other.stage] for other in step.needs if other.stage in at)
+    return [(first, _ranges(numbers), sorted(after)) for first, numbers, after in found]
+
+
+def _ranges(numbers):
+    """Ascending integers as 0-3,7."""
+    runs = []
+    for n in numbers:
+        if runs and runs[-1][1] == n - 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def missing(out: str | Path, steps: Iterable[Step]) -> list[Step]:

@@ -13,18 +13,21 @@ Add your own in one line, a function of what follows the colon of the spec (None
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
 
 import torch
 
+from dnnlib.download import is_url
 from dnnlib.util import one_of
 from metrics.classifier import load_classifier
 from metrics.detectors.base import Detector, OfFunction, about
 from metrics.detectors.weights import cached, find, without_pin
 
-__all__ = ["DETECTORS", "Detector", "about", "at_hand", "get_detector", "get_detectors", "identity_of", "split_specs"]
+__all__ = ["DETECTORS", "Detector", "about", "at_hand", "get_detector", "get_detectors", "identity_of"]
+__all__ += ["require_weights", "split_specs"]
 
 
 def pixel_features(images: torch.Tensor) -> torch.Tensor:
@@ -155,6 +158,29 @@ def get_detectors(
             raise ValueError(f"detector '{key}' is named twice")
         result[key] = detector
     return result
+
+
+@functools.lru_cache(maxsize=64)
+def _require(name, argument):
+    from metrics.detectors import classifiers, dinov2, inception
+
+    known = {"fid": inception.WEIGHTS, "fd_dinov2": dinov2.WEIGHTS, "swin_l": classifiers.SWIN}
+    if name in known and not (argument == "download" or is_url(argument or "")):
+        find(known[name], argument)
+
+
+def require_weights(command: str | None, options: Mapping[str, object]) -> None:
+    """Before any work: the weight files of the published detectors that a command line of calculate_metrics.py names.
+
+    Raises ValueError as `weights.find` does. command: the sub-command.
+    """
+    for spec in split_specs(str(options.get("metrics") or "")):
+        name, _, argument = spec.partition(":")
+        if name not in DETECTORS:
+            raise ValueError(
+                f"--metrics={options['metrics']}: unknown detector '{name}'; known: {', '.join(sorted(DETECTORS))}"
+            )
+        _require(name, argument or (options.get("weights") or {}).get(name))
 
 
 def identity_of(detector: object) -> str:
