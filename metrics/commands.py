@@ -57,16 +57,8 @@ def report_kind(o: dict) -> outputs.Kind:
     """What `report` writes, by its options."""
     if o["against"] is not None:
         return outputs.written("a report", ".md", ".csv", ".png", ".svg")
-    return outputs.written(
-        "a report",
-        "table.md",
-        "table.csv",
-        "contrasts.csv",
-        "comparison.png",
-        "comparison.svg",
-        "cells.csv",
-        folder=True,
-    )
+    names = ["table.md", "table.csv", "contrasts.csv", "cells.csv", "comparison.png", "comparison.svg"]
+    return outputs.written("a report", *names, folder=True)
 
 
 def start(device: str | None, alone: str | None = None) -> torch.device:

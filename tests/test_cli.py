@@ -36,8 +36,8 @@ train_edm2.py \
 
 
 def shown(*arguments):
-    """The configuration that a dry run of training prints."""
-    text = run(train_edm2.main, *arguments, "--dry-run").stdout
+    """The configuration that a dry run of training prints, before it finds that there are no data."""
+    text = run(train_edm2.main, *arguments, "--dry-run", code=(0, 2)).stdout
     return json.loads(text[text.index("{") : text.rindex("}") + 1])
 
 

@@ -9,7 +9,6 @@ from small_runs import one_line, run, small_config
 from torch.nn.functional import conv2d, silu
 
 import count_flops
-import train_edm2
 from training import cost, presets, setup
 from training.config import make_config
 from training.networks_edm2 import Precond
@@ -159,18 +158,6 @@ def test_command_on_a_snapshot(tmp_path, tiny_net):
     save_snapshot(tmp_path / "net.safetensors", net)
     found = json.loads(run(count_flops.main, f"--net={tmp_path}/net.safetensors").stdout)
     assert found["parameters"] == sum(p.numel() for p in net.parameters()) and found["flops"] == cost.of_net(net).flops
-
-
-def test_dry_run_estimates_where_the_data_are(digits):
-    command = ["--outdir=x", "--preset=digits8", "--dry-run"]
-    done = run(train_edm2.main, *command, f"--data={digits}")
-    assert "Estimate: 181,115 parameters" in done.stderr and "2,048 steps" in done.stderr
-    assert json.loads(done.stdout.rpartition("Dry run")[0])["channels"] == 16
-    assert "Estimate" not in run(train_edm2.main, *command, "--data=nowhere.zip").stderr
-    assert (
-        "No estimate: img_resolution=8"
-        in run(train_edm2.main, *command, f"--data={digits}", "--channel-mult=1,1,1,1,1").stderr
-    )
 
 
 def test_shapes_of_the_presets():

@@ -13,6 +13,7 @@ from small_runs import ROOT, one_line, python, run
 
 import run_experiment
 from dnnlib import experiment
+from training.fit import title
 
 CLASSES = ["Häuser, alt", "sea & sky", "10"]
 KINDS = ["RGB", "L", "CMYK", "RGBA", "LA", "P", "1"]  # the first three as JPEG with an orientation, the others as PNG
@@ -53,7 +54,9 @@ def test_from_the_folder_to_the_table(photos, tmp_path):
     assert "held-out denoising loss: multi better than single in" in printed
     assert "Both arms saw the same images: " in printed
     rows = list(csv.DictReader((out / "table.csv").open()))
-    assert {r["source"] for r in rows} == {"0", "1", "2", "mean"} and {r["arm"] for r in rows} == {"multi", "single"}
+    assert {r["source"] for r in rows} == {*(title(k, sorted(CLASSES)) for k in range(3)), "mean"} and {
+        r["arm"] for r in rows
+    } == {"multi", "single"}
     with PIL.Image.open(out / "comparison.png") as image:
         assert image.width > 800
     assert set(listed(photos, out).values()) == {"done"}

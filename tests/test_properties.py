@@ -17,7 +17,7 @@ import generate_images
 import train_edm2
 from dnnlib import format_nimg, parse_nimg, parse_seeds
 from dnnlib.util import MAX_SEEDS
-from training import cost, generation, setup
+from training import dry_run, generation, setup
 from training.dataset import ImageFolderDataset
 from training.dataset.labels import parse_meta
 
@@ -198,7 +198,7 @@ GENERATE = [p for p in generate_images.main.params if p.name not in ("config", "
 @pytest.fixture(autouse=True)
 def no_estimates(monkeypatch):
     """Options are tested here, not what a run costs."""
-    monkeypatch.setattr(cost, "estimate", lambda config: "")
+    monkeypatch.setattr(dry_run, "of_training", lambda *args: "")
 
 
 def options(params):

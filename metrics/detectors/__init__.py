@@ -174,7 +174,7 @@ def require_weights(command: str | None, options: Mapping[str, object]) -> None:
 
     Raises ValueError as `weights.find` does. command: the sub-command.
     """
-    for spec in split_specs(str(options.get("metrics") or "")):
+    for spec in split_specs(str(options["metrics"])) if options.get("metrics") else ():
         name, _, argument = spec.partition(":")
         if name not in DETECTORS:
             raise ValueError(
