@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import tarfile
+import tempfile
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -251,6 +252,16 @@ class World:
         return self.folder / "imagenet"
 
     @cached_property
+    def dogs(self):
+        """The class folders of a level of the multi-source experiments."""
+        from training.dataset.imagenet import LEVELS
+
+        for k, (_, wnid, _) in enumerate(LEVELS["sim3"]):
+            for i in range(3):
+                write(self.folder / "dogs" / wnid / f"{i}.png", png(10 * k + i, 40))
+        return self.folder / "dogs"
+
+    @cached_property
     def tiny_imagenet(self):
         path, names = self.folder / "tiny-imagenet-200.zip", [f"n{k:08d}" for k in range(200)]
         with zipfile.ZipFile(path, "w") as archive:
@@ -450,6 +461,21 @@ def small(script, command, words, world):
         else:
             value = CUT.get(option.replace("_", "-"), lambda text: text)(replaced(script, option, value, world))
         made.append(f"{name}={value}" if name.startswith("--") else f"{name}{value}")
+    if (
+        script == "run_experiment.py" and "experiments/imagenet.yaml" in words
+    ):  # two classes, what is done is kept in the world
+        made = [re.sub(r"10c", "2c", re.sub(r"=10$", "=2", word)) for word in made if word != "--dry-run"]
+        places = {name: world.folder / "cells" / name for name in ("data", "refs", "runs", "samples", "out")}
+        tiny = {
+            "source": world.dogs,
+            "vae": world.vae,
+            "metrics": "pixel",
+            "launch": "",
+            "ns": 2,
+            "images": 3,
+            **places,
+        }
+        made += ["--budget=smoke", "--jobs=1", *(f"--set={name}={value}" for name, value in tiny.items())]
     given = dict(word[2:].partition("=")[::2] for word in made if word.startswith("--"))
     if script == "generate_images.py" and "aug-dim" in given:
         made.append(f"--net={world.pfgmpp_of(given['aug-dim'])}")
@@ -498,7 +524,12 @@ def run_row(script, command, words, world):
 
 def printed_by(words):
     """The command lines that a bash script prints with --dry-run."""
-    done = subprocess.run(["bash", *words[1:], "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:  # of those that end with the command itself
+        (Path(folder) / "python").write_text("#!/bin/sh\n")
+        (Path(folder) / "python").chmod(0o755)
+        environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+        command = ["bash", *words[1:], "--dry-run"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [
         m[1] for line in done.stdout.splitlines() if (m := re.match(r"\+ (?:\w+=\S+ )*((?:python|torchrun) .*)", line))

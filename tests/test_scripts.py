@@ -3,16 +3,12 @@
 import json
 import re
 
-import numpy as np
-import PIL.Image
 import pytest
 from script_runs import bash
 from small_runs import run
 
 import calculate_metrics
-from metrics.references import load_references
 from torch_utils.persistence import save_snapshot
-from training.dataset import ImageFolderDataset
 
 
 def test_fid_of_pfgmpp(digits, tmp_path):
@@ -49,21 +45,3 @@ def test_evaluation_of_ajest(digits, tmp_path, tiny_net):
     assert plain["tags"] == {"guidance": "1"} and guided["tags"] == {"guidance": "3"}
     assert {plain["metrics"]["pixel"]["num_images"], guided["metrics"]["pixel"]["num_images"]} == {20}
     assert plain["scores"]["fd_pixel"] != pytest.approx(guided["scores"]["fd_pixel"], rel=0.01)
-
-
-def test_conversion_of_single_classes(tmp_path, tiny_vae):
-    folder, rng = tmp_path / "train", np.random.RandomState(0)
-    for k in range(2):
-        (folder / f"n{k:08d}").mkdir(parents=True)
-        for i in range(3):
-            PIL.Image.fromarray(rng.randint(0, 256, [20, 24, 3], np.uint8)).save(folder / f"n{k:08d}" / f"{i}.JPEG")
-    given = dict(IMAGENET=folder, CLASSES="0,1", DATASETS=tmp_path / "sets", REFS=tmp_path / "refs", VAE=tiny_vae[0])
-    bash("convert/convert_1c.sh", "sim3", "2", METRICS="pixel", **given)
-    for k in range(2):
-        pixels, latents = (
-            ImageFolderDataset(str(tmp_path / "sets" / f"{kind}_datasets" / "sim3" / f"inet-256-{k}-2.zip"))
-            for kind in ("ori", "latent")
-        )
-        assert len(pixels) == len(latents) == 2 and pixels.sources == latents.sources == [k]
-        reference = load_references(tmp_path / "refs" / "sim3" / f"inet-256-{k}-2.npz")["pixel"]
-        assert reference.provenance["content_hash"] == pixels.content_hash() and reference.count() == 2
