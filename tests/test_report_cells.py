@@ -1,4 +1,4 @@
-"""The lead paper's table from made-up scores: means, spreads, intervals against NumPy and SciPy, published cells beside them."""
+"""The lead paper's table from scores: means, spreads, intervals against NumPy and SciPy, published cells beside them."""
 
 import csv
 import json
