@@ -143,9 +143,16 @@ def score_all(
 
     from torch_utils import distributed as dist
     from torch_utils import persistence
+    from training.encoders import use_vae
 
     leads = dist.get_rank() == 0
-    load = functools.lru_cache(maxsize=1)(lambda path: persistence.load_snapshot(path, device))
+
+    @functools.lru_cache(maxsize=1)
+    def load(path):
+        snapshot = persistence.load_snapshot(path, device)
+        use_vae(snapshot.encoder, chosen.vae)
+        return snapshot
+
     firsts = [o.seed + block * o.num for block in range(o.blocks)]
     todo, rows, fresh = [(one, first) for one in found for first in firsts], [], []
 
