@@ -113,8 +113,12 @@ def parse_setting(text, texts=()):
     click.option(
         "--list", "list_only", is_flag=True, help="Print the steps, with their index and whether they are done"
     ),
-    click.option("--arrays", is_flag=True, help="Print what is to do as job arrays: first index, array, those before it"),
-    click.option("--step", "names", metavar="NAME", multiple=True, help="Only this, or a pattern: 'train-*'; repeatable"),
+    click.option(
+        "--arrays", is_flag=True, help="Print what is to do as job arrays: first index, array, those before it"
+    ),
+    click.option(
+        "--step", "names", metavar="NAME", multiple=True, help="Only this, or a pattern: 'train-*'; repeatable"
+    ),
     click.option("--index", type=cli.INTS, metavar="LIST", help="Only the steps of these indices, e.g. 4 or 0,2-7"),
     click.option("--with-needs", is_flag=True, help="--step, --index: first do what these need and is not done"),
     click.option("--jobs", type=cli.COUNT, help="Steps side by side; default: a GPU each, else a core each, at most 8"),
