@@ -85,7 +85,9 @@ def test_slider_and_switch_by_keyboard(visit):
     page.keyboard.press("ArrowLeft")
     page.locator("[type=radio]").first.focus()
     page.keyboard.press("ArrowRight")
-    assert shown(page) == [grey("single", 0, 3)] * 2  # a picture of each of its runs
+    assert shown(page) == [grey("single", 0, 3)] * 2  # a picture of each of its runs, which ended long before
+    captions = [caption.inner_text() for caption in page.locator(".stage figcaption").all() if caption.is_visible()]
+    assert captions == [f"single-{k}-seed0, after 3 thousand images of each source" for k in (0, 1)]
     page.locator("select").select_option("1")
     assert shown(page) == [grey("single", 1, 3)] * 2 and said.inner_text().startswith("single, seed 1")
     page.locator("[type=radio]").nth(1).focus()
