@@ -297,7 +297,7 @@ def test_errors_of_libraries_become_one_line(monkeypatch):
 
 def test_help_names_the_exit_codes():
     text = re.sub(r"\s+", " ", run(train_edm2.main, "--help").output)
-    assert "75 stopped by SIGTERM or SIGINT" in text and "2 bad input" in text
+    assert "75 stopped by SIGTERM, SIGINT or SIGUSR1" in text and "2 bad input" in text
 
 
 def test_natural_order():
