@@ -25,7 +25,7 @@ VAE = outputs.Kind(
 
 @cli.command(epilog=EXAMPLES)
 @click.option("--data", metavar="DIR|ZIP", required=True, help="Training images, RGB or grey")
-@cli.output("--dest", VAE, metavar="DIR", required=True, help="Folder for --vae of all commands")
+@cli.output("--outdir --dest dest", VAE, metavar="DIR", required=True, help="Folder for --vae of all commands")
 @click.option(
     "--widths",
     type=cli.INTS,
