@@ -450,7 +450,8 @@ def loss(o: EasyDict) -> None:
     snapshot, dataset = open_both(o, start(o.device, alone="the denoising loss is computed"))
     held = HeldOut(dataset, o.seed, o.num)
     found = held.denoising_loss(snapshot.net, snapshot.encoder, snapshot.kernel)
-    found["sources"] = {str(k): {"denoising_loss": v} for k, v in found.get("sources", {}).items()}
+    levels = {k: {f"loss_sigma{s}": x for s, x in of.items()} for k, of in found.pop("source_levels", {}).items()}
+    found["sources"] = {str(k): {"denoising_loss": v} | levels[k] for k, v in found.get("sources", {}).items()}
     found |= {"num": len(held.images), "reference_hashes": content_hashes(held.images, held.labels)}
     finish({"net": o.net, "seed": o.seed, "tags": o.tags, "metrics": {"denoising": found}}, o.dest)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 
@@ -16,6 +17,7 @@ from metrics.table import grouped, markdown, paired_difference, write_csv
 
 TAGS = ("group", "design", "set", "k", "n", "seed")
 MEASURES = ("bits_per_dim", "denoising_loss", "kid", "fd", "agreement", "nearest_train")
+LEVEL = "loss_sigma"  # and the noise level: the denoising loss there
 READINGS = {
     "loss_equal_per_model": 1,
     "loss_equal_total": None,
@@ -34,7 +36,7 @@ def seed_rows(rows: Sequence[Row], reading: int | None) -> list[dict[str, object
         if not of_one_source(row) or "k" not in row.tags:
             continue
         line = table.setdefault((*(row.tags.get(name, "") for name in TAGS), row.section), {})
-        line |= {name: row.numbers[name] for name in (*MEASURES, *FLOORS) if name in row.numbers}
+        line |= {n: v for n, v in row.numbers.items() if n in (*MEASURES, *FLOORS) or n.startswith(LEVEL)}
         for other in set(members[row.file]) - {row.section} if row.tags["k"] == "2" else ():
             distance = apart.get((row.tags["seed"], row.section), {}).get(f"energy_{other}")
             line |= {} if distance is None or row.tags["group"] == "shuffled" else {"distance": distance}
@@ -81,7 +83,9 @@ def per_seed(lines: Sequence[dict], measure: str, relative: bool) -> dict[tuple,
 
 def cell_rows(lines: Sequence[dict]) -> list[dict[str, object]]:
     """Lines of table.csv: a kind of model each, with its gains, their 95 % intervals over seeds, levels and floors."""
-    gained = {"bits_per_dim": False, "denoising_loss": True, "kid": False, "fd": False} | dict.fromkeys(READINGS, True)
+    levels = [name for name in lines[0] if name.startswith(LEVEL)]
+    gained = {"bits_per_dim": False, "denoising_loss": True, "kid": False, "fd": False}
+    gained |= dict.fromkeys([*READINGS, *levels], True)
     tables = {name: per_seed(lines, name, relative) for name, relative in gained.items()}
     kinds = dict.fromkeys((line["group"], line["design"], line["n"], line["k"]) for line in lines)
     rows = []
@@ -135,6 +139,15 @@ def to_markdown(cells: Sequence[dict], results: Sequence[Result]) -> str:
     level = ("bits_per_dim", "denoising_loss", "kid", "kid_floor", "fd_at_floor_size", "fd_floor", "agreement",
              "agreement_reference", "nearest_train", "nearest_train_reference")  # fmt: skip
     shown = [name for name in level if any(row.get(name, "") != "" for row in cells)]
+    noise = [name.removeprefix("gain_") for name in cells[0] if name.startswith(f"gain_{LEVEL}") and name[-1].isdigit()]
+    by_noise = [
+        [*(row[n] for n in ("group", "design", "n", "k")), *(interval(row, n, 100, 1, " %") for n in noise)]
+        for row in cells
+        if noise and row[f"gain_{noise[0]}"] != ""
+    ]
+    title = "Gain in denoising loss at each noise level, of the same models:"
+    heads = ["group", "design", "n", "K", *(n.removeprefix(LEVEL) for n in noise)]
+    by_noise = f"{title}\n\n{markdown(heads, by_noise)}\n\n" if by_noise else ""
     number = lambda value: "" if value == "" else f"{value:.3f}"
     levels = [[row["group"], row["n"], row["k"], *(number(row[name]) for name in shown)] for row in cells]
     return (
@@ -142,7 +155,7 @@ def to_markdown(cells: Sequence[dict], results: Sequence[Result]) -> str:
         "Gain: of a source from being trained with others, against its single model of the same images: mean over sources, "
         "95 % interval by Student's t over seeds. Every model at its lowest validation loss; test images of the ELBO and of "
         "the loss are seen by none. The last two columns: loss on validation images after fixed numbers of training images.\n\n"
-        f"{tested(results)}\n\n{markdown(['group', 'n', 'K', *(name.replace('_', ' ') for name in shown)], levels)}\n"
+        f"{tested(results)}\n\n{by_noise}{markdown(['group', 'n', 'K', *(name.replace('_', ' ') for name in shown)], levels)}\n"
     )
 
 
@@ -232,13 +245,18 @@ def write_contrasts_report(
     """
     contrasts = read_contrasts(file)
     apart = {contrast.rank for contrast in contrasts}
+    by_level = [
+        replace(row, detector=LEVEL, numbers=levels)
+        for row in rows
+        if (levels := {name: v for name, v in row.numbers.items() if name.startswith(LEVEL)})
+    ]
     rows = [
         *of_detector([r for r in rows if r.detector not in apart], metric),
         *(r for r in rows if r.detector in apart),
     ]
     results = examine_all(rows, contrasts)
     write_csv(dest / "contrasts.csv", [result.row for result in results])
-    lines = seed_rows(rows, reading)
+    lines = seed_rows([*rows, *by_level], reading)
     if not lines:
         write_text(dest / "table.md", f"{tested(results)}\n")
         return tested(results)

@@ -34,7 +34,8 @@ def made(tmp_path_factory):
     gain[:, 0] = 0
     for s in SEEDS:
         for i, k in enumerate((1, 2, 5)):
-            values = {j: {"bits_per_dim": base[s, j] - gain[s, i, j]} for j in SOURCES}
+            levels = {"loss_sigma0.5": 2 - 0.1 * i, "loss_sigma2": 1 + 0.1 * i * (s - 2)}
+            values = {j: {"bits_per_dim": base[s, j] - gain[s, i, j]} | levels for j in SOURCES}
             write(folder, f"k{k}-{s}", dict(group="real", design="partition", k=k, n=25, seed=s, set=f"k{k}"), values)
     apart = rng.uniform(1, 2, [5, 5, 5])
     apart = apart + apart.transpose(0, 2, 1)
@@ -144,6 +145,10 @@ def test_command(made, tmp_path):
     for row, result in zip(rows, expected, strict=True):
         assert (row["effect"], row["p"], row["holm"]) == pytest.approx((result.effect, result.p, result.holm))
         assert f"| {result.contrast.name} | {result.effect:+.4f}" in text
+    width = scipy.stats.t.ppf(0.975, 4) * np.std(20 * np.arange(5), ddof=1) / np.sqrt(5)  # K = 5 at noise level 2
+    spread = f"+0.0 % ({-width:+.1f} to {width:+.1f})"
+    assert "| 0.5 | 2 |" in text
+    assert f"| real | partition | 25 | 5 | +10.0 % (+10.0 to +10.0) | {spread} |" in text
     seeds = read_csv(tmp_path / "out" / "seeds.csv")
     assert len(seeds) == 5 * (3 * 5 + 20) and (tmp_path / "out" / "comparison.png").stat().st_size > 10000
 
@@ -175,5 +180,5 @@ def test_the_experiment_declares_what_it_tests():
     assert [(c.over, c.rank) for c in found] == [("k", None), ("n", None), (None, "energy"), (None, None), (None, None)]
     settings, steps = experiment.load(ROOT / "experiments" / "multi-vs-single.yaml")
     assert len(settings["seeds"]) >= 5 and sum(step.name.startswith("nll-real-") for step in steps) == 5 * (
-        10 + 45 + 2 + 1 + 18
+        10 + 45 + 2 + 1 + 11
     )

@@ -27,8 +27,9 @@ class HeldOut:
         """Mean of |D(y + sigma n) - y|^2 (sigma^2 + sd^2) / (sigma sd)^2 per pixel, at each noise level (EDM's weight).
 
         n is the noise of `kernel`, for which the network was trained (None: Gaussian), and depends on (seed, i) alone for
-        image i. Returns {"loss": mean over levels and images, "levels": {sigma: mean}, "sources": {label: mean}} (sources
-        only where labels are class ids). Raises ValueError where the loss of an image is not finite.
+        image i. Returns {"loss": mean over levels and images, "levels": {sigma: mean}}, and where labels are class ids also
+        "sources": {label: mean}, "source_levels": {label: {sigma: mean}}. Raises ValueError where the loss of an image is
+        not finite.
         """
         kernel, net = kernel or GaussianKernel(), for_sampling(net)
         device, sd, count = next(net.parameters()).device, net.sigma_data, len(self.images)
@@ -53,9 +54,10 @@ class HeldOut:
                 f"the denoising loss of {images} of {count} held-out images is not finite, first that of image {image} at "
                 f"sigma {NOISE_LEVELS[column]:g}: the network has diverged, or does not fit these data"
             )
-        levels = {f"{s:g}": float(v) for s, v in zip(NOISE_LEVELS, table.mean(0), strict=True)}
-        result = {"loss": float(table.mean()), "levels": levels}
+        by_level = lambda rows: {f"{s:g}": float(v) for s, v in zip(NOISE_LEVELS, rows.mean(0), strict=True)}
+        result = {"loss": float(table.mean()), "levels": by_level(table)}
         if self.labels.ndim == 1:
             ids = self.labels
             result["sources"] = {int(k): float(table[ids == k].mean()) for k in ids.unique()}
+            result["source_levels"] = {int(k): by_level(table[ids == k]) for k in ids.unique()}
         return result
