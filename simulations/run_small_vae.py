@@ -13,7 +13,7 @@ from metrics.commands import start
 EXAMPLES = """
 \b
 Example:
-  python simulations/run_small_vae.py --data=datasets/mnist32.zip --dest=models/small-vae
+  python simulations/run_small_vae.py --data=datasets/mnist32.zip --outdir=models/small-vae
   python dataset_tool.py encode --source=datasets/mnist32.zip --dest=datasets/mnist32-latents.zip --vae=models/small-vae
 """
 VAE = outputs.Kind(
