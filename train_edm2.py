@@ -82,6 +82,8 @@ def main(outdir, resume, device, profile, dry_run, each, **given):
 
 def snapshots_of(config):
     """Hooks that score the snapshots of a run, or None."""
+    if not config.eval_nimg:
+        return None
     from metrics import snapshots
 
     return snapshots.while_training(config)
