@@ -358,3 +358,18 @@ def test_the_posterior_is_aligned_in_sigma():
     (_, sigma), (mean, half) = max(((k, v) for k, v in gap.items() if k[0] == "16"), key=lambda item: item[1][0])
     said = f"at most {mean:.3f} (95 % interval {mean - half:.3f} to {mean + half:.3f}, at sigma = {sigma:g})"
     assert said in document("docs/pfgmpp.md")
+
+
+def test_the_toy_problem_of_cld():
+    """docs/linear.md's table, from docs/data/cld-toy.csv; the official code's numbers are those of its digest."""
+    text = (ROOT / "docs" / "linear.md").read_text(encoding="utf-8")
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| noise, ")]
+    (row,) = read_csv(ROOT / "docs" / "data" / "cld-toy.csv")
+    solvers = [
+        f"{way}-{steps}"
+        for way in ("em-uniform", "em-quadratic", "sscs-uniform", "sscs-quadratic")
+        for steps in (20, 50)
+    ]
+    assert lines[0][1:] == [f"{row[name]:.3g}" for name in ("nll", *solvers, "ode", "nfe")]
+    assert lines[1][1:] == ["-0.31", "0.26", "0.098", "0.077", "0.055", "0.15", "0.064", "0.082", "0.044", "", "219"]
+    assert f"standard error {row['nll_error']:.2f}" in text and f"points: {row['floor']:.3f}" in " ".join(text.split())

@@ -119,7 +119,7 @@ def table(scores, dest):
     for prediction, mine in grouped((row["prediction"], row) for row in rows).items():
         cells = [mean_and_deviation([row[name] for row in mine]) for name in COLUMNS]
         shown = [f"{mean:.3g}" + (f" ± {sd:.1g}" if sd == sd else "") for mean, sd in cells]
-        lines.append([f"{prediction}, {len(mine)} seeds", *shown])
+        lines.append([f"{prediction}, seeds: {len(mine)}", *shown])
         official = OFFICIAL.get(prediction, {})
         lines.append([f"{prediction}, official code", *("" if (v := official.get(n)) is None else v for n in COLUMNS)])
     heads = [f"{name} {steps}" for name in GRIDS.values() for steps in STEPS]
