@@ -114,6 +114,7 @@ def test_nothing_is_fetched(written, page):
 def test_what_the_data_say_is_text(written, page):
     """Class names and tables with markup in them are shown as they are."""
     assert len([*page.all("script")]) == 1 and not [*page.all("i")]
+    assert any(image.attributes["alt"].endswith(", ".join(NAMES)) for image in page.all("img"))
     assert "<script>alert(1)</script>" in page.text and NAMES[0] in page.text and NAMES[1] in page.text
     assert "&lt;script&gt;alert" in written
 

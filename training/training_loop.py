@@ -354,7 +354,7 @@ class TrainingLoop:
         dist.print0(f"Training from {start / 1e3:g} kimg to {stop / 1e3:g} kimg:")
         clock = _Clock()
         shown = dict(unit="img", unit_scale=True, disable=quiet or dist.get_rank() != 0, mininterval=1.0)
-        bar, said = tqdm(total=periods.total_nimg, initial=start, **shown), 0.0
+        bar, said = tqdm(total=periods.total_nimg, initial=start, **shown), time.time()
         try:
             while True:
                 done, over = state.cur_nimg >= stop or self.interrupted, None
