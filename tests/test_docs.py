@@ -145,14 +145,6 @@ SAID = [  # document; sentence with 0: mean, 1 and 2: interval, 3: p, 4: smalles
     ("linear", "{0:.0f}; {1:.0f} to {2:.0f}), and in all", faster("uniform", 2)),
     ("linear", "(source 1: {0:+.0f}; {1:.0f} to {2:.0f})", at(100, "learned EM, quadratic", HEUN, 1)),
     ("linear", "(source 1: {0:+.1f}; {1:.1f} to {2:.1f})", at(100, SSCS.format("uniform"), HEUN, 1)),
-    ("README", "(sliced W2 by {0:.3f}; {1:.3f} to {2:.3f})", HEUN_MIXTURE),
-    ("README", "(Frechet distance by {0:.1f}; {1:.1f} to {2:.1f})", HEUN_DIGITS),
-    ("README", "({0:.2f} of the error, {1:.2f} to {2:.2f})", kept("arm-path", "sim=1.0", "ratio")),
-    ("README", "score by {0:.2f} (95 % interval {1:.2f} to {2:.2f}, p = {3:.3f})", guided("baseline")),
-    ("README", "{0:+.3f} in loss at equal steps ({1:.3f} to {2:.3f}; {4:.3f} would", LOSS["steps"]),
-    ("README", "{0:.3f} at equal samples ({1:.3f} to {2:.3f})", LOSS["samples"]),
-    ("README", "`random` {0:+.3f} ({1:.3f} to {2:.3f})", LOSS["random"]),
-    ("README", "is {0:.1f} (95 % interval {1:.1f} to {2:.1f})", PFGMPP),
     *(
         ("selection", "{0:+.1f} ({1:.1f} to {2:.1f})", kept("ajest-digits", arm, "fd less baseline"))
         for arm in ("random", "ajest", "early-ajest", "diverse")
@@ -166,13 +158,13 @@ def test_what_a_document_says_of_an_effect(where, sentence, found):
     down = sorted(-v for v in found[1:3])
     magnitudes = (-found[0], *down, *found[3:])
     said = {sentence.format(*values) for values in (found, magnitudes)}
-    text = document("README.md" if where == "README" else f"docs/{where}.md")
+    text = document(f"docs/{where}.md")
     assert any(short(s) in short(text) for s in said), said
 
 
 def test_tables_and_counts_of_intervals():
     """The tree's losses carry the error of its points; which of the intervals exclude zero or one."""
-    tree, readme = document("docs/selection.md"), document("README.md")
+    tree = document("docs/selection.md")
     for (experiment, arm, measure), row in SUMMARIES.items():
         if experiment == "selection-tree":
             half = scipy.stats.t.ppf(0.975, row["seeds"] - 1) * standard_error(row)
@@ -180,9 +172,6 @@ def test_tables_and_counts_of_intervals():
             shown = short(f"{row['mean']:.{digits}f} ± {math.hypot(half, more):.{digits}f}")
             line = tree[tree.index(f"| {arm} |", tree.index("equal steps (1000)")) :]
             assert shown in line.split(" | ")[:11], measure
-            if "loss" in measure and arm != "jest":
-                name = {"ajest": "AJEST", "early-ajest": "early AJEST"}.get(arm, arm)
-                assert shown in readme[readme.index(f"| {name} |") :].split(" | ")[:5], measure
     growths = [k for k in SUMMARIES if "growth" in k[2]]
     found = {k: kept(*k) for k in growths}
     clear = {k: f for k, f in found.items() if f[3] < 0.05}

@@ -10,6 +10,8 @@ from command_rows import ADDED, exists
 from small_runs import ROOT, run
 from test_commands import command_of
 
+from training.presets import GENERATION_PRESETS, PRESETS
+
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 # What a script that sets up first hands its words to.
 EXPERIMENTS = {"quickstart.sh": "experiments/quickstart.yaml", "own_data.sh": "experiments/own-data.yaml"}
@@ -84,6 +86,25 @@ def test_others_know_their_options(words):
     for word in words[1:]:
         if word.startswith("--"):
             assert any(word.partition("=")[0] in param.opts for param in command.params), word
+
+
+def used_x():
+    """Command lines of the last column of "If you used X", and those that stay the same."""
+    table = TEXT[TEXT.index("## If you used X") :].split("\n## ")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("|")][2:]
+    cells = [typed if "the same" in ours else ours for _, typed, ours in rows]
+    return [shlex.split(code) for cell in cells for code in re.findall(r"`([^`]+)`", cell)]
+
+
+@pytest.mark.parametrize("words", used_x(), ids=" ".join)
+def test_what_users_of_others_type(words):
+    """Its options are options here, its presets are rows."""
+    if words[0].startswith("bash_files/"):
+        assert (ROOT / words[0]).is_file()
+        return
+    test_others_know_their_options(words)
+    known = PRESETS if words[0] == "train_edm2.py" else GENERATION_PRESETS
+    assert [word.partition("=")[2] in known for word in words if word.startswith("--preset=")] == [True]
 
 
 def test_folder_names_are_taken_as_they_are(place, monkeypatch, digits):
