@@ -116,7 +116,7 @@ def test_the_default_folder_is_plain_and_no_two_choices_share_it(tmp_path):
     assert folders[0].startswith("results/demo-c-0-1-") and folders[len(lists)].startswith("results/demo-x-y-")
 
 
-def test_steps_run_once_and_again_when_their_command_changes(file, tmp_path):
+def test_steps_run_once_and_again_when_their_command_changes(file, tmp_path, capsys):
     settings, steps = experiment.load(file)
     for _ in range(2):
         experiment.run(steps, settings["out"], load_scripts, progress=False)
@@ -125,7 +125,9 @@ def test_steps_run_once_and_again_when_their_command_changes(file, tmp_path):
     assert all(experiment.is_done(out, step) for step in steps)
     _, steps = experiment.load(file, overrides={"n": 60})
     assert [experiment.is_done(out, step) for step in steps] == [True, False, False, False, True, True, True]
+    assert not capsys.readouterr().err
     experiment.run(steps, settings["out"], load_scripts, progress=False)
+    assert "Done again, since command, inputs or outputs changed: one-0, one-1, one-2 (" in capsys.readouterr().err
     assert (out / "one-0").read_text() == "0:60\n" and (out / "all").read_text() == "0,1,2\n"
     assert [path.read_text() for path in (out / "replaced").glob("one-0-*/one-0~")] == ["0:50\n"]  # nothing is lost
     marker = json.loads((out / "steps" / "one-0.json").read_text())
@@ -187,6 +189,8 @@ def test_a_step_in_several_processes(tmp_path):
     assert [(tmp_path / f"rank{i}").read_text() for i in range(2)] == ["2", "2"]
     log = (tmp_path / "out/logs/who-0.log").read_text()
     assert log.startswith("torchrun") and "said by 0" in log and "said by 1" in log
+    alone = experiment.Step(good.name, good.command, good.stage)  # what is done does not depend on the processes
+    assert alone.reads == good.reads and experiment.is_done(settings["out"], alone)
     assert "step who-3 ended with code 1" in experiment.execute(settings["out"], bad, dict)
     assert not experiment.is_done(settings["out"], bad)
     with pytest.raises(ValueError, match="runs nothing; known scripts"):

@@ -129,7 +129,7 @@ def leaf(command: click.Command, words: Sequence[str]) -> tuple[click.Command, l
 
 def _checked(step, command, checks, ready):
     """The options of a step, checked as far as its inputs are there; a dry run of its own where all are."""
-    found, words = leaf(command, step.argv[step.argv.index(step.script) + 1 :])
+    found, words = leaf(command, step.command[1:])
     with contextlib.ExitStack() as held:
         ctx = found.make_context(step.script, list(words))
         held.enter_context(ctx)

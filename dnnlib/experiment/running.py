@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dnnlib.cli import INTERRUPTED
-from dnnlib.experiment.steps import LAUNCHER, Step, mark_done, set_aside, to_do
+from dnnlib.experiment.steps import LAUNCHER, REPLACED, Step, mark_done, set_aside, to_do, was_done
 from dnnlib.util import usable_cores
 
 ROOT = Path(__file__).resolve().parents[2]  # where the scripts are
@@ -167,6 +167,12 @@ def run(
             f"--jobs={jobs}: step {large.name} starts {wanted} processes on {given} of {len(gpus)} GPUs: lower it"
         )
     _told.clear()
+    if again := [step.name for step in todo if not step.summary and was_done(out, step)]:
+        shown = ", ".join(again[:3]) + (f" and {len(again) - 3} more" if len(again) > 3 else "")
+        print(
+            f"Done again, since command, inputs or outputs changed: {shown} (earlier results: {out}/{REPLACED})",
+            file=sys.stderr,
+        )
     for step in todo:
         set_aside(out, step)
     bar = tqdm(total=len(steps), initial=len(steps) - len(todo), unit="step", disable=not progress, file=sys.stderr)

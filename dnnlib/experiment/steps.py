@@ -50,11 +50,11 @@ class Step:
 
     @functools.cached_property
     def key(self) -> str:
-        """Identity: the command line, size and time of the outside files and folders it names, identities of the steps it
-        needs.
+        """Identity: the command line without its launcher (no result depends on how many processes compute it), size and
+        time of the outside files and folders it names, identities of the steps it needs.
         """
         outside = {path: _traits(path) for path in sorted(self.reads) if os.path.isfile(path) or path in self.folders}
-        return _digest([self.argv, outside, [step.key for step in self.needs]])
+        return _digest([self.command, outside, [step.key for step in self.needs]])
 
     def processes(self, gpus: int) -> int:
         """How many the launcher starts on a machine; `gpu` and `auto` are one on each of `gpus`."""
@@ -79,11 +79,16 @@ class Step:
                 raise ValueError(f"step {self.name}: {word} is no option for {LAUNCHER} here; known: {known}")
         raise ValueError(f"step {self.name}: {LAUNCHER} starts no script")
 
+    @property
+    def command(self) -> list[str]:
+        """The command line from the script on."""
+        return self.argv[self.argv.index(self.script) :]
+
     @functools.cached_property
     def words(self) -> list[str]:
         """The arguments; where one is --each=LIST, those of every model after each other."""
-        each = next((word.removeprefix("--each=") for word in self.argv if word.startswith("--each=")), "%s")
-        return [word for words in each_of(each, self.argv[1:]) for word in words]
+        each = next((word.removeprefix("--each=") for word in self.command if word.startswith("--each=")), "%s")
+        return [word for words in each_of(each, self.command[1:]) for word in words]
 
     @functools.cached_property
     def writes(self) -> set[str]:
@@ -286,9 +291,14 @@ def missing(out: str | Path, steps: Iterable[Step]) -> list[Step]:
     return sorted(found.values(), key=lambda step: step.stage)
 
 
+def was_done(out: str | Path, step: Step) -> bool:
+    """Whether the step of this name has been completed once, if with another command line or on other inputs."""
+    return _read_marker(out, step) is not None
+
+
 def set_aside(out: str | Path, step: Step) -> None:
     """Before a step is done again: what it wrote moves to <out>/replaced, so that nothing old stays in its place."""
-    if _read_marker(out, step) is None:
+    if not was_done(out, step):
         return  # never finished: the command itself resumes
     root, target = os.path.normpath(out), Path(out) / REPLACED / f"{step.name}-{int(time.time() * 1e3)}"
     for path in sorted(step.writes):
