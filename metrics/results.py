@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import math
+import os
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -55,7 +56,8 @@ def read_scores(pattern: str | Path, needed: Sequence[str] = ("arm", "seed")) ->
     needed tag.
     """
     rows = []
-    for path in sorted(glob.glob(str(pattern))):
+    literal = os.path.join(glob.escape(os.path.dirname(pattern)), os.path.basename(pattern))  # a folder such as out[1]
+    for path in sorted(glob.glob(str(pattern)) or glob.glob(literal)):
         try:
             text = require_file(path, MOST_BYTES).read_bytes()
             lines = text.splitlines() if path.endswith(".jsonl") else [text]  # of gen: a score in every line

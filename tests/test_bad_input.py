@@ -113,7 +113,7 @@ def test_inspecting_and_scoring_bad_data(name, tmp_path):
         (["--source=nowhere"], ["nowhere"]),
         (["--source=sklearn:digits", "--sources=11"], ["11"]),
         (["--source=sklearn:digits", "--per-source=9999"], ["9999"]),
-        (["--source=sklearn:digits", "--sources=a"], ["--sources", "'a'"]),
+        (["--source=sklearn:digits", "--sources=a"], ["--sources=a", "no class of that name"]),
         (["--source=sklearn:digits", "--resolution=8"], ["--resolution", "'8'"]),
     ],
     ids=lambda value: " ".join(value),

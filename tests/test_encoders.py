@@ -240,7 +240,8 @@ def test_training_on_latents_goes_on_without_the_vae(asked, tmp_path):
     command = [word for word in small_command(data, tmp_path / "run", "--cond=False") if word != "--grid=False"]
     with pytest.warns(UserWarning, match="without sample grids") as warned:
         run(train_edm2.main, *command)
-    assert len(warned) == 1 and asked == [("stabilityai/sd-vae-ft-mse", False)]
+    assert len(warned) == 2 and "is for pixels" in str(warned[0].message) + str(warned[1].message)
+    assert asked == [("stabilityai/sd-vae-ft-mse", False)]
     assert list((tmp_path / "run").glob("network-snapshot-*")) and not list((tmp_path / "run").glob("samples-*"))
     one_line(
         dataset_tool.main, "decode", f"--source={data}", f"--dest={tmp_path}/x.zip", "--vae=my/own", says="--vae=FOLDER"

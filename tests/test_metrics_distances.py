@@ -10,7 +10,6 @@ import pytest
 import scipy.linalg
 import scipy.spatial
 import torch
-from small_runs import run
 
 from metrics.distances import (
     Gaussian,
@@ -99,9 +98,10 @@ def test_what_is_not_graded_is_left_to_singular_values(monkeypatch):
     assert asked
 
 
-def test_the_benchmark_compares_equal_distances():
+def test_the_benchmark_compares_equal_distances(capsys):
     """All forms at a small size: eigenvalues, singular values, matrix root; span of the samples and dense."""
-    table = run(frechet.main, "--width=48", "--images=400", "--few=20", "--repeats=1").stdout
+    frechet.run(width=48, images=400, spread=0.5, few=20, repeats=1)
+    table = capsys.readouterr().out
     values = [float(line.split("|")[-2]) for line in table.splitlines() if line[2:3].isdigit()]
     assert len(values) == 6 and values[:2] == pytest.approx([values[2]] * 2, rel=1e-8)
     assert values[3] == pytest.approx(values[5], rel=1e-9) and values[3] > 2 * values[0]

@@ -262,7 +262,7 @@ def test_runs_alone_and_a_results_folder_without_runs(results, tmp_path):
 def test_what_is_refused(results, tmp_path):
     foreign = tmp_path / "notes.html"
     foreign.write_text("<p>mine</p>")
-    one_line(report.main, results, f"--out={foreign}", says=["--out", "not a report", "another place"])
+    one_line(report.main, results, f"--out={foreign}", says=["--dest", "not a report", "another place"])
     assert foreign.read_text() == "<p>mine</p>"
     one_line(report.main, tmp_path, f"--out={tmp_path / 'x.html'}", says="neither results")
     one_line(report.main, tmp_path / "nowhere", f"--out={tmp_path / 'x.html'}", says="nowhere")
