@@ -8,7 +8,9 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
@@ -23,11 +25,27 @@ THEORETICAL = {"single": "#FF7F50", "multi": "#8FBC8F"}
 EMPIRICAL_LINE = {"linestyle": "-", "marker": "s", "markersize": 6, "alpha": 0.6}
 THEORETICAL_LINE = {"linestyle": "--", "marker": "D", "markersize": 7, "alpha": 0.7}
 
-# Further figures: the same hues, dark enough to read as thin lines on white.
-LINE = {"single": "#D9730D", "multi": "#3C8F3A"}
+# Further figures: told apart by readers who confuse red and green (Okabe & Ito 2008), by marker and by line style.
+LINE = {"single": "#D55E00", "multi": "#0072B2"}
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#777777")
+MARKERS = "oXD^v<>pP*"
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKER = {"single": "s", "multi": "o"}
 LABEL = {"single": "single-source", "multi": "multi-source"}
+DASH = {"single": "--", "multi": "-"}
 NEUTRAL = "#555555"
+INTERVAL = "95 % interval"
+FLOOR = "floor: held-out, half vs half"  # as large as what is compared with it: half of the held-out images
+TITLES = {
+    "fd": "Fréchet distance",
+    "fd_at_floor_size": "Fréchet distance at the floor's size",
+    "kid": "kernel distance",
+    "denoising_loss": "held-out denoising loss",
+    "bits_per_dim": "bits/dim",
+    "agreement": "agreement (share)",
+    "recall": "recall (share)",
+    "precision": "precision (share)",
+}
 PANEL_LABELS = {
     "K": "Number of sources $K$",
     "n": "Sample size $n$",
@@ -44,7 +62,8 @@ _RC = {
     "axes.titlesize": 10,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
-    "legend.fontsize": 9,
+    "legend.fontsize": 8,
+    "legend.title_fontsize": 8,
     "legend.frameon": False,
     "axes.linewidth": 0.7,
     "lines.linewidth": 1.5,
@@ -71,6 +90,48 @@ def colours(names: Sequence[object]) -> list:
     """A colour for each of several lines: the arms multi and single have theirs, others take shades from dark to light."""
     shades = [plt.get_cmap("viridis")(0.85 * i / max(len(names) - 1, 1)) for i in range(len(names))]
     return [LINE.get(name, shade) for name, shade in zip(names, shades, strict=True)]
+
+
+def look(names: Sequence[str]) -> list[dict]:
+    """Colour, marker and line style for each of several unordered lines; the arms multi and single have theirs."""
+    found, step = [], len(PALETTE)
+    for i, name in enumerate(names):
+        own = {"color": PALETTE[i % step], "marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)]}
+        known = {"color": LINE, "marker": MARKER, "linestyle": DASH}
+        found.append({key: known[key].get(name, value) for key, value in own.items()})
+    return found
+
+
+def ordered(names: Sequence[object]) -> list[dict]:
+    """Colour, marker and line style for lines that have an order, from dark to light."""
+    return [style | {"color": shade} for style, shade in zip(look(range(len(names))), colours(names), strict=True)]
+
+
+def intervals(
+    axis: Axes, x: npt.ArrayLike, y: npt.ArrayLike, half: npt.ArrayLike, across: bool = False, **style: object
+) -> None:
+    """Points [N] with bars of half-widths [N], or (below, above) [2, N]; None, nan, inf, as of one seed: no bar.
+
+    across: bars along x.
+    """
+    bars = np.array(half, np.float64)  # None: nan
+    bars[~np.isfinite(bars)] = np.nan
+    if np.isnan(bars).all():
+        style.pop("capsize", None)
+        axis.plot(x, y, **style)
+    else:
+        axis.errorbar(x, y, **{"xerr" if across else "yerr": bars}, **{"capsize": 2.5, "elinewidth": 1} | style)
+
+
+def has_bars(axis: Axes) -> bool:
+    """Whether an axis shows error bars."""
+    return any(isinstance(drawn, ErrorbarContainer) or getattr(drawn, "errorbar", None) for drawn in axis.containers)
+
+
+def legend(axis: Axes, **style: object) -> None:
+    """The legend of an axis, if it has labels, which says what its error bars are."""
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(**{"title": f"mean, {INTERVAL}" if has_bars(axis) else None} | style)
 
 
 def pad(axis: Axes, values: Sequence[float], share: float = 0.1) -> None:

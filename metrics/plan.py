@@ -262,7 +262,7 @@ def write_plan(rows: Sequence[Row], dest: Path, measure: str = "bits_per_dim") -
              "" if p.distance is None else p.distance, p.negative) for p in pairs
         ]  # fmt: skip
         write_csv(dest / "transfer.csv", [dict(zip(names, line, strict=True)) for line in lines])
-        _draw_transfers(dest / "transfer", pairs)
+        _draw_transfers(dest / "transfer", pairs, measure)
         worst = sorted(pairs, key=lambda p: p.gain.value)
         shown = [[p.target, p.partner, str(p.gain), "harm" if p.negative else ""] for p in (*worst[:3], *worst[-3:])]
         text += f"\nThe least and the most helpful partners:\n\n{markdown(['target', 'partner', 'gain', ''], shown)}\n"
@@ -280,26 +280,34 @@ def _draw_curves(stem, plan, most, measure):
         points = [paired_difference(v, [0] * len(v)) for v in plan.values[:, index].T]
         error = [high - mean for mean, _, _, high in points]
         label = f"{figures.LABEL[name]}, K = {most if index else 1}"
-        style = {"fmt": figures.MARKER[name], "capsize": 3, "color": figures.LINE[name], "label": label}
-        left.errorbar(plan.sizes, plan.mean[index], yerr=error, **style)
-        left.plot(n, curve(n), color=figures.LINE[name])
-    left.set(xscale="log", xlabel="images of each source $n$", ylabel=measure.replace("_", " "))
-    left.legend(fontsize=8)
+        style = {"linestyle": "none", "marker": figures.MARKER[name], "color": figures.LINE[name], "label": label}
+        figures.intervals(left, plan.sizes, plan.mean[index], error, **style)
+        left.plot(n, curve(n), color=figures.LINE[name], linestyle=figures.DASH[name], label=f"{label}: fit")
+    left.set(xlabel="images of each source $n$", ylabel=figures.TITLES.get(measure, measure.replace("_", " ")))
+    figures.legend(left)
     worth = [plan.multiplier(size) for size in plan.sizes]
     known = [(s, w) for s, w in zip(plan.sizes, worth, strict=True) if math.isfinite(w.value)]
     if known:
         at, middle, low, high = np.transpose([(s, w.value, w.low, w.high) for s, w in known])
-        ends = [middle - low, np.minimum(high, 4 * middle.max()) - middle]
-        right.errorbar(at, middle, yerr=ends, fmt="o", capsize=3, color=figures.LINE["multi"])
-    right.axhline(1, color="black", linewidth=0.8)
-    right.set(xscale="log", xlim=(n[0], n[-1]))
-    right.set(xlabel="images of each source $n$", ylabel=f"worth of an image among {most} sources")
+        top = 4 * middle.max()  # an interval may be open above: an arrow says so
+        style = {"linestyle": "none", "color": figures.LINE["multi"], "marker": "o", "label": f"$K$ = {most}"}
+        figures.intervals(right, at, middle, [middle - low, np.minimum(high, top) - middle], **style)
+        if (high > top).any():
+            style |= {"marker": "^", "markersize": 8, "label": f"reaches beyond {top:.3g}"}
+            right.plot(at[high > top], np.full((high > top).sum(), top), **style)
+    right.axhline(1, color=figures.NEUTRAL, linewidth=0.8, linestyle="--", label="as much as alone")
+    right.set(xlabel="images of each source $n$", ylabel="images alone that one is worth")
+    figures.legend(right)
+    for axis in (left, right):
+        figures.x_ticks(axis, list(plan.sizes), log=True)
+        axis.set_xlim(n[0], n[-1])
     return figures.save(fig, stem, dpi=150)
 
 
-def _draw_transfers(stem, pairs):
+def _draw_transfers(stem, pairs, measure):
     from metrics import figures
 
+    unit = figures.TITLES.get(measure, measure.replace("_", " "))
     names = sorted({p.target for p in pairs} | {p.partner for p in pairs}, key=natural_key)
     table, bound = np.full([len(names)] * 2, np.nan), max(abs(p.gain.value) for p in pairs)
     fig, (left, right) = figures.figure(2, 4.2, 3.4)
@@ -309,13 +317,21 @@ def _draw_transfers(stem, pairs):
         if p.gain.low > 0 or p.negative:
             left.text(place[1], place[0], "+" if p.gain.low > 0 else "−", ha="center", va="center", fontsize=8)
     shown = left.imshow(table, cmap="RdBu", vmin=-bound, vmax=bound)
-    fig.colorbar(shown, ax=left, label="gain of the target")
-    left.set_xticks(range(len(names)), names, fontsize=7)
+    fig.colorbar(shown, ax=left, label=f"gain of the target ({unit})")
+    left.set_title("+, −: the 95 % interval excludes 0", fontsize=8)
+    crowded = max(map(len, names)) > 3
+    left.set_xticks(
+        range(len(names)), names, fontsize=7, rotation=45 if crowded else 0, ha="right" if crowded else "center"
+    )
     left.set_yticks(range(len(names)), names, fontsize=7)
     left.set(xlabel="partner", ylabel="target")
     left.grid(False)
     known = [p for p in pairs if p.distance is not None]
-    right.plot([p.distance for p in known], [p.gain.value for p in known], ".", color=figures.LINE["multi"])
+    style = {"linestyle": "none", "color": figures.LINE["multi"], "marker": figures.MARKER["multi"], "markersize": 3}
+    half = np.transpose([[p.gain.value - p.gain.low, p.gain.high - p.gain.value] for p in known])
+    x, y = [p.distance for p in known], [p.gain.value for p in known]
+    figures.intervals(right, x, y, half, label="a pair", alpha=0.6, **style)
     right.axhline(0, color="black", linewidth=0.8)
-    right.set(xlabel="energy distance of the training images", ylabel="gain of the target")
+    figures.legend(right)
+    right.set(xlabel="energy distance of the training images", ylabel=f"gain of the target ({unit})")
     return figures.save(fig, stem, dpi=150)

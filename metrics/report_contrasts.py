@@ -167,57 +167,48 @@ def figure(stem: Path, lines: Sequence[dict], pairs: tuple[list, list], results:
     from metrics import figures
 
     fig, (left, middle, right) = figures.figure(3, 3.6, 3.2)
-    draw = lambda axis, table, scale, **style: _curve(axis, table, scale, figures, **style)
     table = per_seed(lines, "bits_per_dim", False)
     sizes = sorted({n for group, design, n, _ in table if (group, design) == ("real", "partition")}, key=int)
-    for n, colour in zip(sizes, figures.colours(sizes), strict=True):
-        draw(
-            left,
-            {c: v for c, v in table.items() if c[:3] == ("real", "partition", n)},
-            1,
-            color=colour,
-            label=f"n = {n}",
-        )
+    of = lambda table, n: {c: v for c, v in table.items() if c[:3] == ("real", "partition", n)}
+    for n, style in zip(sizes, figures.ordered(sizes), strict=True):
+        _curve(left, of(table, n), 1, label=f"$n$ = {n}", **style)
     made = {c: v for c, v in table.items() if c[0] == "shuffled"}
-    draw(left, made, 1, color=figures.NEUTRAL, label="labels shuffled", linestyle="--")
+    _curve(left, made, 1, color=figures.NEUTRAL, marker="s", linestyle=":", label="labels shuffled")
     again = [fmean(v.values()) for c, v in table.items() if c[0] == "again"]
-    left.plot([1] * len(again), again, "x", color="black", label="same arm again")
-    left.set(xlabel=figures.PANEL_LABELS["K"], ylabel="gain of a source (bits/dim)")
+    if again:
+        left.plot([1] * len(again), again, "x", color=figures.PALETTE[1], label="same arm again", zorder=4)
+    left.set(ylabel="gain of a source (bits/dim)")
     ways = {"denoising_loss": "lowest validation loss", "loss_equal_total": "equal images in all",
             "loss_equal_per_model": "equal images per model"}  # fmt: skip
-    for (name, label), colour in zip(ways.items(), figures.colours(list(ways)), strict=True):
-        table = per_seed(lines, name, True)
-        draw(
-            middle,
-            {c: v for c, v in table.items() if c[:3] == ("real", "partition", sizes[0])},
-            100,
-            color=colour,
-            label=label,
-        )
-    middle.set(xlabel=figures.PANEL_LABELS["K"], ylabel=f"gain in denoising loss (%), n = {sizes[0]}")
+    for (name, label), style in zip(ways.items(), figures.look(list(ways)), strict=True):
+        _curve(middle, of(per_seed(lines, name, True), sizes[0]) if sizes else {}, 100, label=label, **style)
+    middle.set(ylabel="gain in denoising loss (%)" + (f", $n$ = {sizes[0]}" if sizes else ""))
     for axis in (left, middle):
         axis.axhline(0, color="black", linewidth=0.8)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        numbers = sorted({int(k) for group, design, _, k in table if (group, design) == ("real", "partition")})
+        figures.x_ticks(axis, [1, *numbers], log=True)
+        axis.set(xlabel=figures.PANEL_LABELS["K"])
+        axis.margins(y=0.3)  # room for the legend
+        figures.legend(axis, fontsize=7)
     right.axhline(0, color="black", linewidth=0.8)
-    right.plot(*pairs, ".", color=figures.LINE["multi"], markersize=4)
+    right.plot(*pairs, linestyle="none", color=figures.LINE["multi"], marker=figures.MARKER["multi"], markersize=3)
     right.set(xlabel="energy distance of the training images", ylabel="gain of a pair (bits/dim)")
     ranked = [r for r in results if r.contrast.rank]
     if ranked:
-        right.set_title(f"within target: rank correlation {ranked[0].effect:+.2f}, p = {ranked[0].p:.4f}", fontsize=8)
+        right.set_title(f"within target: rank correlation {ranked[0].effect:+.2f}, $p$ = {ranked[0].p:.4f}", fontsize=8)
     return figures.save(fig, stem, dpi=150)
 
 
-def _curve(axis, table, scale, figures, **style):
+def _curve(axis, table, scale, **style):
     """Means over seeds with their 95 % intervals, by K; a model of one source gains nothing by definition."""
+    from metrics import figures
+
     points = sorted((int(k), list(values.values())) for (*_, k), values in table.items())
     if points:
         ends = [paired_difference(v, [0] * len(v)) for _, v in points]
         y = np.array([0, *(mean for mean, *_ in ends)]) * scale
-        error = np.array([0, *(high - mean for mean, _, _, high in ends)]) * scale
-        axis.errorbar([1, *(k for k, _ in points)], y, yerr=error, marker="o", markersize=4, capsize=3, **style)
+        half = np.array([np.nan, *(high - mean for mean, _, _, high in ends)]) * scale
+        figures.intervals(axis, [1, *(k for k, _ in points)], y, half, markersize=4, **style)
 
 
 def pair_points(rows: Sequence[Row], contrast: Contrast | None) -> tuple[list[float], list[float]]:
