@@ -35,7 +35,6 @@ LABEL = {"single": "single-source", "multi": "multi-source"}
 DASH = {"single": "--", "multi": "-"}
 NEUTRAL = "#555555"
 INTERVAL = "95 % interval"
-FLOOR = "floor: held-out, half vs half"  # as large as what is compared with it: half of the held-out images
 TITLES = {
     "fd": "Fréchet distance",
     "fd_at_floor_size": "Fréchet distance at the floor's size",

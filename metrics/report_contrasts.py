@@ -190,6 +190,9 @@ def figure(stem: Path, lines: Sequence[dict], pairs: tuple[list, list], results:
         axis.set(xlabel=figures.PANEL_LABELS["K"])
         axis.margins(y=0.3)  # room for the legend
         figures.legend(axis, fontsize=7)
+    if not pairs[0]:
+        right.remove()
+        return figures.save(fig, stem, dpi=150)
     right.axhline(0, color="black", linewidth=0.8)
     right.plot(*pairs, linestyle="none", color=figures.LINE["multi"], marker=figures.MARKER["multi"], markersize=3)
     right.set(xlabel="energy distance of the training images", ylabel="gain of a pair (bits/dim)")

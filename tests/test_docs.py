@@ -362,3 +362,48 @@ def test_the_toy_problem_of_cld():
     assert lines[0][1:] == [f"{row[name]:.3g}" for name in ("nll", *solvers, "ode", "nfe")]
     assert lines[1][1:] == ["-0.31", "0.26", "0.098", "0.077", "0.055", "0.15", "0.064", "0.082", "0.044", "", "219"]
     assert f"standard error {row['nll_error']:.2f}" in text and f"points: {row['floor']:.3f}" in " ".join(text.split())
+
+
+def test_what_a_companion_is_worth():
+    """Gains and contrasts that docs/multi-vs-single.md and README print, by scipy from docs/data/multi-vs-single.csv."""
+    rows = read_csv(ROOT / "docs" / "data" / "multi-vs-single.csv")
+    text = (ROOT / "docs" / "multi-vs-single.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    seeds = sorted({r["seed"] for r in rows})
+
+    def gains(group, k, n, measure="bits_per_dim"):
+        """Mean over sources of the gain over the single models of the same data, per seed."""
+        alone = "real" if group == "again" else group
+        of = lambda g, s, k: {
+            r["source"]: r[measure] for r in rows if (r["group"], r["seed"], r["k"], r["n"]) == (g, s, k, n)
+        }
+        pairs = [(of(alone, s, 1), of(group, s, k)) for s in seeds]
+        assert all(len(a) == len(b) == 10 for a, b in pairs)
+        return np.array([np.mean([a[t] - b[t] for t in a]) for a, b in pairs])
+
+    def printed(line, values):
+        test = scipy.stats.ttest_1samp(values, 0)
+        low, high = test.confidence_interval(0.95)
+        interval = f"{np.mean(values):+.4f} ({low:+.4f} to {high:+.4f})"
+        assert re.search(rf"\| {re.escape(line)}[^|]*\| {re.escape(interval)} \| {test.pvalue:.4f} \|", text), interval
+        return test
+
+    def slope(x, tables):
+        x = np.log2(x) - np.mean(np.log2(x))
+        return x @ np.array(tables) / (x @ x)
+
+    by_k = [gains("real", k, 25) for k in (1, 2, 5, 10)]
+    more = printed("more sources", slope([1, 2, 5, 10], by_k))
+    assert more.pvalue < 1e-4 and "0.165 bits/dim" in readme and "0.165 bits/dim" in text
+    for name, k, n in (("25 | 2", 2, 25), ("25 | 5", 5, 25), ("25 | 10", 10, 25), ("100 | 10", 10, 100)):
+        values = gains("real", k, n)
+        low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        interval = re.escape(f"{values.mean():+.3f} ({low:+.3f} to {high:+.3f})")
+        assert re.search(rf"\| real \| partition \| {re.escape(name)} \| \d+ \| [\d.]+ \| {interval} \|", text)
+    printed("more images", slope([25, 100], [by_k[3], gains("real", 10, 100)]))
+    printed("sources made alike", gains("shuffled", 10, 25))
+    printed("the same arm again", gains("again", 1, 25))
+    before = slope([1, 2, 5, 10], [gains("real", k, 25, "bits_per_dim_from_0.002") for k in (1, 2, 5, 10)])
+    test = scipy.stats.ttest_1samp(before, 0)
+    low, high = test.confidence_interval(0.95)
+    assert f"{before.mean():+.3f} ({low:+.3f} to {high:+.3f}, p = {f'{test.pvalue:.3f}'[1:]})" in text
