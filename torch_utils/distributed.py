@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import os
 import re
@@ -39,6 +40,7 @@ def init(device: str | None = None) -> torch.device:
             device = torch.device("cuda", _number("LOCAL_RANK", 0) % count)
         torch.cuda.set_device(device)
     if world_size > 1 and not is_initialized():
+        faulthandler.enable()  # an abort in one of many processes says where it was
         try:
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         except (RuntimeError, ValueError) as err:
