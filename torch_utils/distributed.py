@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import sys
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -40,7 +41,7 @@ def init(device: str | None = None) -> torch.device:
             device = torch.device("cuda", _number("LOCAL_RANK", 0) % count)
         torch.cuda.set_device(device)
     if world_size > 1 and not is_initialized():
-        faulthandler.enable()  # an abort in one of many processes says where it was
+        faulthandler.enable(sys.__stderr__ or 2)  # an abort in one of many processes says where it was
         try:
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         except (RuntimeError, ValueError) as err:
