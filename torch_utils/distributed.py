@@ -8,7 +8,6 @@ import os
 import re
 import socket
 import sys
-import sys
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
