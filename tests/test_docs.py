@@ -349,6 +349,20 @@ def test_the_posterior_is_aligned_in_sigma():
     assert said in document("docs/pfgmpp.md")
 
 
+def test_the_toy_notebook_of_pfgmpp():
+    rows, text = data("pfgmpp-toy"), document("docs/pfgmpp.md")
+    column = lambda D, name: np.array([r[name] for r in rows if str(r["D"]) == D])
+    mean, low, high, *_ = student(np.mean(column("100", "mmd")), scipy.stats.sem(column("100", "mmd")), 4)
+    said = f"{mean:.3f} ({low:.3f} to {high:.3f})"
+    assert f"{mean:.3f} (95 % interval {low:.3f} to {high:.3f}) at D = 100" in text
+    assert f"| 0.0586 | {said}:" in document("docs/reproduction.md")
+    more = column("inf", "mmd") - column("100", "mmd")
+    mean, low, high, _, seen = student(more.mean(), scipy.stats.sem(more), 4)
+    assert f"less that is {mean:.3f} ({low:.3f} to {high:.3f}): one of {seen:.3f} would have been seen" in text
+    assert f"Fresh points have {column('100', 'floor').mean():.4f}:" in text
+    assert f"here {(column('100', 'loss_first') / column('100', 'loss_last')).mean():.1f})" in text
+
+
 def test_the_toy_problem_of_cld():
     """docs/linear.md's table, from docs/data/cld-toy.csv; the official code's numbers are those of its digest."""
     text = (ROOT / "docs" / "linear.md").read_text(encoding="utf-8")

@@ -6,14 +6,15 @@ import math
 
 import numpy as np
 import pytest
+import scipy.spatial
 import scipy.stats
 import torch
 from small_runs import one_line, run
 
 import calculate_metrics
 from metrics import results
-from simulations import run_alignment, run_robustness
-from simulations.studies import robustness, stable_targets
+from simulations import run_alignment, run_pfgm_toy, run_robustness
+from simulations.studies import pfgm_toy, robustness, stable_targets
 from torch_utils import persistence
 from training import processes
 from training.dataset import ImageFolderDataset, load_arrays
@@ -270,3 +271,21 @@ def test_alignment_of_digits(digits, tmp_path):
     assert [known, forgotten] == pytest.approx(gaussian, abs=1e-3) and known > 2 * forgotten
     one_line(run_alignment.main, *command, f"--dest={tmp_path}/b.csv", "--sigmas=0,1", says=["--sigmas=0,1"])
     assert not (tmp_path / "b.csv").exists()
+
+
+def test_the_toy_notebook(tmp_path):
+    """Its discrepancy by scipy's distances; its points have the covariance of the embedding; one row for each D and seed."""
+    x, y = np.random.default_rng(0).normal(size=[2, 30, 4])
+    squared = scipy.spatial.distance.cdist(np.r_[x, y], np.r_[x, y], "sqeuclidean")
+    width = squared.sum() / (60 * 59) / 4
+    values = sum(np.exp(-squared / (width * 2**i)) for i in range(5))
+    expected = values[:30, :30].mean() + values[30:, 30:].mean() - 2 * values[:30, 30:].mean()
+    assert pfgm_toy.discrepancy(torch.tensor(x), torch.tensor(y)) == pytest.approx(expected, rel=1e-9)
+    embedding = torch.randn(10, 1000, generator=torch.Generator().manual_seed(0))
+    points = pfgm_toy.clusters(4000, embedding, torch.Generator().manual_seed(1)).flatten(1).double()
+    law = embedding.double().T @ (0.04 * torch.eye(10) + torch.ones(10, 10)).double() @ embedding.double() / 1.04
+    assert (points.T @ points / len(points) - law).norm() < 0.02 * law.norm()
+    run(run_pfgm_toy.main, "--aug-dims=3,inf", "--seeds=0,1", "--num=8", "--epochs=1", f"--dest={tmp_path}/t.csv")
+    rows = read(tmp_path / "t.csv")
+    assert [(row["D"], row["seed"]) for row in rows] == [("3", "0"), ("inf", "0"), ("3", "1"), ("inf", "1")]
+    assert rows[0]["floor"] == rows[1]["floor"] != rows[2]["floor"] and len({row["mmd"] for row in rows}) == 4
