@@ -247,6 +247,17 @@ def test_one_graph_without_breaks_for_every_shape_in_training_and_sampling(monke
 
 
 @pytest.mark.slow
+def test_compiled_gradients_are_the_gradients():
+    ours = pair()[0]
+    found, expected = (gradients(ours, [batch()], True, compiled) for compiled in (True, False))
+    for name, (weight, gradient) in expected.items():
+        close(found[name][0], weight, 1e-6)
+        if gradient is not None and gradient.any():
+            close(found[name][1], gradient, 1e-5)
+    assert sum(bool(gradient is not None and gradient.any()) for _, gradient in found.values()) > 40
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_network_is_the_network_and_recompiles_only_for_a_new_shape():
     ours = pair()[0].eval()

@@ -4,7 +4,7 @@ Learned layers normalise their weights; fixed functions keep the expected magnit
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -81,8 +81,13 @@ def resample(x: Tensor, f: Sequence[float] | Tensor | None = (1, 1), mode: str =
     if mode == "keep":
         return x
     kernel = f if f is None or torch.is_tensor(f) else resample_kernel(f)
+    if kernel is None and mode == "down":
+        return avg_pool2d(x, 2)
+    if kernel is None and torch.compiler.is_compiling():  # torch 2.13 loses the gradient of `interpolate`, pixels first
+        pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+        return pixels.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
     if kernel is None:
-        return avg_pool2d(x, 2) if mode == "down" else interpolate(x, scale_factor=2.0, mode="nearest")
+        return interpolate(x, scale_factor=2.0, mode="nearest")
     pad, channels = (kernel.shape[-1] - 1) // 2, x.shape[1]
     kernel = kernel.to(x).expand(channels, 1, -1, -1)
     if mode == "down":
@@ -164,11 +169,18 @@ class MPConv(torch.nn.Module):
                 rms = rms / (EPS + rms) if self.weight.dtype == torch.float32 else rms
         return _Normalized.apply(w, rms, factor / math.sqrt(w[0].numel()))
 
-    def forward(self, x: Tensor, gain: float | Tensor = 1, scaled: bool = False) -> Tensor:
-        """gain: factor on the output. scaled: the output times `constant`."""
+    def forward(
+        self,
+        x: Tensor,
+        gain: float | Tensor = 1,
+        scaled: bool = False,
+        arrange: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """gain: factor on the output. scaled: the output times `constant`. arrange: weights -> weights in another order."""
         constant = self.constant if scaled else 1.0
         known = self.ready is not None and constant == self.constant and (self.training or not self.ready.requires_grad)
         w = (self.ready if known else self.effective(constant)).to(x.dtype)
+        w = w if arrange is None else arrange(w)
         if self.weight.ndim == 2:
             y = project(x, w)
         elif w.ndim == 2:  # a folded 1x1 convolution

@@ -115,8 +115,9 @@ class Block(torch.nn.Module):
 
     def _attend(self, x, scaled=False):
         n, channels, height, width = x.shape
-        if self.folded:  # pixels first, and rows sorted: nothing is copied
-            qkv = self.attn_qkv(x).permute(0, 2, 3, 1).reshape(n, height * width, self.num_heads, 3, -1)
+        if self.folded or torch.compiler.is_compiling():  # pixels first, and rows sorted: nothing is copied
+            qkv = self.attn_qkv(x, arrange=None if self.folded else self._by_head)
+            qkv = qkv.permute(0, 2, 3, 1).reshape(n, height * width, self.num_heads, 3, -1)
             q, k, v = normalize(qkv, dim=4).permute(3, 0, 2, 1, 4).unbind(0)  # each [N, heads, HW, Ch]
             y = attend(q, k, v).transpose(1, 2).reshape(n, height, width, channels).permute(0, 3, 1, 2)
             return self.attn_proj(y, scaled=scaled)
@@ -125,15 +126,18 @@ class Block(torch.nn.Module):
         y = attend(*qkv.unbind(2))  # [N, heads, HW, Ch]
         return self.attn_proj(y.transpose(2, 3).reshape(n, channels, height, width), scaled=scaled)
 
+    def _by_head(self, rows):
+        """Rows of [heads, Ch, 3] as [heads, 3, Ch]."""
+        return rows.unflatten(0, (self.num_heads, -1, 3)).transpose(1, 2).flatten(0, 2)
+
     def fold(self, dtype: torch.dtype) -> None:
         """See UNet.fold."""
         self.folded = True
         for layer in self.children():
             if isinstance(layer, MPConv) and layer.weight.ndim == 4:
                 layer.fold(dtype)
-        if self.num_heads:  # from [heads, Ch, 3] to [heads, 3, Ch]
-            rows = self.attn_qkv.ready
-            self.attn_qkv.ready = rows.unflatten(0, (self.num_heads, -1, 3)).transpose(1, 2).flatten(0, 2)
+        if self.num_heads:
+            self.attn_qkv.ready = self._by_head(self.attn_qkv.ready)
 
 
 class UNet(torch.nn.Module):
@@ -209,7 +213,7 @@ class UNet(torch.nn.Module):
         emb = mp_silu(emb)
 
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # a constant channel stands in for biases
-        x = x.contiguous(memory_format=self.layout)
+        x = x.contiguous(memory_format=torch.channels_last if torch.compiler.is_compiling() else self.layout)
         scales = itertools.repeat(None)
         if self.scales is not None:
             scales = iter((emb @ self.scales).add(1).split(self.widths, dim=1))
