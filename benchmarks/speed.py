@@ -1,7 +1,8 @@
 """Training step and sampling, ours against EDM2 as published (benchmarks/reference) and against a plain loop.
 
-All take turns in one process with the same weights and shapes; the table holds ratios to the published formulation, the
-median over the turns with its quartiles. "plain" is our network in a loop as it is usually written (benchmarks/step.py).
+All take turns with the same weights and shapes, each in a process of its own, whose memory is as in a run; the table holds
+ratios to the published formulation, the median over the turns with its quartiles. "plain" is our network in a loop as it is
+usually written (benchmarks/step.py).
 
 OMP_NUM_THREADS=1 python benchmarks/speed.py --cases=8,16,32 --what=train,outside
 OMP_NUM_THREADS=1 python benchmarks/speed.py --cases=8,32 --what=sample --compile

@@ -3,6 +3,9 @@ host waits is a stated number. The EDM2 step and Heun's sampler wait never.
 """
 
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +23,8 @@ from training.encoders import StabilityVAEEncoder
 from training.generation import generate_images
 from training.networks_edm2 import Precond
 from training.validation import HeldOut
+
+ROOT = Path(__file__).parents[1]
 
 # --- the accelerator itself -------------------------------------------------------------------------------------------
 
@@ -251,3 +256,15 @@ def test_detectors_wait_once_per_batch():
         made = collect([(images, np.zeros(4, np.int64), np.arange(4))], found)
         assert sum(seen.syncs.values()) == 2 and not seen.uploads, (seen.syncs, seen.uploads)
     assert all(part.count() == 4 for part in made.values())
+
+
+def test_freed_memory_stays_for_the_next_step():
+    code = (
+        "import resource, torch, torch_utils.distributed as dist; dist.init('cpu')\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for turn in range(4):\n"
+        "    before = faults(); held = [torch.ones(2**20) for _ in range(20)]; del held\n"
+        "print(faults() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 500, "of 20480 pages"

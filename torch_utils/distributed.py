@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dnnlib import cli
 from dnnlib.util import reason
+from torch_utils.devices import keep_memory
 
 T = TypeVar("T")
 
@@ -39,6 +40,8 @@ def init(device: str | None = None) -> torch.device:
         if device.index is None:
             device = torch.device("cuda", _number("LOCAL_RANK", 0) % count)
         torch.cuda.set_device(device)
+    else:
+        keep_memory()
     if world_size > 1 and not is_initialized():
         faulthandler.enable(sys.__stderr__ or 2)  # an abort in one of many processes says where it was
         try:

@@ -1,6 +1,6 @@
 """Training step and sampling, ours against EDM2 as published (benchmarks/reference) and against a plain loop."""
 
-import copy
+import multiprocessing
 
 import numpy as np
 import reference
@@ -24,20 +24,46 @@ CASES = {  # side: (channels of the images, batch to train, batch to sample, siz
     "64": (4, 2, 1, dict(channels=128)),  # EDM2-XS
 }
 CLASSES, STEPS, GUIDANCE = 10, 18, 2.0
+COMPILED = ["ours, compiled"]
 
 
-def turns(functions, device, repeats, warmup):
-    """{name: seconds [repeats]} of the functions, which take turns."""
-    seconds = {name: [] for name in functions}
+def _serve(pipe, make, arguments):
+    function = make(*arguments)
+    *_, device = arguments
+    while pipe.recv():
+        step.synchronize(device)
+        begin = step.clock_of(device)()
+        found = function()
+        step.synchronize(device)
+        pipe.send((step.clock_of(device)() - begin, found))
+
+
+class Arm:
+    """A function in a process of its own, whose memory is like that of a run. make(*arguments, device) -> function."""
+
+    def __init__(self, make, *arguments):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        context.Process(target=_serve, args=(other, make, arguments), daemon=True).start()
+        other.close()
+
+    def __call__(self):
+        """(seconds of a call, what it returned)."""
+        self.pipe.send(True)
+        return self.pipe.recv()
+
+
+def turns(arms, repeats, warmup):
+    """({name: seconds [repeats]}, {name: what it returned}) of arms, which take turns."""
+    seconds, found = {name: [] for name in arms}, {}
     for turn in range(warmup + repeats):
-        for name in list(functions)[:: 1 if turn % 2 else -1]:
-            step.synchronize(device)
-            begin = step.clock_of(device)()
-            functions[name]()
-            step.synchronize(device)
+        for name in list(arms)[:: 1 if turn % 2 else -1]:
+            spent, found[name] = arms[name]()
             if turn >= warmup:
-                seconds[name].append(step.clock_of(device)() - begin)
-    return {name: np.array(kept) for name, kept in seconds.items()}
+                seconds[name].append(spent)
+    for arm in arms.values():
+        arm.pipe.send(False)
+    return {name: np.array(kept) for name, kept in seconds.items()}, found
 
 
 def ratios(title, seconds):
@@ -49,7 +75,8 @@ def ratios(title, seconds):
 
 
 def make(case, device):
-    """(config, loop, the reference's network with the same weights)."""
+    """(config, loop, the reference's network with the same weights), the same in every process."""
+    torch.manual_seed(0)
     channels, batch, _, sizes = CASES[case]
     lengths = {f"{name}_nimg": 0 for name in ("status", "snapshot", "checkpoint")}
     config = make_config(None, data="random", batch_size=batch, total_nimg=batch, **lengths, **sizes)
@@ -66,25 +93,32 @@ def make(case, device):
     return config, loop, published
 
 
+def trained(name, case, device):
+    """A function that trains for a step."""
+    if name != "reference":
+        dist.init(str(device))
+    config, loop, published = make(case, device)
+    if name.startswith("ours"):
+        if name.endswith("compiled"):
+            compile_network(loop.objective.net)
+        return loop.step
+    images, labels = (torch.as_tensor(part).to(device) for part in load_arrays(loop.feed.dataset))
+    if name == "plain":
+        return step.PlainStep(loop.objective.net, config, (images, labels), device)
+    labels = labels if labels.ndim == 2 else torch.nn.functional.one_hot(labels.long(), CLASSES)
+    return reference.Trainer(published, images.float(), labels.float(), config.batch_size).step
+
+
 def train(case, device, repeats, warmup, compiled):
     """Lines of the training step."""
-    config, loop, published = make(case, device)
-    images, labels = (torch.as_tensor(part).to(device) for part in load_arrays(loop.feed.dataset))
-    plain = step.PlainStep(loop.objective.net, config, (images, labels), device)
-    labels = labels if labels.ndim == 2 else torch.nn.functional.one_hot(labels.long(), CLASSES).float()
-    functions = {"reference": reference.Trainer(published, images.float(), labels, config.batch_size).step}
-    functions |= {"plain": plain, "ours": loop.step}
-    if compiled:
-        fast = make(case, device)[1]
-        compile_network(fast.objective.net)
-        functions["ours, compiled"] = fast.step
-    yield from ratios(
-        f"training step {case}x{case}, batch {config.batch_size}", turns(functions, device, repeats, warmup)
-    )
+    arms = {name: Arm(trained, name, case, device) for name in ("reference", "plain", "ours", *COMPILED[:compiled])}
+    seconds, _ = turns(arms, repeats, warmup)
+    yield from ratios(f"training step {case}x{case}, batch {CASES[case][1]}", seconds)
 
 
 def outside(case, device, repeats, warmup, compiled):
     """Share of the loop outside forward, backward and optimizer (its step and its clearing of gradients)."""
+    dist.init(str(device))
     loop, clock, inside = make(case, device)[1], step.clock_of(device), []
 
     def timed(function):
@@ -116,32 +150,34 @@ def outside(case, device, repeats, warmup, compiled):
     yield f"| loop outside forward, backward, optimizer, {case}x{case} | ours | - | {middle:.3f} | {low:.3f} to {high:.3f} |"
 
 
+def sampled(name, guided, case, device):
+    """A function that samples a batch."""
+    if name != "reference":
+        dist.init(str(device))
+    _, loop, published = make(case, device)
+    net, published = loop.objective.net.eval().requires_grad_(False), published.eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn([CASES[case][2], CASES[case][0], int(case), int(case)], generator=generator).to(device)
+    labels = torch.eye(CLASSES, device=device)[torch.arange(len(noise)) % CLASSES]
+    if name == "reference":
+        guide = (reference.Unlabelled(published), GUIDANCE) if guided else ()
+        return lambda: reference.heun(published, noise, labels, *guide, num_steps=STEPS).cpu()
+    ours = GuidedDenoiser(net, NullLabels(net), GUIDANCE) if guided else net
+    if name.endswith("compiled"):
+        ours = for_sampling(ours, compiled=True)
+    return lambda: heun(ours, noise, labels, num_steps=STEPS).cpu()
+
+
 def sample(case, device, repeats, warmup, compiled):
     """Lines of Heun, and of Heun with classifier-free guidance."""
-    _, loop, published = make(case, device)
-    net, published = loop.objective.net.eval(), published.eval()
-    noise = torch.randn([CASES[case][2], CASES[case][0], int(case), int(case)], device=device)
-    labels = torch.eye(CLASSES, device=device)[torch.arange(len(noise)) % CLASSES]
-    guide, unlabelled = NullLabels(net), reference.Unlabelled(published)
-    with torch.no_grad():
-        kinds = {
-            "Heun": (net, lambda: reference.heun(published, noise, labels, num_steps=STEPS)),
-            "Heun, guided": (
-                GuidedDenoiser(net, guide, GUIDANCE),
-                lambda: reference.heun(published, noise, labels, unlabelled, GUIDANCE, STEPS),
-            ),
-        }
-        for title, (ours, theirs) in kinds.items():
-            found, expected = heun(ours, noise, labels, num_steps=STEPS), theirs()
-            error = float((found - expected).norm() / expected.norm())
-            assert error < 1e-4, f"the samples differ by {error:.2e}"
-            functions = {"reference": theirs, "ours": lambda ours=ours: heun(ours, noise, labels, num_steps=STEPS)}
-            if compiled:
-                fast = for_sampling(copy.copy(ours), compiled=True)
-                functions["ours, compiled"] = lambda fast=fast: heun(fast, noise, labels, num_steps=STEPS)
-            yield from ratios(
-                f"{title}, {STEPS} steps {case}x{case}, batch {len(noise)}", turns(functions, device, repeats, warmup)
-            )
+    for title, guided in (("Heun", False), ("Heun, guided", True)):
+        arms = {name: Arm(sampled, name, guided, case, device) for name in ("reference", "ours", *COMPILED[:compiled])}
+        seconds, found = turns(arms, repeats, warmup)
+        expected = found.pop("reference")
+        for name, images in found.items():
+            error = float((images - expected).norm() / expected.norm())
+            assert error < 1e-4, f"the samples of {name} differ by {error:.2e}"
+        yield from ratios(f"{title}, {STEPS} steps {case}x{case}, batch {CASES[case][2]}", seconds)
 
 
 WHAT = {"train": train, "outside": outside, "sample": sample}
