@@ -108,8 +108,9 @@ def cell_rows(lines: Sequence[dict]) -> list[dict[str, object]]:
 
 def tested(results: Sequence[Result]) -> str:
     """The contrasts, a line each."""
+    small = lambda p: "< 0.0001" if p < 1e-4 else f"{p:.4f}"
     shown = [
-        [r.contrast.name, f"{r.effect:+.4f} ({r.low:+.4f} to {r.high:+.4f})", f"{r.p:.4f}", f"{r.holm:.4f}",
+        [r.contrast.name, f"{r.effect:+.4f} ({r.low:+.4f} to {r.high:+.4f})", small(r.p), small(r.holm),
          f"{r.detectable:.4f}"] for r in results
     ]  # fmt: skip
     return (
@@ -198,7 +199,8 @@ def figure(stem: Path, lines: Sequence[dict], pairs: tuple[list, list], results:
     right.set(xlabel="energy distance of the training images", ylabel="gain of a pair (bits/dim)")
     ranked = [r for r in results if r.contrast.rank]
     if ranked:
-        right.set_title(f"within target: rank correlation {ranked[0].effect:+.2f}, $p$ = {ranked[0].p:.4f}", fontsize=8)
+        p = "< 0.0001" if ranked[0].p < 1e-4 else f"= {ranked[0].p:.4f}"
+        right.set_title(f"within target: rank correlation {ranked[0].effect:+.2f}, $p$ {p}", fontsize=8)
     return figures.save(fig, stem, dpi=150)
 
 

@@ -389,7 +389,9 @@ def test_what_a_companion_is_worth():
         """Mean over sources of the gain over the single models of the same data, per seed."""
         alone = "real" if group == "again" else group
         of = lambda g, s, k: {
-            r["source"]: r[measure] for r in rows if (r["group"], r["seed"], r["k"], r["n"]) == (g, s, k, n)
+            r["source"]: r[measure]
+            for r in rows
+            if (r["group"], r["design"], r["seed"], r["k"], r["n"]) == (g, "partition", s, k, n)
         }
         pairs = [(of(alone, s, 1), of(group, s, k)) for s in seeds]
         assert all(len(a) == len(b) == 10 for a, b in pairs)
@@ -399,7 +401,8 @@ def test_what_a_companion_is_worth():
         test = scipy.stats.ttest_1samp(values, 0)
         low, high = test.confidence_interval(0.95)
         interval = f"{np.mean(values):+.4f} ({low:+.4f} to {high:+.4f})"
-        assert re.search(rf"\| {re.escape(line)}[^|]*\| {re.escape(interval)} \| {test.pvalue:.4f} \|", text), interval
+        p = f"{test.pvalue:.4f}" if test.pvalue >= 1e-4 else "< 0.0001"
+        assert re.search(rf"\| {re.escape(line)}[^|]*\| {re.escape(interval)} \| {p} \|", text), interval
         return test
 
     def slope(x, tables):
@@ -421,3 +424,56 @@ def test_what_a_companion_is_worth():
     test = scipy.stats.ttest_1samp(before, 0)
     low, high = test.confidence_interval(0.95)
     assert f"{before.mean():+.3f} ({low:+.3f} to {high:+.3f}, p = {f'{test.pvalue:.3f}'[1:]})" in text
+
+    of = lambda k, n: np.array(
+        [
+            np.mean(
+                [
+                    r["bits_per_dim"]
+                    for r in rows
+                    if (r["group"], r["design"], r["seed"], r["k"], r["n"]) == ("real", "partition", s, k, n)
+                ]
+            )
+            for s in seeds
+        ]
+    )
+    test = scipy.stats.ttest_1samp(of(1, 100) - of(10, 25), 0)
+    low, high = test.confidence_interval(0.95)
+    flat = " ".join(text.split())
+    worth = (
+        f"by {np.mean(of(1, 100) - of(10, 25)):.3f} bits/dim ({low:.3f} to {high:.3f}, p = {f'{test.pvalue:.3f}'[1:]})"
+    )
+    assert worth in flat and f"p = {f'{test.pvalue:.3f}'[1:]}" in readme
+
+
+def test_what_a_near_partner_is_worth():
+    """Gains of targets in pairs: how many exclude zero, and their rank correlation with nearness, p by permuting sources."""
+    rows, text = data("multi-vs-single"), document("docs/multi-vs-single.md")
+    real = [r for r in rows if (r["group"], r["n"]) == ("real", 25)]
+    alone = {(r["seed"], r["source"]): r["bits_per_dim"] for r in real if r["k"] == 1}
+    gain, near = np.full([5, 10, 10], np.nan), np.full([5, 10, 10], np.nan)
+    for r in real:
+        if r["k"] == 2:
+            (partner,) = {int(m) for m in r["set"].split("-")} - {r["source"]}
+            gain[r["seed"], r["source"], partner] = alone[r["seed"], r["source"]] - r["bits_per_dim"]
+            near[r["seed"], r["source"], partner] = -r["energy_distance"]
+    low, high = scipy.stats.ttest_1samp(gain, 0).confidence_interval(0.95)
+    assert (gain.mean(0) > 0).sum() == 90
+    assert f"none lies below zero, and {(low > 0).sum()} of their intervals lie above it" in text
+    others = [[b for b in range(10) if b != a] for a in range(10)]
+
+    def correlations(order):
+        moved = near[:, order][:, :, order]
+        ranks = lambda x: scipy.stats.rankdata(np.stack([x[:, a, o] for a, o in enumerate(others)], 1), axis=-1) - 5
+        a, b = ranks(gain), ranks(moved)
+        return ((a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))).mean(1)
+
+    found = correlations(np.arange(10))
+    spearman = [scipy.stats.spearmanr(gain[0, a, o], near[0, a, o]).statistic for a, o in enumerate(others)]
+    assert found[0] == pytest.approx(np.mean(spearman))
+    low, high = scipy.stats.ttest_1samp(found, 0).confidence_interval(0.95)
+    assert f"{found.mean():+.4f} ({low:+.4f} to {high:+.4f}) | 0.0146 |" in text
+    assert f"rank correlation {found.mean():.2f} within target ({low:.2f} to {high:.2f};" in text
+    rng = np.random.default_rng(1)
+    chance = [abs(correlations(rng.permutation(10)).mean()) >= found.mean() for _ in range(2000)]
+    assert abs(np.mean(chance) - 0.0146) < 0.009  # three standard errors of the two counts
