@@ -17,11 +17,12 @@ from metrics.detectors.dinov2 import Dino, DinoV2
 from metrics.detectors.inception import Inception, InceptionV3
 from metrics.features import collect
 from torch_utils.random import StackedRandomGenerator
-from training import guidance, likelihood, processes, samplers, selection, setup
+from training import choices, guidance, likelihood, processes, samplers, selection, setup
 from training.dataset import label_rows
 from training.encoders import StabilityVAEEncoder
 from training.generation import generate_images
 from training.networks_edm2 import Precond
+from training.selection.scores import CHEAP
 from training.validation import HeldOut
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +98,28 @@ STEPS = {  # options -> waits per step (of one micro-batch of 64, two blocks)
     },
     "diverse": (dict(select="diverse", reference="ema"), 4),
     "early": (dict(select="jest", reference="ema", select_when="early"), 4),
+    "lowres": (dict(select="jest", reference="ema", select_cheap="lowres"), 3),
+    "levels": (dict(select="jest", reference="ema", select_cheap="levels"), 9),
+    "half": (dict(select="jest", reference="ema", select_cheap="half"), 3),
+    "vp, reduced": (dict(process="vp", loss="process"), 0),
+    "alda": (dict(process="alda", encoder="dequantize"), 0),
+    "two matrices": (dict(process="linear", process_options={"Q": [[0, -1], [1, 0]], "D": [[0, 0], [0, 1]]}), 0),
+    "joint": (dict(process="cld", parameterization="joint", loss="joint"), 2),  # times and matrices are the CPU's
+    "hounet": (dict(process="cld", parameterization="joint", arch="hounet", channels=32, channels_per_head=None), 2),
+    "adamw": (dict(optimizer="adamw", ema="decay", encoder="center"), 0),
+    "adamax": (dict(optimizer="adamax", ema="halflife", encoder="logit"), 0),
+    "no average": (dict(ema="none", encoder="rgb", grad_clip=1.0), 0),
 }
+
+
+def test_every_choice_takes_a_step():
+    """But for the networks of points, whose data are of 1x1."""
+    usual = small_config("")
+    tables = dict(arch=choices.ARCHS, loss=choices.LOSSES, optimizer=choices.OPTIMIZERS, ema=choices.EMAS)
+    tables |= dict(encoder=choices.ENCODERS, process=processes.REGISTRY, select=selection.FUNCTIONS, select_cheap=CHEAP)
+    for option, table in tables.items():
+        taken = {options.get(option, getattr(usual, option)) for options, _ in STEPS.values()}
+        assert {name for name in table if not name.startswith("points-")} <= taken, option
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -157,7 +179,9 @@ def random_of(n):
     return StackedRandomGenerator(DEVICE, range(n))
 
 
-@pytest.mark.parametrize("options", [{}, {"S_churn": 5.0}, {"guided": None}, {"guided": (0.1, 5.0)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"S_churn": 5.0}, {"guided": None}, {"guided": (0.1, 5.0)}, {"unlabelled": 2.0}]
+)
 def test_heun_never_waits(options):
     """But for guidance in an interval, which asks at every evaluation whether the guide is needed."""
     options = dict(options)
@@ -165,6 +189,8 @@ def test_heun_never_waits(options):
         net = small_net()
         if "guided" in options:
             net = guidance.guided(net, small_net(), 2.0, options.pop("guided"))
+        if "unlabelled" in options:
+            net = guidance.guided(net, guidance.NullLabels(net), options.pop("unlabelled"))
         waits = 2 * 3 - 1 if getattr(net, "interval", None) else 0
         seen.forget()
         images = sampled("heun", net=net, num_steps=3, **options)
