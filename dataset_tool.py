@@ -63,7 +63,7 @@ def convert(**options):
     ...-images-idx3-ubyte.gz, TFRecords, LMDB, parquet and Arrow tables (pip install pyarrow), Tiny ImageNet
     (.zip or folder), ImageNet, AFHQ, FFHQ. Of train, val and test the first is taken: --split-folder takes another.
     Images keep the index of the source's listing as their name; --per-source is nested and seeded.
-    A data set appears when it is whole: a conversion that was killed begins again, and leaves nothing behind.
+    A data set appears when it is whole; the same command, killed or interrupted, goes on with what it had made.
     \b
     Similarity levels of the multi-source experiments, ten classes each (sim3:3 is the first three): sim1 one per
     high-level category (the paper's Sim=1, level3 in its code), sim2 mammals (level2), sim3 dogs (Sim=2, level1).

@@ -98,12 +98,12 @@ def _is_of(kind, place):
 
 @contextlib.contextmanager
 def claimed(
-    option: str, path: str | Path, kind: Kind, others: Iterable[Named] = (), new: bool = False
+    option: str, path: str | Path, kind: Kind, others: Iterable[Named] = (), new: bool = False, key: str | None = None
 ) -> Iterator[Lock]:
     """Hold an output for this command, checked, without the leftovers of commands that were killed; `check`'s errors.
 
     new: what exists, and is no empty folder and not what a killed command had just put there, is refused. Of several
-    processes the first one holds it.
+    processes the first one holds it. key: of leftovers that the command goes on with (util.partial).
     """
     check(option, path, kind, others)
     place = kind.files(Path(path))[0]
@@ -121,7 +121,7 @@ def claimed(
         if inside:
             remove_leftovers(place, deep=True)
         for end in ["", *kind.beside]:
-            remove_leftovers(place.parent, place.name + end)
+            remove_leftovers(place.parent, place.name + end, key=key)
         if new:
             refuse_existing(option, place, lock)
         yield lock

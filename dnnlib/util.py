@@ -64,18 +64,31 @@ TEMPORARY = (
 REPLACED = ".old"  # behind it: the folder NAME of before, until the new one stands in its place
 
 
+INTERRUPTIONS = (KeyboardInterrupt, SystemExit)  # after which the same command may go on
+
+
+def partial(path: str | Path, key: str) -> Path:
+    """Where a file or folder is written by work that can go on; key: 16 hex digits, of all that its content depends on."""
+    return Path(path).with_name(f".{Path(path).name}.{key}{TEMPORARY}")
+
+
 @contextlib.contextmanager
-def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+def atomic_write(path: str | Path, mode: str = "wb", key: str | None = None) -> Iterator[IO]:
     """Open a temporary neighbour of `path` for writing; it takes the name of `path` only when all went well.
 
     The data is on the disk before the rename, so a crash leaves either the old file or the new one.
     A failed write raises OSError that names `path`, and leaves nothing behind; what is no file is not replaced.
+    key: as of `partial`; what was written there before an interruption is there again, to be read or written over.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(errno.EEXIST, "is no regular file; give another place", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
+    if key is None:
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
+    else:
+        temporary = partial(path, key)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
         with os.fdopen(fd, mode, **text) as file:
@@ -87,25 +100,30 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600: restore what a plain open() would have given
         os.replace(temporary, path)
     except BaseException as err:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        if key is None or not isinstance(err, INTERRUPTIONS):
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
         if isinstance(err, OSError) and err.errno is not None and err.filename is None:
             raise OSError(err.errno, f"{err.strerror}; free some space or choose another place", str(path)) from err
         raise
 
 
-def remove_leftovers(folder: str | Path, name: str | None = None, deep: bool = False) -> None:
+def remove_leftovers(folder: str | Path, name: str | None = None, deep: bool = False, key: str | None = None) -> None:
     """Delete what writes that were cut short left in `folder`: of the file or folder `name`, or of all (deep: also below).
 
-    A folder that was about to be replaced gets its name back. For the holder of the lock; other hidden files stay.
+    A folder that was about to be replaced gets its name back. For the holder of the lock; other hidden files stay, and
+    what work of this key can go on with.
     """
     names = re.compile(
-        rf"\.({'.+' if name is None else re.escape(name)})\.[a-z0-9_]{{8}}{re.escape(TEMPORARY)}({REPLACED})?"
+        rf"\.({'.+' if name is None else re.escape(name)})\.([a-z0-9_]{{8}}|[0-9a-f]{{16}}){re.escape(TEMPORARY)}"
+        rf"({REPLACED})?"
     )
     for path in sorted(Path(folder).rglob(f".*{TEMPORARY}*") if deep else Path(folder).glob(f".*{TEMPORARY}*")):
         match = names.fullmatch(path.name)
-        if match and match[2] and not path.with_name(match[1]).exists():
+        if match and match[3] and not path.with_name(match[1]).exists():
             os.replace(path, path.with_name(match[1]))
+        elif match and match[2] == key and not match[3]:
+            continue
         elif match and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         elif match:
@@ -122,6 +140,27 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_json(path: str | Path, value: object) -> Path:
     """Write strict JSON atomically; returns its path. Raises ValueError for NaN or infinity."""
     return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def traits(path: str | Path) -> list | str:
+    """Size and time of a file; of a folder a digest over all that is in it, links followed."""
+    if os.path.isfile(path):
+        return [os.path.getsize(path), os.stat(path).st_mtime_ns]
+    found, seen = [], set()
+    for folder, folders, files in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(folders)  # links may lead in circles
+        for name in [] if real in seen else sorted(files):
+            file = os.path.join(folder, name)
+            stat = os.stat(file, follow_symlinks=os.path.exists(file))
+            found.append([os.path.relpath(file, path), stat.st_size, stat.st_mtime_ns])
+        seen.add(real)
+    return json_sum(found)
+
+
+def json_sum(content: object) -> str:
+    """sha256 (hex) of plain data."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def file_sum(file: IO[bytes]) -> str:

@@ -29,8 +29,8 @@ CONTEXT.set_forkserver_preload(
 def arm(moment):
     """Send this process a signal at a moment: (signal, what, pattern or count).
 
-    what: "step" (count-th optimizer step), "half-written" (a file with such a name is cut in half before it is renamed),
-    "before-rename", "after-rename", "before-removal", "after-removal" (of a file with such a name).
+    what: "step" (count-th optimizer step), "item" (count-th of a data set), "half-written" (a file with such a name is cut in
+    half before it is renamed), "before-rename", "after-rename", "before-removal", "after-removal" (of a file of such a name).
     """
     number, what, which = moment
 
@@ -52,6 +52,18 @@ def arm(moment):
             return original(self, *args)
 
         TrainingLoop._apply_gradients = apply_gradients
+    elif what == "item":
+        from training.dataset.writing import DatasetWriter
+
+        added, items = DatasetWriter.add, [0]
+
+        def add(self, *args):
+            added(self, *args)
+            items[0] += 1
+            if items[0] == which:
+                strike()
+
+        DatasetWriter.add = add
     elif "removal" in what:
         original_unlink = pathlib.Path.unlink
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from training import dataset as ds
+from training.dataset.format import png_bytes, to_array
 
 
 def png(array):
@@ -106,6 +107,17 @@ def test_npy_grey_and_palette(tmp_path):
     colour.save(file, format="png")
     dataset = ds.ImageFolderDataset(write(tmp_path / "palette", {"a.png": file.getvalue()}))
     assert np.array_equal(dataset[0][0], np.array(colour.convert("RGB")).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (200, 333)])  # the last in several stored blocks
+def test_pngs_as_pillow_reads_them(channels, size):
+    pixels = np.random.RandomState(channels).randint(0, 256, [channels, *size], np.uint8)
+    data = png_bytes(pixels, {"about": '{"a": 1}'})
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        image.verify()  # checksums
+    image = PIL.Image.open(io.BytesIO(data))
+    assert image.text == {"about": '{"a": 1}'} and np.array_equal(to_array(image), pixels)
 
 
 def test_max_size_and_xflip(tmp_path, pixels):

@@ -19,8 +19,8 @@ from small_runs import one_line, run
 import calculate_metrics
 from training.dataset import ImageFolderDataset, archives, lmdb_file
 from training.dataset.convert import convert
+from training.dataset.format import png_bytes
 from training.dataset.sources import open_source
-from training.images import png_bytes
 
 
 def images_of(source):

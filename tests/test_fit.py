@@ -19,9 +19,9 @@ from torch_utils.random import seeded_generator
 from training import processes, setup
 from training.config import make_config
 from training.dataset import ArrayDataset, ImageFolderDataset, load_arrays
+from training.dataset.format import png_bytes
 from training.encoders import CenterEncoder, IdentityEncoder, LogitEncoder, StandardRGBEncoder
 from training.generation import generate_images as generate
-from training.images import png_bytes
 from training.networks_edm2 import Precond
 from training.validation import NOISE_LEVELS, HeldOut
 

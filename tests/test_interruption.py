@@ -3,18 +3,23 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import time
+import zlib
 from pathlib import Path
 
 import child_runs
+import numpy as np
+import PIL.Image
 import pytest
 import safetensors.torch
 import torch
 from conftest import convert_digits
 from small_runs import assert_identical, final_state, small_command
 
-from dnnlib.util import locked
+from dnnlib.util import TEMPORARY, locked
 from torch_utils import checkpoint
 from torch_utils.persistence import save_snapshot
 from training.hooks import STOPPING
@@ -314,6 +319,87 @@ def test_killed_and_run_again(world, tmp_path, name, what, which):
     code, output = child_runs.run(script, arguments(folder), tmp_path / "log")
     assert code == 0, output
     assert contents(folder) == whole | dict.fromkeys(FOREIGN, b"mine")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """24 JPEGs of three classes, and what becomes of them: {name: bytes} of `convert` without and with --holdout."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.RandomState(0)
+    for i in range(24):
+        (root / "in" / "abc"[i % 3]).mkdir(parents=True, exist_ok=True)
+        image = PIL.Image.fromarray(rng.randint(0, 256, [20, 24, 3], np.uint8))
+        image.save(root / "in" / "abc"[i % 3] / f"{i:02d}.jpg", quality=95)
+    return root / "in"
+
+
+def go_on(source, folder, end, *more):
+    held = ["--per-source=6", f"--holdout={folder}/h{end}"] if end else []
+    words = ["--resolution=16x16", "--transform=center-crop-dhariwal", *held, *more]
+    return ["convert", f"--source={source}", f"--dest={folder}/d{end}", *words]
+
+
+def spoil(paths):
+    """Other bytes in files that look the same from outside."""
+    for path in paths:
+        stat = path.stat()
+        path.write_bytes(b"x" * stat.st_size)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("end", [".zip", ""], ids=["zips", "folder"])
+def test_a_killed_conversion_goes_on(photos, tmp_path, end):
+    """Killed again and again, then the bytes of one that was not; what was done is not even read again."""
+    source, log = tmp_path / "in", tmp_path / "log"
+    shutil.copytree(photos, source)  # with their times
+    for name in ("whole", "part"):
+        (tmp_path / name).mkdir()
+    assert child_runs.run("dataset_tool", go_on(source, tmp_path / "whole", end), log)[0] == 0
+    whole, command = contents(tmp_path / "whole"), go_on(source, tmp_path / "part", end)
+    for number, count in ((KILL, 1), (KILL, 5), (INT, 13), (KILL, 4), (KILL, 21)):  # 4: while it reads what is there
+        code, output = child_runs.run("dataset_tool", command, log, moment=(number, "item", count))
+        assert code == (130 if number == INT else -KILL), output
+    first = sorted(source.rglob("*.jpg"), key=lambda path: (path.parent.name, path.name))
+    chosen = re.findall(r"img(\d{8})\.png", " ".join(unfinished(tmp_path / "part")))
+    assert len(set(chosen)) >= 20
+    spoil(first[int(index)] for index in set(chosen))
+    code, output = child_runs.run("dataset_tool", command, log)
+    assert code == 0 and json.loads(output.splitlines()[-1])["resumed"] == len(set(chosen)), output
+    assert contents(tmp_path / "part") == whole
+    assert {path.name for path in (tmp_path / "part").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+
+
+def unfinished(folder):
+    """Names of the items that lie whole in what interrupted commands have left, read by none of their code."""
+    for place in folder.glob(f".*{TEMPORARY}"):
+        if place.is_dir():
+            yield from (path.name for path in place.rglob("*.png"))
+        else:
+            data = place.read_bytes()
+            for match in re.finditer(rb"PK\x03\x04.{10}(.{4}).{4}(.{4})(.{2})\x00\x00", data, re.DOTALL):
+                crc, size, length = (int.from_bytes(part, "little") for part in match.groups())
+                end = match.end() + length
+                if zlib.crc32(data[end : end + size]) == crc:
+                    yield data[match.end() : end].decode()
+
+
+def test_only_the_same_work_goes_on(photos, tmp_path):
+    """Other options, or an image that has changed: all anew, and nothing of before is left."""
+    source, log = tmp_path / "in", tmp_path / "log"
+    shutil.copytree(photos, source)
+    command = ["convert", f"--source={source}", "--resolution=16x16"]
+    for change in ("option", "image", "list"):
+        part, whole = tmp_path / f"{change}.zip", tmp_path / "whole.zip"
+        assert child_runs.run("dataset_tool", [*command, f"--dest={part}"], log, moment=(KILL, "item", 20))[0] == -KILL
+        assert list(tmp_path.glob(f".{part.name}.*{TEMPORARY}"))
+        if change == "image":
+            shutil.copy(source / "a" / "00.jpg", source / "a" / "03.jpg")
+        more = {"option": ["--resolution=8x8"], "list": ["--sources=a,c"]}.get(change, [])
+        for dest in (part, whole):
+            code, output = child_runs.run("dataset_tool", [*command, f"--dest={dest}", *more, "--overwrite"], log)
+            assert code == 0 and json.loads(output.splitlines()[-1])["resumed"] == 0, output
+        assert part.read_bytes() == whole.read_bytes() and not list(tmp_path.glob(".*"))
 
 
 def test_killed_while_replacing_a_folder(world, tmp_path):

@@ -1,6 +1,7 @@
 """Latents by several processes and several sources, what is refused, and small latents for real."""
 
 import json
+import signal
 import socket
 import time
 
@@ -68,6 +69,22 @@ def test_an_error_of_one_process_is_everybodys(images, tiny_vae, tmp_path):
     one_line(dataset_tool.main, *command, "--vae", tiny_vae[0], "--dry-run", says="3.png")
     codes, outputs = group(2, *command, "--vae=nowhere/nothing", log=tmp_path / "out" / "log")
     assert codes == [2, 2] and all("nowhere/nothing" in text for text in outputs)
+
+
+def test_a_killed_encoding_goes_on(images, tiny_vae, tmp_path):
+    """After its last whole batch, in two processes just as well: the bytes of one that was not killed."""
+    log, command = (
+        tmp_path / "log",
+        ["encode", f"--source={images}", f"--vae={tiny_vae[0]}", "--batch=3", "--device=cpu"],
+    )
+    code, output = child_runs.run("dataset_tool", [*command, f"--dest={tmp_path}/whole.zip"], log)
+    assert code == 0, output
+    part = [*command, f"--dest={tmp_path}/part.zip"]
+    assert child_runs.run("dataset_tool", part, log, moment=(signal.SIGKILL, "item", 8))[0] == -signal.SIGKILL
+    codes, outputs = group(2, *part, log=log)
+    assert codes == [0, 0] and '"resumed": 6' in outputs[0], outputs
+    assert (tmp_path / "part.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_dry_runs_read_all_and_several_sources_are_joined(images, tiny_vae, tmp_path):

@@ -18,8 +18,8 @@ from simulations.studies import pfgm_toy, robustness, stable_targets
 from torch_utils import persistence
 from training import processes
 from training.dataset import ImageFolderDataset, load_arrays
+from training.dataset.format import png_bytes
 from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
-from training.images import png_bytes
 from training.networks_edm2 import Precond
 from training.processes.pfgmpp import PosteriorMean
 

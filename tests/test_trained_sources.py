@@ -15,8 +15,8 @@ from metrics.distances import frechet_distance
 from torch_utils.persistence import load_snapshot, read_header, save_snapshot
 from training import setup
 from training.dataset import ImageFolderDataset, load_arrays
+from training.dataset.format import png_bytes
 from training.generation import generate_images as generate
-from training.images import png_bytes
 
 MAIN = (generate_images.main, "--device=cpu", "--steps=2")
 GEN = (calculate_metrics.cmdline, "gen", "--steps=1", "--splits=0", "--distances=fd", "--device=cpu")

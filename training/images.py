@@ -1,6 +1,5 @@
 """Pictures: uint8 tensors to PNG files, and labelled grids with a row per source."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
-import PIL.PngImagePlugin
 import torch
 
 from dnnlib.util import atomic_write
@@ -18,15 +16,6 @@ def to_pil(image: torch.Tensor | np.ndarray) -> PIL.Image.Image:
     """uint8 tensor or array [C, H, W] with 1 or 3 channels -> PIL image."""
     array = np.asarray(image)
     return PIL.Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
-
-
-def png_bytes(image: torch.Tensor | np.ndarray, texts: dict[str, str] | None = None) -> bytes:
-    """The bytes of `image` [C, H, W] as an uncompressed PNG (as EDM2's tools write them). texts: {keyword: text} beside it."""
-    buffer, info = io.BytesIO(), PIL.PngImagePlugin.PngInfo()
-    for keyword, text in (texts or {}).items():
-        info.add_text(keyword, text)
-    to_pil(image).save(buffer, format="png", compress_level=0, optimize=False, pnginfo=info)
-    return buffer.getvalue()
 
 
 SHOWN_WIDTH = 64  # pixels of an image in a grid, at least

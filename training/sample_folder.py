@@ -22,9 +22,8 @@ from dnnlib import EasyDict, atomic_write
 from dnnlib.options import declared, flag
 from torch_utils import distributed as dist
 from torch_utils.persistence import content_digest, describe
-from training.dataset.format import LABELS_FILE, extension, item_extensions
+from training.dataset.format import LABELS_FILE, extension, item_extensions, png_bytes
 from training.dataset.listing import Container
-from training.images import png_bytes
 from training.sampling import Sampling
 
 KEY = "generated"  # of the PNG text

@@ -3,8 +3,6 @@
 import fnmatch
 import functools
 import glob
-import hashlib
-import json
 import os
 import re
 import time
@@ -13,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dnnlib.reading import read_json
-from dnnlib.util import each_of, file_sum, write_json
+from dnnlib.util import each_of, file_sum, json_sum, traits, write_json
 from dnnlib.writers import Writers
 
 LAUNCHER = "torchrun"
@@ -53,8 +51,8 @@ class Step:
         """Identity: the command line without its launcher (no result depends on how many processes compute it), size and
         time of the outside files and folders it names, identities of the steps it needs.
         """
-        outside = {path: _traits(path) for path in sorted(self.reads) if os.path.isfile(path) or path in self.folders}
-        return _digest([self.command, outside, [step.key for step in self.needs]])
+        outside = {path: traits(path) for path in sorted(self.reads) if os.path.isfile(path) or path in self.folders}
+        return json_sum([self.command, outside, [step.key for step in self.needs]])
 
     def processes(self, gpus: int) -> int:
         """How many the launcher starts on a machine; `gpu` and `auto` are one on each of `gpus`."""
@@ -123,26 +121,6 @@ def _joined(words):
         yield f"{word}={next(words, '')}" if known else word
 
 
-def _traits(path):
-    """Size and time of a file; of a folder a digest over all that is in it, links followed."""
-    if os.path.isfile(path):
-        return [os.path.getsize(path), os.stat(path).st_mtime_ns]
-    found, seen = [], set()
-    for folder, folders, files in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        folders[:] = [] if real in seen else sorted(folders)  # links may lead in circles
-        for name in [] if real in seen else sorted(files):
-            file = os.path.join(folder, name)
-            traits = os.stat(file, follow_symlinks=os.path.exists(file))
-            found.append([os.path.relpath(file, path), traits.st_size, traits.st_mtime_ns])
-        seen.add(real)
-    return _digest(found)
-
-
-def _digest(content):
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
 def link(steps: list[Step], root: str) -> None:
     """Fill in what each step needs: earlier steps that write what it names."""
     root, writers = os.path.normpath(root), Writers()
@@ -205,7 +183,7 @@ def is_done(out: str | Path, step: Step) -> bool:
     if marker is None:
         return False
     if "files" not in marker:  # written by an earlier version, which knew the command line only
-        return marker["key"] == _digest(step.argv)
+        return marker["key"] == json_sum(step.argv)
     return marker["key"] == step.key and all(_unchanged(path, then) for path, then in marker["files"].items())
 
 

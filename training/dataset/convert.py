@@ -25,7 +25,7 @@ from training.dataset.format import ImageSource
 from training.dataset.imagenet import resolve
 from training.dataset.pixels import GREY, Pixels, upright_size
 from training.dataset.sources import join, open_source
-from training.dataset.writing import DATA_SET, NO_IMAGES, Item, check_dest, dataset_writer
+from training.dataset.writing import DATA_SET, NO_IMAGES, Item, check_dest, dataset_writer, work_key
 
 # --- Crops (EDM2 dataset tool). Each takes and returns a PIL image; center-crop-wide may return None: skipped ---------
 
@@ -314,7 +314,8 @@ def convert(
     """Write the data set(s); returns a summary (`count`, `holdout`, `skipped`, `per_source`, `bytes`, ...). ValueError.
 
     `shared` in it: images of the hold-out that are, pixel by pixel, in the data set too. A dry run reads and makes all, and
-    writes nothing. Nothing appears before it is whole: a conversion that was killed begins again.
+    writes nothing. Nothing appears before it is whole: a conversion that was killed goes on when it is called again, with what
+    it had written (`resumed` images of the summary), as long as images and options are the same.
 
     source: path, `package:name`, several of them, or what is open already; dest: folder or .zip; options: of Conversion.
     """
@@ -380,6 +381,8 @@ def convert(
     }
 
     def made(index, stored):
+        if isinstance(stored, Item):
+            return stored
         name = source.describe(index)
         item = source.decode(stored, name, False)
         if not source.latents:
@@ -387,22 +390,30 @@ def convert(
         return None if item is None else Item.of(index, item, name)
 
     with contextlib.ExitStack() as stack:  # all take their names at the end, and only then are let go
-        claim = lambda option, path: outputs.claimed(option, path, DATA_SET, others[option], new=not o.overwrite)
-        locks = dict.fromkeys(places)  # a dry run holds nothing, and reads all the same
-        if not o.dry_run:
-            locks = {option: stack.enter_context(claim(option, path)) for option, path in places.items()}
-        writers = [stack.enter_context(dataset_writer(places[option], locks[option], source)) for option in places]
         parts = {"--dest": chosen, "--holdout": rest, "--val": validation}
+        keys, locks = dict.fromkeys(places), dict.fromkeys(places)  # a dry run holds nothing, and reads all the same
+        if not o.dry_run:
+            made_so = (o.transform, o.resolution, channels, o.background, o.depth)
+            keys = {option: work_key(source, paths, parts[option], *made_so) for option in places}
+            claim = functools.partial(outputs.claimed, kind=DATA_SET, new=not o.overwrite)
+            for option, path in places.items():
+                locks[option] = stack.enter_context(claim(option, path, others=others[option], key=keys[option]))
+        new_writer = lambda option: dataset_writer(places[option], locks[option], source, keys[option])
+        writers = [stack.enter_context(new_writer(option)) for option in places]
         for (option, path), writer in zip(places.items(), writers, strict=True):
             indices = parts[option].tolist()
-            made_items = in_order(made, source.fetch, indices, o.workers or usable_cores())
+
+            def fetch(index, kept=writer.kept):
+                return kept(index, source.latents) or source.fetch(index)
+
+            made_items = in_order(made, fetch, indices, o.workers or usable_cores())
             items = stack.enter_context(contextlib.closing(made_items))
             for index, item in zip(o.progress(indices, os.path.basename(path)), items, strict=True):
                 if item is None:
                     summary["skipped"] += 1
                 else:
                     writer.add(item, labels[index], source.describe(index))
-    summary["bytes"] = sum(writer.size for writer in writers)
+    summary |= {name: sum(getattr(writer, name) for writer in writers) for name in ("resumed", "bytes")}
     summary["warnings"] += pixels.notes(automatic=o.channels == "auto")
     contents = [writer.hashes for writer in writers]
     if len(contents) > 1:

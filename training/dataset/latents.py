@@ -1,11 +1,12 @@
 """Data sets of VAE latents: pixels -> posterior mean and standard deviation, and back to pictures; on any number of ranks.
 
 Every rank translates whole batches, the first one writes them in order: batches, and so the bytes on one kind of device, do
-not depend on the number of ranks.
+not depend on the number of ranks. Called again, an interrupted command goes on after its last whole batch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 
@@ -14,13 +15,13 @@ import PIL.Image
 import torch
 
 from dnnlib import outputs
-from dnnlib.util import usable_cores
+from dnnlib.util import traits, usable_cores
 from torch_utils import distributed as dist
 from torch_utils.random import StackedRandomGenerator, hash_seed
 from training import encoders
 from training.dataset.convert import LatentOptions, in_order
 from training.dataset.sources import join, open_source
-from training.dataset.writing import DATA_SET, Item, check_dest, dataset_writer
+from training.dataset.writing import DATA_SET, Item, check_dest, dataset_writer, work_key
 
 
 def encode_dataset(source: str | Sequence[str], dest: str, **options: object) -> dict:
@@ -67,17 +68,15 @@ def _translate(source, dest, o, read, translate, from_latents):
         )
     count = source.count if o.max_images is None else min(source.count, o.max_images)
     summary = {"source": source.name, "dest": os.fspath(dest), "count": count, "num_classes": source.num_classes}
+    summary["resumed"] = 0  # images that the same command, interrupted, had done
     device, first = dist.init(o.device), dist.get_rank() == 0
     encoder = encoders.StabilityVAEEncoder(vae_name=o.model_url, batch_size=o.batch)
     encoders.use_vae(encoder, o.model_url)
     _first_one_first(lambda: encoder.init(device))  # a VAE of the hub is loaded once
     labels = source.labels if source.labels is not None else [None] * source.count
     batches = [range(start, min(start + o.batch, count)) for start in range(0, count, o.batch)]
-    rounds = range(0, len(batches), dist.get_world_size())
-    mine = [batches[start + dist.get_rank()] for start in rounds if start + dist.get_rank() < len(batches)]
     look = lambda index, stored: read(source.decode(stored, source.describe(index), False))
     workers = max(usable_cores() // dist.get_world_size(), 1)
-    arrays = in_order(look, source.fetch, (index for batch in mine for index in batch), workers)
 
     def translated(batch, shape):
         """(items of a batch as Item.of takes them, its shape)."""
@@ -91,6 +90,11 @@ def _translate(source, dest, o, read, translate, from_latents):
             return [], shape
         items = translate(encoder, torch.from_numpy(np.stack(found)), batch, device)
         return [Item.of(i, item, source.describe(i)) for i, item in zip(batch, items, strict=True)], shape
+
+    def add(writer, items):
+        for item in items:
+            index = len(writer.labels)
+            writer.add(item, labels[index], source.describe(index))
 
     def step(start, shape):
         """The items of a round in order, on the first rank, and the shape; the first error of a round is everybody's."""
@@ -106,19 +110,29 @@ def _translate(source, dest, o, read, translate, from_latents):
             raise ValueError(error)
         return [item for items, _ in parts or [] for item in items], dist.broadcast_object(parts and parts[0][1])
 
-    shape = None
-    if o.dry_run or not first:
-        for start in o.progress(rounds, "checking") if first else rounds:
-            _, shape = step(start, shape)
-        return summary
-    claim = outputs.claimed("--dest", dest, DATA_SET, others, new=not o.overwrite)
-    with claim as lock, dataset_writer(dest, lock, source) as writer:
-        index = 0
-        for start in o.progress(rounds, os.path.basename(dest)):
+    with contextlib.ExitStack() as stack:
+        writer, begun, shape = None, 0, None
+        if first and not o.dry_run:
+            vae = traits(o.model_url) if os.path.exists(o.model_url) else o.model_url
+            kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            made_so = (from_latents, vae, o.batch, o.sample_seed, kind, torch.__version__)
+            key = work_key(source, paths, range(count), *made_so)
+            lock = stack.enter_context(outputs.claimed("--dest", dest, DATA_SET, others, not o.overwrite, key))
+            writer = stack.enter_context(dataset_writer(dest, lock, source, key))
+            for batch in batches:
+                items = [writer.kept(index, not from_latents) for index in batch]
+                if None in items:
+                    break
+                add(writer, items)
+                begun += 1
+            summary["resumed"] = len(writer.labels)
+        rounds = range(dist.broadcast_object(begun), len(batches), dist.get_world_size())
+        mine = [batches[start + dist.get_rank()] for start in rounds if start + dist.get_rank() < len(batches)]
+        arrays = in_order(look, source.fetch, (index for batch in mine for index in batch), workers)
+        for start in o.progress(rounds, os.path.basename(dest) if writer else "checking") if first else rounds:
             items, shape = step(start, shape)
-            for item in items:
-                writer.add(item, labels[index], source.describe(index))
-                index += 1
+            if writer:
+                add(writer, items)
     return summary
 
 

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 from dnnlib.reading import require_file, require_honest
-from dnnlib.util import natural_key
+from dnnlib.util import natural_key, traits
 from training.dataset.format import LABELS_FILE, MOST_ITEM, ZIP_ERRORS, extension, image_extensions
 from training.dataset.imagenet import named
 from training.dataset.labels import (
@@ -154,6 +154,13 @@ class Container:
     def checksum(self, name: str) -> int:
         """CRC-32 of the content of one file; of a zip from its directory, without reading the file."""
         return zlib.crc32(self.read(name)) if self.is_folder else self._zip().getinfo(self._stored[name]).CRC
+
+    def stamp(self, name: str) -> list:
+        """What changes with one file, without reading it: size and time; in a zip size and CRC-32."""
+        if self.is_folder:
+            return traits(os.path.join(self.path, name))
+        info = self._zip().getinfo(self._stored[name])
+        return [info.file_size, info.CRC]
 
     def __getstate__(self):
         return {key: value for key, value in self.__dict__.items() if key != "_opened"}

@@ -80,6 +80,9 @@ def join(sources: Sequence[ImageSource]) -> ImageSource:
         grey=False if any(s.grey is False for s in sources) else None if any(s.grey is None for s in sources) else True,
         latents=first.latents,
         describe=lambda i: (lambda which, index: sources[which].describe(index))(*at(i)),
+        stamp=(lambda i: (lambda which, index: sources[which].stamp(index))(*at(i)))
+        if all(source.stamp for source in sources)
+        else None,
         decode=lambda stored, name, header_only=False: sources[stored[0]].decode(stored[1], name, header_only),
         about="; ".join(f"{source.name}: {source.about}" for source in sources if source.about),
         warnings=[text for source in sources for text in source.warnings],
@@ -135,6 +138,7 @@ def _list_images(files, part, labels):
         latents=latents,
         describe=lambda i: images[i],
         decode=decode,
+        stamp=lambda i: files.stamp(images[i]),
         about=layout.sentence,
         warnings=layout.warnings,
         missing=layout.missing,
