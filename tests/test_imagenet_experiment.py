@@ -55,6 +55,7 @@ def settings(tree, inception, tiny_vae, tmp_path_factory):
 def test_from_the_images_to_the_table(settings):
     """Convert, encode, references, ten trainings, scores, table; then nothing is left to do."""
     words, root = settings
+    plan = run(run_experiment.main, YAML, *words, "--dry-run", "--seconds=0").stdout
     printed = run(run_experiment.main, YAML, *words, "--jobs=1").stdout
     head, row = (line.split(" | ") for line in printed.splitlines()[:3:2])
     assert [cell.strip("| ") for cell in row[:3]] == ["Sim 2 (dogs)", "3", "2"]
@@ -75,5 +76,9 @@ def test_from_the_images_to_the_table(settings):
     assert {r["class"] for r in rows} == set(NAMES) and len(rows) == 2 * 3 * 2
     for arm in ("multi", "single"):
         assert float(cell[arm]) == pytest.approx(np.mean([float(r["fd"]) for r in rows if r["arm"] == arm]), rel=1e-6)
+    said = re.search(r"data sets ([\d.e-]+) GB, references ([\d.e-]+) GB, generated images ([\d.e-]+) GB", plan)
+    for found, place in zip(said.groups(), ("data/**/*.zip", "refs/**/*.npz", "samples/*/**/*.png"), strict=True):
+        size = sum(path.stat().st_size for path in root.glob(place))
+        assert size / 1.3 < 1e9 * float(found) < 1.3 * size, (place, size, plan)
     listed = run(run_experiment.main, YAML, *words, "--list").stdout.splitlines()
     assert len(listed) > 20 and all(line.split()[1] == "done" for line in listed)

@@ -19,6 +19,7 @@ import torch
 from dnnlib.experiment import Step, to_do
 from training import cost, presets, setup
 from training.config import TrainingConfig, make_config
+from training.disk import Writes
 
 GB = 1e9
 
@@ -128,7 +129,8 @@ def leaf(command: click.Command, words: Sequence[str]) -> tuple[click.Command, l
 
 
 def _checked(step, command, checks, ready):
-    """The options of a step, checked as far as its inputs are there; a dry run of its own where all are."""
+    """(name of the command, the options of a step, checked as far as its inputs are there, what a dry run of its own said)."""
+    said = io.StringIO()
     found, words = leaf(command, step.command[1:])
     with contextlib.ExitStack() as held:
         ctx = found.make_context(step.script, list(words))
@@ -139,9 +141,10 @@ def _checked(step, command, checks, ready):
     for check in checks:
         check(found.name, ctx.params)
     if ready and step.script != TRAIN and any(param.name == "dry_run" for param in found.params):
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
             found.main([*words, "--dry-run"], prog_name=step.script, standalone_mode=False)
-    return [dict(own.params) for own in ctx.obj] if ctx.params.get("each") else [ctx.params]
+    models = [dict(own.params) for own in ctx.obj] if ctx.params.get("each") else [ctx.params]
+    return found.name if found is not command else step.script, models, said.getvalue()
 
 
 TRAIN = "train_edm2.py"
@@ -180,25 +183,30 @@ def of_experiment(
     are there is dry-run itself. checks: {script: function of its options that raises ValueError}. Raises ValueError that
     names the step.
     """
-    todo, plans, disks = to_do(out, steps), {}, {}
+    todo, plans, disks, writes = to_do(out, steps), {}, {}, Writes()
     waiting = {step.name for step in todo}
-    entries, trained = {}, []
+    entries, trained, others = {}, [], {}
     for step in todo:
         ready = not any(other.name in waiting for other in step.needs)
         if step.script not in scripts:
             raise ValueError(f"step {step.name} runs {step.script}; known scripts: {', '.join(scripts)}")
         try:
             own = [check for name, check in (checks or {}).items() if name == step.script]
-            models = _checked(step, scripts[step.script], own, ready)
+            name, models, said = _checked(step, scripts[step.script], own, ready)
             found = _training(models, step, ready, seconds, plans) if step.script == TRAIN else []
         except (ValueError, OSError, click.ClickException) as err:
             raise ValueError(
                 f"step {step.name}: {err.format_message() if hasattr(err, 'format_message') else err}"
             ) from err
-        entry = entries.setdefault(step.stage, dict(name=step.name, count=0, models=[]))
+        entry = entries.setdefault(step.stage, dict(name=step.name, count=0, models=[], sizes=[]))
         entry["count"] += 1
         entry["models"] += found
         trained += found
+        for outdir, config, plan in found:
+            writes.trains(outdir, config.data, plan["interface"])
+        kind, sizes = writes.of(name, models[0], said)
+        entry["sizes"] += [sum(sizes.values())] if sizes else []
+        others.setdefault(kind, {}).update(sizes)
     lines = [f"{len(todo)} of {len(steps)} steps to do, in {out}"]
     for entry in entries.values():
         line = f"  {entry['count']:5d} x {entry['name']}"
@@ -207,6 +215,8 @@ def of_experiment(
                 f": {config.preset}, {plan['steps']:,} steps, {plan['images']:,} images, {plan['memory_gb']['step']:.3g} GB of "
                 f"memory, {_times(plan)}, {plan['disk_gb']['all']:.3g} GB on disk each"
             )
+        if entry["sizes"]:
+            line += f": {entry['sizes'][0] / GB:.3g} GB on disk each"
         lines.append(line)
     if trained:
         hours = lambda name: sum(plan["devices"][name]["hours"] for *_, plan in trained if name in plan["devices"])
@@ -215,16 +225,21 @@ def of_experiment(
         lines.append(
             f"Training in all: {images:,} images, one H100 {cost.duration(hours('H100'))}{here}, {total:.3g} GB on disk"
         )
-    for outdir, _, plan in trained:
-        place = _place(outdir)
-        disk = disks.setdefault(os.stat(place).st_dev, [place, outdir, 0.0])
-        disk[2] += _disk(plan) - _on_disk(outdir) / GB
-    for place, outdir, needed in disks.values():
+    besides = {kind: sum(sizes.values()) / GB for kind, sizes in others.items() if sizes}
+    if besides:
+        more = ", ".join(f"{kind} {size:.3g} GB" for kind, size in besides.items())
+        everything = sum(besides.values()) + sum(_disk(plan) for *_, plan in trained)
+        lines.append(f"On disk besides: {more}; {everything:.3g} GB in all")
+    needs = [(outdir, _disk(plan) - _on_disk(outdir) / GB) for outdir, _, plan in trained]
+    needs += [(path, size / GB) for sizes in others.values() for path, size in sizes.items()]
+    for path, needed in needs:
+        place = _place(path)
+        disk = disks.setdefault(os.stat(place).st_dev, [place, path, 0.0])
+        disk[2] += needed
+    for place, path, needed in disks.values():
         if needed > (free := shutil.disk_usage(place).free / GB):
             click.echo("\n".join(lines), err=True)
-            raise ValueError(
-                f"the runs, such as {outdir}, write {needed:.3g} GB, and {free:.3g} GB are free in {place}"
-            )
+            raise ValueError(f"the steps write {needed:.3g} GB, such as {path}, and {free:.3g} GB are free in {place}")
     return "\n".join(lines)
 
 
