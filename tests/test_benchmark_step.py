@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_runs import one_line, run
+from small_runs import one_line, python, run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import step  # noqa: E402
@@ -40,3 +40,14 @@ def test_a_table_of_the_preset(tmp_path, options, parameters):
 )
 def test_mistakes_are_one_line(options, message):
     one_line(*STEP, *options, says=message)
+
+
+@pytest.mark.slow
+def test_speed_beside_the_published_formulation():
+    """Every side in a process of its own."""
+    what = "--what=train,outside"
+    text = python("benchmarks/speed.py", "--device=cpu", "--cases=8", what, "--repeats=1", "--warmup=0").stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")][2:]
+    assert [row[1] for row in rows] == ["reference", "plain", "ours", "ours"]
+    ratios = [float(row[3]) for row in rows]
+    assert ratios[0] == 1 and all(0.1 < ratio < 3 for ratio in ratios[1:3]) and 0 < ratios[3] < 1
