@@ -1,4 +1,4 @@
-"""Scores images against a reference: Frechet distance, KID, precision/recall, agreement; overall and per source.
+"""Scores images against a reference: Fréchet distance, KID, precision/recall, agreement; overall and per source.
 
 JSON goes to stdout, progress to stderr. Runs plain or under torchrun.
 """

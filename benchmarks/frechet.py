@@ -1,4 +1,4 @@
-"""What a Frechet distance costs: ours, the matrix square root of scipy, and the span of few samples, turn by turn.
+"""What a Fréchet distance costs: ours, the matrix square root of scipy, and the span of few samples, turn by turn.
 
     python benchmarks/frechet.py [--width 1024] [--images 5000] [--spread 0.5] [--few 200] [--repeats 3]
 

@@ -119,12 +119,7 @@ def styles(runs: Runs, labels: Mapping[str, str]) -> dict[str, dict]:
     from metrics import figures
 
     names = list(dict.fromkeys(labels.get(name, name) for name in runs))
-    look = lambda i, name: {
-        "color": figures.LINE.get(name, f"C{i % 10}"),
-        "linestyle": ("-", "--", "-.", ":")[i % 4],
-        "marker": "osD^v<>pX*"[i % 10],
-    }
-    return {name: look(i, name) for i, name in enumerate(names)}
+    return dict(zip(names, figures.look(names), strict=True))
 
 
 def draw_panel(

@@ -169,7 +169,7 @@ def frechet_errors(
 
 
 def frechet_infinity(generated: ArrayLike, reference: Gaussian, seed: int = 0) -> float | None:
-    """Frechet distance of infinitely many generated images to the same reference (Chong & Forsyth 2020: FID_infinity).
+    """Fréchet distance of infinitely many generated images to the same reference (Chong & Forsyth 2020: FID_infinity).
 
     generated: [N, F]. The distance is linear in 1/N (its bias) once N is several F: the line through it and its mean over
     two halves, which have the same images and so hardly any noise of their own, is followed to 1/N = 0. The standard error

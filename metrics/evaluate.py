@@ -36,7 +36,7 @@ from training import encoders, likelihood
 from training.dataset import Dataset, label_rows, load_raw
 
 MEASURES = ("fd", "kid", "mmd", "prdc", "is")
-ERROR_ROWS = 8192  # images, evenly spaced, that the influence of an image on the Frechet distance is evaluated of
+ERROR_ROWS = 8192  # images, evenly spaced, that the influence of an image on the Fréchet distance is evaluated of
 LEFT_OUT = 10  # parts of the images that the errors of precision and recall leave out in turn
 PUBLISHED = {"fid": ("fid", "kid"), "fd_dinov2": ("fd_dinov2", "kd_dinov2")}  # detector: names of its fd and kid
 ENCODERS = {"center": encoders.CenterEncoder, "logit": encoders.LogitEncoder, "discrete": encoders.StandardRGBEncoder}
@@ -76,7 +76,7 @@ def compare(
     counts them, if any.
     "reference_hashes" {section: hash of its reference images}. Each section holds `count`, `reference_count` and
 
-        fd, fd_se, fd_se_samples        Frechet distance; what `_se` says of the draws of samples and reference, and of the
+        fd, fd_se, fd_se_samples        Fréchet distance; what `_se` says of the draws of samples and reference, and of the
                                         samples' alone (the reference is what it is): see `distances.frechet_errors`
         fd_infinity                     of infinitely many samples, where these are many enough; fd_se_samples is its error
         fd_floor, fd_floor_sd           two disjoint random halves of the reference, cut to `floor_size` = min(count, half)
@@ -177,7 +177,7 @@ def _warnings(samples, reference, width, wide):
     found, n = [], samples.count()
     for what, side in (("samples", samples), ("reference", reference)):
         if side.features is None:
-            found.append(f"features of the {what} were not kept: no floor, and no measure but the Frechet distance")
+            found.append(f"features of the {what} were not kept: no floor, and no measure but the Fréchet distance")
     if n <= width:
         found.append(f"{n} images, {width} features: covariances are singular, read distances beside their floor")
     if None in wide:
@@ -272,7 +272,7 @@ def _frechet(a, b, x, y, seed):
 def _floor(x, y, compared, seed, splits, width, measures):
     """Distances between two disjoint random halves of the reference y, each cut to the compared number of images.
 
-    Where half the reference is smaller than that, the Frechet distance of equally many samples to the same half is
+    Where half the reference is smaller than that, the Fréchet distance of equally many samples to the same half is
     given too: its bias falls with the number of images, so the full distance would look better than it is.
     """
     n = 0 if y is None else len(y)

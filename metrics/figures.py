@@ -35,6 +35,7 @@ LABEL = {"single": "single-source", "multi": "multi-source"}
 DASH = {"single": "--", "multi": "-"}
 NEUTRAL = "#555555"
 INTERVAL = "95 % interval"
+BAND = f"_{INTERVAL}"  # label of what is drawn as one; no entry of a legend
 TITLES = {
     "fd": "Fréchet distance",
     "fd_at_floor_size": "Fréchet distance at the floor's size",
@@ -85,6 +86,18 @@ def figure(
     return plt.subplots(rows, columns, figsize=(columns * width, rows * height), **kwargs)
 
 
+def stacked(rows: Sequence[tuple[int, float]], width: float) -> tuple[Figure, list[np.ndarray]]:
+    """(figure, a row of axes for each of `rows`) of (number of panels, height in inches): panels of a row share its y axis.
+
+    width: of the figure, inches; rows have panels of different widths.
+    """
+    plt.rcParams.update(_RC)
+    heights = [height for _, height in rows]
+    fig = plt.figure(figsize=(width, sum(heights)))
+    parts = fig.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
+    return fig, [part.subplots(1, n, sharey=True, squeeze=False)[0] for part, (n, _) in zip(parts, rows, strict=True)]
+
+
 def colours(names: Sequence[object]) -> list:
     """A colour for each of several lines: the arms multi and single have theirs, others take shades from dark to light."""
     shades = [plt.get_cmap("viridis")(0.85 * i / max(len(names) - 1, 1)) for i in range(len(names))]
@@ -115,6 +128,7 @@ def intervals(
     """
     bars = np.array(half, np.float64)  # None: nan
     bars[~np.isfinite(bars)] = np.nan
+    bars = np.maximum(bars, 0)  # of equal values, but for rounding
     if np.isnan(bars).all():
         style.pop("capsize", None)
         axis.plot(x, y, **style)
@@ -122,15 +136,27 @@ def intervals(
         axis.errorbar(x, y, **{"xerr" if across else "yerr": bars}, **{"capsize": 2.5, "elinewidth": 1} | style)
 
 
+def band(axis: Axes, x: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLike, **style: object) -> None:
+    """A band [N] from `low` to `high`; nan, as of one seed: no band there."""
+    if np.isfinite([low, high]).all(axis=0).any():
+        axis.fill_between(x, low, high, **{"alpha": 0.18, "linewidth": 0, "label": BAND} | style)
+
+
 def has_bars(axis: Axes) -> bool:
-    """Whether an axis shows error bars."""
-    return any(isinstance(drawn, ErrorbarContainer) or getattr(drawn, "errorbar", None) for drawn in axis.containers)
+    """Whether an axis shows error bars or bands."""
+    return any(isinstance(drawn, ErrorbarContainer) for drawn in axis.containers) or any(
+        drawn.get_label() == BAND for drawn in axis.collections
+    )
 
 
-def legend(axis: Axes, **style: object) -> None:
-    """The legend of an axis, if it has labels, which says what its error bars are."""
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(**{"title": f"mean, {INTERVAL}" if has_bars(axis) else None} | style)
+def legend(place: Axes | Figure, **style: object) -> None:
+    """The legend of an axis, or of all axes of a figure, if there are labels; says what error bars and bands are."""
+    axes = place.axes if isinstance(place, Figure) else [place]
+    entries = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes)
+    shown = {label: handle for found in entries for handle, label in found}
+    if shown:
+        title = f"mean, {INTERVAL}" if any(map(has_bars, axes)) else None
+        place.legend(shown.values(), shown, **{"title": title} | style)
 
 
 def pad(axis: Axes, values: Sequence[float], share: float = 0.1) -> None:
@@ -158,12 +184,33 @@ def x_ticks(axis: Axes, values: Sequence[float], log: bool = False, share: float
     axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
 
 
+def log_x(axis: Axes, values: Sequence[float], share: float = 0.2) -> None:
+    """A logarithmic x axis over positive values with those of 1, 2, 5, 10, 20, ... whose labels do not touch."""
+    low, high = min(values), max(values)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    round_values = [v for power in powers for v in (10.0**power, 2 * 10.0**power, 5 * 10.0**power) if low <= v <= high]
+    x_ticks(axis, round_values or [low, high], log=True, share=share)
+    axis.set_xlim(low / 1.1, high * 1.1)
+
+
+def slanted(names: Sequence[str], room: int) -> dict[str, object]:
+    """How tick labels stand: level where each has at most `room` letters, else slanted, so that none touches another."""
+    return {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > room else {}
+
+
 def log_y(axis: Axes) -> None:
     """A logarithmic y axis with 0.05, 0.1, 0.2, ... instead of powers of ten."""
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def log_decades(axis: Axes) -> None:
+    """Ticks at powers of ten of a logarithmic y axis of several decades, every second where there are many."""
+    low, high = (math.log10(end) for end in axis.get_ylim())
+    axis.yaxis.set_major_locator(LogLocator(base=100 if high - low > 4 else 10))
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def save(fig: Figure, stem: str | Path, dpi: int = 200) -> list[Path]:

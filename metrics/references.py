@@ -27,7 +27,7 @@ DENSE_WIDTH = 4096  # up to this width files hold mean and covariance for other 
 def save_references(path: str | os.PathLike, references: dict[str, FeatureSet], keep_features: bool = True) -> None:
     """Write {identity: FeatureSet} to one npz file; atomic, no pickle inside.
 
-    Without features (not wanted, or too many to be kept) a reader has Frechet distances only.
+    Without features (not wanted, or too many to be kept) a reader has Fréchet distances only.
     Per detector i: `<i>/n [1 + K]` (row 0 overall), `<i>/labels`, `<i>/hashes` of the images, optional `<i>/features`; of
     row r with more images than features `<i>/<r>/sum`, `<i>/<r>/outer`, of another `<i>/<r>/rows` where features are
     not stored; `<i>/mu`, `<i>/sigma` for other readers where they are not too wide; `header` is JSON.

@@ -110,7 +110,7 @@ def to_markdown(
     return (
         f"{markdown(['source', *columns], rows)}\n\n{lines}\n\n"
         "Intervals: 95 %, Student's t over the differences of equal training seeds. Loss: denoising loss on held-out images, "
-        "mean over noise levels. FD: Frechet distance to held-out images in the detector's features. Numbers +- half of their "
+        "mean over noise levels. FD: Fréchet distance to held-out images in the detector's features. Numbers +- half of their "
         "95 % interval: Student's t over training seeds; with one seed, over images alone. "
         "*: at the size of half the held-out images, which is what the floor (half against half) can be compared with. "
         "Nearest train: mean distance of samples, and of held-out images, to the nearest training image of the source."
@@ -126,7 +126,8 @@ def figure(
     strips: dict,
     judged: tuple[str, Verdict],
 ) -> list[Path]:
-    """stem.png and stem.svg: a strip of images per source for real data and every arm, and bars of the measure with spread.
+    """stem.png and stem.svg: a strip of images per source for real data and every arm; the measure with 95 % intervals over
+    training seeds, a distance at the floor's size beside the floor, where that is known.
 
     strips: {(row title, source): [uint8 images]}.
     """
@@ -138,25 +139,26 @@ def figure(
     _draw_strips(
         left, [(f"{title}, {titles[s]}", strips[title, s]) for s in sources for title, at in strips if at == s]
     )
-    x = np.arange(len(sources) + 1)
-    for i, (arm, colour) in enumerate(zip(arms, figures.colours(arms), strict=True)):
-        means = [numbers(cells, arm, s, measure, sources)[0] for s in [*sources, "mean"]]
-        errors = [half_width_of(cells, arm, s, measure, sources) or 0 for s in [*sources, "mean"]]
-        offset, label = (i - (len(arms) - 1) / 2) * 0.8 / len(arms), figures.LABEL.get(arm, arm)
-        style = {"capsize": 3, "color": colour, "label": label}
-        right.bar(x + offset, means, 0.8 / len(arms), yerr=errors, **style)
+    x, places = np.arange(len(sources) + 1), [*sources, "mean"]
     floors = [cells[arms[0], s, "fd_floor"].mean for s in sources if (arms[0], s, "fd_floor") in cells]
-    if measure == "fd" and len(floors) == len(sources):
+    fair = measure == "fd" and len(floors) == len(sources)
+    fair &= all((arm, s, "fd_at_floor_size") in cells for arm in arms for s in sources)
+    shown = "fd_at_floor_size" if fair else measure
+    for i, (arm, style) in enumerate(zip(arms, figures.look(arms), strict=True)):
+        means = [numbers(cells, arm, s, shown, sources)[0] for s in places]
+        halves = [half_width_of(cells, arm, s, shown, sources, images=False) for s in places]
+        style |= {"linestyle": "none", "label": figures.LABEL.get(arm, arm)}
+        figures.intervals(right, x + (i - (len(arms) - 1) / 2) * 0.3, means, halves, **style)
+    if fair:
         style = {"colors": "black", "linestyles": "dashed", "linewidth": 1, "label": "floor: held-out, half vs half"}
-        right.hlines([*floors, np.mean(floors)], x - 0.45, x + 0.45, **style)
-    right.set_xticks(x, [*map(titles.get, sources), "mean"])
-    if max(map(len, titles.values())) > 8:
-        right.tick_params(axis="x", rotation=30)
-    right.set(xlabel="source", ylabel=f"{MEASURES[measure]} and 95 % interval", ylim=(None, right.get_ylim()[1] * 1.3))
-    right.legend(fontsize=8, loc="upper left", ncols=2)
-    error = "" if main.interval is None else f" ({main.interval[0]:.1%} to {main.interval[1]:.1%})"
-    title = f"{main.better} better in {main.wins} of {len(main.per_source)} sources, mean advantage {main.advantage:.1%}{error}"
-    fig.suptitle(title, fontsize=10)
+        right.hlines([*floors, np.mean(floors)], x - 0.4, x + 0.4, **style)
+    right.set_xticks(x, [*map(titles.get, sources), "mean"], **figures.slanted([*map(titles.get, sources)], 5))
+    right.set(xlim=(-0.6, len(sources) + 0.6), ylabel=figures.TITLES.get(shown, MEASURES.get(shown, shown)))
+    figures.legend(fig, loc="outside lower right", ncols=3)
+    over = ", over sampling seeds alone" if main.over == "sampling" else ""
+    error = "" if main.interval is None else f" (95 %: {main.interval[0]:.1%} to {main.interval[1]:.1%}{over})"
+    wins = f"{main.better} better in {main.wins} of {len(main.per_source)} sources, mean advantage {main.advantage:.1%}"
+    fig.suptitle(f"{wins}{error}", fontsize=10)
     return figures.save(fig, stem, dpi=150)
 
 

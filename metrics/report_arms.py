@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 from dnnlib.util import natural_key, write_text
 from metrics.results import of_detector, read_scores
-from metrics.table import collect, half_width, markdown, mean_and_deviation, write_csv
+from metrics.table import collect, half_width, markdown, write_csv
 
 COLUMNS = ("bits_per_dim", "agreement", "fd", "precision", "recall", "density", "coverage")
 SHOWN = ("bits_per_dim", "agreement", "fd", "recall")  # in the figure
@@ -69,20 +68,23 @@ def to_markdown(arms: Arms, against: str) -> str:
 
 
 def figure(stem: Path, arms: Arms) -> list[Path]:
-    """A panel per column, a point with its standard deviation per arm, single seeds as small dots."""
+    """A panel per column, a mean with its 95 % interval per arm, single seeds as small dots."""
     from metrics import figures
 
     names = _complete(arms, SHOWN)
-    fig, axes = figures.figure(columns=len(names), width=3.4, height=3.0, squeeze=False)
+    fig, axes = figures.figure(columns=len(names), width=max(3.0, 0.4 * len(arms)), height=3.0, squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
-        for i, columns in enumerate(arms.values()):
-            values = columns[name].values()
-            mean, sd = mean_and_deviation(values)
-            axis.errorbar([i], [mean], yerr=[0 if math.isnan(sd) else sd], marker="o", color="#222222", capsize=3, lw=1)
-            axis.scatter([i + 0.18] * len(values), values, s=8, color="#888888", lw=0)
-        axis.set_xticks(range(len(arms)), list(arms), rotation=35, ha="right", fontsize=8)
-        axis.set_title({"fd": "Fréchet distance", "bits_per_dim": "bits/dim"}.get(name, name), fontsize=10)
-    return figures.save(fig, stem, dpi=130)
+        seeds = [list(columns[name].values()) for columns in arms.values()]
+        style = {"linestyle": "none", "marker": "o", "color": figures.PALETTE[0], "label": "mean"}
+        figures.intervals(axis, range(len(arms)), [*map(fmean, seeds)], [*map(half_width, seeds)], **style)
+        if len(seeds[0]) > 1:
+            x = [i + 0.22 for i, values in enumerate(seeds) for _ in values]
+            dots = {"linestyle": "none", "marker": ".", "markersize": 4, "color": figures.NEUTRAL}
+            axis.plot(x, sum(seeds, []), label="a training seed", **dots)
+        axis.set_xticks(range(len(arms)), list(arms), **figures.slanted([*arms], 4), fontsize=8)
+        axis.set(ylabel=figures.TITLES.get(name, name), xlim=(-0.5, len(arms) - 0.5))
+    figures.legend(fig, loc="outside lower center", ncols=2)
+    return figures.save(fig, stem, dpi=150)
 
 
 def write_arms_report(

@@ -4,6 +4,7 @@ numbers beside ours, and every class by its name (Wang et al., ICML 2025, arXiv 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +16,7 @@ from metrics.table import Cell, Cells, Verdict, collect, markdown, mean_and_devi
 
 ARMS = ("single", "multi")
 NAMES = {"fid": "FID", "fd_dinov2": "FD-DINOv2"}  # with the published weights
+OVER = {"training": "here", "sampling": "here, interval over sampling seeds alone"}
 SIMILARITY = {
     "sim1": "Sim 1 (categories)",
     "sim2": "mammals",
@@ -143,18 +145,17 @@ def figure(stem: Path, found: Sequence[Found]) -> list[Path]:
 
     fig, axis = figures.figure(1, 6.0, 1.2 + 0.35 * len(found))
     for y, one in enumerate(found):
-        low, high = one.verdict.interval or (one.verdict.advantage, one.verdict.advantage)
-        style = {"color": figures.LINE["multi"], "marker": "o", "linewidth": 1.5}
-        axis.plot([100 * low, 100 * high], [y, y], color=figures.LINE["multi"])
-        axis.plot([100 * one.verdict.advantage], [y], **style, label=None if y else "here, 95 % interval")
+        mean, (low, high) = one.verdict.advantage, one.verdict.interval or (math.nan, math.nan)
+        style = {"color": figures.LINE["multi"], "marker": "o", "linestyle": "none", "label": OVER[one.verdict.over]}
+        figures.intervals(axis, [100 * mean], [y], [[100 * (mean - low)], [100 * (high - mean)]], across=True, **style)
         if theirs := _published(one):
             style = {"color": figures.NEUTRAL, "marker": "D", "linestyle": "none", "fillstyle": "none"}
-            axis.plot([100 * (1 - theirs[1] / theirs[0])], [y], **style, label=None if y else "paper")
+            axis.plot([100 * (1 - theirs[1] / theirs[0])], [y], **style, label="paper")
     names = [", ".join([line[0], f"K = {line[1]}", f"n = {line[2]}", line[3]]) for line in _cell_lines(found)]
     axis.set_yticks(range(len(found)), names)
     axis.axvline(0, color="black", linewidth=0.7)
     axis.set(ylim=(len(found) - 0.5, -0.5), xlabel="Relative advantage of the shared model (%)")
-    axis.legend(loc="best")
+    figures.legend(fig, loc="outside lower center", ncols=2)
     return figures.save(fig, stem, dpi=150)
 
 

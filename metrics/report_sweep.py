@@ -16,7 +16,6 @@ from metrics.results import of_detector, read_scores, require_comparable
 from metrics.table import collect, grouped, markdown, mean_interval, paired_difference, write_csv
 
 LARGER_IS_BETTER = {"agreement", "precision", "recall", "density", "coverage"}
-SHOWN = {"fd": "Fréchet distance", "kid": "kernel distance", "denoising_loss": "held-out denoising loss"}
 
 
 class Curve(NamedTuple):
@@ -149,36 +148,23 @@ def figure(stem: str | Path, curves: dict[str, Curve], over: str, measure: str, 
     from metrics import figures
 
     fig, axis = figures.figure(width=4.6, height=3.2)
-    for colour, (arm, curve) in zip(figures.colours(list(curves)), curves.items(), strict=True):
+    for style, (arm, curve) in zip(figures.look(list(curves)), curves.items(), strict=True):
         means, _, low, high = np.transpose([mean_interval(column) for column in curve.y.T])
-        axis.plot(curve.x, means, color=colour, marker="o", markersize=3, label=arm if len(curves) > 1 else "mean")
-        axis.fill_between(curve.x, low, high, color=colour, alpha=0.2, lw=0)
+        axis.plot(curve.x, means, markersize=3.5, label=arm if len(curves) > 1 else "all images", **style)
+        figures.band(axis, curve.x, low, high, color=style["color"])
         for y in curve.y if len(curves) == 1 and len(curve.y) > 1 else ():
             axis.plot(curve.x, y, color=figures.NEUTRAL, lw=0.4, alpha=0.5)
         best = optimum(curve, measure)
         if best.mean is not None:
-            height = np.interp(best.mean, curve.x, means)
-            spread = (
-                [[best.mean - v for v in best.interval[:1]], [best.interval[1] - best.mean]] if best.interval else None
-            )
-            name = f"optimum {best.mean:.3g}" + (
-                f" ({best.interval[0]:.3g} to {best.interval[1]:.3g})" if spread else ""
-            )
-            axis.errorbar(
-                [best.mean],
-                [height],
-                xerr=spread,
-                fmt="D",
-                color="#B2182B",
-                markersize=5,
-                capsize=4,
-                label=name,
-                zorder=5,
-            )
+            low, high = best.interval or (math.nan, math.nan)
+            name = f"optimum {best.mean:.3g}" + (f" ({low:.3g} to {high:.3g})" if best.interval else "")
+            found = {"marker": "D", "markersize": 5, "linestyle": "none", "color": "black", "zorder": 5, "label": name}
+            height, half = [np.interp(best.mean, curve.x, means)], [[best.mean - low], [high - best.mean]]
+            figures.intervals(axis, [best.mean], height, half, across=True, **found)
     if curve.x[0] > 0 and curve.x[-1] / curve.x[0] > 5:
         figures.x_ticks(axis, list(curve.x), log=True)
-    axis.set(xlabel=label or over, ylabel=SHOWN.get(measure, measure.replace("_", " ")))
-    axis.legend()
+    axis.set(xlabel=label or over, ylabel=figures.TITLES.get(measure, measure.replace("_", " ")))
+    figures.legend(axis)
     return figures.save(fig, stem, dpi=150)
 
 

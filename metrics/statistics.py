@@ -16,7 +16,7 @@ import torch
 from metrics.distances import Gaussian
 from torch_utils.distributed import all_gather_varying, all_reduce_, get_world_size
 
-WORK = 4  # matrices of the size of the overall statistics that a Frechet distance takes besides
+WORK = 4  # matrices of the size of the overall statistics that a Fréchet distance takes besides
 
 
 class Group:

@@ -220,12 +220,17 @@ def numbers(cells: Cells, arm: str, source: str, name: str, sources: Sequence[st
     return [fmean(values) if values else None for values in known]
 
 
-def half_width_of(cells: Cells, arm: str, source: str, name: str, sources: Sequence[str]) -> float | None:
-    """`half_width` of what `numbers` gives the mean of: of one source, or of "mean" over the sources."""
+def half_width_of(
+    cells: Cells, arm: str, source: str, name: str, sources: Sequence[str], images: bool = True
+) -> float | None:
+    """`half_width` of what `numbers` gives the mean of: of one source, or of "mean" over the sources.
+
+    images: of a single training seed, over images alone, where that is known; False: None, as figures have it.
+    """
     chosen = [s for s in (sources if source == "mean" else [source]) if (arm, s, name) in cells]
     found, errors = ([cells[arm, s, n] for s in chosen if (arm, s, n) in cells] for n in (name, f"{name}_se"))
     seeds = seeds_mean(found, [1] * len(found)).values() if found else ()
-    return half_width(seeds, [cell.mean for cell in errors] if len(errors) == len(found) else ())
+    return half_width(seeds, [cell.mean for cell in errors] if images and len(errors) == len(found) else ())
 
 
 @dataclass

@@ -9,7 +9,7 @@ import click
 
 from dnnlib import cli
 from simulations.configs import exact_fraction, shared_count
-from simulations.sweeps import SIDES, figure_options, print_files, read_results
+from simulations.sweeps import SIDES, figure_options, half_width, print_files, read_results
 
 OPTIONS = figure_options("gaussian", "run_gaussian.py")
 _PAPER_LABELS = {"K": "(a) Number of Sources", "n": "(b) Sample Size", "sim": "(c) Distribution Similarity"}
@@ -59,20 +59,22 @@ def plot_overview(results_dir: Path, figures_dir: Path, name: str = "gaussian", 
         for index, side in enumerate(SIDES):
             color = figures.LINE[side]
             y = [row[f"empirical TV of {side}"] for row in rows]
-            error = [row[f"standard error of empirical {side}"] for row in rows]
-            lower, upper = ([a + s * b for a, b in zip(y, error, strict=True)] for s in (-1, 1))
-            axis.fill_between(x, lower, upper, color=color, alpha=0.18, linewidth=0)
+            half = [half_width(row[f"standard error of empirical {side}"], row["runs"]) for row in rows]
+            lower, upper = ([a + s * b for a, b in zip(y, half, strict=True)] for s in (-1, 1))
+            figures.band(axis, x, lower, upper, color=color)
             style = {"linestyle": "none", "marker": figures.MARKER[side], "markersize": 4.5, "color": color}
-            label = f"{figures.LABEL[side]}, mean of {rows[0]['runs']} runs ± standard error"
+            label = f"{figures.LABEL[side]}, {rows[0]['runs']} run{'s' * (rows[0]['runs'] > 1)}"
             axis.plot(x, y, label=label, **style)
             label = f"{figures.LABEL[side]}, exact expectation"
-            axis.plot(fine, [c[index] for c in curve], color=color, linewidth=1.3, label=label)
+            axis.plot(
+                fine, [c[index] for c in curve], color=color, linestyle=figures.DASH[side], linewidth=1.3, label=label
+            )
         figures.x_ticks(axis, x, log=tag == "n", share=0.2 if tag == "n" else 0.12)
         if tag == "n":
             figures.log_y(axis)
         axis.set_xlabel(f"({letter}) {figures.PANEL_LABELS[tag]}")
     axes[0].set_ylabel("Average TV error")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    figures.legend(fig, loc="outside upper center", ncols=2)
     return figures.save(fig, Path(figures_dir) / name, dpi)
 
 

@@ -1,4 +1,4 @@
-"""Frechet distance of trained models under injected noise, fewer steps and rounded weights: one CSV and figure for each."""
+"""Fréchet distance of trained models under injected noise, fewer steps and rounded weights: one CSV and figure for each."""
 
 if not __package__:
     import _here

@@ -83,7 +83,7 @@ def mixture(seeds, num, **given):
 @click.option("--per-source", type=click.IntRange(min=4), default=100, help="Samples per source and seed")
 @options(Study)
 def digits(net, data, detector, seeds, per_source, **given):
-    """A trained denoiser: Frechet distance per source. Finished cells are kept, and so are other rows in the file."""
+    """A trained denoiser: Fréchet distance per source. Finished cells are kept, and so are other rows in the file."""
     measure("digits", given, net, data, detector, seeds, per_source)
 
 

@@ -214,24 +214,29 @@ def plot(tags: list[str], results_dir: str | Path, stem: Path, dpi: int = 200) -
     fig, axes = figures.figure(columns=len(tags), rows=2, width=width, height=1.9, sharex="col", squeeze=False)
     for column, (tag, rows) in enumerate(zip(tags, tables, strict=True)):
         errors, ratio = axes[0][column], axes[1][column]
-        x, top = [row[tag] for row in rows], 0.0
+        x, ends = [row[tag] for row in rows], []
         for side in SIDES:
             style = {"color": figures.LINE[side], "marker": figures.MARKER[side], "markersize": 4.5}
-            y, error = [r[f"TV of {side}"] for r in rows], [_half(r, r[f"standard error of {side}"]) for r in rows]
-            highest = _curve(errors, rows, tag, y, error, f"published TV of {side}", figures.LABEL[side], style)
-            top = max(top, highest)
+            y, error = (
+                [r[f"TV of {side}"] for r in rows],
+                [half_width(r[f"standard error of {side}"], r["seeds"]) for r in rows],
+            )
+            style |= {"linestyle": figures.DASH[side]}
+            ends += _curve(errors, rows, tag, y, error, f"published TV of {side}", figures.LABEL[side], style)
         counted = [row["TV of histogram"] for row in rows]
         errors.plot(x, counted, color=figures.NEUTRAL, linestyle="-.", linewidth=1.2, label=COUNTING)
-        top = max(top, *counted)
-        errors.set_ylim(0, 1.07 * top)
+        figures.pad(errors, [0, *ends, *counted], share=0.05)
         ratio.axhline(1, color=figures.NEUTRAL, linewidth=0.7)
-        y, error = [row["measured ratio"] for row in rows], [_half(row, _ratio_error(row)) for row in rows]
-        style = {"color": "black", "marker": "o", "markersize": 4}
-        _curve(ratio, rows, tag, y, error, "published ratio", "ratio", style)
+        y, error = (
+            [row["measured ratio"] for row in rows],
+            [half_width(_ratio_error(row), row["seeds"]) for row in rows],
+        )
+        style = {"color": "black", "marker": "D", "markersize": 4}
+        ends = _curve(ratio, rows, tag, y, error, "published ratio", "ratio", style)
         predicted = [row["predicted ratio"] for row in rows]
         ratio.plot(x, predicted, color=figures.NEUTRAL, linestyle="--", linewidth=1.2, label="ratio, predicted")
-        ratio.set_ylim(bottom=0)
-        figures.x_ticks(ratio, x, log=tag == "n", share=0.28 if tag == "n" else 0.13)
+        figures.pad(ratio, [0, *ends, *predicted], share=0.05)
+        figures.x_ticks(ratio, x, log=tag == "n", share=0.3 if tag == "n" else 0.13)
         ratio.set_xlabel(f"({'abcd'[column]}) {figures.PANEL_LABELS[tag]}", fontsize=9)
     axes[0][0].set_ylabel("Average TV error")
     axes[1][0].set_ylabel("Ratio multi / single")
@@ -240,30 +245,35 @@ def plot(tags: list[str], results_dir: str | Path, stem: Path, dpi: int = 200) -
     return figures.save(fig, stem, dpi)
 
 
-def _curve(axis, rows, tag, y, error, published, label, style) -> float:
-    """Draw measured values with error bars and published ones; returns the highest point."""
+def _curve(axis, rows, tag, y, error, published, label, style) -> list[float]:
+    """Draw measured values with error bars and published ones; returns the ends of all."""
+    from metrics import figures
+
     x = [row[tag] for row in rows]
-    axis.errorbar(x, y, error, capsize=2, elinewidth=1, label=f"{label}{INTERVAL}", **style)
+    several = any(map(math.isfinite, error))
+    figures.intervals(axis, x, y, error, label=label + INTERVAL * several, **style)
     known = [(row[tag], row[published]) for row in rows if row.get(published) not in (None, "")]
     if known:
         open_marker = {"linestyle": ":", "linewidth": 1, "markerfacecolor": "white", "label": f"{label}, published"}
-        axis.plot(*zip(*known, strict=True), **open_marker, **style)
-    return max(*(a + b for a, b in zip(y, error, strict=True)), *(value for _, value in known), 0.0)
+        axis.plot(*zip(*known, strict=True), **style | open_marker)
+    bars = [half if math.isfinite(half) else 0.0 for half in error]
+    ends = [a + sign * half for a, half in zip(y, bars, strict=True) for sign in (-1, 1)]
+    return [*ends, *(value for _, value in known)]
 
 
 def _legend(fig, axes, names, columns) -> None:
     handles = {handle.get_label(): handle for axis in axes.flat for handle in axis.get_legend_handles_labels()[0]}
-    order = [f"{name}{kind}" for name in names for kind in (INTERVAL, ", published", ", predicted")] + [COUNTING]
+    order = [f"{name}{kind}" for name in names for kind in (INTERVAL, "", ", published", ", predicted")] + [COUNTING]
     shown = {label: handles[label] for label in order if label in handles}
     style = dict(loc="outside upper center", ncols=columns, fontsize=8.5, columnspacing=1.3, handlelength=1.9)
     fig.legend(shown.values(), shown, **style)
 
 
-def _half(row: Mapping, error: float) -> float:
-    """Half of the 95 % interval of a mean over the seeds of a row, from its standard error; 0 for a single seed."""
+def half_width(error: float, seeds: int) -> float:
+    """Half of the 95 % interval of a mean over seeds, from its standard error (Student's t); nan for a single seed."""
     from scipy.stats import t
 
-    return error * float(t.ppf(0.975, row["seeds"] - 1)) if row["seeds"] > 1 else 0.0
+    return error * float(t.ppf(0.975, seeds - 1)) if seeds > 1 else math.nan
 
 
 def _ratio_error(row: Mapping) -> float:

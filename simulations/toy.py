@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+from matplotlib.colors import PowerNorm
 
 from metrics import figures
 from simulations import toy_data
@@ -187,12 +188,12 @@ def plot(net, process, dataset, stem, o, side=40, sigma=0.15):
 
     axes[0, 0].scatter(*data.T, s=1, color=figures.NEUTRAL, alpha=0.5)
     axes[0, 0].scatter(*points.T, s=1, color=figures.LINE["single"], alpha=0.5)
-    title = f"samples over data (grey), sliced $W_2$ {found['sliced_w2']:.3f}"  # a legend would hide points somewhere
-    axes[0, 0].set(xlim=(-reach, reach), ylim=(-reach, reach), title=title, aspect="equal")
-    for axis, i, title in ((axes[0, 1], 0, "data variable $x_1$"), (axes[0, 2], 1, "auxiliary variable $v_1$")):
+    title = f"samples on data (grey)\nsliced $W_2$ {found['sliced_w2']:.3f}"  # a legend would hide points somewhere
+    axes[0, 0].set(xlim=(-reach, reach), ylim=(-reach, reach), title=title)
+    for axis, i, name in ((axes[0, 1], 0, "data variable $x_1$"), (axes[0, 2], 1, "auxiliary variable $v_1$")):
         if i < process.V:
-            axis.plot(times, states[:, :24, i, 0], linewidth=0.6)
-            axis.set(xlabel="time $t$ (sampling runs to the left)", title=title)
+            axis.plot(times, states[:, :24, i, 0], linewidth=0.6, color=figures.LINE["multi"], alpha=0.5)
+            axis.set(xlabel="time $t$ (sampling runs to the left)", ylabel=name, title="24 trajectories")
         else:
             axis.set_axis_off()
 
@@ -201,20 +202,24 @@ def plot(net, process, dataset, stem, o, side=40, sigma=0.15):
         score = (net(x.reshape(-1, 2, 1, 1), torch.tensor(sigma)).flatten(1) - x) / sigma**2
     size = score.norm(dim=1, keepdim=True)
     axes[1, 0].quiver(*x.T, *(score / size * size.sqrt()).T, color=figures.LINE["multi"])
-    axes[1, 0].set(title=rf"score at $\sigma$ = {sigma:g}", aspect="equal")
+    axes[1, 0].set(title=rf"score at $\sigma$ = {sigma:g}")
 
     x = _mesh(reach, side)
     flow = likelihood.ode_log_likelihood(net, process, x.reshape(-1, 2, 1, 1), sigma_min=0.01, **TOLERANCE)
-    images = {"model density (probability flow)": flow.reshape(side, side).exp()}
+    images = {"model density": flow.reshape(side, side).exp()}
     if truth := toy_data.logp(dataset):
         images["true density"] = truth(x).reshape(side, side).exp()
     else:
         many = toy_data.get(dataset)(1 << 16, seeded_generator("cpu", o.seed, 11)).double()
-        images["histogram of data"] = torch.histogramdd(many, [side, side], range=[-reach, reach] * 2).hist.T
+        counts = torch.histogramdd(many, [side, side], range=[-reach, reach] * 2, density=True).hist
+        images["histogram of data"] = counts.T
     extent = (-reach, reach, -reach, reach)
     for axis, (title, image) in zip(axes[1, 1:], images.items(), strict=True):
-        axis.imshow(image.sqrt(), origin="lower", extent=extent, cmap="viridis", aspect="equal")
+        shown = axis.imshow(image, origin="lower", extent=extent, cmap="viridis", norm=PowerNorm(0.5), aspect="equal")
+        fig.colorbar(shown, ax=axis, label="density (scale by its root)")
         axis.set_title(title)
         axis.grid(False)
+    for axis in (axes[0, 0], *axes[1]):
+        axis.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
     figures.save(fig, stem, dpi=110)
     return found

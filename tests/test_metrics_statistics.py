@@ -61,7 +61,7 @@ def test_memory_follows_images_and_not_the_square_of_the_width():
 @pytest.mark.filterwarnings("ignore:Matrix is singular")
 @pytest.mark.parametrize("n, m", [(20, 30), (20, 64), (20, 300), (300, 20), (65, 65), (2, 2), (300, 400)])
 def test_the_span_of_the_samples_gives_the_dense_distance(n, m):
-    """64 features of 20 images: the same Frechet distance as with matrices [64, 64], and as scipy's matrix root gives."""
+    """64 features of 20 images: the same Fréchet distance as with matrices [64, 64], and as scipy's matrix root gives."""
     rng = np.random.default_rng(n)
     mixing = rng.normal(size=(64, 64))
     x, y = rng.normal(size=(n, 64)) @ mixing, 3 + rng.normal(size=(m, 64)) @ mixing

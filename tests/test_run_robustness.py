@@ -77,7 +77,7 @@ def test_grid_files_and_resumption(nets, tiny_net, digits, tmp_path, monkeypatch
 
 
 def test_distance_is_that_of_the_images(nets, digits):
-    """Frechet distance of pixels, by hand from the generated images."""
+    """Fréchet distance of pixels, by hand from the generated images."""
     from training.generation import generate_images
 
     judge = robustness.Judge("pixel", data=str(digits))

@@ -1,4 +1,4 @@
-"""What a Frechet distance costs: ours, the matrix square root of scipy, and the span of few samples, turn by turn."""
+"""What a Fréchet distance costs: ours, the matrix square root of scipy, and the span of few samples, turn by turn."""
 
 import statistics
 import time

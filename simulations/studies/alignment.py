@@ -54,14 +54,14 @@ def plot(found: Sequence[dict], stem: str | Path) -> list[Path]:
     """The distance against r = sigma sqrt(D) of finite D, where curves are apart, and against sigma, where they meet."""
     fig, (left, right) = figures.figure(columns=2, width=3.6, height=2.8, sharey=True)
     curves = grouped((row["D"], row) for row in found)
-    for colour, (D, line) in zip(figures.colours(list(curves)), curves.items(), strict=True):
+    for look, (D, line) in zip(figures.ordered(list(curves)), curves.items(), strict=True):
         tvd, sigma = [row["tvd"] for row in line], [row["sigma"] for row in line]
         bars = [1.96 * row["error"] for row in line]
-        style = dict(color=colour, marker="o", markersize=2.5, capsize=1.5, linewidth=1.1)
-        right.errorbar(sigma, tvd, bars, label=f"D={D}", **style)
-        if math.isfinite(float(D)):
-            left.errorbar([s * float(D) ** 0.5 for s in sigma], tvd, bars, **style)
-    left.set(xscale="log", xlabel=r"$r = \sigma\,\sqrt{D}$", ylabel="distance from uniform")
-    right.set(xscale="log", xlabel=r"$\sigma$")
-    right.legend(title="mean, 95 % interval")
+        finite, style = math.isfinite(float(D)), look | dict(markersize=3.5, capsize=1.5, linewidth=1.1)
+        figures.intervals(right, sigma, tvd, bars, label=f"$D$ = {D}" if finite else r"$D = \infty$", **style)
+        if finite:
+            figures.intervals(left, [s * float(D) ** 0.5 for s in sigma], tvd, bars, **style)
+    left.set(xscale="log", xlabel=r"$r = \sigma\,\sqrt{D}$", ylabel="total variation distance\nfrom uniform")
+    right.set(xscale="log", xlabel=r"noise level $\sigma$")
+    figures.legend(right)
     return figures.save(fig, stem)

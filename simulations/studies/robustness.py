@@ -1,4 +1,4 @@
-"""Robustness of trained models: Frechet distance under injected noise, fewer steps and rounded weights.
+"""Robustness of trained models: Fréchet distance under injected noise, fewer steps and rounded weights.
 
 PFGM++ (arXiv 2302.04265, sec. 5.3) claims that models with fewer augmented dimensions D forgive more. A cell of the grid is
 one snapshot, one sampling seed and one `Setting`; all cells share noise and labels of the same seeds.
@@ -22,7 +22,7 @@ from metrics.detectors import get_detector, identity_of
 from metrics.evaluate import compare
 from metrics.features import collect, collect_dataset, generated_batches
 from metrics.references import load_references, require_detectors
-from metrics.table import Cell, paired_difference
+from metrics.table import Cell, half_width, paired_difference
 from metrics.table import markdown as markdown_table
 from torch_utils import distributed as dist
 from torch_utils import persistence
@@ -163,7 +163,7 @@ def run_grid(
 
 
 def _cells(rows: Sequence[dict]) -> dict[str, dict[object, Cell]]:
-    """{label: {value: its Frechet distances}} in order of appearance; the networks of a label are its training seeds."""
+    """{label: {value: its Fréchet distances}} in order of appearance; the networks of a label are its training seeds."""
     nets, table = list(dict.fromkeys(row["net"] for row in rows)), defaultdict(lambda: defaultdict(Cell))
     for row in rows:
         table[row["label"]][row["value"]].values[nets.index(row["net"]), row["sampling"]] = row["fd"]
@@ -171,7 +171,7 @@ def _cells(rows: Sequence[dict]) -> dict[str, dict[object, Cell]]:
 
 
 def summarize(rows: Sequence[dict]) -> dict[str, dict]:
-    """{label: {value: (mean, sd, number of training seeds)}} of the Frechet distance.
+    """{label: {value: (mean, sd, number of training seeds)}} of the Fréchet distance.
 
     Sampling seeds are averaged first. sd: over training seeds, or over sampling seeds where there is one training.
     """
@@ -184,44 +184,45 @@ def summarize(rows: Sequence[dict]) -> dict[str, dict]:
 
 
 def plot(rows: Sequence[dict], experiment: str, stem: str | Path) -> list[Path]:
-    """Frechet distance against the disturbance, one line per label with error bars; writes stem.png and stem.svg.
+    """Fréchet distance against the disturbance, one line per label with error bars; writes stem.png and stem.svg.
 
     Beside it, where trainings are paired, how much more each label's distance grows than the last label's (`forgiveness`).
     """
-    table, paired = summarize(rows), forgiveness(rows, experiment)
+    table, paired = _cells(rows), forgiveness(rows, experiment)
     fig, axes = figures.figure(columns=1 + bool(paired), width=4.6, height=3.2, squeeze=False)
-    axis, colours = axes[0, 0], figures.colours([None] * len(table))
-    lines = {label: [line[value][:2] for value in line] for label, line in table.items()}
-    _lines(axis, lines, list(next(iter(table.values()))), experiment, colours)
-    means, _, seeds = np.transpose([cell for line in table.values() for cell in line.values()])
-    if means.min() > 0 and means.max() > 5 * means.min():
+    axis = axes[0, 0]
+    point = lambda cell: (cell.mean, half_width(cell.by_seed().values()))
+    _lines(axis, {label: [*map(point, line.values())] for label, line in table.items()}, table, experiment)
+    means = [cell.mean for line in table.values() for cell in line.values()]
+    if min(means) > 0 and max(means) > 5 * min(means):
         figures.log_y(axis)
-    axis.set(ylabel="Frechet distance")
-    axis.legend(title=f"mean ± sd of {seeds.max():g} trainings" if seeds.max() > 1 else None)
+    axis.set(ylabel=figures.TITLES["fd"])
+    figures.legend(axis)
     if paired:
-        plot_growth(axes[0, 1], paired, list(table)[-1], experiment, colours)
+        plot_growth(axes[0, 1], paired, list(table)[-1], experiment)
     return figures.save(fig, stem)
 
 
-def plot_growth(axis, paired: dict[str, dict], last: str, experiment: str, colours: Sequence) -> None:
+def plot_growth(axis, paired: dict[str, dict], last: str, experiment: str) -> None:
     """Draw what `forgiveness` finds, with its 95 % intervals; below zero a label takes less damage than `last`."""
-    _lines(
-        axis, {k: list(v.values()) for k, v in paired.items()}, list(next(iter(paired.values()))), experiment, colours
-    )
+    _lines(axis, {label: list(line.values()) for label, line in paired.items()}, paired, experiment)
     axis.axhline(0, color=figures.NEUTRAL, linewidth=0.7)
-    axis.set(ylabel=f"growth less that of {last}")
-    axis.legend(title="paired, 95 % interval")
+    axis.set(ylabel=f"growth of {figures.TITLES['fd']}\nless that of {last}")
+    figures.legend(axis, title=f"paired mean, {figures.INTERVAL}")
 
 
-def _lines(axis, lines, values, experiment, colours):
-    """Means with bars [(mean, half)] of every label over the disturbance, side by side."""
+def _lines(axis, lines, table, experiment):
+    """Means with bars [(mean, half)] of every label over the disturbances of a table, side by side."""
+    values = list(next(iter(table.values())))
     x = np.arange(len(values), dtype=float) if experiment == "bits" else np.array(values, float)
-    for index, (label, points) in enumerate(lines.items()):
+    for index, (look, (label, points)) in enumerate(zip(figures.ordered(list(lines)), lines.items(), strict=True)):
         shift = (index - (len(lines) - 1) / 2) * 0.012 * (x.max() - x.min() or 1)
-        style = dict(color=colours[index], marker="o", markersize=3.5, capsize=2)
-        axis.errorbar(x + shift, *np.transpose(points), label=label, **style)
+        means, halves = zip(*points, strict=True)
+        figures.intervals(axis, x + shift, means, halves, label=label, markersize=4, **look)
     if experiment == "bits":
         axis.set_xticks(x, [str(value) for value in values])
+    else:
+        figures.x_ticks(axis, sorted(values))
     axis.set(xlabel=X_LABELS[experiment])
 
 

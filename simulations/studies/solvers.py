@@ -193,7 +193,7 @@ def open_both(net: str, data: str) -> tuple[persistence.Snapshot, ImageFolderDat
 
 @torch.no_grad()
 def digit_rows(study, path: str, data: str, detector: str, seeds: Sequence[int], per_source: int) -> list[dict]:
-    """Rows of a study per source: Frechet distance to the images of `data` in the features of a classifier.
+    """Rows of a study per source: Fréchet distance to the images of `data` in the features of a classifier.
 
     Other rows of the file stay, and finished cells are kept. Raises ValueError for a file of another number of samples.
     """

@@ -99,9 +99,11 @@ def autoguidance_figure(
         (axes[1, 2], ratio, "Ratio $p_1/p_0$"),
     ):
         values = _values(ZOOM, density, sigma, size, device)
-        axis.contourf(*values, levels=np.linspace(-3, 0, 13), cmap="Greens", extend="min")
+        shown = axis.contourf(*values, levels=np.linspace(-3, 0, 13), cmap="Greens", extend="min")
         _contour(axis, zoom, filled=False)
         _frame(axis, ZOOM, title)
+    scale = r"$-\sqrt{\max\ \log p - \log p}$"
+    fig.colorbar(shown, ax=axes[1, :3], location="bottom", aspect=50, ticks=[-3, -2, -1, 0], label=scale)
     return fig
 
 

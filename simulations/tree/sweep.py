@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -32,7 +32,14 @@ ARMS = {
     "late-ajest": {"select": "jest", "guide": "@guide", "when": "late"},
     "diverse": {"select": "diverse", "guide": "@guide"},
 }
-COLOURS = dict(zip(ARMS, ("#222222", "#888888", "#C4A000", "#D9730D", "#3C8F3A", "#2B6CB0", "#9B2F8F"), strict=True))
+NAMES = {
+    "baseline": "all points",
+    "jest": "JEST",
+    "ajest": "AJEST",
+    "early-ajest": "early AJEST",
+    "late-ajest": "late AJEST",
+}
+LOOKS = dict(zip(ARMS, figures.look(list(ARMS)), strict=True))
 COMPARISONS = {"steps": "equal steps", "samples": "equal trained samples", "time": "equal CPU time"}
 KEYS = {"steps": "Progress/iteration", "samples": "Progress/kimg", "time": "Timing/cpu_sec"}  # in stats.jsonl
 COUNTS = ("iteration", "samples", "candidates", "cpu_sec")
@@ -147,7 +154,7 @@ def _levels(chosen):
     """A line per arm: what it took, and its scores with standard deviations."""
     lines = []
     for arm, rows in chosen.items():
-        steps, trained, drawn, cpu = (_mean(row[name] for row in rows)[0] for name in COUNTS)
+        steps, trained, drawn, cpu = (fmean(row[name] for row in rows) for name in COUNTS)
         counts = [f"{steps:.0f}", f"{trained / 1e3:.0f}k", f"{drawn / 1e3:.0f}k", f"{cpu:.1f}"]
         scores = [mean_and_deviation(row[name] for row in rows) for name in COLUMNS]
         lines.append([arm, *counts, *(f"{mean:.4f} ± {deviation:.4f}" for mean, deviation in scores)])
@@ -168,41 +175,51 @@ def _heading(name):
 
 
 def plot(rows: list[dict], arms: list[str], seeds: list[int], outdir: Path, stem: str | Path) -> list[Path]:
-    """One figure: loss against trained samples and CPU time, loss at equal samples, and mandala scores in all comparisons."""
-    fig, axes = figures.figure(columns=3, rows=2, width=4.4, height=3.1)
-    for arm in arms:
-        runs = [history(outdir / f"{arm}-seed{seed}") for seed in seeds]
-        moments = list(zip(*runs, strict=False))  # as far as the shortest run
-        y, spread = np.array([_mean(line["Validation/ema_loss"] for line in lines) for lines in moments]).T
-        for axis, key in ((axes[0, 0], "Progress/kimg"), (axes[0, 1], "Timing/cpu_sec")):
-            x = [_mean(line[key] for line in lines)[0] for lines in moments]
-            axis.plot(x, y, color=COLOURS[arm], label=arm)
-            axis.fill_between(x, y - spread, y + spread, color=COLOURS[arm], alpha=0.15, lw=0)
-    for axis, label in ((axes[0, 0], "trained samples (thousands)"), (axes[0, 1], "CPU seconds")):
-        axis.set(xlabel=label, ylabel="loss of the averaged network", yscale="log", xscale="log")
-    axes[0, 0].legend(fontsize=7)
-    scores = [("mandala_score", -0.12, "o"), ("guided_mandala_score", 0.12, "^")]
-    panels = [(axes[0, 2], "samples", "loss", [("loss", 0, "o")])]
-    panels += [(axes[1, i], kind, "mandala score (△ guided)", scores) for i, kind in enumerate(COMPARISONS)]
-    for axis, kind, label, series in panels:
-        for i, arm in enumerate(arms):
-            for name, shift, marker in series:
-                mean, deviation = _mean(row[name] for row in _of(rows, kind, arm))
-                face = "white" if name.startswith("guided") else COLOURS[arm]
-                style = dict(color=COLOURS[arm], marker=marker, markerfacecolor=face, capsize=2, lw=1)
-                axis.errorbar([i + shift], [mean], yerr=[deviation], **style)
-        axis.set_xticks(range(len(arms)), arms, rotation=30, ha="right", fontsize=7)
-        axis.set(title=COMPARISONS[kind], ylabel=label)
-    low, high = zip(*(axis.get_ylim() for axis in axes[1]), strict=True)
-    for axis in axes[1]:  # one scale, so that the comparisons compare
-        axis.set_ylim(min(low), max(high))
-    return figures.save(fig, stem, dpi=130)
+    """Small multiples: the loss of every arm against trained samples and against CPU time, the baseline's in grey behind;
+    below, loss and mandala score at the end of every comparison. Means over seeds with 95 % intervals.
+    """
+    curves = {arm: list(zip(*(history(outdir / f"{arm}-seed{seed}") for seed in seeds), strict=False)) for arm in arms}
+    panels, counts = [arm for arm in arms if arm != "baseline"] or arms, len(COMPARISONS)
+    rows_of_panels = [(len(panels), 2.2), (len(panels), 2.1), (counts, 2.3), (counts, 2.3)]
+    fig, (by_samples, by_time, losses, mandalas) = figures.stacked(rows_of_panels, max(7.5, 1.9 * len(panels)))
+    for line, key in ((by_samples, "Progress/kimg"), (by_time, "Timing/cpu_sec")):
+        for axis, arm in zip(line, panels, strict=True):
+            shown = {name: curves[name] for name in ("baseline", arm) if name in curves}
+            for name, moments in shown.items():  # as far as the shortest run
+                look = {"color": figures.NEUTRAL, "linestyle": "--"} if name != arm else LOOKS[arm] | {"marker": ""}
+                x = [fmean(found[key] for found in moment) for moment in moments]
+                y, _, low, high = np.transpose([mean_interval(m["Validation/ema_loss"] for m in ms) for ms in moments])
+                axis.plot(x, y, **look, label=None if name == arm else NAMES[name])
+                figures.band(axis, x, low, high, color=look["color"])
+            figures.log_x(axis, [found[key] for moments in shown.values() for moment in moments for found in moment])
+        line[0].set(ylabel="loss of the average")
+        figures.log_y(line[0])
+    for axis, arm in zip(by_samples, panels, strict=True):
+        axis.set_title(NAMES.get(arm, arm))
+    by_samples[len(panels) // 2].set_xlabel("trained samples (thousands)")
+    by_time[len(panels) // 2].set_xlabel("CPU time (s)")
+    figures.legend(by_samples[0])
+    _ends(losses, rows, arms, ("loss",))
+    _ends(mandalas, rows, arms, ("mandala_score", "guided_mandala_score"))
+    losses[0].set_ylabel("loss")
+    mandalas[0].set_ylabel("mandala score")
+    figures.legend(mandalas[0])
+    return figures.save(fig, stem, dpi=150)
 
 
-def _mean(values):
-    """Mean and standard deviation, 0 for a single value."""
-    mean, deviation = mean_and_deviation(values)
-    return mean, 0.0 if math.isnan(deviation) else deviation
+def _ends(line, rows, arms, columns):
+    """Scores of every arm in every comparison, side by side where there are several."""
+    for axis, kind in zip(line, COMPARISONS, strict=True):
+        for i, name in enumerate(columns):
+            found = [mean_interval(row[name] for row in _of(rows, kind, arm)) for arm in arms]
+            y, half = [mean for mean, *_ in found], [mean - low for mean, _, low, _ in found]
+            x = np.arange(len(arms)) + 0.24 * (i - (len(columns) - 1) / 2)
+            style = {"color": figures.PALETTE[i], "marker": figures.MARKERS[i], "linestyle": "none"}
+            label = ("guided" if name.startswith("guided") else "not guided") if len(columns) > 1 else None
+            figures.intervals(axis, x, y, half, markersize=4, label=label, **style)
+        names = [NAMES.get(arm, arm) for arm in arms]
+        axis.set_xticks(range(len(arms)), names, **figures.slanted(names, 3), fontsize=8)
+        axis.set(title=COMPARISONS[kind], xlim=(-0.5, len(arms) - 0.5))
 
 
 def run(
