@@ -4,7 +4,7 @@ called=$0
 if [ ! -f "$called" ]; then called=$OLDPWD/$0; fi # we are in the root by now
 for word in "$@"; do
   if [ "$word" = --help ]; then
-    sed -n -e '/^#!/d' -e '/^#/!q' -e 's/^# \{0,1\}//p' "$called"
+    sed -n -e '/^#!/d' -e '/^# shellcheck/d' -e '/^#/!q' -e 's/^# \{0,1\}//p' "$called"
     exit
   fi
 done

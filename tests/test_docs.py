@@ -378,6 +378,33 @@ def test_the_toy_problem_of_cld():
     assert f"standard error {row['nll_error']:.2f}" in text and f"points: {row['floor']:.3f}" in " ".join(text.split())
 
 
+def test_latents_in_small():
+    """docs/latents.md's table and its two differences, by scipy from docs/data/latents.csv."""
+    rows, text = data("latents"), document("docs/latents.md")
+    seeds = sorted({r["seed"] for r in rows})
+    values = {
+        (arm, name): np.array([r[name] for s in seeds for r in rows if (r["arm"], r["seed"]) == (arm, s)])
+        for arm in ("real", "through", "latents")
+        for name in ("fd", "kid", "agreement")
+    }
+
+    def said(found, digits):
+        low, high = scipy.stats.ttest_1samp(found, 0).confidence_interval(0.95)
+        return f"{found.mean():.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+    for arm, title in (
+        ("real", "held-out real ones"),
+        ("through", "the same, encoded and decoded"),
+        ("latents", "generated"),
+    ):
+        cells = [said(values[arm, name], digits) for name, digits in (("fd", 1), ("kid", 2), ("agreement", 3))]
+        assert f"| {title} | {' | '.join(cells)} |" in text, cells
+    lost, far = (values[a, "fd"] - values[b, "fd"] for a, b in (("through", "real"), ("latents", "through")))
+    assert f"costs {said(lost, 1)} of distance" in text, said(lost, 1)
+    assert f"model {said(far, 1)} more" in text, said(far, 1)
+    assert len(seeds) >= 3 and f"over {len(seeds)} seeds" in text
+
+
 def test_what_a_companion_is_worth():
     """Gains and contrasts that docs/multi-vs-single.md and README print, by scipy from docs/data/multi-vs-single.csv."""
     rows = read_csv(ROOT / "docs" / "data" / "multi-vs-single.csv")

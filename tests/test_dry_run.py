@@ -121,6 +121,27 @@ def test_of_an_experiment(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_data_sets_of_an_experiment_count_on_the_disk(tmp_path, monkeypatch):
+    """The first as its dry run has it, the second, of the first, by reckoning: 30 of 8x8 and the rest."""
+    path, first = tmp_path / "x.yaml", "dataset_tool.py convert --source=sklearn:digits --dest={out}/d.zip"
+    parts = "--sources=0,1,2 --per-source=10 --dest={out}/e.zip --holdout={out}/h.zip"
+    second = f"dataset_tool.py convert --source={{out}}/d.zip {parts}"
+    path.write_text(
+        f"settings: {{out: {tmp_path}/out}}\nsteps:\n  - {{name: one, run: '{first}'}}\n  - {{name: two, run: '{second}'}}"
+    )
+    call = [path, "--dry-run", "--seconds=0"]
+    said = [float(line.split(": ")[1].split()[0]) for line in run(run_experiment.main, *call).stdout.splitlines()[1:3]]
+    run(run_experiment.main, path, "--jobs=1")
+    size = lambda *names: sum((tmp_path / "out" / f"{name}.zip").stat().st_size for name in names) / 1e9
+    assert said == [pytest.approx(size("d"), rel=0.1), pytest.approx(size("e", "h"), rel=0.1)]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    shutil.rmtree(tmp_path / "out")
+    assert (
+        run(run_experiment.main, *call, code=2).stderr.splitlines()[-1].startswith("Error: the steps write 0.000686 GB")
+    )
+
+
 @pytest.mark.parametrize(
     "line, says",
     [

@@ -160,5 +160,5 @@ def test_from_pictures_through_latents_to_a_score(tmp_path):
         row = json.loads((tmp_path / "scores" / f"{arm}-seed1.json").read_text())
         (found[arm],) = (value for name, value in row["scores"].items() if name.startswith("fd"))
     assert 0 < found["real"] < found["through"] < float("inf") and found["real"] < found["latents"] < float("inf")
-    table = (tmp_path / "latents.md").read_text()
+    table = (tmp_path / "latents-seed1.md").read_text()
     assert all(arm in table for arm in found)

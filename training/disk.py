@@ -14,7 +14,7 @@ from typing import Any
 from dnnlib.reading import read_json
 from training.dataset import ImageFolderDataset
 
-FRAME = 300  # bytes around a stored image: chunks of the PNG, entries of the zip
+FRAME = 230  # bytes around a stored image: chunks of the PNG, entries of the zip, label
 WIDTHS = {"fid": 2048, "fd_dinov2": 1024}  # features of the published detectors
 LATENT_FACTOR = 8  # sides of Stable Diffusion's autoencoder
 
@@ -103,8 +103,11 @@ class Writes:
         source = self._joined(params["source"]) if not said or summary["channels"] is None else None
         if summary:
             channels = summary["channels"] or 8
-            values = summary["bytes"] / sum(summary[name] for name in ("count", "holdout", "val")) / channels
-            sides = params["resolution"] or (math.isqrt(int(values if summary["channels"] else values / 4)),) * 2
+            file = summary["bytes"] / sum(summary[name] for name in ("count", "holdout", "val"))
+            values = (
+                file - 68 if summary["channels"] else (file - 128) / 4
+            ) / channels  # less what frames a PNG, an NPY
+            sides = params["resolution"] or (math.isqrt(int(values)),) * 2
             counts = {int(k): n for k, n in summary["per_source"].items()} or {None: summary["count"]}
             images = Images((channels, sides[1], sides[0]), counts, source.pixels if source else None)
             return {params["dest"]: images} | {params[name]: images.spread(summary[name]) for name in more}
@@ -114,7 +117,8 @@ class Writes:
         if params["resolution"]:
             part = replace(part, shape=(part.shape[0], *params["resolution"][::-1]))
         val = (params["val_per_source"] or 0) * len(part.counts)
-        rest = {"holdout": source.number - part.number - val, "val": val}
+        whole = source.part(params["sources"], None, params["max_images"])
+        rest = {"holdout": whole.number - part.number - val, "val": val}
         return {params["dest"]: part} | {params[name]: part.spread(rest[name]) for name in more}
 
     def _vae(self, command, params):
