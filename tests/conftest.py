@@ -9,21 +9,25 @@ from small_runs import run
 import dataset_tool
 from training.networks_edm2 import Precond
 
+ASKED_FOR = {"browser": "drive a real browser", "trackio": "read what Trackio was sent"}
+
 
 def pytest_addoption(parser):
-    parser.addoption("--browser", action="store_true", help="also drive a real browser (playwright and chromium)")
+    for name, about in ASKED_FOR.items():
+        parser.addoption(f"--{name}", action="store_true", help=f"also {about}")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("browser"):
-        left = [item for item in items if item.get_closest_marker("browser")]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
+    asked = [name for name in ASKED_FOR if not config.getoption(name)]
+    left = [item for item in items if any(map(item.get_closest_marker, asked))]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if not config.getoption("browser") and not config.option.file_or_dir:
-        terminalreporter.write_line("Not run: tests that drive a real browser (bash bash_files/test.sh --browser)")
+    for name, about in ASKED_FOR.items():
+        if not config.getoption(name) and not config.option.file_or_dir:
+            terminalreporter.write_line(f"Not run: tests that {about} (bash bash_files/test.sh --{name})")
 
 
 @pytest.fixture(autouse=True, scope="session")
