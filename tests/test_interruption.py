@@ -355,9 +355,11 @@ def test_a_killed_conversion_goes_on(photos, tmp_path, end):
         (tmp_path / name).mkdir()
     assert child_runs.run("dataset_tool", go_on(source, tmp_path / "whole", end), log)[0] == 0
     whole, command = contents(tmp_path / "whole"), go_on(source, tmp_path / "part", end)
-    for number, count in ((KILL, 1), (KILL, 5), (INT, 13), (KILL, 4), (KILL, 21)):  # 4: while it reads what is there
+    there = set()
+    for number, count in ((KILL, 1), (KILL, 5), (KILL, 13), (INT, 4), (KILL, 21)):  # 4: while it reads what is there
         code, output = child_runs.run("dataset_tool", command, log, moment=(number, "item", count))
         assert code == (130 if number == INT else -KILL), output
+        assert there <= (there := {*unfinished(tmp_path / "part")})  # nothing is lost again
     first = sorted(source.rglob("*.jpg"), key=lambda path: (path.parent.name, path.name))
     chosen = re.findall(r"img(\d{8})\.png", " ".join(unfinished(tmp_path / "part")))
     assert len(set(chosen)) >= 20
