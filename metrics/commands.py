@@ -466,7 +466,7 @@ def likelihood(o: EasyDict) -> None:
     process = make_process(o.process or "edm", o.process_options, trained=snapshot.process)
     require_gaussian(snapshot.process, process)
     encoder = choose_encoder(o.encoder, snapshot.encoder)
-    of_method = {"elbo": ("num_samples",), "ode": ("probe", "hutch_probes", "rtol", "atol")}[o.method]
+    of_method = {"ode": ("probe", "hutch_probes", "rtol", "atol")}.get(o.method, ("num_samples",))
     names = ("num", "seed", "batch", "per_source", "prior", "t_min", "sigma_min", "sigma_max", *of_method)
     options = {name: o[name] for name in names if o[name] is not None}
     with progress_bar(min(o.num or len(dataset), len(dataset)), "likelihood") as progress:

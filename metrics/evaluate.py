@@ -346,10 +346,12 @@ def bits_per_dim(
 ) -> dict:
     """Bits per dimension of uint8 images (float arrays: of their density), as plain data.
 
+    method: elbo, ism (MDM's bound by the divergence of the score) or ode.
     elbo with dequantising encoders: the bound of the density, -(elbo + log_abs_det) / (d ln 2) + 8; discrete: of the
     probability of the levels. ode: as published, x stands for the state at t_min; discrete: a bound, with a decoder.
     Returns {"bits_per_dim", "standard_error", "num", "nats", "endpoint_kl" (bits per dimension), "sigma_min",
-    "sigma_max", "reference_hashes", "sources": {label: {...}}}.
+    "sigma_max", "reference_hashes", "sources": {label: {...}}}; of a joint network's elbo also "no_offset_bits_per_dim", MDM's
+    number without offset, which is no bound for x.
     """
     index = torch.arange(len(dataset))
     if num is not None and num < len(dataset):
@@ -358,7 +360,7 @@ def bits_per_dim(
     device = next((p.device for p in getattr(net, "parameters", tuple)()), torch.device("cpu"))
     dequantised = isinstance(encoder, encoders.UniformDequantizer)
     discrete = isinstance(encoder, encoders.StandardRGBEncoder)
-    columns, info = [], {}
+    columns, info, plain = [], {}, []
     for start in range(0, len(images), batch):
         rows = slice(start, start + batch)
         generator = StackedRandomGenerator(device, [hash_seed(seed, int(i)) for i in index[rows]])
@@ -366,11 +368,13 @@ def bits_per_dim(
         given = dataset.label_dim and net.label_dim
         onehot = label_rows(labels[rows], dataset.label_dim).to(device) if given else None
         common = {"generator": generator, "terms": True, **options}
-        if method == "elbo":
+        if method != "ode":
             decoder = "discretised" if discrete else "gaussian"
             with torch.no_grad():
-                nats, parts = likelihood.elbo(net, process, x, onehot, decoder=decoder, **common)
+                integrand = {"elbo": "dsm"}.get(method, method)
+                nats, parts = likelihood.elbo(net, process, x, onehot, decoder=decoder, integrand=integrand, **common)
             kl, info = parts["kl"], {name: parts[name] for name in ("sigma_min", "sigma_max")}
+            plain += [parts["no_offset"] - nats] if "no_offset" in parts else []
         else:
             decoder = "discretised" if discrete else None
             nats, info = likelihood.ode_log_likelihood(net, process, x, onehot, decoder=decoder, **common)
@@ -390,6 +394,8 @@ def bits_per_dim(
     bits = -nats / (dims * math.log(2)) + (OFFSET_BITS if dequantised else 0)
     kl_bits = float(kl.mean()) / (dims * math.log(2))
     result = {**_bits(bits), "nats": float(nats.mean()), "endpoint_kl": kl_bits, **info}
+    if plain:
+        result["no_offset_bits_per_dim"] = float((bits - torch.cat(plain).cpu() / (dims * math.log(2))).mean())
     result["reference_hashes"] = content_hashes(images, labels)
     if per_source and labels.ndim == 1:
         result["sources"] = {str(int(k)): _bits(bits[labels == k]) for k in labels.unique()}

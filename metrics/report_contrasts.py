@@ -12,7 +12,7 @@ import numpy as np
 from dnnlib import EasyDict
 from dnnlib.util import natural_key, read_stats, write_text
 from metrics.contrasts import Contrast, Result, examine_all, gains, of_one_source, read_contrasts
-from metrics.results import Row, of_detector, read_scores
+from metrics.results import JOINED, Row, of_detector, read_scores
 from metrics.table import grouped, markdown, paired_difference, write_csv
 
 TAGS = ("group", "design", "set", "k", "n", "seed")
@@ -246,11 +246,17 @@ def write_contrasts_report(
         for row in rows
         if (levels := {name: v for name, v in row.numbers.items() if name.startswith(LEVEL)})
     ]
+    asked = {contrast.measure for contrast in contrasts} - set(JOINED.values())  # more numbers of likelihoods, losses
+    more = [
+        replace(row, numbers=numbers)
+        for row in rows
+        if row.detector in JOINED and (numbers := {name: v for name, v in row.numbers.items() if name in asked})
+    ]
     rows = [
         *of_detector([r for r in rows if r.detector not in apart], metric),
         *(r for r in rows if r.detector in apart),
     ]
-    results = examine_all(rows, contrasts)
+    results = examine_all([*rows, *more], contrasts)
     write_csv(dest / "contrasts.csv", [result.row for result in results])
     lines = seed_rows([*rows, *by_level], reading)
     if not lines:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import mpmath
 import numpy as np
@@ -11,13 +12,17 @@ from small_runs import final_state, one_line, run, small_command
 
 import train_edm2
 from dnnlib.util import read_stats
+from metrics.evaluate import bits_per_dim
 from simulations import plot_run
 from torch_utils.persistence import load_snapshot
 from training import processes
 from training.choices import ARCHS
 from training.config import make_config
+from training.dataset import ArrayDataset
+from training.encoders import IdentityEncoder
 from training.guidance import NullLabels, guided
 from training.joint_likelihood import joint_elbo
+from training.likelihood import elbo
 from training.losses.denoising import Draws
 from training.losses.joint import JointLoss
 from training.networks_joint import JointPrecond
@@ -140,6 +145,17 @@ def test_drawn_bounds_have_the_mean_and_the_spread_of_the_digest(name, plain_std
         assert float(parts["no_offset"].std()) == pytest.approx(std, rel=0.15)
 
 
+def test_bits_name_the_bound_and_the_number_without_offset():
+    """Their difference is mdm.md §8's, -2.7791 and -2.8389 nats of 3 dimensions."""
+    process, generator = process_of("cld"), torch.Generator().manual_seed(0)
+    x = MEAN + STD * torch.randn(3000, 3, dtype=torch.float64, generator=generator)
+    data = ArrayDataset(x[..., None, None].float().numpy())
+    found = bits_per_dim(ExactScore(process), data, process, IdentityEncoder(), num_samples=1)
+    bound, plain = (found[name] * -3 * math.log(2) for name in ("bits_per_dim", "no_offset_bits_per_dim"))
+    assert bound == pytest.approx(-2.7791, abs=4 * found["standard_error"] * 3 * math.log(2))
+    assert bound - plain == pytest.approx(0.0598, abs=0.02)
+
+
 @pytest.mark.parametrize("name", ["cld", "learned"])
 def test_implicit_score_matching_is_the_same_bound(name):
     process, x = process_of(name), (MEAN + STD * torch.randn(4000, 3, dtype=torch.float64))[..., None, None]
@@ -150,6 +166,15 @@ def test_implicit_score_matching_is_the_same_bound(name):
         )
         for drawn, mean in zip((parts["no_offset"], bound), exact, strict=True):
             assert float(drawn.mean()) == pytest.approx(mean, abs=4 * float(drawn.std()) / 4000**0.5)
+
+
+@pytest.mark.parametrize("integrand", ["dsm", "ism"])
+def test_what_has_a_score_only_has_the_bound(integrand):
+    process, x = process_of("cld"), (MEAN + STD * torch.randn(4000, 3, dtype=torch.float64))[..., None, None]
+    net = SimpleNamespace(score=ExactScore(process).score)
+    bound, parts = elbo(net, process, x, t_min=1e-2, integrand=integrand, terms=True)
+    for drawn, mean in zip((parts["no_offset"], bound), expected_bound(process, 1e-2), strict=True):
+        assert float(drawn.mean()) == pytest.approx(mean, abs=4 * float(drawn.std()) / 4000**0.5)
 
 
 class Exact(JointPrecond):
@@ -384,8 +409,16 @@ def test_a_joint_run_learns_resumes_and_is_loaded(digits, tmp_path):
     (["--process=cld", "--objective=elbo"], "--objective=elbo"),
     (["--parameterization=joint", "--process=learned"], "elbo"),
     (["--parameterization=joint", "--process=cld", "--loss=edm2"], "--loss=edm2"),
+    (["--parameterization=joint", "--process=cld", "--process-options=init_aux_var=0", "--switch-at=1Ki"], "init_aux_var"),
     (["--parameterization=joint", "--process=cld", "--t-min=2"], "t_min"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(options, says, digits, tmp_path):
     one_line(train_edm2.main, *small_command(digits, tmp_path / "r", *options), says=says)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("options", [["--uncertainty=True"], ["--objective=elbo", "--weighting=reweightedv1"]])
+def test_options_without_effect_are_named(options, digits, tmp_path):
+    words = ["--dry-run", "--process=cld", "--parameterization=joint", *options]
+    with pytest.warns(UserWarning, match=f"{options[-1].split('=')[0]}.* has no effect"):
+        run(train_edm2.main, *small_command(digits, tmp_path / "r", *words))

@@ -1,16 +1,21 @@
 """Networks of the whole state in all that runs can be: on several processes, compiled, selecting, guided, other precisions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from small_runs import final_state, one_line, python, run, small_command, small_config
 
 import generate_images
 import train_edm2
+from dnnlib.util import read_stats
 from torch_utils.persistence import load_snapshot
-from training import setup
+from training import hooks, setup
 from training.guidance import guided
 from training.processes.score import make_score
+from training.training_loop import TrainingFailed
 
+QUIET = ("--snapshot=0", "--checkpoint=0")
 JOINT = ("--process=cld", "--parameterization=joint")
 LEARNED = (
     *("--process=learned", "--process-options=V=2", "--parameterization=joint", "--objective=elbo", "--duration=1Ki"),
@@ -102,3 +107,33 @@ def test_precision(form, digits, tmp_path):
 def test_precision_of_sampling(trained, tmp_path):
     words = [f"--net={trained / 'joint'}", f"--outdir={tmp_path / 'x'}", "--seeds=0", "--process=cld", "--solver=em"]
     one_line(generate_images.main, *words, "--precision=bf16", "--device=cpu", says="float32")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_learned_matrices_stay_a_process_after_every_step(full, digits, tmp_path):
+    """A status line per step of training, at rates that move the matrices by ones: D positive definite, speed V."""
+    rates = (
+        "--objective=elbo",
+        "--process-lr-scale=30",
+        "--rampup=0",
+        "--batch=32",
+        "--duration=320",
+        "--status=32",
+        *QUIET,
+    )
+    words = ["--process=learned", f"--process-options=V=3,full={full}", "--parameterization=joint", *rates]
+    run(train_edm2.main, *small_command(digits, tmp_path / "run", *words))
+    lines = read_stats(tmp_path / "run")
+    assert len(lines) == 11
+    for line in lines:
+        D = torch.tensor([[line.get(f"Process/D{min(i, j)}{max(i, j)}", 0.0) for j in range(3)] for i in range(3)])
+        assert float(torch.linalg.eigvalsh(D.double())[0]) > 0 < line["Process/min_eigenvalue"]
+        assert float(D.trace()) == pytest.approx(3, abs=1e-5)
+    moved = [abs(line["Process/Q01"] - lines[0]["Process/Q01"]) for line in lines]
+    assert max(moved) > 0.3
+
+
+def test_a_run_ends_where_its_matrices_are_no_process():
+    noise = SimpleNamespace(Q=torch.zeros(2, 2), D=torch.diag(torch.tensor([1.0, -0.5])), V=2)
+    with pytest.raises(TrainingFailed, match="eigenvalue -0.5 at 3 kimg"):
+        hooks.with_matrices()(SimpleNamespace(objective=SimpleNamespace(noise=noise), kimg=3))

@@ -10,6 +10,7 @@ import train_edm2
 from dnnlib.util import parse_nimg
 from training import presets
 from training.config import make_config
+from training.setup import build_process
 
 MI = 2**20
 
@@ -139,6 +140,58 @@ def test_ffhq(system, D):
     config = make_config(f"{system}-ffhq64-ddpmpp")
     assert (config.channel_mult, config.lr, config.batch_size) == ([1, 2, 2, 2], 2e-4, 256)
     assert (config.dropout, config.augment, config.cond, config.aug_dim) == (0.05, 0.15, False, D)
+
+
+# CLD's configurations (arXiv 2112.07068; digest §15): blocks, cov_eps, lr, weight decay, iterations, batch of 16 GPUs, beta0,
+# its slope, t_min.
+CLD = """
+cld-cifar10                8  1e-9  2e-4  0     800000  128  4    0    1e-5
+cld-celebahq256-paper      2  1e-6  1e-4  0     320000  64   4    0    1e-5
+cld-celebahq256-postpaper  4  1e-6  1e-4  0.01  600000  64   0.1  6.9  1e-3
+"""
+
+
+@pytest.mark.parametrize("row", rows(CLD), ids=lambda row: row[0])
+def test_cld(row):
+    name, blocks, cov_eps, lr, weight_decay, iterations, batch, beta0, slope, t_min = row
+    config, cifar = make_config(name), "cifar" in name
+    assert (config.num_blocks, config.cov_eps, config.lr, config.t_min) == (blocks, cov_eps, lr, t_min)
+    assert (config.total_nimg, config.batch_size, config.rampup) == (iterations * batch, batch, 0.1 * batch)  # 100000
+    assert config.process_options == dict(m_inv=4, gamma=0.04, beta0=beta0, beta1=slope)
+    assert (config.weight_decay, config.optimizer) == (weight_decay, "adamw" if weight_decay else "adam")
+    assert config.channel_mult == ([1, 2, 2, 2] if cifar else [1, 1, 2, 2, 2, 2, 2])
+    plain = dict(embedding_type="positional", encoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1])
+    assert config.net_options == ({} if cifar else plain)  # CIFAR-10: Fourier codes, residual input, FIR
+    common = dict(
+        parameterization="joint", process="cld", prediction="mixed", predict="noised", transition="hybrid", loss="joint",
+        objective="noise", weighting="reweightedv2", time_sampling=None, arch="ncsnpp", channels=128, attn_resolutions=[16],
+        dropout=0.1, ema="decay", ema_decay=0.9999, grad_clip=1.0, betas=[0.9, 0.999], lr_schedule="constant", cond=False,
+        xflip=True, encoder="rgb", elbo_samples=None, switch_at=None,
+    )  # fmt: skip
+    assert {key: getattr(config, key) for key in common} == common
+
+
+@pytest.mark.parametrize("data", ["cifar10", "mnist", "imagenet32"])
+@pytest.mark.parametrize("kind", ["vp", "cld", "alda", "malda", "learned2", "learned3"])
+def test_mdm(data, kind):
+    """Its YAML files (arXiv 2302.07261; digest §14) differ in nothing but these; HoUNet for MNIST, too, see §13."""
+    config, mnist = make_config(f"mdm-{data}-{kind}"), data == "mnist"
+    name, variables = kind.rstrip("23"), {"malda": 3, "learned2": 2, "learned3": 3}.get(kind)
+    assert (config.process, config.process_options) == (name, {"V": variables} if variables else {})
+    made = build_process(config)
+    assert {"vp": 1, "cld": 2, "alda": 3}.get(kind, variables) == made.V
+    assert made.beta_range == (0.1, 10) and made.init_aux_var == 0.01 and made.S.diagonal().tolist() == [1.0] * made.V
+    assert kind[:7] != "learned" or not made.full
+    assert (config.channels, config.channel_mult) == ((32, [1, 2, 2]) if mnist else (128, [1, 2, 2, 2]))
+    assert config.total_nimg == 300 * 60000 if mnist else 0 <= config.total_nimg - 300 * 50000 < 128
+    assert config.xflip == (data == "cifar10")
+    common = dict(
+        parameterization="joint", prediction="noise", predict="all", transition="hybrid", loss="joint", objective="elbo",
+        cov_eps=None, time_sampling=None, t_min=1e-3, elbo_samples=None, switch_at=None, arch="hounet", num_blocks=2,
+        attn_resolutions=[16], dropout=0, batch_size=128, lr=2e-4, optimizer="adam", weight_decay=0, betas=[0.9, 0.999],
+        lr_schedule="constant", rampup=0, grad_clip=2.0, ema="none", encoder="logit", process_lr_scale=1.0, cond=False,
+    )  # fmt: skip
+    assert {key: getattr(config, key) for key in common} == common
 
 
 def test_no_row_is_missing_and_all_are_plain_data():

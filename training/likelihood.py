@@ -121,6 +121,7 @@ def elbo(
     num_samples: int = 1,  # network evaluations of the integral per x, stratified; one more for the decoder
     decoder: str = "gaussian",  # density of x; "discretised": probability of a 256-level x in [-1, 1]
     generator: Generator = None,  # or a StackedRandomGenerator of N seeds
+    integrand: str = "dsm",  # "ism": MDM's check, by the divergence of the score, of whatever has one
     terms: bool = False,  # also return the parts
     **options: Any,  # see Setting
 ) -> Tensor | tuple[Tensor, dict]:
@@ -131,12 +132,14 @@ def elbo(
     with log(1 + sigma_data^2 snr) uniform: exact for every process, which enters by its ends only. The decoder is
     Gaussian around the denoiser's output, of the variance that Gaussian data would have. Differentiable, also in Q and
     D of the process (t_min and t_max stay fixed). terms=True returns (elbo, dict) with kl, diffusion, decoder [N] and
-    sigma_min, sigma_max. A joint network under its own process has MDM's bound, from its t_min 1e-3, with its term
+    sigma_min, sigma_max. A joint network (or score) under its own process has MDM's bound, from its t_min 1e-3, with its term
     no_offset (training/joint_likelihood.py); where the data are levels of pixels it is used as the denoiser that it also is.
+    integrand="ism" is that bound of any network by implicit score matching, with one Gaussian probe: the same in the mean.
     Raises ValueError for noise kernels that are no process (PFGM++) and impossible ends.
     """
-    if brings_score(net, process) and not (decoder == "discretised" and callable(net)):
-        return _joint_bound(net, process, x, labels, num_samples, decoder, generator, terms, options)
+    own = brings_score(net, process) and not (decoder == "discretised" and callable(net))
+    if own or integrand != "dsm":
+        return _joint_bound(net, process, x, labels, num_samples, decoder, generator, integrand, terms, options)
     if num_samples < 1:
         raise ValueError(f"num_samples = {num_samples}: at least one is needed")
     setting = Setting(**options)
@@ -166,23 +169,19 @@ def elbo(
     return bound, parts | {"sigma_min": float(sigma), "sigma_max": float(snr_min.rsqrt())}
 
 
-def _joint_bound(net, process, x, labels, num_samples, decoder, generator, terms, options):
+def _joint_bound(net, process, x, labels, num_samples, decoder, generator, integrand, terms, options):
     """`elbo` of a joint network: MDM's bound with offset, and its parts."""
     from training.joint_likelihood import joint_elbo
 
     if decoder != "gaussian":
         raise ValueError("the bound of a joint score is one of densities: give --encoder=center (or logit)")
-    if not hasattr(net, "noise"):
-        raise ValueError(
-            "a network with a score(u, t) only has no bound by draws of noise: use the probability flow (ode)"
-        )
     setting = Setting(**{"t_min": 1e-3, **options} if options.get("sigma_min") is None else options)
     t_max, t_min = setting.ends(net, process)
     if setting.prior != "stationary" or abs(t_max - process.T) > 1e-9:
         raise ValueError(
             "the bound of a joint network ends at T with the stationary prior: leave --prior, --sigma-max out"
         )
-    how = dict(num_samples=num_samples, t_min=t_min, generator=generator)
+    how = dict(num_samples=num_samples, t_min=t_min, integrand=integrand, generator=generator)
     bound, parts = joint_elbo(net, process, x, labels, **how, terms=True)
     ends = {"sigma_min": float(process.sigma(t_min)), "sigma_max": float(process.sigma(t_max))}
     return (bound, parts | {"kl": endpoint_kl(process, x, t_max)} | ends) if terms else bound

@@ -372,6 +372,10 @@ def _warn_no_effect(config, interface):
         warnings.warn("--reference has no effect without --select", stacklevel=3)
     if config.precond != "edm" and config.arch == "edm2":
         warnings.warn(f"--precond={config.precond} has no effect: --arch=edm2 has its own", stacklevel=3)
+    if config.loss == "joint" and config.uncertainty:
+        warnings.warn("--uncertainty has no effect: networks of the whole state have no uncertainty head", stacklevel=3)
+    if config.loss == "joint" and config.objective == "elbo" and config.weighting and config.switch_at is None:
+        warnings.warn(f"--weighting={config.weighting} has no effect: the bound has its own", stacklevel=3)
     if misfit := presets.misfit(config.preset, interface):
         warnings.warn(misfit, stacklevel=3)
     if config.label_dropout and not config.cond:

@@ -74,6 +74,8 @@ class JointLoss(Loss):
             raise ValueError(
                 f"cov_eps = {cov_eps}: the kernel is no marginal of the process then, and there is no bound"
             )
+        if process.V > 1 and process.init_aux_var == 0 and (objective == "elbo" or switch_at is not None):
+            raise ValueError("init_aux_var = 0: the start of the auxiliaries has no density, and there is no bound")
         if isinstance(process, torch.nn.Module) and objective == "noise" and switch_at is None:
             raise ValueError("learned matrices need the bound: objective elbo, or switch_at")
         self.process, self.kernel, self.lr_scale = process, GaussianKernel(), lr_scale
