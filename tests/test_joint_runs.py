@@ -3,12 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+import scipy.stats
 import torch
-from small_runs import final_state, one_line, python, run, small_command, small_config
+from small_runs import ROOT, final_state, one_line, python, run, small_command, small_config
 
 import generate_images
 import train_edm2
 from dnnlib.util import read_stats
+from metrics.table import read_csv
 from torch_utils.persistence import load_snapshot
 from training import hooks, setup
 from training.guidance import guided
@@ -137,3 +139,29 @@ def test_a_run_ends_where_its_matrices_are_no_process():
     noise = SimpleNamespace(Q=torch.zeros(2, 2), D=torch.diag(torch.tensor([1.0, -0.5])), V=2)
     with pytest.raises(TrainingFailed, match="eigenvalue -0.5 at 3 kimg"):
         hooks.with_matrices()(SimpleNamespace(objective=SimpleNamespace(noise=noise), kimg=3))
+
+
+def test_learned_matrices_against_their_start():
+    """docs/linear.md's gain, what of it is the ends, and the matrices, by scipy from docs/data/learned-start.csv."""
+    rows = {(row["arm"], row["seed"]): row for row in read_csv(ROOT / "docs" / "data" / "learned-start.csv")}
+    text = " ".join((ROOT / "docs" / "linear.md").read_text(encoding="utf-8").split())
+
+    def gain(number):
+        values = [float(rows["held", s][number]) - float(rows["learned", s][number]) for s in range(3)]
+        return sum(values) / 3, scipy.stats.ttest_1samp(values, 0)
+
+    (mean, test), (ends, other) = gain("bits_per_dim"), gain("ends_bits_per_dim")
+    low, high = test.confidence_interval()
+    assert (
+        f"lower by {mean:.3f} bits/dim ({low:.3f} to {high:.3f}; p = {test.pvalue:.3f}".replace("= 0.", "= .") in text
+    )
+    low, high = other.confidence_interval()
+    assert f"*worse* by {-ends:.3f} ({-high:.3f} to {-low:.3f})" in text
+    assert f"{100 * ends / mean:.0f} % of the gain" in text
+    for arm, name, words in (
+        ("held", "Q01", "from {:.2f}, {:.2f} and {:.2f} to"),
+        ("learned", "Q01", "to {:.2f}, {:.2f} and {:.2f}:"),
+        ("learned", "least_eigenvalue_after_any_step", "smallest {:.2f}, {:.2f} and {:.2f})"),
+    ):
+        assert words.format(*(abs(float(rows[arm, s][name])) for s in range(3))) in text
+    assert {row["steps"] for row in rows.values()} == {128}
