@@ -19,6 +19,7 @@ from small_runs import ROOT, python, run
 import report
 import run_experiment
 from dnnlib import experiment
+from dnnlib.util import read_stats
 from training.dataset import ImageFolderDataset
 
 
@@ -123,3 +124,16 @@ def test_joint_mnist(tmp_path):
         ("fd", "joint, as MDM, against reduced (FD)"),
     ):
         assert math.isclose(tested[says], mean("reduced", name) - mean("joint", name), rel_tol=1e-6)
+
+
+@pytest.mark.slow
+def test_learned_start(tmp_path):
+    """Learned matrices beside the same ones held: these stay as they were, those move and are a process at every line."""
+    settings, steps = experiment.load(ROOT / "experiments" / "learned-start.yaml", "smoke", {"out": str(tmp_path)})
+    experiment.run(steps, tmp_path, run_experiment.load_scripts, progress=False)
+    for arm in ("learned", "held"):
+        lines = read_stats(tmp_path / "runs" / f"{arm}-seed1")
+        assert len(lines) > 10 and all(line["Process/min_eigenvalue"] > 0 for line in lines)
+        assert (len({line["Process/Q01"] for line in lines}) == 1) == (arm == "held")
+    rows = list(csv.DictReader((tmp_path / "contrasts.csv").open()))
+    assert len(rows) == 4 and all(math.isfinite(float(row["effect"])) for row in rows)
