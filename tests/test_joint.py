@@ -422,3 +422,16 @@ def test_options_without_effect_are_named(options, digits, tmp_path):
     words = ["--dry-run", "--process=cld", "--parameterization=joint", *options]
     with pytest.warns(UserWarning, match=f"{options[-1].split('=')[0]}.* has no effect"):
         run(train_edm2.main, *small_command(digits, tmp_path / "r", *words))
+
+
+@pytest.mark.parametrize("name", ["cld", "malda", "alda"])
+def test_what_a_joint_denoiser_sees_has_the_sign_of_the_data(name, monkeypatch):
+    """At every time: the sign of a whitening's row is free, and a network that knows the time alone cannot learn its jumps."""
+    process, seen = process_of(name), []
+    net = JointPrecond(1, 3, 0, 0.5, process.V, parameterization="denoiser", model_type="JointMLP").bind(process)
+    monkeypatch.setattr(net, "raw", lambda u, t, labels: seen.append(u) or torch.zeros(len(u), 1, 3, 1, 1))
+    x = torch.ones(40, 3, 1, 1, dtype=torch.float64)
+    t = process.time(torch.logspace(-2.7, 0, 40, dtype=torch.float64))
+    m = process.kernel(t)[0]
+    net.denoised(m[:, :, None, None, None] * x[:, None], t)  # states without noise
+    assert float(seen[0].min()) > -1e-9 and float(seen[0].sum(1).min()) > 0.5

@@ -10,6 +10,7 @@ from small_runs import ROOT, final_state, one_line, python, run, small_command, 
 import generate_images
 import train_edm2
 from dnnlib.util import read_stats
+from metrics.contrasts import detectable
 from metrics.table import read_csv
 from torch_utils.persistence import load_snapshot
 from training import hooks, setup
@@ -147,21 +148,23 @@ def test_learned_matrices_against_their_start():
     text = " ".join((ROOT / "docs" / "linear.md").read_text(encoding="utf-8").split())
 
     def gain(number):
-        values = [float(rows["held", s][number]) - float(rows["learned", s][number]) for s in range(3)]
-        return sum(values) / 3, scipy.stats.ttest_1samp(values, 0)
+        values = [float(rows["held", s][number]) - float(rows["learned", s][number]) for s in range(5)]
+        return sum(values) / 5, scipy.stats.ttest_1samp(values, 0), detectable(scipy.stats.sem(values), 5)
 
-    (mean, test), (ends, other) = gain("bits_per_dim"), gain("ends_bits_per_dim")
+    (mean, test, seen), (ends, other, _) = gain("bits_per_dim"), gain("ends_bits_per_dim")
     low, high = test.confidence_interval()
-    assert (
-        f"lower by {mean:.3f} bits/dim ({low:.3f} to {high:.3f}; p = {test.pvalue:.3f}".replace("= 0.", "= .") in text
-    )
+    said = f"lower by {mean:.3f} bits/dim ({low:.3f} to {high:.3f}; p = {test.pvalue:.3f}".replace("= 0.", "= .")
+    assert f"{said}): not seen, where {seen:.3f} would have been" in text
     low, high = other.confidence_interval()
-    assert f"*worse* by {-ends:.3f} ({-high:.3f} to {-low:.3f})" in text
+    assert f"worse by {-ends:.3f} ({-high:.3f} to {-low:.3f})" in text
     assert f"{100 * ends / mean:.0f} % of the gain" in text
+    fell = [abs(float(rows["held", s]["Q01"])) - abs(float(rows["learned", s]["Q01"])) for s in range(5)]
+    assert f"fell (p = {scipy.stats.ttest_1samp(fell, 0).pvalue:.3f})".replace("= 0.", "= .") in text
     for arm, name, words in (
-        ("held", "Q01", "from {:.2f}, {:.2f} and {:.2f} to"),
-        ("learned", "Q01", "to {:.2f}, {:.2f} and {:.2f}:"),
-        ("learned", "least_eigenvalue_after_any_step", "smallest {:.2f}, {:.2f} and {:.2f})"),
+        ("held", "Q01", "from {} to"),
+        ("learned", "Q01", "to {}: the"),
+        ("learned", "least_eigenvalue_after_any_step", "smallest {})"),
     ):
-        assert words.format(*(abs(float(rows[arm, s][name])) for s in range(3))) in text
+        *values, last = (f"{abs(float(rows[arm, s][name])):.2f}" for s in range(5))
+        assert words.format(f"{', '.join(values)} and {last}") in text
     assert {row["steps"] for row in rows.values()} == {128}

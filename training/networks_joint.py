@@ -167,7 +167,8 @@ class JointPrecond(torch.nn.Module):
     def _preconditioned(self, y, sigma, a, white, t, labels):
         """(D, y - D), the second without subtracting what is nearly equal."""
         total = expand(sigma**2 + self.sigma_data**2, y)
-        scale = (1 + self.sigma_data**2 * a.square()).rsqrt().expand(len(y), -1)  # whitened u to unit variance
+        scale = (1 + self.sigma_data**2 * a.square()).rsqrt()  # whitened u to unit variance,
+        scale = torch.where(a < 0, -scale, scale).expand(len(y), -1)  # the data's sign: that of W jumps with t
         out = self.raw(expand(scale, white) * white, t, labels)[:, 0].to(y.dtype)
         out = expand(sigma, y) * self.sigma_data * total.rsqrt() * out
         return self.sigma_data**2 / total * y + out, expand(sigma**2, y) / total * y - out
