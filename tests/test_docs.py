@@ -1,5 +1,6 @@
 """The numbers that the documents print, from the numbers of every seed beside them."""
 
+import itertools
 import math
 import re
 
@@ -504,3 +505,48 @@ def test_what_a_near_partner_is_worth():
     rng = np.random.default_rng(1)
     chance = [abs(correlations(rng.permutation(10)).mean()) >= found.mean() for _ in range(2000)]
     assert abs(np.mean(chance) - 0.0146) < 0.009  # three standard errors of the two counts
+
+
+def test_what_the_whole_state_is_worth():
+    """docs/linear.md's table and contrasts of joint-mnist, by scipy from docs/data/joint-mnist.csv."""
+    rows, text = data("joint-mnist"), (ROOT / "docs" / "linear.md").read_text(encoding="utf-8")
+    values = lambda form, kinds, name: np.mean(
+        [[r[name] for r in rows if (r["form"], r["process"]) == (form, kind)] for kind in kinds], axis=0
+    )
+    forms = {"reduced": "reduced", "joint-denoiser": "joint denoiser", "joint": "joint, as MDM"}
+    kinds = {"vp": "VP", "cld": "CLD", "malda": "MALDA", "learned2": "learned, V = 2", "learned3": "learned, V = 3"}
+    for (form, shown), (kind, named) in itertools.product(forms.items(), kinds.items()):
+        cells = []
+        for name, digits in (("own_bits_per_dim", 3), ("common_bits_per_dim", 3), ("fd", 2)):
+            v = values(form, [kind], name)
+            assert len(v) == 5
+            half = scipy.stats.t.ppf(0.975, 4) * scipy.stats.sem(v)
+            cells.append(f"{v.mean():.{digits}f} ± {half:.{digits}f}")
+        assert f"| {shown} | {named} | {' | '.join(cells)} |" in text
+    fixed, learned, tests = ["vp", "cld", "malda"], ["learned2", "learned3"], []
+    own, common, fd = (
+        ("own_bits_per_dim", "bits/dim, own bound"),
+        ("common_bits_per_dim", "bits/dim, common bound"),
+        ("fd", "FD"),
+    )
+    reduced, joint, denoiser = ("reduced", kinds), ("joint", kinds), ("joint-denoiser", kinds)
+    for of, against, (name, unit), said in (
+        (joint, reduced, own, "joint, as MDM, against reduced ({})"),
+        (joint, reduced, common, "joint, as MDM, against reduced ({})"),
+        (joint, reduced, fd, "joint, as MDM, against reduced ({})"),
+        (denoiser, reduced, common, "joint denoiser against reduced ({})"),
+        (denoiser, reduced, fd, "joint denoiser against reduced ({})"),
+        (("joint", learned), ("joint", fixed), own, "learned against fixed matrices, joint ({})"),
+        (("reduced", learned), ("reduced", fixed), own, "learned against fixed matrices, reduced ({})"),
+        (("joint", learned), ("joint", fixed), fd, "learned against fixed matrices, joint ({})"),
+    ):
+        gain = values(*against, name) - values(*of, name)
+        test = scipy.stats.ttest_1samp(gain, 0)
+        tests.append((said.format(unit), gain, test))
+    adjusted = holm([test.pvalue for *_, test in tests])
+    small = lambda p: "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+    for (said, gain, test), p in zip(tests, adjusted, strict=True):
+        low, high = test.confidence_interval(0.95)
+        interval = f"{gain.mean():+.4f} ({low:+.4f} to {high:+.4f})"
+        seen = f"{detectable(scipy.stats.sem(gain), 5):.4f}"
+        assert f"| {said} | {interval} | {small(test.pvalue)} | {small(p)} | {seen} |" in text, (said, interval)

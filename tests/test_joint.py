@@ -184,7 +184,7 @@ class Exact(JointPrecond):
         if self.parameterization == "denoiser":
             u = u * (1 + self.sigma_data**2 * self.process.kernel_parts(t).a ** 2).sqrt()[..., None, None, None]
             parts = self.process.kernel_parts(t)
-            y = (parts.a[..., None, None, None] * u).sum(1) / parts.snr[:, None, None, None]
+            y = (parts.a.abs()[..., None, None, None] * u).sum(1) / parts.snr[:, None, None, None]
             s2, sd2 = (1 / parts.snr)[:, None, None, None], self.sigma_data**2
             mean, var = MEAN[:, None, None], (STD**2)[:, None, None]
             exact = (var * y + s2 * mean) / (var + s2)
@@ -235,7 +235,7 @@ class Raw(JointPrecond):
     def raw(self, u, t, labels):
         u = u * (1 + self.sigma_data**2 * self.process.kernel_parts(t).a ** 2).sqrt()[..., None, None, None]
         a, snr = self.process.kernel_parts(t)[4:]
-        y, s2 = (a[..., None, None, None] * u).sum(1) / snr[:, None, None, None], 1 / snr[:, None, None, None]
+        y, s2 = (a.abs()[..., None, None, None] * u).sum(1) / snr[:, None, None, None], 1 / snr[:, None, None, None]
         mean, var, sd2 = MEAN[:, None, None], (STD**2)[:, None, None], self.sigma_data**2
         moved = y * (var - sd2) / ((var + s2) * (sd2 + s2)) + mean / (var + s2)  # (D - c_skip y) / sigma^2
         return (moved * (s2 * (s2 + sd2) / sd2).sqrt())[:, None]
