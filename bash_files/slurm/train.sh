@@ -17,7 +17,8 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
 source bash_files/help.sh
 source bash_files/slurm/job.sh
 gpus=${GPUS:-${SLURM_GPUS_ON_NODE:-1}}
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${hosts%%$'\n'*} # no `| head`, which ends the list's writer by a signal, and with it the job
 port=${PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 job srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 python -m dnnlib.launch --nnodes="$SLURM_NNODES" \
   --nproc_per_node="$gpus" --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$first:$port" train_edm2.py "$@"
