@@ -106,11 +106,14 @@ def cell_rows(lines: Sequence[dict]) -> list[dict[str, object]]:
     return rows
 
 
+def _p(p, equal=""):
+    return "< 0.0001" if p < 1e-4 else f"{equal}{p:.4f}"
+
+
 def tested(results: Sequence[Result]) -> str:
     """The contrasts, a line each."""
-    small = lambda p: "< 0.0001" if p < 1e-4 else f"{p:.4f}"
     shown = [
-        [r.contrast.name, f"{r.effect:+.4f} ({r.low:+.4f} to {r.high:+.4f})", small(r.p), small(r.holm),
+        [r.contrast.name, f"{r.effect:+.4f} ({r.low:+.4f} to {r.high:+.4f})", _p(r.p), _p(r.holm),
          f"{r.detectable:.4f}"] for r in results
     ]  # fmt: skip
     return (
@@ -199,8 +202,8 @@ def figure(stem: Path, lines: Sequence[dict], pairs: tuple[list, list], results:
     right.set(xlabel="energy distance of the training images", ylabel="gain of a pair (bits/dim)")
     ranked = [r for r in results if r.contrast.rank]
     if ranked:
-        p = "< 0.0001" if ranked[0].p < 1e-4 else f"= {ranked[0].p:.4f}"
-        right.set_title(f"within target: rank correlation {ranked[0].effect:+.2f}, $p$ {p}", fontsize=8)
+        said = f"rank correlation {ranked[0].effect:+.2f}, $p$ {_p(ranked[0].p, '= ')}"
+        right.set_title(f"within target: {said}", fontsize=8)
     return figures.save(fig, stem, dpi=150)
 
 
