@@ -16,7 +16,7 @@ import numpy as np
 
 from dnnlib.experiment import read
 from metrics.results import Row
-from metrics.table import grouped, paired_difference
+from metrics.table import grouped, mean_interval, p_of_zero
 
 PERMUTATIONS = 9999
 POWER = 0.8
@@ -108,8 +108,6 @@ def gains(rows: Sequence[Row], contrast: Contrast) -> list[tuple[Row, float]]:
 
 def examine(rows: Sequence[Row], contrast: Contrast) -> Result:
     """The effect, its 95 % interval (Student's t over seeds), p and what could have been detected. Raises ValueError."""
-    import scipy.stats
-
     if contrast.rank is None:
         cells = grouped(((row.tags["seed"], row.section), (row, gain)) for row, gain in gains(rows, contrast))
         value = _slope if contrast.over else lambda pairs, over: fmean(gain for _, gain in pairs)
@@ -120,9 +118,9 @@ def examine(rows: Sequence[Row], contrast: Contrast) -> Result:
     values = list(seeds.values())
     if len(values) < 2:
         raise ValueError(f"contrast {contrast.name!r}: scores of two training seeds or more are needed")
-    effect, error, low, high = paired_difference(values, [0] * len(values))
+    effect, error, low, high = mean_interval(values)
     if p is None:
-        p = float(scipy.stats.ttest_1samp(values, 0).pvalue) if error else float(effect == 0)
+        p = p_of_zero(values)
     return Result(contrast, seeds, effect, error, low, high, p, detectable(error, len(values)))
 
 

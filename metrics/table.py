@@ -94,29 +94,11 @@ def paired_difference(a: Iterable[float], b: Iterable[float]) -> tuple[float, fl
     return mean_interval(x - y for x, y in zip(a, b, strict=True))
 
 
-def welch_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float, float, float]:
-    """Difference of the means of a and b, unpaired (Welch): itself, its standard error, the ends of its 95 % interval, and p.
-
-    Raises ValueError for fewer than two values on a side.
-    """
+def p_of_zero(values: Sequence[float]) -> float:
+    """Two-sided p of the mean being zero (Student's t); values without spread give 0, or 1 if they are zero."""
     import scipy.stats
 
-    (mean_a, variance_a, n_a), (mean_b, variance_b, n_b) = _mean_and_variance(a), _mean_and_variance(b)
-    if min(n_a, n_b) < 2:
-        raise ValueError(f"{n_a} and {n_b} values: an interval of their difference needs two of each")
-    parts, difference = (variance_a / n_a, variance_b / n_b), mean_a - mean_b
-    error = math.sqrt(sum(parts))
-    if not error:
-        return difference, 0.0, difference, difference, float(difference == 0)
-    df = sum(parts) ** 2 / (parts[0] ** 2 / (n_a - 1) + parts[1] ** 2 / (n_b - 1))
-    half = float(scipy.stats.t.ppf(0.975, df)) * error
-    return (
-        difference,
-        error,
-        difference - half,
-        difference + half,
-        2 * float(scipy.stats.t.sf(abs(difference) / error, df)),
-    )
+    return float(scipy.stats.ttest_1samp(values, 0).pvalue) if len(set(values)) > 1 else float(values[0] == 0)
 
 
 def half_width(values: Iterable[float], errors: Sequence[float] = ()) -> float | None:

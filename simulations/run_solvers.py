@@ -20,10 +20,10 @@ Examples:
   python simulations/run_solvers.py mixture --seeds=0-3
   # The whole experiment on digits: data, detector, training, all of the below (an hour of one core)
   python run_experiment.py experiments/linear-digits.yaml
-  python simulations/run_solvers.py digits --net=results/linear-digits/runs/denoiser \\
-      --data=results/linear-digits/data/heldout.zip --detector=results/linear-digits/detector.safetensors
-  python simulations/run_solvers.py bound --net=results/linear-digits/runs/denoiser \\
-      --data=results/linear-digits/data/heldout.zip
+  python simulations/run_solvers.py digits --net=results/linear-digits/runs/denoiser-seed0 \\
+      --data=results/linear-digits/data/heldout-seed0.zip --detector=results/linear-digits/detector.safetensors
+  python simulations/run_solvers.py bound --net=results/linear-digits/runs/denoiser-seed0 \\
+      --data=results/linear-digits/data/heldout-seed0.zip
   python simulations/run_solvers.py plot --figure=docs/figures/linear-nfe
 """
 
@@ -104,7 +104,7 @@ def bound(net, data, samples, num, seed, **given):
 @cli.output("--tables", outputs.TABLE, metavar="FILE", help="Write the tables there instead of printing them")
 @options(Study, [*WITHOUT_CELLS, "learned"])
 def plot(figure, tables, **given):
-    """Draw what there is, and print it as Markdown tables."""
+    """Draw what there is in --outdir and its folders seed*, and print it as Markdown tables."""
     from simulations.studies.solvers_report import plot_solvers
 
     text = plot_solvers(from_options(Study, given).dest, figure)

@@ -94,6 +94,9 @@ def test_images(tmp_path, tiny_net, digits):
     assert by["common", "learned", 0] == pytest.approx(by["common", "VP", 0], abs=1e-9)
     assert by["own", "learned", 0] != pytest.approx(by["own", "VP", 0], abs=1e-4)
 
+    (tmp_path / "seed1").mkdir()  # a folder per seed counts, too
+    (tmp_path / "digits.json").write_text(json.dumps([row for row in rows if row["seed"] == 0]))
+    (tmp_path / "seed1/digits.json").write_text(json.dumps([row for row in rows if row["seed"] == 1]))
     run(run_solvers.main, "plot", f"--dest={tmp_path}", f"--figure={tmp_path}/figure", f"--tables={tmp_path}/tables.md")
     text = (tmp_path / "tables.md").read_text()
     assert "| less EDM Heun |" in text and "less VP, own draws" in text
@@ -104,14 +107,11 @@ def test_differences_against_the_written_out_ones():
     def row(arm, nfe, seed, error, source=0):
         return dict(arm=arm, grid="g", nfe=nfe, seed=seed, error=error, source=source)
 
-    rows = [row("EDM Heun", 10, s, 99.0) for s in (0, 1)] + [row("EDM Heun", 20, s, 1.0 + s) for s in (0, 1)]
-    rows += [row("VP EM", 20, s, 4.0 + 3 * s) for s in (0, 1)] + [row("CLD EM", 20, 0, 3.0)]
+    rows = [row("EDM Heun", 10, s, 99.0) for s in (0, 1, 2)] + [row("EDM Heun", 20, s, 1.0 + s) for s in (0, 1, 2)]
+    rows += [row("VP EM", 20, s, 4.0 + s**2) for s in (2, 1, 0)] + [row("CLD EM", 20, 0, 3.0)]
     found = solvers.differences(rows)
     mean, error, low, high, p = found["VP EM", "g", 0]
-    a, b = [4.0, 7.0], [1.0, 2.0]
-    interval = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    assert (low, high) == pytest.approx(tuple(interval))
-    assert p == pytest.approx(scipy.stats.ttest_ind(a, b, equal_var=False).pvalue)
+    test = scipy.stats.ttest_rel([4.0, 5.0, 8.0], [1.0, 2.0, 3.0])  # by seed, in whatever order the rows come
+    assert (low, high) == pytest.approx(tuple(test.confidence_interval(0.95))) and p == pytest.approx(test.pvalue)
     assert list(found) == [("VP EM", "g", 0)]  # one seed has no error
-    assert mean == pytest.approx(5.5 - 1.5)
-    assert error == pytest.approx(math.hypot(1.5, 0.5))  # of two values: half their distance
+    assert mean == pytest.approx(11 / 3) and error == pytest.approx(mean / test.statistic)

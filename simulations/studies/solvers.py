@@ -16,7 +16,7 @@ from dnnlib.util import one_of
 from metrics.detectors import get_detectors
 from metrics.distances import frechet_distance
 from metrics.evaluate import choose_encoder
-from metrics.table import grouped, mean_and_error, welch_difference
+from metrics.table import grouped, mean_and_error, mean_interval, p_of_zero
 from simulations import toy_data
 from torch_utils import persistence
 from torch_utils.random import StackedRandomGenerator, hash_seed, seeded_generator
@@ -239,22 +239,23 @@ def summarise(rows: Sequence[dict]) -> dict[tuple, tuple[float, float]]:
 
 
 def differences(rows: Sequence[dict]) -> dict[tuple, tuple[float, float, float, float, float]]:
-    """{(arm, grid, source or None): `welch_difference`} of the errors less the reference's, at the largest budgets.
+    """{(arm, grid, source or None): (*`mean_interval`, p)} of the errors less the reference's, at the largest budgets.
 
-    The arms' draws are independent of each other in all but the start, so seeds are not paired. Arms with one seed, which
-    have no error, are left out.
+    Paired by seed: the arms of a seed sample the same denoiser. Arms with one seed, which have no error, are left out.
     """
     cells, best = grouped(((*cell_of(r), r.get("source")), r) for r in rows), {}
     for (arm, grid, _, source), found in cells.items():
         nfe = sum(row["nfe"] for row in found) / len(found)
         if nfe >= best.get((arm, grid, source), (0,))[0]:
-            best[arm, grid, source] = nfe, [row["error"] for row in found]
+            best[arm, grid, source] = nfe, {row["seed"]: row["error"] for row in found}
     base = {source: errors for (arm, _, source), (_, errors) in best.items() if arm == REFERENCE}
-    return {
-        key: welch_difference(errors, base[key[2]])
-        for key, (nfe, errors) in best.items()
-        if key[0] != REFERENCE and nfe and min(len(errors), len(base.get(key[2], ()))) > 1
-    }
+    found = {}
+    for (arm, grid, source), (nfe, errors) in best.items():
+        seeds = [seed for seed in errors if seed in base.get(source, ())]
+        if arm != REFERENCE and nfe and len(seeds) > 1:
+            pairs = [errors[seed] - base[source][seed] for seed in seeds]
+            found[arm, grid, source] = (*mean_interval(pairs), p_of_zero(pairs))
+    return found
 
 
 @torch.no_grad()

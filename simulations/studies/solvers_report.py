@@ -31,8 +31,7 @@ def plot_solvers(dest: str | Path, stem: str | Path) -> str:
 
     Returns Markdown tables. Raises ValueError if there is nothing.
     """
-    files = {name: Path(dest) / f"{name}.json" for name in (*TITLES, "bound")}
-    everything = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
+    everything = {name: found for name in (*TITLES, "bound") if (found := _rows(Path(dest), name))}
     bound = everything.pop("bound", None)
     if not everything:
         raise ValueError(f"--outdir={dest}: no results; run run_solvers.py gaussian, mixture or digits first")
@@ -43,8 +42,14 @@ def plot_solvers(dest: str | Path, stem: str | Path) -> str:
     return "\n\n".join(tables + ([_bound_table(bound)] if bound else [])) + "\n"
 
 
+def _rows(dest, name):
+    """The rows of NAME.json in a folder and in those named seed... inside it."""
+    files = sorted([*dest.glob(f"{name}.json"), *dest.glob(f"seed*/{name}.json")])
+    return [row for path in files for row in json.loads(path.read_text())]
+
+
 def curves_of(rows: Sequence[dict]) -> Curves:
-    """Means over sources, then over sampling seeds with their intervals (nan for one seed), by arm and grid."""
+    """Means over sources, then over seeds with their intervals (nan for one seed), by arm and grid."""
     curves = defaultdict(list)
     for (arm, grid, _), found in grouped((cell_of(row), row) for row in rows).items():
         seeds = grouped((row["seed"], row["error"]) for row in found).values()
@@ -104,7 +109,7 @@ def _draw_panel(axis, curves, process, top):
 
 
 def _differences(found, stem):
-    """Every arm's error less the reference's at the largest budget, per source, with 95 % intervals (Welch): drawn at `stem`,
+    """Every arm's error less the reference's at the largest budget, per source, with paired 95 % intervals: drawn at `stem`,
     and as a table with the smallest p, and that after Holm's adjustment for all of the table.
     """
     sources = sorted({key[2] for key in found})
