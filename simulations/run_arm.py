@@ -32,7 +32,7 @@ BUDGETS = {
     },
     "small": _PAPER | {  # about twenty minutes on one core; at one rate alone some trainings stop in a poor optimum
         "rule": {"steps": (800,), "lrs": (3e-3, 1e-2)},
-        "seeds": [0, 1, 2],
+        "seeds": [0, 1, 2, 3, 4],
     },
     "paper": _PAPER | {  # days: the published grid of batch sizes and learning rates
         "rule": {"steps": (50_000,), "batches": (100, 300, 500), "lrs": (1e-5, 1e-4, 1e-3), "eval_every": 200},

@@ -22,7 +22,7 @@ BUDGETS = {
     },
     "small": _SWEEPS | {  # minutes on one core
         "rule": {"steps": (60, 200, 600), "early": False, "batches": (1000,)},
-        "seeds": [0, 1, 2],
+        "seeds": [0, 1, 2, 3, 4],
     },
     "large": _SWEEPS | {  # hours
         "values": _SWEEPS["values"] | {"K": [1, 2, 4, 8, 16, 32], "n": [100, 300, 1000, 3000, 10_000, 30_000]},
