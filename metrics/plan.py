@@ -8,6 +8,7 @@ method), so that seeds may be paired, few, and of unlike difficulty.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from metrics.contrasts import Contrast, chosen, gains
 from metrics.results import Row
 from metrics.table import grouped, markdown, paired_difference, write_csv
 
+FARTHEST = 1000  # the largest multiplier that is looked at, and one over the smallest
 RATES = (0.2, 1.5)  # of which b is the best: neural networks lie between, the parametric rate of KL is 1
 
 
@@ -99,14 +101,23 @@ class Plan:
         import scipy.stats
 
         value, gradient = function(self.curves), np.zeros_like(self.mean)
-        for index in np.ndindex(self.mean.shape):
-            step = np.zeros_like(self.mean)
-            step[index] = max(self.values[(slice(None), *index)].std(ddof=1) / 10, 1e-9)
-            ends = [function(fit(self.sizes, self.mean + sign * step, self.weights)) for sign in (1, -1)]
-            gradient[index] = (ends[0] - ends[1]) / (2 * step[index])
+        for index, step, up, down in self._moved:
+            gradient[index] = (function(up) - function(down)) / (2 * step)
         parts = ((self.values - self.mean) * gradient).sum(axis=(1, 2))
         half = float(scipy.stats.t.ppf(0.975, len(parts) - 1)) * parts.std(ddof=1) / math.sqrt(len(parts))
         return Estimate(value, value - half, value + half)
+
+    @functools.cached_property
+    def _moved(self):
+        """(index of a mean, how far it was moved, the curves of the higher one, of the lower one), for all means."""
+        found = []
+        for index in np.ndindex(self.mean.shape):
+            step = np.zeros_like(self.mean)
+            step[index] = max(self.values[(slice(None), *index)].std(ddof=1) / 10, 1e-9)
+            found.append(
+                (index, step[index], *(fit(self.sizes, self.mean + sign * step, self.weights) for sign in (1, -1)))
+            )
+        return found
 
     def gain(self, n: float) -> Estimate:
         """How much lower the loss is together, at n images of each source."""
@@ -121,16 +132,27 @@ class Plan:
     def multiplier(self, n: float) -> Estimate:
         """m(n): n images of each source, trained together, are worth m n of a source alone. Below 1: sharing hurts.
 
-        The interval is that of 1 / m, which may reach zero: then no number of images alone is known to be as good.
+        The interval holds the m for which n together and m n alone are not told apart (a test inverted, after Fieller), so that
+        it leaves out 1 where the gain's leaves out 0. Its ends may be infinite and zero: then no number of images alone is
+        known to be as good, or as bad.
         """
-
-        def share(c):
-            ratio = float(c.together(n) - c.floor) / (c.scale * n**-c.rate)
-            return math.copysign(abs(ratio) ** (1 / c.rate), ratio)
-
-        found = self.estimate(share)
-        turned = lambda v: 1 / v if v > 0 else math.inf
-        return Estimate(turned(found.value), turned(found.high), turned(found.low))
+        c = self.curves
+        share = float(c.together(n) - c.floor) / (c.scale * n**-c.rate)
+        apart = lambda log_m: self.estimate(lambda c: float(c.alone(math.exp(log_m) * n) - c.together(n)))
+        too_few, too_many = (
+            lambda log_m: apart(log_m).low,
+            lambda log_m: -apart(log_m).high,
+        )  # positive: m is no candidate
+        up = np.linspace(0, math.log(FARTHEST), 60)
+        if too_few(0) > 0:
+            low = _first(too_few, up, False, math.inf)
+            high = _first(too_many, [low, *up[up > low]], True, math.inf)
+        elif too_many(0) > 0:
+            high = _first(too_many, -up, False, -math.inf)
+            low = _first(too_few, [high, *-up[-up < high]], True, -math.inf)
+        else:
+            low, high = _first(too_few, -up, True, -math.inf), _first(too_many, up, True, math.inf)
+        return Estimate(share ** (-1 / c.rate) if share > 0 else math.inf, math.exp(low), math.exp(high))
 
     def turn(self) -> Estimate | None:
         """The n at which the sign of the gain turns, inside ten times the measured range; None where the curves do not meet."""
@@ -144,6 +166,18 @@ class Plan:
         found = self.estimate(log_n)
         bounded = lambda v: math.exp(v) if v < 700 else math.inf
         return Estimate(*map(bounded, (found.value, found.low, found.high)))
+
+
+def _first(function, at, positive, otherwise):
+    """Where, along these points in their order, a function first is positive or (positive=False) is not; else `otherwise`."""
+    import scipy.optimize
+
+    before = None
+    for x in at:
+        if (function(x) > 0) == positive:
+            return x if before is None else scipy.optimize.brentq(function, before, x)
+        before = x
+    return otherwise
 
 
 def from_scores(rows: Sequence[Row], measure: str = "bits_per_dim") -> tuple[Plan, int, list[str]]:
@@ -215,6 +249,9 @@ def in_words(plan: Plan, sources: Sequence[str], pairs: Sequence[Transfer]) -> s
     for size in plan.sizes:
         gain, worth = plan.gain(size), plan.multiplier(size)
         images = Estimate(*(size * v for v in (worth.value, worth.low, worth.high)))
+        if math.isinf(images.high) and images.low > 0:
+            fitted = f", {images.value:.3g} by the curves" if math.isfinite(images.value) else ""
+            images = f"at least {images.low:.3g} (95 % bound{fitted})"
         verdict = "better together" if gain.low > 0 else "better alone" if gain.high < 0 else "not decided"
         lines.append(
             f"- **{size:g} images of each: {verdict}.** Among {len(sources)} sources they are worth {images} images alone; "
@@ -285,18 +322,20 @@ def _draw_curves(stem, plan, most, measure):
         left.plot(n, curve(n), color=figures.LINE[name], linestyle=figures.DASH[name], label=f"{label}: fit")
     left.set(xlabel="images of each source $n$", ylabel=figures.TITLES.get(measure, measure.replace("_", " ")))
     figures.legend(left)
-    worth = [plan.multiplier(size) for size in plan.sizes]
-    known = [(s, w) for s, w in zip(plan.sizes, worth, strict=True) if math.isfinite(w.value)]
-    if known:
-        at, middle, low, high = np.transpose([(s, w.value, w.low, w.high) for s, w in known])
-        top = 4 * middle.max()  # an interval may be open above: an arrow says so
-        style = {"linestyle": "none", "color": figures.LINE["multi"], "marker": "o", "label": f"$K$ = {most}"}
-        figures.intervals(right, at, middle, [middle - low, np.minimum(high, top) - middle], **style)
-        if (high > top).any():
-            style |= {"marker": "^", "markersize": 8, "label": f"reaches beyond {top:.3g}"}
-            right.plot(at[high > top], np.full((high > top).sum(), top), **style)
+    worth = np.array([(w.value, w.low, w.high) for w in map(plan.multiplier, plan.sizes)])
+    top = 4 * worth[np.isfinite(worth)].max(initial=1)  # what is open above ends there, with an arrow
+    middle, low, high = np.minimum(worth, top).T
+    known, style = np.isfinite(worth[:, 0]), {"linestyle": "none", "color": figures.LINE["multi"]}
+    right.errorbar(plan.sizes, low, [0 * low, high - low], **style, capsize=2, elinewidth=1.2)
+    if known.any():
+        right.plot(plan.sizes[known], middle[known], **style, marker=figures.MARKER["multi"], label=f"$K$ = {most}")
+    if (open_above := worth[:, 2] > top).any():
+        label = "no upper bound" + ("" if known.all() else " (no point: no estimate)")
+        right.plot(plan.sizes[open_above], high[open_above], **style, marker="^", markersize=7, label=label)
     right.axhline(1, color=figures.NEUTRAL, linewidth=0.8, linestyle="--", label="as much as alone")
     right.set(xlabel="images of each source $n$", ylabel="images alone that one is worth")
+    figures.log_y(right)
+    right.set_ylim(min(0.15, 0.5 * worth[worth > 0].min()))  # room for the legend
     figures.legend(right)
     for axis in (left, right):
         figures.x_ticks(axis, list(plan.sizes), log=True)

@@ -11,6 +11,7 @@ from small_runs import ROOT
 from test_simulations_gaussian import PUBLISHED as PUBLISHED_GAUSSIAN
 
 from metrics.contrasts import detectable, holm
+from metrics.plan import Plan, in_words
 from metrics.table import read_csv
 from simulations import gaussian, run_arm
 from simulations.arm import ground_truth, sample
@@ -484,6 +485,21 @@ def test_what_a_companion_is_worth():
         f"by {np.mean(of(1, 100) - of(10, 25)):.3f} bits/dim ({low:.3f} to {high:.3f}, p = {f'{test.pvalue:.3f}'[1:]})"
     )
     assert worth in flat and f"p = {f'{test.pvalue:.3f}'[1:]}" in readme
+    test = scipy.stats.ttest_1samp(of(1, 100) - of(10, 50), 0)
+    low, high = test.confidence_interval(0.95)
+    worth = f"by {np.mean(of(1, 100) - of(10, 50)):.3f} ({low:.3f} to {high:.3f}, p = {f'{test.pvalue:.4f}'[1:]})"
+    assert worth in flat
+    sizes = (25, 50, 100)
+    learnt = Plan(sizes, np.moveaxis([[of(k, n) for n in sizes] for k in (1, 10)], 2, 0))
+    answer = in_words(learnt, list(range(10)), [])
+    assert all(line in flat for line in answer.splitlines() if line.startswith("- **"))
+    assert f"b = {learnt.curves.rate:.2f}" in flat and learnt.turn() is None
+    levels = np.array([[of(k, n).mean() for n in sizes] for k in (1, 10)])  # the curves pass where the models are
+    assert np.abs([learnt.curves.alone(sizes), learnt.curves.together(sizes)] - levels).max() < 0.01
+    for size in sizes:  # at the bound, and at no less, single models are told apart from the shared one
+        low = learnt.multiplier(size).low
+        apart = [learnt.estimate(lambda c: float(c.alone(m * low * size) - c.together(size))).low for m in (0.99, 1.01)]  # noqa: B023
+        assert apart[0] > 0 > apart[1]
 
 
 def test_what_a_near_partner_is_worth():
