@@ -17,8 +17,9 @@ Examples:
   # The table of docs/selection.md (about 25 minutes of one core):
   python simulations/run_tree_sweep.py
 \b
-  # The published size:
-  python simulations/run_tree_sweep.py --batch=4096 --train-steps=4096 --snapshot-iter=256 --num=16384 --jobs=5
+  # The published size and arms (70 minutes of one core):
+  python simulations/run_tree_sweep.py --batch=4096 --train-steps=4096 --snapshot-iter=256 --num=16384 \\
+      --arms=baseline,random,ajest,early-ajest,late-ajest
 """
 
 

@@ -182,28 +182,32 @@ def plot(rows: list[dict], arms: list[str], seeds: list[int], outdir: Path, stem
     panels, counts = [arm for arm in arms if arm != "baseline"] or arms, len(COMPARISONS)
     rows_of_panels = [(len(panels), 2.2), (len(panels), 2.1), (counts, 2.3), (counts, 2.3)]
     fig, (by_samples, by_time, losses, mandalas) = figures.stacked(rows_of_panels, max(7.5, 1.9 * len(panels)))
-    for line, key in ((by_samples, "Progress/kimg"), (by_time, "Timing/cpu_sec")):
+    for line, key, unit in ((by_samples, "Progress/kimg", 1000), (by_time, "Timing/cpu_sec", 1)):
         for axis, arm in zip(line, panels, strict=True):
             shown = {name: curves[name] for name in ("baseline", arm) if name in curves}
             for name, moments in shown.items():  # as far as the shortest run
                 look = {"color": figures.NEUTRAL, "linestyle": "--"} if name != arm else LOOKS[arm] | {"marker": ""}
-                x = [fmean(found[key] for found in moment) for moment in moments]
+                x = [fmean(found[key] / unit for found in moment) for moment in moments]
                 y, _, low, high = np.transpose([mean_interval(m["Validation/ema_loss"] for m in ms) for ms in moments])
                 axis.plot(x, y, **look, label=None if name == arm else NAMES[name])
                 figures.band(axis, x, low, high, color=look["color"])
-            figures.log_x(axis, [found[key] for moments in shown.values() for moment in moments for found in moment])
+            figures.log_x(
+                axis, [found[key] / unit for moments in shown.values() for moment in moments for found in moment]
+            )
         line[0].set(ylabel="loss of the average")
         figures.log_y(line[0])
     for axis, arm in zip(by_samples, panels, strict=True):
         axis.set_title(NAMES.get(arm, arm))
-    by_samples[len(panels) // 2].set_xlabel("trained samples (thousands)")
+    by_samples[len(panels) // 2].set_xlabel("trained samples (millions)")
     by_time[len(panels) // 2].set_xlabel("CPU time (s)")
-    figures.legend(by_samples[0])
+    figures.legend(by_samples[-1], loc="lower left")
     _ends(losses, rows, arms, ("loss",))
     _ends(mandalas, rows, arms, ("mandala_score", "guided_mandala_score"))
     losses[0].set_ylabel("loss")
     mandalas[0].set_ylabel("mandala score")
-    figures.legend(mandalas[0])
+    low, high = mandalas[0].get_ylim()
+    mandalas[0].set_ylim(low - 0.5 * (high - low), high)  # room for the legend
+    figures.legend(mandalas[0], loc="lower left")
     return figures.save(fig, stem, dpi=150)
 
 
