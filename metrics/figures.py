@@ -36,6 +36,11 @@ DASH = {"single": "--", "multi": "-"}
 NEUTRAL = "#555555"
 INTERVAL = "95 % interval"
 BAND = f"_{INTERVAL}"  # label of what is drawn as one; no entry of a legend
+RANGE = "_range"  # of a band from the lowest to the highest of a few blocks
+SAYS = {
+    BAND: f"mean, {INTERVAL}",
+    RANGE: "line: lowest block of seeds; band: up to the highest",
+}  # in the title of a legend
 TITLES = {
     "fd": "Fréchet distance",
     "fd_at_floor_size": "Fréchet distance at the floor's size",
@@ -142,11 +147,10 @@ def band(axis: Axes, x: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLike, 
         axis.fill_between(x, low, high, **{"alpha": 0.18, "linewidth": 0, "label": BAND} | style)
 
 
-def has_bars(axis: Axes) -> bool:
-    """Whether an axis shows error bars or bands."""
-    return any(isinstance(drawn, ErrorbarContainer) for drawn in axis.containers) or any(
-        drawn.get_label() == BAND for drawn in axis.collections
-    )
+def spreads(axis: Axes) -> set[str]:
+    """Which of `SAYS` an axis shows: error bars and bands of 95 % intervals, bands from the lowest to the highest."""
+    bars = {BAND for drawn in axis.containers if isinstance(drawn, ErrorbarContainer)}
+    return bars | ({str(drawn.get_label()) for drawn in axis.collections} & set(SAYS))
 
 
 def legend(place: Axes | Figure, **style: object) -> None:
@@ -155,7 +159,8 @@ def legend(place: Axes | Figure, **style: object) -> None:
     entries = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes)
     shown = {label: handle for found in entries for handle, label in found}
     if shown:
-        title = f"mean, {INTERVAL}" if any(map(has_bars, axes)) else None
+        seen = set().union(*map(spreads, axes))
+        title = "\n".join(says for kind, says in SAYS.items() if kind in seen) or None
         place.legend(shown.values(), shown, **{"title": title} | style)
 
 

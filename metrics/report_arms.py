@@ -68,22 +68,23 @@ def to_markdown(arms: Arms, against: str) -> str:
 
 
 def figure(stem: Path, arms: Arms) -> list[Path]:
-    """A panel per column, a mean with its 95 % interval per arm, single seeds as small dots."""
+    """A panel per column; a line per arm: mean with its 95 % interval, single seeds as small dots below."""
     from metrics import figures
 
-    names = _complete(arms, SHOWN)
-    fig, axes = figures.figure(columns=len(names), width=max(3.0, 0.4 * len(arms)), height=3.0, squeeze=False)
+    names, places = _complete(arms, SHOWN), range(len(arms))
+    fig, axes = figures.figure(len(names), 2.6, 0.22 * len(arms) + 1.2, sharey=True, squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         seeds = [list(columns[name].values()) for columns in arms.values()]
-        style = {"linestyle": "none", "marker": "o", "color": figures.PALETTE[0], "label": "mean"}
-        figures.intervals(axis, range(len(arms)), [*map(fmean, seeds)], [*map(half_width, seeds)], **style)
+        style = {"linestyle": "none", "marker": "o", "markersize": 4, "color": figures.PALETTE[0], "label": "mean"}
+        figures.intervals(axis, [*map(fmean, seeds)], places, [*map(half_width, seeds)], across=True, **style)
         if len(seeds[0]) > 1:
-            x = [i + 0.22 for i, values in enumerate(seeds) for _ in values]
-            dots = {"linestyle": "none", "marker": ".", "markersize": 4, "color": figures.NEUTRAL}
-            axis.plot(x, sum(seeds, []), label="a training seed", **dots)
-        axis.set_xticks(range(len(arms)), list(arms), **figures.slanted([*arms], 4), fontsize=8)
-        axis.set(ylabel=figures.TITLES.get(name, name), xlim=(-0.5, len(arms) - 0.5))
-    figures.legend(fig, loc="outside lower center", ncols=2)
+            y = [i + 0.3 for i, values in enumerate(seeds) for _ in values]
+            dots = {"linestyle": "none", "marker": ".", "markersize": 3, "color": figures.NEUTRAL}
+            axis.plot(sum(seeds, []), y, label="a training seed", **dots)
+        axis.locator_params(axis="x", nbins=4)
+        axis.set(xlabel=figures.TITLES.get(name, name), ylim=(len(arms) - 0.4, -0.6))
+        axis.set_yticks(places, list(arms))
+    figures.legend(fig, loc="outside upper center", ncols=2)
     return figures.save(fig, stem, dpi=150)
 
 

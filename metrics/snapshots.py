@@ -234,16 +234,17 @@ def curve(rows: Sequence[dict], stem: Path) -> list[str]:
     emas = sorted({row["ema"] for row in rows}, key=natural_key)
     fig, axes = figures.figure(len(panels), squeeze=False)
     for axis, (detector, name) in zip(axes[0], panels, strict=True):
-        for ema, colour in zip(emas, figures.colours(emas), strict=True):
-            times = sorted({row["kimg"] for row in rows if row["ema"] == ema})
-            blocks = [
-                [r["metrics"][detector]["overall"][name] for r in rows if (r["kimg"], r["ema"]) == (time, ema)]
-                for time in times
-            ]
-            axis.plot(times, [min(block) for block in blocks], color=colour, marker="o", markersize=3, label=ema)
-            axis.fill_between(times, [*map(min, blocks)], [*map(max, blocks)], color=colour, alpha=0.2, linewidth=0)
-        axis.set(xlabel="Training images (thousands)", ylabel=literature_name(detector, name))
-    axes[0][0].legend(title="average" if len(emas) > 1 else None)
+        for ema, style in zip(emas, figures.ordered(emas), strict=True):
+            blocks = {row["kimg"]: [] for row in rows if row["ema"] == ema}
+            for row in (row for row in rows if row["ema"] == ema):
+                blocks[row["kimg"]].append(row["metrics"][detector]["overall"][name])
+            times, ends = sorted(blocks), [[end(blocks[time]) for time in sorted(blocks)] for end in (min, max)]
+            axis.plot(times, ends[0], markersize=3, label=ema if ema == "ema" else f"EMA {ema}", **style)
+            if ends[0] != ends[1]:  # several blocks
+                figures.band(axis, times, *ends, color=style["color"], label=figures.RANGE)
+        axis.set(xlabel="training images (thousands)", ylabel=literature_name(detector, name))
+        axis.locator_params(axis="x", nbins=6)
+    figures.legend(fig, loc="outside upper center", ncols=4)
     return [str(path) for path in figures.save(fig, stem)]
 
 

@@ -12,7 +12,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.path import Path as Outline
 from matplotlib.text import Text
 
-from metrics import figures, report, report_arms, report_cells, report_sweep, table
+from metrics import figures, report, report_arms, report_cells, report_sweep, snapshots, table
 from metrics.results import Row
 from simulations import plot_gaussian, sweeps
 from simulations.studies import alignment, robustness, solvers, solvers_report
@@ -165,7 +165,7 @@ OVER_SEEDS += [draw_gaussian, draw_solvers, draw_tree, draw_robustness]
 def drawn(monkeypatch):
     """Figures as they are when they are saved, by the function that draws them."""
     kept = []
-    monkeypatch.setattr(figures, "save", lambda fig, stem, dpi=200: kept.append(fig))
+    monkeypatch.setattr(figures, "save", lambda fig, stem, dpi=200: kept.append(fig) or [])
 
     def make(draw, *arguments):
         draw(
@@ -249,7 +249,33 @@ def test_one_seed_has_no_interval(draw, drawn):
     assert touching(fig) == []
 
 
-@pytest.mark.parametrize("draw", [draw_sweep, draw_theory, draw_solvers, draw_tree, draw_robustness, draw_alignment])
+def draw_snapshots(blocks):
+    """Two averages at four times, several blocks of seeds each."""
+    rows = []
+    for ema, kimg, block in itertools.product(("0.050", "0.100"), (1000, 2000, 4000, 8000), range(blocks)):
+        overall = {"fd": 30 - kimg / 500 + block + 5 * float(ema), "kid": 0.1}
+        rows.append({"kimg": kimg, "ema": ema, "metrics": {"pixel": {"overall": overall}}})
+    snapshots.curve(rows, STEM)
+
+
+def test_a_band_over_blocks_is_named(drawn):
+    """Line at the lowest block, band up to the highest; of one block, and of equal ones, there is no band."""
+    fig = drawn(draw_snapshots, 3)
+    assert "line: lowest block of seeds; band: up to the highest" in words(fig) and "95 %" not in words(fig)
+    assert touching(fig) == []
+    first, second = ([c for c in axis.collections if c.get_label() == figures.RANGE] for axis in fig.axes)
+    assert len(first) == 2 and second == []
+    lowest = fig.axes[0].get_lines()[0].get_ydata()
+    np.testing.assert_allclose(lowest, [28.25, 26.25, 22.25, 14.25])
+    corners = first[0].get_paths()[0].vertices
+    assert (corners[:, 1].min(), corners[:, 1].max()) == (lowest.min(), lowest.max() + 2)
+    assert "band" not in words(drawn(draw_snapshots, 1))
+
+
+LINES = [draw_snapshots, draw_sweep, draw_theory, draw_solvers, draw_tree, draw_robustness, draw_alignment]
+
+
+@pytest.mark.parametrize("draw", LINES)
 def test_lines_differ_without_colour(draw, drawn):
     """Of the lines with an entry in a legend no two have marker, its filling and line style in common."""
     lines = {}
