@@ -341,8 +341,19 @@ def test_inspect(tmp_path):
     assert info["suggested"]["sigma_data"] == round(z.std(), 3)
     assert info["content_hash"] == ImageFolderDataset(tmp_path / "d.zip").content_hash()
     text = tool("inspect", tmp_path / "d.zip")
-    assert "5 images, 1 x 4 x 4" in text and "sigma_max=8" in text
+    assert "5 images, 1 x 4 x 4" in text and "sigma_max=8" in text and "see --list-presets" in text
     assert "no such file" in one_line(dataset_tool.main, "inspect", tmp_path / "none.zip")
+
+
+@pytest.mark.parametrize(
+    "std, printed", [(0.75, "-0.40"), (1.5, "0.29"), (0, None)]
+)  # digits8: -0.4 at 0.75; ln 2 = 0.693
+def test_suggested_noise_follows_the_scale(std, printed):
+    from training.dataset.inspect import _preset
+
+    info = {"image_shape": [1, 8, 8], "count": 60, "suggested": {"sigma_data": std}}
+    wanted = f" --preset=digits8 --P_mean={printed}" if printed else ", for the preset see --list-presets"
+    assert _preset(info) == wanted
 
 
 def test_largest_distance_equals_scipy():

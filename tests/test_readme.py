@@ -66,7 +66,7 @@ def test_steps_one_by_one(place, monkeypatch):
         own = words[1 + len(sub) :]
         done = run(command_of(words[0]), *sub, *own, *(word for word in added if not word.startswith("--seeds")))
         if sub == ["inspect"]:
-            assert re.search(r"train_edm2.py --sigma-data=0\.\d+ --preset=small64", done.stdout)
+            assert re.search(r"train_edm2.py --sigma-data=0\.\d+ --preset=small64 --P_mean=-?\d\.\d+\n", done.stdout)
         for word in own:
             if re.match("--(dest|outdir)=", word):
                 assert exists(place / word.partition("=")[2]), words

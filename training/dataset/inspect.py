@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -102,10 +104,15 @@ def largest_distance(x: torch.Tensor) -> float:
 
 
 def _preset(info):
-    """The preset for so few images of that size, or where to look."""
+    """The preset for so few images of that size with its noise on their scale, or where to look."""
     sizes = {presets.interface(name)["img_resolution"]: name for name in ("digits8", "digits28", "small32", "small64")}
     name = sizes.get(info["image_shape"][1]) if info["count"] <= 5000 else None
-    return f" --preset={name}" if name else ", for the preset see --list-presets"
+    sigma_data = info["suggested"]["sigma_data"]
+    if not (name and sigma_data):
+        return ", for the preset see --list-presets"
+    row = presets.get(name)
+    P_mean = row["P_mean"] + math.log(sigma_data / row["sigma_data"])
+    return f" --preset={name} --P_mean={P_mean:.2f}"
 
 
 def format_report(info: dict) -> list[str]:
