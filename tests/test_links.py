@@ -83,6 +83,12 @@ ROOMS = "training|metrics|torch_utils|dnnlib|simulations|experiments|bash_files|
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_no_bar_in_the_code_of_a_table(path):
+    """`\\|` there is a bar on GitHub, and both letters on the site."""
+    assert not re.findall(r"`[^`\n]*\\\|[^`\n]*`", prose(path))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_places_in_the_code(path):
     """`room/file.py` exists, and `room/file.py::Name` is defined there."""
     for place, name in re.findall(rf"`((?:{ROOMS})/[\w./-]*\w/?)(?:::([\w.]+))?`", prose(path)):
@@ -96,6 +102,7 @@ def test_the_site_holds_every_page():
     listed = [p for entry in site["nav"] for p in (next(iter(entry.values())) if isinstance(entry, dict) else [entry])]
     assert sorted(listed) == sorted(p.name for p in PAGES)
     assert site["theme"]["font"] is False  # nothing is fetched from elsewhere
+    assert all((ROOT / "docs" / name).is_file() for name in site["extra_css"])
     pins = (ROOT / "docs" / "requirements.txt").read_text(encoding="utf-8")
     assert re.search(r"^mkdocs-material==\d", pins, re.M) and "mkdocs" not in (ROOT / "requirements.txt").read_text()
     indexed = {target for _, target in links(ROOT / "docs" / "index.md")}
