@@ -73,7 +73,7 @@ class Grid:
     outputs.RESULTS,
     metavar="DIR",
     required=True,
-    help="Where robustness-<experiment>.csv, .png and .svg go",
+    help="Where robustness-<experiment>.csv, .png and .svg, growth.png and summary.md go",
 )
 @cli.device_option
 @click.option("-n", "--dry-run", is_flag=True, help="Print the size of the grid and stop")
@@ -102,6 +102,7 @@ def main(nets, data, ref, detector, dest, device, dry_run, **given):
         for name, part in rows.items():
             files.append(write_csv(dest / f"robustness-{name}.csv", part))
             files += robustness.plot(part, name, dest / f"robustness-{name}")
+        files += robustness.plot_growths(rows, dest / "growth")
         text = "\n\n".join(robustness.markdown(part, name) for name, part in rows.items())
         print_files([*files, write_text(dest / "summary.md", text + "\n")])
 

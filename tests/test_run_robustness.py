@@ -52,7 +52,8 @@ def test_grid_files_and_resumption(nets, tiny_net, digits, tmp_path, monkeypatch
     monkeypatch.setattr(robustness, "measure", lambda *a, **k: measured.append(a[1]) or measure(*a, **k))
     files = json.loads(run(run_robustness.main, *command).stdout)["files"]
     assert {f.rsplit("/", 1)[1] for f in files} == {
-        *(f"robustness-{name}.{kind}" for name in ("alpha", "steps", "bits") for kind in ("csv", "png", "svg")), "summary.md",
+        *(f"robustness-{name}.{kind}" for name in ("alpha", "steps", "bits") for kind in ("csv", "png", "svg")),
+        "summary.md", "growth.png", "growth.svg",
     }  # fmt: skip
     # 4 networks x 2 samplings; (0, 3, None) is in all three experiments and measured once.
     assert len(measured) == 4 * 2 * 4 and len(set(measured)) == 4

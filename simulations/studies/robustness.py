@@ -203,6 +203,17 @@ def plot(rows: Sequence[dict], experiment: str, stem: str | Path) -> list[Path]:
     return figures.save(fig, stem)
 
 
+def plot_growths(found: dict[str, Sequence[dict]], stem: str | Path) -> list[Path]:
+    """`plot_growth` of all experiments {name: rows} whose trainings are paired, side by side; no file without any."""
+    paired = {name: line for name, rows in found.items() if (line := forgiveness(rows, name))}
+    if not paired:
+        return []
+    fig, axes = figures.figure(columns=len(paired), width=3.6, height=3.2, squeeze=False)
+    for axis, (name, line) in zip(axes[0], paired.items(), strict=True):
+        plot_growth(axis, line, list(_cells(found[name]))[-1], name)
+    return figures.save(fig, stem)
+
+
 def plot_growth(axis, paired: dict[str, dict], last: str, experiment: str) -> None:
     """Draw what `forgiveness` finds, with its 95 % intervals; below zero a label takes less damage than `last`."""
     _lines(axis, {label: list(line.values()) for label, line in paired.items()}, paired, experiment)
