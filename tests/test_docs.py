@@ -107,7 +107,7 @@ def guided(arm):
 
 
 def guidance(arm, measure):
-    return welch("guidance-digits", measure, arm, "no guidance")
+    return less("guidance-digits", measure, arm, "no guidance")
 
 
 def stable_targets(weights):
@@ -168,15 +168,15 @@ SAID = [  # document; sentence with 0: mean, 1 and 2: interval, 3: p, 4: smalles
     ("selection", "(loss {0:+.4f}; {1:.4f} to {2:.4f}; p = {3:.4f})", tree("ajest")),
     ("selection", "behind the baseline by {0:.4f} ({1:.4f} to {2:.4f}; p = {3:.3f})", tree("ajest", "time")),
     ("selection", "ahead of it by {0:.4f} ({1:.4f} to {2:.4f}; p = {3:.3f})", tree("random", "time")),
-    ("selection", "2 by {0:.2f}; 95 % interval {1:.2f} to {2:.2f}", guidance("classifier-free, 2", "agreement")),
+    ("selection", "2 by {0:.3f}; {1:.3f} to {2:.3f}", guidance("classifier-free, 2", "agreement")),
     ("selection", "the distance (by {0:.1f}; {1:.1f} to {2:.1f})", guidance("classifier-free, 2", "fd")),
-    ("selection", "falls by {0:.2f} ({1:.2f} to {2:.2f}) at weight 2", guidance("classifier-free, 2", "recall")),
-    ("selection", "by {0:.2f} ({1:.2f} to {2:.2f}) at 3", guidance("classifier-free, 3", "recall")),
-    ("selection", "by {0:.2f} ({1:.2f} to {2:.2f}) at 5", guidance("classifier-free, 5", "recall")),
-    ("selection", "improves agreement (by {0:.2f}; {1:.2f} to {2:.2f})", guidance("autoguidance, 1.5", "agreement")),
-    ("selection", "precision (by {0:.2f}; {1:.2f} to {2:.2f})", guidance("autoguidance, 1.5", "precision")),
+    ("selection", "falls by {0:.3f} ({1:.3f} to {2:.3f}) at weight 2", guidance("classifier-free, 2", "recall")),
+    ("selection", "by {0:.3f} ({1:.3f} to {2:.3f}) at 3", guidance("classifier-free, 3", "recall")),
+    ("selection", "by {0:.3f} ({1:.3f} to {2:.3f}) at 5", guidance("classifier-free, 5", "recall")),
+    ("selection", "improves agreement (by {0:.3f}; {1:.3f} to {2:.3f})", guidance("autoguidance, 1.5", "agreement")),
+    ("selection", "precision (by {0:.3f}; {1:.3f} to {2:.3f})", guidance("autoguidance, 1.5", "precision")),
     ("selection", "and distance (by {0:.1f}; {1:.1f} to {2:.1f})", guidance("autoguidance, 1.5", "fd")),
-    ("selection", "recall as well (by {0:.2f}; {1:.2f} to {2:.2f})", guidance("autoguidance, 1.5", "recall")),
+    ("selection", "recall as well (by {0:.3f}; {1:.3f} to {2:.3f})", guidance("autoguidance, 1.5", "recall")),
     ("selection", "`random` (FD {0:+.1f}; {1:.1f} to {2:.1f})", kept("ajest-digits", "ajest", "fd less random")),
     ("selection", "baseline by {4:.1f}. Three seeds", kept("ajest-digits", "early-ajest", "fd less baseline")),
     ("selection", "`diverse` is behind it (p = {3:.3f})", kept("ajest-digits", "diverse", "fd less baseline")),
@@ -224,6 +224,13 @@ def test_tables_and_counts_of_intervals():
         np.mean(list(seeds_of("selection-tree", a, "samples steps").values())) for a in ("early-ajest", "baseline")
     ]
     assert f"with {steps[0]:.0f} optimizer steps where the baseline has taken {steps[1]:.0f}" in text
+    arms = {r["arm"] for r in data("guidance-digits")}
+    for arm in arms:
+        cells = []
+        for name, digits in (("agreement", 3), ("fd", 1), ("precision", 3), ("recall", 3)):
+            mean, low, *_ = mean_of(seeds_of("guidance-digits", arm, name).values())
+            cells.append(f"{mean:.{digits}f} ± {mean - low:.{digits}f}")
+        assert short(f"| {arm} | {' | '.join(cells)} |") in short(text) and len(arms) == 8
     growths = [k for k in SUMMARIES if "growth" in k[2]]
     found = {k: kept(*k) for k in growths}
     clear = {k: f for k, f in found.items() if f[3] < 0.05}
