@@ -15,7 +15,7 @@ from torch_utils.training_stats import Collector
 from training import setup
 from training.config import differences, make_config
 from training.guidance import GuidedDenoiser, NullLabels, for_sampling, guided
-from training.magnitude import normalize
+from training.magnitude import normalize, packable
 from training.networks_edm2 import Block, Precond, compile_network
 from training.samplers import heun
 
@@ -74,6 +74,21 @@ def test_folded_network_has_the_gradient_of_its_input():
     _, *rest = batch()
     gradients = [torch.autograd.grad(net(x, *rest).square().sum(), x)[0] for net in (ours.folded(), ours)]
     close(*gradients, 2e-6)
+
+
+def test_packed_weights_serve_every_shape_copies_and_gradients():
+    ours, (x, sigma, labels) = pair()[0].eval().requires_grad_(False), batch()
+    expected, folded = ours(x, sigma, labels), ours.folded()
+    layer = folded.unet.dec["8x8_up"].conv_res1
+    for size in (6, 2, 6):  # packed anew for another shape
+        with torch.no_grad():
+            close(folded(x[:size], sigma[:size], labels[:size]), expected[:size], 5e-7)
+        if packable(x.device, x.dtype):
+            assert layer.ready.is_mkldnn and layer.shape == (size, 32, 8, 8)
+    for net in (copy.deepcopy(folded), folded):
+        close(net(x, sigma, labels), expected, 5e-7)  # what has a gradient takes the plain order
+        with torch.no_grad():
+            close(net(x, sigma, labels), expected, 5e-7)
 
 
 def test_what_is_watched_or_trained_is_not_folded():

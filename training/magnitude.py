@@ -5,10 +5,11 @@ Learned layers normalise their weights; fixed functions keep the expected magnit
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, linear, silu
+from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, linear, pad, silu
 
 EPS = 1e-4  # of normalisation
 TINY = 1e-30  # a root of a mean square that counts as zero
@@ -45,6 +46,9 @@ def normalize(x: Tensor, dim: int | Sequence[int] | None = None, eps: float = EP
     The mean square is accumulated in float32 whatever the type of x; eps is added outside the root. At x = 0 the gradient
     is that of x / eps.
     """
+    if not torch.is_grad_enabled() and isinstance(dim, int) and x.stride(dim) == 1:  # a norm along memory is cheaper
+        rms = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32) / math.sqrt(x.shape[dim])
+        return x / (rms + eps).to(x.dtype)
     function = _Normalize.apply if torch.is_grad_enabled() else _Normalize.forward
     return function(x, list(range(1, x.ndim)) if dim is None else dim, eps)[0]
 
@@ -88,11 +92,11 @@ def resample(x: Tensor, f: Sequence[float] | Tensor | None = (1, 1), mode: str =
         return pixels.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
     if kernel is None:
         return interpolate(x, scale_factor=2.0, mode="nearest")
-    pad, channels = (kernel.shape[-1] - 1) // 2, x.shape[1]
+    padding, channels = (kernel.shape[-1] - 1) // 2, x.shape[1]
     kernel = kernel.to(x).expand(channels, 1, -1, -1)
     if mode == "down":
-        return conv2d(x, kernel, groups=channels, stride=2, padding=pad)
-    return conv_transpose2d(x, kernel * 4, groups=channels, stride=2, padding=pad)
+        return conv2d(x, kernel, groups=channels, stride=2, padding=padding)
+    return conv_transpose2d(x, kernel * 4, groups=channels, stride=2, padding=padding)
 
 
 class MPFourier(torch.nn.Module):
@@ -143,6 +147,25 @@ class _Normalized(torch.autograd.Function):
         return torch.addcmul(grad * scale, weight, -along * scale / ((EPS + rms) * rms.clamp_min(TINY))), None, None
 
 
+def packable(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN convolves images of this type on this device."""
+    here = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return here and (
+        dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+def packed(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """[C, K, 3, 3] in the order that oneDNN wants for images of `shape`; conv2d would reorder them at every call."""
+    dense = weight.to_dense() if weight.is_mkldnn else weight.contiguous()
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(dense.to_mkldnn(), [1, 1], [1, 1], [1, 1], 1, shape)
+
+
+def convolve_packed(x: Tensor, weight: Tensor) -> Tensor:
+    """conv2d by weights that are `packed`; it has no gradient."""
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, None, [1, 1], [1, 1], [1, 1], 1, "none", [], "")
+
+
 class MPConv(torch.nn.Module):
     """Convolution or (kernel=[]) fully connected layer with forced weight normalisation (EDM2 eq. 47, 66).
 
@@ -152,6 +175,8 @@ class MPConv(torch.nn.Module):
 
     constant = 1.0  # factor that the weights have where the caller asks for it
     ready: Tensor | None = None  # `effective(constant)` where it is known already
+    upsamples = False  # `ready` is for images before nearest upsampling, see `fold`
+    shape: Sequence[int] | None = None  # of the images that `ready` is packed for, () for none yet; None: it never is
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int]):
         super().__init__()
@@ -185,16 +210,36 @@ class MPConv(torch.nn.Module):
             y = project(x, w)
         elif w.ndim == 2:  # a folded 1x1 convolution
             y = linear(x.permute(0, 2, 3, 1), w).permute(0, 3, 1, 2)
+        elif self.upsamples:
+            y = conv_transpose2d(x, w, stride=2, padding=1)
+        elif self.shape is not None and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            if self.shape != x.shape:
+                self.ready, self.shape = packed(w, x.shape), x.shape
+            y = convolve_packed(x, self.ready)
         else:
-            y = conv2d(x, w, padding=w.shape[-1] // 2)
+            y = conv2d(x, w.to_dense() if w.is_mkldnn else w, padding=w.shape[-1] // 2)
         return y * gain if torch.is_tensor(gain) or gain != 1 else y
 
-    def fold(self, dtype: torch.dtype) -> None:
-        """Keep the weights that act, in `dtype`; those of a 1x1 convolution as a matrix."""
-        w = self.effective(self.constant)
-        if w.ndim == 4:
-            w = w.flatten(1) if w.shape[-1] == 1 else w.to(memory_format=torch.channels_last)
-        self.ready = w.to(dtype)
+    def fold(self, dtype: torch.dtype, upsamples: bool = False) -> None:
+        """Keep the weights that act, in `dtype`; those of a 1x1 convolution as a matrix.
+
+        upsamples: a 3x3 convolution of images after nearest upsampling by 2 becomes a transposed one of the images before,
+        which takes 4/9 of the products.
+        """
+        w, self.upsamples = self.effective(self.constant), upsamples
+        if upsamples:
+            w = 4 * avg_pool2d(pad(w.flip(2, 3).transpose(0, 1), (1, 1, 1, 1)), 2, stride=1)
+        elif w.ndim == 4 and w.shape[-1] == 1:
+            w = w.flatten(1)
+        elif w.ndim == 4 and packable(w.device, dtype):
+            self.shape = ()
+        self.ready = (w.to(memory_format=torch.channels_last) if w.ndim == 4 else w).to(dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        if self.ready is not None and self.ready.is_mkldnn:  # cannot be copied
+            state |= {"ready": self.ready.to_dense(), "shape": ()}
+        return state
 
 
 class NormalizedOnce:

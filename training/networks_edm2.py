@@ -89,13 +89,13 @@ class Block(torch.nn.Module):
     def forward(self, x: Tensor, emb: Tensor, scale: Tensor | None = None) -> Tensor:
         """x [N, C, H, W], emb [N, E] -> [N, C', H', W']. scale [N, C']: what emb means for this block, where it is known."""
         inplace = self.folded and not torch.is_grad_enabled()
-        x = resample(x, self.resample_kernel, self.resample_mode)
+        before, x = x, resample(x, self.resample_kernel, self.resample_mode)
         if self.flavor == "enc":
             if self.conv_skip is not None:
                 x = self.conv_skip(x)
             x = normalize(x, dim=1)  # pixel norm
 
-        y = self.conv_res0(silu(x), scaled=True)
+        y = self.conv_res0(silu(before if self.conv_res0.upsamples else x), scaled=True)
         c = self.emb_linear(emb, gain=self.emb_gain) + 1 if scale is None else scale
         c = c[:, :, None, None].to(y.dtype)
         y = silu(y.mul_(c), inplace=True) if inplace else silu(y * c)
@@ -133,9 +133,10 @@ class Block(torch.nn.Module):
     def fold(self, dtype: torch.dtype) -> None:
         """See UNet.fold."""
         self.folded = True
+        nearest = self.resample_mode == "up" and self.resample_kernel is None and self.emb_gain.device.type == "cpu"
         for layer in self.children():
             if isinstance(layer, MPConv) and layer.weight.ndim == 4:
-                layer.fold(dtype)
+                layer.fold(dtype, upsamples=layer is self.conv_res0 and nearest)
         if self.num_heads:
             self.attn_qkv.ready = self._by_head(self.attn_qkv.ready)
 
