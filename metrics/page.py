@@ -350,7 +350,8 @@ def _drawn(draw: Callable, dark: bool) -> str:
         if axis.get_legend() is not None:
             axis.get_legend().remove()
         if 0 < len(labels) <= MOST_LABELS:
-            axis.legend(labels.values(), labels, fontsize=8, ncols=1 + len(labels) // 6)
+            across = max(1, min(len(labels), 50 // max(6 + len(label) for label in labels)))
+            fig.legend(labels.values(), labels, fontsize=8, ncols=across, loc="outside lower center")  # hides no point
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png", dpi=140)
         plt.close(fig)

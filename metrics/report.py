@@ -101,7 +101,7 @@ def to_markdown(
             return ""
         half = half_width_of(cells, arm, source, name, sources) if name in SURE else None
         scale, digits, unit = (100, 1, " %") if name.startswith("agreement") else (1, 3 if "loss" in name else 2, "")
-        shown = [value] if half is None else [value, half]
+        shown = [value, half] if half else [value]  # that all of few images agree is no interval of width 0
         return " +- ".join(f"{v * scale:.{digits}f}" for v in shown) + unit
 
     columns = {name: c for name, c in columns.items() if c is None or any((c[1], s, c[0]) in cells for s in sources)}

@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -47,10 +48,14 @@ def listed(photos, out, *more):
     return {line.split()[2]: line.split()[1] for line in run(run_experiment.main, *command).stdout.splitlines()}
 
 
-def test_from_the_folder_to_the_table(photos, tmp_path):
-    out, held = tmp_path / "out", tmp_path / "held"
-    command = ["run_experiment.py", YAML, "--set", f"source={photos}", "--budget=smoke", f"--out={out}", "--jobs=1"]
-    printed = python(*command, timeout=None).stdout
+def test_from_the_folder_to_the_table(photos, tmp_path, monkeypatch):
+    """In a place of its own, with the folder of results that is made by default."""
+    place, held = tmp_path / "été, 1", tmp_path / "held"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    command = [ROOT / "run_experiment.py", YAML, "--set", f"source={photos}", "--budget=smoke", "--jobs=1"]
+    printed = python(*command, cwd=place, timeout=None).stdout
+    (out,) = Path("results").iterdir()
     assert "held-out denoising loss: multi better than single in" in printed
     assert "Both arms saw the same images: " in printed
     rows = list(csv.DictReader((out / "table.csv").open()))

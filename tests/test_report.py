@@ -122,6 +122,16 @@ def test_one_training_seed_has_no_uncertainty(tmp_path):
     assert "| 4.00 +- 0.98 |" in report.write_report(scores, tmp_path / "out")
 
 
+@pytest.mark.parametrize("share, error, shown", [(1.0, 0.0, "100.0 %"), (0.98, 0.02, "98.0 +- 3.9 %")])
+def test_no_interval_of_width_zero(tmp_path, share, error, shown):
+    """That all of 50 images agree with their label does not say that all images do."""
+    scores = write_scores(tmp_path / "scores", {("multi", 0, 0, 0): 4.0, ("single", 0, 0, 0): 5.0})
+    for path in (tmp_path / "scores").iterdir():
+        given = f'"agreement_se": {error}, "agreement": {share}'
+        path.write_text(path.read_text().replace('"agreement": 0.9', given))
+    assert f"| {shown} | {shown} |" in report.write_report(scores, tmp_path / "out")
+
+
 def test_scores_of_networks_whose_images_were_not_kept(tmp_path, noisy):
     """`gen` names a network, and folders of images may be gone: the report says so, and is whole."""
     scores = write_scores(tmp_path / "scores", noisy)
