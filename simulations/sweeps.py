@@ -139,7 +139,9 @@ def run(
             bounds = bound(config, found[0], rule.bound, given["delta"])
             rows.append(head(tag, config) | _summary(found, bounds))
             if published is not None:
-                single, multi = published[tag].get(getattr(config, tag), ("", ""))
+                paper = config_type(**budgets["paper"]["fixed"].get(tag, {}))  # beside its own setting only
+                same = all(getattr(config, name) == getattr(paper, name) for name in {"K", "n", "D", "M"} - {tag})
+                single, multi = published[tag].get(getattr(config, tag), ("", "")) if same else ("", "")
                 rows[-1] |= {"published TV of single": single, "published TV of multi": multi}
                 rows[-1]["published ratio"] = multi / single if multi else ""
             per_seed += [head(tag, config, seed) | dataclasses.asdict(o) for seed, o in zip(seeds, found, strict=True)]

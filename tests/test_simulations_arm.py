@@ -11,9 +11,10 @@ import scipy.stats
 import torch
 from small_runs import one_line, run
 
+from metrics.table import read_csv
 from simulations import plot_arm, run_arm
 from simulations.arm import ARM, ArmConfig, Prefixes, ground_truth, run_cell, sample, tv
-from simulations.mle import MLP, Rule, fit
+from simulations.mle import MLP, Outcome, Rule, fit
 
 TINY = Rule(steps=(60,), batches=(64,), eval_every=10)
 
@@ -171,6 +172,7 @@ def test_command_resume_and_figure(tmp_path, monkeypatch):
     assert [r["K"] for r in rows] == ["1", "2"]
     assert rows[0]["seeds"] == "2"
     assert float(rows[0]["measured ratio"]) == float(rows[0]["predicted ratio"]) == 1
+    assert [r["published TV of single"] for r in rows] == ["", ""]  # of 200 samples, where the paper has 30000
     run(plot_arm.main, f"--results-dir={tmp_path}", f"--figures-dir={tmp_path}/figures", "--dpi=60")
     assert (tmp_path / "figures/arm.png").stat().st_size > 5000
 
@@ -178,6 +180,17 @@ def test_command_resume_and_figure(tmp_path, monkeypatch):
     monkeypatch.setattr("simulations.arm.run_cell", lambda *_: pytest.fail("a finished cell ran again"))
     run(run_arm.main, *small, "--tag=n")
     assert (tmp_path / "n/results_n.csv").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "given, shown", [((), 0.0763), (("--n=20000",), ""), (("--D=9",), ""), (("--sim=0.5",), 0.0763)]
+)
+def test_published_numbers_stand_beside_their_own_setting(given, shown, tmp_path, monkeypatch):
+    outcome = Outcome(0.1, 0.1, 0, 0.1, 0.1, 0.1, 100, 1, 1)
+    monkeypatch.setattr("simulations.arm.run_cell", lambda *_: outcome)
+    run(run_arm.main, "--tag=K", "--K-values=1", "--seeds=0", *given, f"--results-dir={tmp_path}")
+    (row,) = read_csv(tmp_path / "K" / "results_K.csv")
+    assert row["published TV of single"] == shown
 
 
 def test_published_tables_share_their_entries():
