@@ -65,7 +65,9 @@ DEVICE = click.option("--device", metavar="NAME", default="cpu", help="cuda, cpu
 )
 @click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop")
 def train(outdir, val, test, viz, dry_run, **given):
-    """Train one toy network. --batch points are drawn per step; with --select a part of them is trained on."""
+    """Train one toy network. --batch points are drawn per step; with --select a part of them is trained on. It takes
+    minutes and is not resumed: after an interruption it wants another folder. run_tree_sweep.py keeps finished runs.
+    """
     fields = _resolve(**given)
     from dataclasses import asdict
 

@@ -218,7 +218,7 @@ def plot_growth(axis, paired: dict[str, dict], last: str, experiment: str) -> No
     """Draw what `forgiveness` finds, with its 95 % intervals; below zero a label takes less damage than `last`."""
     _lines(axis, {label: list(line.values()) for label, line in paired.items()}, paired, experiment)
     axis.axhline(0, color=figures.NEUTRAL, linewidth=0.7)
-    axis.set(ylabel=f"growth of {figures.TITLES['fd']}\nless that of {last}")
+    axis.set(ylabel=f"growth of {figures.TITLES['fd']}\nminus that of {last}")
     figures.legend(axis, title=f"paired mean, {figures.INTERVAL}")
 
 

@@ -200,6 +200,8 @@ def plot(rows: list[dict], arms: list[str], seeds: list[int], outdir: Path, stem
         axis.set_title(NAMES.get(arm, arm))
     by_samples[len(panels) // 2].set_xlabel("trained samples (millions)")
     by_time[len(panels) // 2].set_xlabel("CPU time (s)")
+    low, high = by_samples[0].get_ylim()
+    by_samples[0].set_ylim(low * (low / high) ** 0.5, high)  # room for the legend
     figures.legend(by_samples[-1], loc="lower left")
     _ends(losses, rows, arms, ("loss",))
     _ends(mandalas, rows, arms, ("mandala_score", "guided_mandala_score"))
