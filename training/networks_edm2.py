@@ -245,18 +245,24 @@ class UNet(torch.nn.Module):
                 layer.fold(dtype if layer.weight.ndim == 4 else torch.float32)
 
 
-def compile_network(net: torch.nn.Module) -> None:
+def compile_network(net: torch.nn.Module, frozen: bool = False) -> None:
     """From here on, calls of F of a preconditioned network, else of the network, go through torch.compile.
 
     One graph without breaks, for every shape anew; state_dict and copies stay as they are. ValueError without a compiler.
+    frozen: its weights stay, so on a CPU calls without gradients keep them in the order that convolutions want.
     """
+    from torch._inductor import config as inductor  # takes a second to import
+
     cpu = next(net.parameters()).device.type == "cpu"
     if cpu and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))):
         raise ValueError(
             "--compile needs a C++ compiler (g++ or clang++), and there is none: install one or leave it out"
         )
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    (getattr(net, net.body) if hasattr(net, "body") else net).compile(fullgraph=True, dynamic=False)
+    body = getattr(net, net.body) if hasattr(net, "body") else net
+    body.compile(fullgraph=True, dynamic=False)
+    if frozen and cpu:  # around calls: the graph is made in the first of them
+        body._compiled_call_impl = inductor.patch(freezing=True)(body._compiled_call_impl)
 
 
 class Preconditioned(torch.nn.Module):
@@ -315,7 +321,7 @@ class Preconditioned(torch.nn.Module):
         with torch.no_grad():
             net.fold()
         if compiled:
-            compile_network(net)
+            compile_network(net, frozen=True)
         return net
 
     def forward(
