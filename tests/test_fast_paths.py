@@ -284,6 +284,23 @@ def test_compiled_network_is_the_network_and_recompiles_only_for_a_new_shape():
 
 
 @pytest.mark.slow
+@torch.no_grad()
+def test_only_compiled_networks_for_sampling_are_frozen():
+    ours, inputs = pair()[0].eval(), batch()
+    before, frozen = ours(*inputs), ours.folded(compiled=True)
+    compiled = copy.deepcopy(ours)
+    compile_network(compiled)
+    for net in (frozen, compiled):
+        close(net(*inputs), before, 1e-6)
+    compiled.unet.enc["8x8_block0"].emb_gain.fill_(2)  # as training and averages change them
+    ours.unet.enc["8x8_block0"].emb_gain.fill_(2)
+    after = ours(*inputs)
+    close(compiled(*inputs), after, 1e-6)
+    close(frozen(*inputs), before, 1e-6)
+    assert float((after - before).norm() / before.norm()) > 1e-3
+
+
+@pytest.mark.slow
 def test_compiled_run_resumes_bit_for_bit(digits, tmp_path):
     options = dict(compile=True, dropout=0.1, total_nimg=1024, checkpoint_nimg=0)
     for name, lengths in (("whole", [0]), ("parts", [512, 0])):
