@@ -145,10 +145,10 @@ class Plan:
         )  # positive: m is no candidate
         up = np.linspace(0, math.log(FARTHEST), 60)
         if too_few(0) > 0:
-            low = _first(too_few, up, False, math.inf)
+            low = _first(too_few, up, False, up[-1])
             high = _first(too_many, [low, *up[up > low]], True, math.inf)
         elif too_many(0) > 0:
-            high = _first(too_many, -up, False, -math.inf)
+            high = _first(too_many, -up, False, -up[-1])
             low = _first(too_few, [high, *-up[-up < high]], True, -math.inf)
         else:
             low, high = _first(too_few, -up, True, -math.inf), _first(too_many, up, True, math.inf)
@@ -257,6 +257,10 @@ def in_words(plan: Plan, sources: Sequence[str], pairs: Sequence[Transfer]) -> s
             f"- **{size:g} images of each: {verdict}.** Among {len(sources)} sources they are worth {images} images alone; "
             f"the loss is lower by {gain.value:.4f} ({gain.low:.4f} to {gain.high:.4f}) together."
         )
+    if len(plan.sizes) > 2:
+        rate = plan.estimate(lambda c: c.rate)
+        loose = "; the sizes do not determine it" if rate.low <= RATES[0] and rate.high >= RATES[1] else ""
+        lines.append(f"- The curves fall as n^-b, b = {rate}{loose}. Beyond {n} images alone they are a guess.")
     ratio, least = plan.excess_ratio(n), 1 / len(sources)
     lines.append(
         f"- Excess loss at {n}, together over alone: {ratio}; theory's order, where all is shared, {least:.3g}."

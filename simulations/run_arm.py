@@ -30,7 +30,7 @@ BUDGETS = {
         "rule": {"steps": (50,), "batches": (50,)},
         "seeds": [0, 1, 2],
     },
-    "small": _PAPER | {  # about twenty minutes on one core; at one rate alone some trainings stop in a poor optimum
+    "small": _PAPER | {  # about half an hour on one core; at one rate alone some trainings stop in a poor optimum
         "rule": {"steps": (800,), "lrs": (3e-3, 1e-2)},
         "seeds": [0, 1, 2, 3, 4],
     },
@@ -48,7 +48,7 @@ def main(**options):
 
     Writes <tag>/results_<tag>.csv (means, standard errors, published and predicted values) and
     <tag>/results_<tag>_seeds.csv. Finished cells are kept: the same command resumes. stdout: the files, as JSON.
-    Budgets: smoke takes seconds, small twenty minutes, paper days.
+    Budgets: smoke takes seconds, small half an hour, paper days.
 
     \b
     Examples:

@@ -137,11 +137,13 @@ SAID = [  # document; sentence with 0: mean, 1 and 2: interval, 3: p, 4: smalles
     ("theory", "with K (by {0:.3f} from 1 to 10; {1:.3f} to {2:.3f})", less("arm-path", "single", "K=10", "K=1")),
     ("theory", "and D (by {0:.3f} from 10 to 18; {1:.3f} to {2:.3f})", less("arm-path", "single", "D=18", "D=10")),
     ("theory", "(by {0:.3f} from 1000 to 30000; {1:.3f} to {2:.3f})", less("arm-path", "single", "n=1000", "n=30000")),
-    ("theory", "by {0:.4f} for every doubling of K ({1:.4f} to {2:.4f}; p = {3:.3f})", advantage("K", 1, 3, 5, 7, 10)),
+    ("theory", "by {0:.4f} for every doubling of K ({1:.4f} to {2:.4f}; p = {3:.3f},", advantage("K", 1, 3, 5, 7, 10)),
     ("theory", "is {0:.2f} of theirs ({1:.2f} to {2:.2f}) at K = 3", ratio("arm-path", "K=3")),
     ("theory", "and {0:.2f} ({1:.2f} to {2:.2f}; p = {3:.3f}) at K = 10", ratio("arm-path", "K=10", null=1)),
-    ("theory", "by {0:.3f} from sim = 0 to 1 ({1:.3f} to {2:.3f}; p = {3:.3f},", advantage("sim", 0.0, 0.5, 0.8, 0.9, 1.0)),
-    ("theory", "its error is {0:.2f} of the single ones' ({1:.2f} to {2:.2f};", ratio("arm-path", "sim=1.0")),
+    ("theory", "is seen ({0:.4f}; {1:.4f} to {2:.4f})", advantage("K", 1, 3, 5, 7)),
+    ("theory", "by {0:.3f} more at sim = 1 than at 0 ({1:.3f} to {2:.3f}; p = {3:.3f})", advantage("sim", 0.0, 1.0)),
+    ("theory", "no slope is seen (p = {3:.2f})", advantage("sim", 0.0, 0.5, 0.8, 0.9)),
+    ("theory", "to {0:.2f} of their error ({1:.2f} to {2:.2f};", ratio("arm-path", "sim=1.0")),
     ("theory", "{0:.3f} for every doubling of n ({1:.3f} to {2:.3f}; p = {3:.2f}), where {4:.3f}",
      advantage("n", 1000, 3000, 5000, 10000, 30000)),
     ("theory", "by Holm one (n = 5000: {1:.2f} to {2:.2f})", ratio("arm-path", "n=5000")),
@@ -162,14 +164,20 @@ SAID = [  # document; sentence with 0: mean, 1 and 2: interval, 3: p, 4: smalles
     ("selection", "of the baseline by {0:.3f} ({1:.3f} to {2:.3f}; p < .0001)", guided("baseline")),
     ("selection", "of AJEST by {0:.3f} ({1:.3f} to {2:.3f})", guided("ajest")),
     ("selection", "it does least, by {0:.3f} ({1:.3f} to {2:.3f})", guided("random")),
-    ("selection", "differs by {0:.4f} ({1:.4f} to {2:.4f}; {4:.4f} would", tree("early-ajest")),
+    ("selection", "is seen ({0:.4f}; {1:.4f} to {2:.4f}; {4:.4f} would", tree("early-ajest")),
+    ("selection", "do not differ ({0:+.3f}; {1:.3f} to {2:.3f})",
+     less("selection-tree", "samples mandala", "early-ajest", "baseline")),
+    ("selection", "is not seen ({0:+.3f}; {1:.3f} to {2:.3f})",
+     less("selection-tree", "time mandala", "random", "baseline")),
     ("selection", "lower by {0:.4f} ({1:.4f} to {2:.4f}; p = {3:.3f})", tree("early-ajest", "samples")),
     ("selection", "(loss {0:.4f}, {1:.4f} to {2:.4f}; {4:.4f} would have shown)", tree("ajest", than="random")),
     ("selection", "(loss {0:+.4f}; {1:.4f} to {2:.4f}; p = {3:.4f})", tree("ajest")),
     ("selection", "behind the baseline by {0:.4f} ({1:.4f} to {2:.4f}; p = {3:.3f})", tree("ajest", "time")),
     ("selection", "ahead of it by {0:.4f} ({1:.4f} to {2:.4f}; p = {3:.3f})", tree("random", "time")),
-    ("selection", "2 by {0:.3f}; {1:.3f} to {2:.3f}", guidance("classifier-free, 2", "agreement")),
-    ("selection", "the distance (by {0:.1f}; {1:.1f} to {2:.1f})", guidance("classifier-free, 2", "fd")),
+    ("selection", "weight (at 2 by {0:.3f}; {1:.3f} to {2:.3f})", guidance("classifier-free, 2", "agreement")),
+    ("selection", "weight 3 (at 2 by {0:.1f}; {1:.1f} to {2:.1f})", guidance("classifier-free, 2", "fd")),
+    ("selection", "at 5 no longer ({0:+.1f}; {1:.1f} to {2:.1f})", guidance("classifier-free, 5", "fd")),
+    ("selection", "is seen ({0:+.3f}; {1:.3f} to {2:.3f}; {4:.3f} would", guidance("classifier-free, 1.5", "recall")),
     ("selection", "falls by {0:.3f} ({1:.3f} to {2:.3f}) at weight 2", guidance("classifier-free, 2", "recall")),
     ("selection", "by {0:.3f} ({1:.3f} to {2:.3f}) at 3", guidance("classifier-free, 3", "recall")),
     ("selection", "by {0:.3f} ({1:.3f} to {2:.3f}) at 5", guidance("classifier-free, 5", "recall")),
@@ -244,6 +252,12 @@ def test_tables_and_counts_of_intervals():
     adjusted = holm([f[3] for f in found.values()])
     assert [c for c, p in zip(cells, adjusted, strict=True) if p < 0.05] == ["n=5000"]
     assert ratio("arm-path", "K=10", null=PREDICTED["arm"])[3] < 0.05
+    trends = [
+        advantage("K", 1, 3, 5, 7, 10),
+        advantage("sim", 0.0, 1.0),
+        advantage("n", 1000, 3000, 5000, 10000, 30000),
+    ]
+    assert round(holm([trend[3] for trend in trends])[0], 3) == 0.039
     cells = [f"K={K}" for K in (2, 4, 8)] + [f"n={n}" for n in (100, 300, 3000)]
     found = {c: ratio("ebm", c, null=1)[3] for c in cells}
     assert [c for c in cells if found[c] < 0.05] == ["K=4", "n=3000"] and round(
@@ -269,6 +283,9 @@ def test_solvers_at_many_evaluations_and_on_an_exact_gaussian():
     most = lambda arm, source: last(rows[arm], f"source {source}, nfe 100", f"source {source}, tolerance 0.001")
     found = [less("linear-digits", most(a, s), a, HEUN, against=f"source {s}, nfe 100")[3] for a, s in cells]
     clear = {cell: round(p, 3) for cell, p in zip(cells, holm(found), strict=True) if p < 0.05}
+    nine = [at(20, HEUN, SSCS.format("quadratic"), s)[3] for s in range(3)]
+    nine = holm([*nine, *(faster(grid, s)[3] for grid in ("quadratic", "uniform") for s in range(3))])
+    assert (round(nine[1], 2), round(nine[7], 2)) == (0.18, 0.09) and all(nine[i] < 0.05 for i in (3, 4, 8))
     assert len(cells) == 33 and clear == {("VP EM, quadratic", 1): 0.012, (EM.format("quadratic"), 1): 0.013}
     stuck = [seeds_of("linear-digits", f"learned {way}, quadratic", "source 1, nfe 100")[0] for way in ("EM", "SSCS")]
     assert [round(stuck[0]), round(stuck[1], 1)] == [191, 2.8]

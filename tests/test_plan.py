@@ -86,6 +86,14 @@ def test_curves_are_found_exactly():
     assert m.value == pytest.approx(ratio ** (-1 / 0.6), rel=1e-3) and m.high - m.low < 0.02 * m.value
 
 
+def test_what_no_number_of_images_alone_reaches():
+    n = np.array([10, 30, 90.0])
+    for floors, ends in (((3, 2), (plan.FARTHEST, np.inf)), ((2, 1e4), (0, 1 / plan.FARTHEST))):
+        mean = np.stack([floor + 5 / n for floor in floors])
+        found = plan.Plan(n, np.stack([mean + e for e in (-0.001, 0.001)])).multiplier(30)
+        assert (found.low, found.high) == pytest.approx(ends)
+
+
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory):
     """Score files of a pilot: three sources at 20, 40, 80 images, gains that halve with n; 2 is harmed by 0."""

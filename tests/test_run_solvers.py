@@ -94,12 +94,13 @@ def test_images(tmp_path, tiny_net, digits):
     assert by["common", "learned", 0] == pytest.approx(by["common", "VP", 0], abs=1e-9)
     assert by["own", "learned", 0] != pytest.approx(by["own", "VP", 0], abs=1e-4)
 
-    (tmp_path / "seed1").mkdir()  # a folder per seed counts, too
-    (tmp_path / "digits.json").write_text(json.dumps([row for row in rows if row["seed"] == 0]))
-    (tmp_path / "seed1/digits.json").write_text(json.dumps([row for row in rows if row["seed"] == 1]))
+    for seed in (0, 1):  # folders of seeds come before what lies beside them
+        (tmp_path / f"seed{seed}").mkdir()
+        (tmp_path / f"seed{seed}/digits.json").write_text(json.dumps([row for row in rows if row["seed"] == seed]))
+    (tmp_path / "digits.json").write_text(json.dumps([{**row, "error": 1e6} for row in rows]))
     run(run_solvers.main, "plot", f"--dest={tmp_path}", f"--figure={tmp_path}/figure", f"--tables={tmp_path}/tables.md")
     text = (tmp_path / "tables.md").read_text()
-    assert "| less EDM Heun |" in text and "less VP, own draws" in text
+    assert "| less EDM Heun |" in text and "e+06" not in text and "less VP, own draws" in text
     assert (tmp_path / "figure-sources.png").is_file()
 
 

@@ -241,7 +241,7 @@ def summarise(rows: Sequence[dict]) -> dict[tuple, tuple[float, float]]:
 def differences(rows: Sequence[dict]) -> dict[tuple, tuple[float, float, float, float, float]]:
     """{(arm, grid, source or None): (*`mean_interval`, p)} of the errors less the reference's, at the largest budgets.
 
-    Paired by seed: the arms of a seed sample the same denoiser. Arms with one seed, which have no error, are left out.
+    Paired by seed: the arms of a seed share denoiser and start. Arms with one seed, which have no error, are left out.
     """
     cells, best = grouped(((*cell_of(r), r.get("source")), r) for r in rows), {}
     for (arm, grid, _, source), found in cells.items():

@@ -43,8 +43,8 @@ def plot_solvers(dest: str | Path, stem: str | Path) -> str:
 
 
 def _rows(dest, name):
-    """The rows of NAME.json in a folder and in those named seed... inside it."""
-    files = sorted([*dest.glob(f"{name}.json"), *dest.glob(f"seed*/{name}.json")])
+    """The rows of NAME.json in the folders seed... of a folder, or where there are none in itself."""
+    files = sorted(dest.glob(f"seed*/{name}.json")) or [*dest.glob(f"{name}.json")]
     return [row for path in files for row in json.loads(path.read_text())]
 
 
