@@ -558,29 +558,29 @@ def test_what_a_companion_is_worth():
     low, high = test.confidence_interval(0.95)
     assert f"{before.mean():+.3f} ({low:+.3f} to {high:+.3f}, p = {f'{test.pvalue:.3f}'[1:]})" in text
 
-    of = lambda k, n: np.array(
-        [
-            np.mean(
-                [
-                    r["bits_per_dim"]
-                    for r in rows
-                    if (r["group"], r["design"], r["seed"], r["k"], r["n"]) == ("real", "partition", s, k, n)
-                ]
-            )
-            for s in seeds
-        ]
-    )
-    test = scipy.stats.ttest_1samp(of(1, 100) - of(10, 25), 0)
-    low, high = test.confidence_interval(0.95)
+    def of(k, n, name="bits_per_dim", group="real"):
+        """Mean over sources, per seed."""
+        want = (group, "partition", k, n)
+        mine = [r for r in rows if (r["group"], r["design"], r["k"], r["n"]) == want]
+        return np.array([np.mean([r[name] for r in mine if r["seed"] == s]) for s in seeds])
+
     flat = " ".join(text.split())
-    worth = (
-        f"by {np.mean(of(1, 100) - of(10, 25)):.3f} bits/dim ({low:.3f} to {high:.3f}, p = {f'{test.pvalue:.3f}'[1:]})"
-    )
-    assert worth in flat and f"p = {f'{test.pvalue:.3f}'[1:]}" in readme
-    test = scipy.stats.ttest_1samp(of(1, 100) - of(10, 50), 0)
-    low, high = test.confidence_interval(0.95)
-    worth = f"by {np.mean(of(1, 100) - of(10, 50)):.3f} ({low:.3f} to {high:.3f}, p = {f'{test.pvalue:.4f}'[1:]})"
-    assert worth in flat
+    found = mean_of(of(1, 100) - of(10, 25))
+    said = "not told apart: by {:.3f} bits/dim ({:.3f} to {:.3f}, p = {:.2f}; {:.3f} would"
+    assert short(said.format(*found)) in short(flat)
+    found = mean_of(of(1, 100) - of(10, 50))
+    assert "beat 100 alone by {:.3f} ({:.3f} to {:.3f}, p < .0001)".format(*found[:3]) in flat and found[3] < 1e-4
+    for name, digits in (("fd_at_floor_size", 1), ("agreement", 3)):
+        found = mean_of(of(1, 25, name) - of(10, 25, name))
+        said = f"{found[0]:.{digits}f} ({found[1]:.{digits}f} to {found[2]:.{digits}f}; p = {found[3]:.3f})"
+        assert short(said) in short(flat), said
+    assert mean_of(of(1, 25, "kid") - of(10, 25, "kid"))[3] > 0.1
+    found = mean_of(of(1, 25, group="shuffled") - of(10, 25, group="shuffled") - of(1, 25) + of(10, 25))
+    assert short("{:.2f} more than the digits do ({:.2f} to {:.2f}; p = {:.3f}".format(*found[:4])) in short(flat)
+    assert f"the gain among ten is {np.mean(of(1, 100) - of(10, 100)):.2f}:" in flat
+    assert f"in between, {np.mean(of(1, 50) - of(10, 50)):.2f}." in flat
+    best = [r["best_kimg"] for r in rows if (r["group"], r["design"], r["k"], r["n"]) == ("real", "partition", 1, 100)]
+    assert f"{sum(b > 98.304 - 0.1 for b in best)} of 50 were best within the last look" in flat
     sizes = (25, 50, 100)
     learnt = Plan(sizes, np.moveaxis([[of(k, n) for n in sizes] for k in (1, 10)], 2, 0))
     answer = in_words(learnt, list(range(10)), [])
@@ -607,7 +607,10 @@ def test_what_a_near_partner_is_worth():
             near[r["seed"], r["source"], partner] = -r["energy_distance"]
     low, high = scipy.stats.ttest_1samp(gain, 0).confidence_interval(0.95)
     assert (gain.mean(0) > 0).sum() == 90
-    assert f"none lies below zero, and {(low > 0).sum()} of their intervals lie above it" in text
+    smallest = np.nanmin(gain.mean(0))
+    assert f"below zero (smallest {smallest:.3f}), and {(low > 0).sum()} of their intervals lie above it, " in text
+    p = scipy.stats.ttest_1samp(gain, 0).pvalue[~np.eye(10, dtype=bool)]
+    assert f"{sum(adjusted < 0.05 for adjusted in holm(p))} by Holm; harm of up to {-np.nanmin(low):.2f} is" in text
     others = [[b for b in range(10) if b != a] for a in range(10)]
 
     def correlations(order):
