@@ -565,6 +565,12 @@ def test_what_a_companion_is_worth():
         return np.array([np.mean([r[name] for r in mine if r["seed"] == s]) for s in seeds])
 
     flat = " ".join(text.split())
+    longer = data("multi-vs-single-longer")
+    singles = np.array([np.mean([r["bits_per_dim"] for r in longer if r["seed"] == s]) for s in seeds])
+    over_k = mean_of(slope([1, 2, 5, 10], [singles - other for other in (singles, of(2, 25), of(5, 25), of(10, 25))]))
+    over_n = mean_of(slope([25, 100], [singles - of(10, 25), of(1, 100) - of(10, 100)]))
+    said = "{:.3f} ({:.3f} to {:.3f}) over K and {:.3f} ({:.3f} to {:.3f}) over n"
+    assert len(longer) == 50 and said.format(*over_k[:3], *over_n[:3]) in flat
     found = mean_of(of(1, 100) - of(10, 25))
     said = "not told apart: by {:.3f} bits/dim ({:.3f} to {:.3f}, p = {:.2f}; {:.3f} would"
     assert short(said.format(*found)) in short(flat)
