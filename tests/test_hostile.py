@@ -32,10 +32,10 @@ def png(value=0, size=8):
 
 
 def quick(command, *arguments, **says):
-    """`one_line`, within a second of this process's own time."""
+    """`one_line`, within seconds of this process's own time, on a busy machine, too: what unfolds takes minutes."""
     before = time.process_time()
     line = one_line(command, *arguments, **says)
-    assert time.process_time() - before < 1, line
+    assert time.process_time() - before < 5, line
     return line
 
 
