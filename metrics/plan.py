@@ -139,10 +139,8 @@ class Plan:
         c = self.curves
         share = float(c.together(n) - c.floor) / (c.scale * n**-c.rate)
         apart = lambda log_m: self.estimate(lambda c: float(c.alone(math.exp(log_m) * n) - c.together(n)))
-        too_few, too_many = (
-            lambda log_m: apart(log_m).low,
-            lambda log_m: -apart(log_m).high,
-        )  # positive: m is no candidate
+        too_few = lambda log_m: apart(log_m).low  # positive: so few alone are surely worse
+        too_many = lambda log_m: -apart(log_m).high  # positive: so many alone are surely better
         up = np.linspace(0, math.log(FARTHEST), 60)
         if too_few(0) > 0:
             low = _first(too_few, up, False, up[-1])
@@ -330,6 +328,8 @@ def _draw_curves(stem, plan, most, measure):
     top = 4 * worth[np.isfinite(worth)].max(initial=1)  # what is open above ends there, with an arrow
     middle, low, high = np.minimum(worth, top).T
     known, style = np.isfinite(worth[:, 0]), {"linestyle": "none", "color": figures.LINE["multi"]}
+    bottom = min(0.15, 0.5 * worth[worth > 0].min())  # room for the legend
+    low = np.maximum(low, bottom)
     right.errorbar(plan.sizes, low, [0 * low, high - low], **style, capsize=2, elinewidth=1.2)
     if known.any():
         right.plot(plan.sizes[known], middle[known], **style, marker=figures.MARKER["multi"], label=f"$K$ = {most}")
@@ -339,7 +339,7 @@ def _draw_curves(stem, plan, most, measure):
     right.axhline(1, color=figures.NEUTRAL, linewidth=0.8, linestyle="--", label="as much as alone")
     right.set(xlabel="images of each source $n$", ylabel="images alone that one is worth")
     figures.log_y(right)
-    right.set_ylim(min(0.15, 0.5 * worth[worth > 0].min()))  # room for the legend
+    right.set_ylim(bottom)
     figures.legend(right)
     for axis in (left, right):
         figures.x_ticks(axis, list(plan.sizes), log=True)

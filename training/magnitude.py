@@ -148,10 +148,15 @@ class _Normalized(torch.autograd.Function):
 
 
 def packable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN convolves images of this type on this device."""
-    here = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return here and (
-        dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether oneDNN convolves images of this type on this device, and torch offers it packed weights: not in every build."""
+    offered = hasattr(torch.ops.mkldnn, "_convolution_pointwise") and hasattr(
+        torch._C._nn, "mkldnn_reorder_conv2d_weight"
+    )
+    return (
+        device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and offered
+        and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     )
 
 

@@ -133,7 +133,8 @@ class Block(torch.nn.Module):
     def fold(self, dtype: torch.dtype) -> None:
         """See UNet.fold."""
         self.folded = True
-        nearest = self.resample_mode == "up" and self.resample_kernel is None and self.emb_gain.device.type == "cpu"
+        cpu = self.emb_gain.device.type == "cpu"  # a transposed convolution was measured there alone
+        nearest = self.resample_mode == "up" and self.resample_kernel is None and cpu
         for layer in self.children():
             if isinstance(layer, MPConv) and layer.weight.ndim == 4:
                 layer.fold(dtype, upsamples=layer is self.conv_res0 and nearest)
