@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 from dnnlib.util import natural_key, write_text
 from metrics.contrasts import Contrast, chosen, gains
 from metrics.results import Row
-from metrics.table import grouped, markdown, paired_difference, write_csv
+from metrics.table import grouped, markdown, mean_interval, write_csv
 
 FARTHEST = 1000  # the largest multiplier that is looked at, and one over the smallest
 RATES = (0.2, 1.5)  # of which b is the best: neural networks lie between, the parametric rate of KL is 1
@@ -234,7 +234,7 @@ def transfers(rows: Sequence[Row], measure: str = "bits_per_dim", apart: str = "
     )
     result = []
     for (target, partner), values in sorted(cells.items(), key=lambda item: [natural_key(part) for part in item[0]]):
-        mean, _, low, high = paired_difference(values, [0] * len(values))
+        mean, _, low, high = mean_interval(values)
         known = distances.get((target, f"{apart}_{partner}"))
         interval = (low, high) if len(values) > 1 else (-math.inf, math.inf)
         result.append(Transfer(target, partner, Estimate(mean, *interval), fmean(known) if known else None))
@@ -316,7 +316,7 @@ def _draw_curves(stem, plan, most, measure):
     n = np.geomspace(plan.sizes[0] / 1.5, plan.sizes[-1] * 3, 60)
     arms = (("single", plan.curves.alone, 0), ("multi", plan.curves.together, 1))
     for name, curve, index in arms:
-        points = [paired_difference(v, [0] * len(v)) for v in plan.values[:, index].T]
+        points = [mean_interval(v) for v in plan.values[:, index].T]
         error = [high - mean for mean, _, _, high in points]
         label = f"{figures.LABEL[name]}, K = {most if index else 1}"
         style = {"linestyle": "none", "marker": figures.MARKER[name], "color": figures.LINE[name], "label": label}
