@@ -13,7 +13,7 @@ from dnnlib import EasyDict
 from dnnlib.util import natural_key, read_stats, write_text
 from metrics.contrasts import Contrast, Result, examine_all, gains, of_one_source, read_contrasts
 from metrics.results import JOINED, Row, of_detector, read_scores
-from metrics.table import grouped, markdown, paired_difference, write_csv
+from metrics.table import grouped, markdown, mean_interval, write_csv
 
 TAGS = ("group", "design", "set", "k", "n", "seed")
 MEASURES = ("bits_per_dim", "denoising_loss", "kid", "fd", "agreement", "nearest_train")
@@ -97,7 +97,7 @@ def cell_rows(lines: Sequence[dict]) -> list[dict[str, object]]:
         row["best_kimg"] = median(stops) if stops else ""
         for name, table in tables.items():
             values = list(table.get(kind, {}).values())
-            mean, _, low, high = paired_difference(values, [0] * len(values)) if len(values) > 1 else [""] * 4
+            mean, _, low, high = mean_interval(values) if len(values) > 1 else [""] * 4
             row |= {f"gain_{name}": mean, f"gain_{name}_low": low, f"gain_{name}_high": high}
         for name in (*MEASURES, *FLOORS):
             values = [line[name] for line in mine if line.get(name, "") != ""]
@@ -213,7 +213,7 @@ def _curve(axis, table, scale, **style):
 
     points = sorted((int(k), list(values.values())) for (*_, k), values in table.items())
     if points:
-        ends = [paired_difference(v, [0] * len(v)) for _, v in points]
+        ends = [mean_interval(v) for _, v in points]
         y = np.array([0, *(mean for mean, *_ in ends)]) * scale
         half = np.array([np.nan, *(high - mean for mean, _, _, high in ends)]) * scale
         figures.intervals(axis, [1, *(k for k, _ in points)], y, half, markersize=4, **style)
