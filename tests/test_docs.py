@@ -35,14 +35,6 @@ def document(name):
     return " ".join((ROOT / name).read_text(encoding="utf-8").split())
 
 
-SUMMARIES = {(r["experiment"], r["arm"], r["measure"]): r for r in data("summaries")}
-
-
-def standard_error(row):
-    scale = {"sd": math.sqrt(row["seeds"]), "half of the 95 % interval": scipy.stats.t.ppf(0.975, row["seeds"] - 1)}
-    return row["error"] / scale.get(row["kind"], 1)
-
-
 def student(mean, error, df, null=0.0):
     """(mean, low, high, p, smallest effect seen four times in five): as the documents print them."""
     half = scipy.stats.t.ppf(0.975, df) * error
@@ -87,20 +79,6 @@ def independent(one, other):
     return less("arm-independent", one, "n=3000", "n=3000", against=other)
 
 
-def kept(*key, null=0.0):
-    """Of a mean whose standard error was kept."""
-    row = SUMMARIES[key]
-    return student(row["mean"], standard_error(row), row["seeds"] - 1, null)
-
-
-def welch(experiment, measure, one, other, against=None, noise=0.0):
-    """Of arm `one` less arm `other` (of another measure: `against`), from means and deviations."""
-    a, b = SUMMARIES[experiment, one, measure], SUMMARIES[experiment, other, against or measure]
-    va, vb = (standard_error(row) ** 2 + noise**2 for row in (a, b))
-    df = (va + vb) ** 2 / (va**2 / (a["seeds"] - 1) + vb**2 / (b["seeds"] - 1))
-    return student(a["mean"] - b["mean"], math.sqrt(va + vb), df)
-
-
 def tree(arm, when="steps", than="baseline"):
     """Difference of losses; the points on which they were taken are the same for all seeds."""
     return less("selection-tree", f"{when} loss", arm, than, noise=POINTS["difference"])
@@ -114,9 +92,18 @@ def guidance(arm, measure):
     return less("guidance-digits", measure, arm, "no guidance")
 
 
-def stable_targets(weights):
-    values = [r["fd_on_less_off"] for r in data("pfgmpp-stable") if r["weights"] == weights]
-    return student(np.mean(values), scipy.stats.sem(values), len(values) - 1)
+def aug_dims(one, other="D=inf", measure="fd"):
+    return less("pfgmpp-digits", measure, one, other)
+
+
+def growth(arm, measure):
+    """Of FD by a disturbance, less that of D = inf; of fewer steps from 18 on, the other cells have 12."""
+    base = "fd" if measure.startswith(("alpha", "bits")) else "steps=18"
+    grown = [
+        {seed: value - seeds_of("pfgmpp-digits", a, base)[seed] for seed, value in found.items()}
+        for a, found in ((a, seeds_of("pfgmpp-digits", a, measure)) for a in (arm, "D=inf"))
+    ]
+    return mean_of(grown[0][seed] - grown[1][seed] for seed in grown[0])
 
 
 def at(nfe, one, other, source=None):
@@ -129,7 +116,6 @@ HEUN, EM, SSCS = "EDM Heun, sigma", "CLD EM, {}", "CLD SSCS, {}"
 HEUN_MIXTURE = at(20, HEUN, SSCS.format("quadratic"))
 HEUN_DIGITS = at(20, HEUN, SSCS.format("quadratic"), 1)
 faster = lambda grid, source, nfe=20: at(nfe, SSCS.format(grid), EM.format(grid), source)
-PFGMPP = welch("pfgmpp-digits", "fd", "D=16", "D=inf")
 PREDICTED = {
     "arm": arm_bound(10, 30000, 10, 2, 64, 5, 64, 13314, 1.0, 0.05).ratio,
     "ebm 4": ebm_bound(4, 1000, 4, 3, 64, 4609, 1.0, 0.05).ratio,
@@ -166,10 +152,19 @@ SAID = [  # document; sentence with 0: mean, 1 and 2: interval, 3: p, 4: smalles
     ("theory", "{0:.2f} ({1:.2f} to {2:.2f}; p = {3:.3f}) at n = 3000", ratio("ebm", "n=3000", null=1)),
     ("theory", "at K = 4 (p = {3:.3f})", ratio("ebm", "K=4", null=PREDICTED["ebm 4"])),
     ("theory", "at K = 8 (p = {3:.4f})", ratio("ebm", "K=8", null=PREDICTED["ebm 8"])),
-    ("pfgmpp", "is {0:.1f} (95 % interval {1:.1f} to {2:.1f}, Welch; one of {4:.1f}", PFGMPP),
-    ("pfgmpp", "{0:+.1f} (95 % interval {1:.1f} to {2:+.1f}; one of {4:.1f} would have shown)", stable_targets("learned")),
-    ("pfgmpp", "{0:.1f} ({1:.1f} to {2:+.1f}; {4:.1f})", stable_targets("fixed")),
-    ("pfgmpp", "-0.60 ± 0.25, p = {3:.3f}", kept("pfgmpp-digits", "D=16", "growth less inf, alpha=0.2")),
+    ("pfgmpp", "of D = 16 by {0:.1f} (95 % interval {1:.1f} to {2:.1f})", aug_dims("D=16")),
+    ("pfgmpp", "of D = 128 by {0:.1f} ({1:.1f} to {2:.1f}; p = {3:.3f})", aug_dims("D=128")),
+    ("pfgmpp", "of D = 2048 by {0:.1f} ({1:.1f} to {2:.1f}; p = {3:.4f})", aug_dims("D=2048")),
+    ("pfgmpp", "D = 16 at 8 steps ({0:.1f}; {1:.1f} to {2:.1f})", growth("D=16", "steps=8")),
+    ("pfgmpp", "and at 12 ({0:.1f}; {1:.1f} to {2:.1f})", growth("D=16", "fd")),
+    ("pfgmpp", "D = 128 at 8 ({0:.1f}; {1:.1f} to {2:.1f})", growth("D=128", "steps=8")),
+    ("pfgmpp", "D = 16 grows less by {0:.1f} ({1:.1f} to {2:.1f}; p = {3:.3f})", growth("D=16", "steps=4")),
+    ("pfgmpp", "itself by {0:.1f} ({1:.1f} to {2:.1f}; p = {3:.3f})", aug_dims("D=16", measure="steps=4")),
+    ("pfgmpp", "p is {3:.3f} (D = 128 at alpha = 0.2, {0:.2f})", growth("D=128", "alpha=0.2")),
+    ("pfgmpp", "differs by {0:.1f} ({1:.1f} to {2:.1f}), where {4:.1f} would", growth("D=16", "bits=4")),
+    ("pfgmpp", "FD is lower by {0:.1f} ({1:.1f} to {2:.1f}; p = {3:.3f}, .010 by Holm)",
+     aug_dims("on, fixed weights", "off, fixed weights")),
+    ("pfgmpp", "higher by {0:.1f} ({1:.1f} to {2:.1f}; p = {3:.3f})", aug_dims("on", "off")),
     ("selection", "of the baseline by {0:.3f} ({1:.3f} to {2:.3f}; p < .0001)", guided("baseline")),
     ("selection", "of AJEST by {0:.3f} ({1:.3f} to {2:.3f})", guided("ajest")),
     ("selection", "it does least, by {0:.3f} ({1:.3f} to {2:.3f})", guided("random")),
@@ -255,11 +250,31 @@ def test_tables_and_counts_of_intervals():
             mean, low, *_ = mean_of(seeds_of("ajest-digits", arm, name).values())
             cells.append(f"{mean:.{digits}f} ± {mean - low:.{digits}f}")
         assert short(" ".join(f"| {arm} | {cells.pop()} | {' | '.join(cells)} |".split())) in short(text)
-    growths = [k for k in SUMMARIES if "growth" in k[2]]
-    found = {k: kept(*k) for k in growths}
-    clear = {k: f for k, f in found.items() if f[3] < 0.05}
-    assert (len(found), len(clear), sum(f[0] < 0 for f in clear.values())) == (18, 4, 2)
-    assert round(18 * min(f[3] for f in found.values()), 2) == 0.17
+    disturbed = (
+        "alpha=0.1",
+        "alpha=0.2",
+        "steps=4",
+        "steps=6",
+        "steps=8",
+        "fd",
+        "bits=6",
+        "bits=5",
+        "bits=4",
+        "bits=3",
+    )
+    found = {(arm, m): growth(arm, m) for arm in ("D=16", "D=128", "D=2048") for m in disturbed}
+    clear = {cell for cell, f in found.items() if f[3] < 0.05}
+    assert (len(found), len(clear), sum(m.startswith(("steps", "fd")) for _, m in clear)) == (30, 10, 9)
+    assert max(found[cell][0] for cell in clear) < 0 and min(found[c][3] for c in found if "alpha" in c[1]) > 0.02
+    left = {c for c, p in zip(found, holm([f[3] for f in found.values()]), strict=True) if p < 0.05}
+    assert left == {("D=16", "steps=8"), ("D=16", "fd"), ("D=128", "steps=8")}
+    assert round(max(holm([aug_dims(f"D={D}")[3] for D in (16, 128, 2048)])), 4) == 0.0495
+    text = document("docs/pfgmpp.md")
+    for arm in ("D=16", "D=128", "D=2048", "D=inf"):
+        levels = {m: mean_of(seeds_of("pfgmpp-digits", arm, m).values()) for m in (*disturbed, "steps=18")}
+        shown = (levels[m] for m in ("fd", "alpha=0.2", "steps=4", "steps=8", "bits=4"))
+        assert f"| {arm[2:]} | {' | '.join(f'{f[0]:.1f} ± {f[0] - f[1]:.1f}' for f in shown)} |" in text
+        assert levels["steps=8"][0] < levels["steps=18"][0] < levels["steps=4"][0] / 2
     cells = [f"K={K}" for K in (3, 5, 7, 10)] + [f"n={n}" for n in (1000, 3000, 5000, 10000)]
     cells += [f"D={D}" for D in (12, 14, 16, 18)]
     found = {c: ratio("arm-path", c, null=1) for c in cells}
