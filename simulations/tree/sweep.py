@@ -31,6 +31,7 @@ ARMS = {
     "early-ajest": {"select": "jest", "guide": "@guide", "when": "early"},
     "late-ajest": {"select": "jest", "guide": "@guide", "when": "late"},
     "diverse": {"select": "diverse", "guide": "@guide"},
+    "iajest": {"select": "jest", "inverted": True, "guide": "@guide"},  # inverted: the least learnable points
 }
 NAMES = {
     "baseline": "all points",
@@ -38,6 +39,7 @@ NAMES = {
     "ajest": "AJEST",
     "early-ajest": "early AJEST",
     "late-ajest": "late AJEST",
+    "iajest": "iAJEST",
 }
 LOOKS = dict(zip(ARMS, figures.look(list(ARMS)), strict=True))
 COMPARISONS = {"steps": "equal steps", "samples": "equal trained samples", "time": "equal CPU time"}
