@@ -257,7 +257,12 @@ def energy_command(**options):
 @_text("--against", "Compare any number of arms with this one, by training seed", "ARM")
 @_choice("--section", "--against: all samples, or mean of sources", "overall", "mean")
 @_text("--contrasts", "Test what this experiment file declares under `contrasts`", "FILE")
-@_text("--reading", "--contrasts: also the validation loss after so many images", "NIMG", type=cli.NIMG)
+@_text(
+    "--reading",
+    "--contrasts: also the validation loss after so many images; after which for each tag n: 25:10Ki,100:30Ki",
+    "NIMG",
+    type=cli.NIMG_BY_SIZE,
+)
 @click.option("--cells", is_flag=True, help="The lead paper's table: by the tags sim, k, n, its numbers beside ours")
 @_text("--train-multi", "Training data of the shared model: proves that both arms saw the same images", "ZIP")
 @_text(

@@ -91,7 +91,13 @@ def _size(text):
     return int(match[1]), int(match[2])
 
 
+def _by_size(text):
+    """25:10Ki,100:30Ki as {"25": 10240, "100": 30720}; 10Ki, for all sizes, as {"": 10240}."""
+    return {size: parse_nimg(nimg) for size, _, nimg in (part.rpartition(":") for part in text.split(","))}
+
+
 NIMG = _Parsed("nimg", parse_nimg)
+NIMG_BY_SIZE = _Parsed("n:nimg,...", _by_size)
 SEEDS = _Parsed("seeds", parse_seeds)
 INTS = _Parsed("ints", parse_integers)
 FLOATS = _Parsed("floats", _numbers)

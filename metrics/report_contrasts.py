@@ -25,7 +25,7 @@ READINGS = {
 FLOORS = ("fd_at_floor_size", "fd_floor", "kid_floor", "agreement_reference", "nearest_train_reference")
 
 
-def seed_rows(rows: Sequence[Row], reading: int | None) -> list[dict[str, object]]:
+def seed_rows(rows: Sequence[Row], reading: dict[str, int] | None) -> list[dict[str, object]]:
     """Lines of seeds.csv: a model and one of its sources each, with all its numbers and where its training stopped; of pairs
     also how far apart the data of the two are.
     """
@@ -41,21 +41,24 @@ def seed_rows(rows: Sequence[Row], reading: int | None) -> list[dict[str, object
             distance = apart.get((row.tags["seed"], row.section), {}).get(f"energy_{other}")
             line |= {} if distance is None or row.tags["group"] == "shuffled" else {"distance": distance}
         if row.detector == "denoising" and row.net is not None:
-            line |= _from_run(Path(row.net).parent, row.section, int(row.tags["k"]), reading)
+            due = (reading or {}).get(row.tags.get("n", ""), (reading or {}).get(""))
+            line |= _from_run(Path(row.net).parent, row.section, int(row.tags["k"]), due)
     names = list(dict.fromkeys(name for line in table.values() for name in line))
     keys = sorted(table, key=lambda key: [natural_key(part) for part in key])
     return [dict(zip((*TAGS, "source"), key, strict=True)) | {n: table[key].get(n, "") for n in names} for key in keys]
 
 
 def _from_run(folder, source, k, reading):
-    """What the validation curve of a run says: images at its lowest loss, and the loss of a source at fixed numbers of them."""
+    """What the validation curve of a run says: images at its lowest loss, and the loss of a source at fixed numbers of them,
+    where it was looked at then (within 1 %): a run that had ended, or was not looked at yet, says nothing.
+    """
     looks = [line for line in read_stats(folder) if "Loss/validation" in line]
-    best = min(looks, key=lambda line: line["Loss/validation"])
-    found = {"best_kimg": best["Progress/kimg"]}
+    found = {"best_kimg": min(looks, key=lambda line: line["Loss/validation"])["Progress/kimg"]}
     for name, times in READINGS.items() if reading else ():
         due = reading * (k if times is None else times) / 1e3
-        last = [line for line in looks if line["Progress/kimg"] <= due + 1e-6] or looks[:1]
-        found[name] = last[-1].get(f"Loss/validation_source{source}", last[-1]["Loss/validation"])
+        look = min(looks, key=lambda line: abs(line["Progress/kimg"] - due))
+        if abs(look["Progress/kimg"] - due) <= 0.01 * due:
+            found[name] = look.get(f"Loss/validation_source{source}", look["Loss/validation"])
     return found
 
 
@@ -158,7 +161,8 @@ def to_markdown(cells: Sequence[dict], results: Sequence[Result]) -> str:
         f"{markdown(head, rows)}\n\n"
         "Gain: of a source from being trained with others, against its single model of the same images: mean over sources, "
         "95 % interval by Student's t over seeds. Every model at its lowest validation loss; test images of the ELBO and of "
-        "the loss are seen by none. The last two columns: loss on validation images after fixed numbers of training images.\n\n"
+        "the loss are seen by none. The last two columns: loss on validation images after fixed numbers of training images; "
+        "models that had ended before are left out.\n\n"
         f"{tested(results)}\n\n{by_noise}{markdown(['group', 'n', 'K', *(name.replace('_', ' ') for name in shown)], levels)}\n"
     )
 
@@ -235,11 +239,12 @@ def pair_points(rows: Sequence[Row], contrast: Contrast | None) -> tuple[list[fl
 
 
 def write_contrasts_report(
-    rows: Sequence[Row], dest: Path, file: str, metric: str | None = None, reading: int | None = None
+    rows: Sequence[Row], dest: Path, file: str, metric: str | None = None, reading: dict[str, int] | None = None
 ) -> str:
     """Write table.csv, seeds.csv, contrasts.csv, table.md and comparison.png into `dest`; returns the text of table.md.
 
-    file: the experiment file that declares the contrasts; reading: images after which the validation loss is read, too.
+    file: the experiment file that declares the contrasts; reading: images after which the validation loss is read, too, by
+    tag n ("": any).
     Without scores that say their number of sources (tag k), the contrasts alone: contrasts.csv and table.md.
     """
     contrasts = read_contrasts(file)

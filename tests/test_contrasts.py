@@ -9,7 +9,7 @@ from small_runs import ROOT, one_line, run
 
 import calculate_metrics
 from dnnlib import experiment
-from metrics import contrasts, results
+from metrics import contrasts, report_contrasts, results
 from metrics.alike import energy_distance
 from metrics.contrasts import Contrast
 from metrics.table import read_csv
@@ -182,3 +182,30 @@ def test_the_experiment_declares_what_it_tests():
     assert len(settings["seeds"]) >= 5 and sum(step.name.startswith("nll-real-") for step in steps) == 5 * (
         10 + 45 + 2 + 1 + 11
     )
+
+
+def test_readings_at_fixed_numbers_of_images(tmp_path):
+    """A model says something where it was looked at just then: not before its first look, and not when it had ended."""
+    looks = {"single": (1, [0, 10, 20, 30, 40]), "short": (1, [0, 10, 20]), "shared": (10, [0, 30, 60, 300, 330])}
+    rows = []
+    for name, (k, kimg) in looks.items():
+        (tmp_path / name).mkdir()
+        lines = [
+            {"Progress/kimg": float(v), "Loss/validation": 9.0, "Loss/validation_source3": 2 - v / 400} for v in kimg
+        ]
+        (tmp_path / name / "stats.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        for n in ("25", "100"):
+            tags = {"group": "real", "set": name, "k": str(k), "n": n, "seed": "0"}
+            net = f"{tmp_path}/{name}/x.safetensors"
+            rows.append(results.Row(tags, "denoising", "3", {"denoising_loss": 1.0}, None, f"{name}{n}", net=net))
+    found = {
+        (line["set"], line["n"]): (line.get("loss_equal_per_model"), line.get("loss_equal_total"))
+        for line in report_contrasts.seed_rows(rows, {"25": 10_000, "100": 30_000})
+    }
+    loss = lambda kimg: pytest.approx(2 - kimg / 400)
+    assert found["single", "25"] == (loss(10), loss(10)) and found["single", "100"] == (loss(30), loss(30))
+    assert found["short", "25"] == (loss(10), loss(10)) and found["short", "100"] == ("", "")
+    assert found["shared", "25"] == ("", "") and found["shared", "100"] == (loss(30), loss(300))
+    (anywhere,) = {line["loss_equal_total"] for line in report_contrasts.seed_rows(rows[:1], {"": 20_000})}
+    assert anywhere == loss(20)
+    assert report_contrasts.seed_rows(rows, None)[0].keys().isdisjoint(report_contrasts.READINGS)
