@@ -16,10 +16,9 @@ import numpy as np
 
 from dnnlib.experiment import read
 from metrics.results import Row
-from metrics.table import grouped, mean_interval, p_of_zero
+from metrics.table import detectable, grouped, mean_interval, p_of_zero
 
 PERMUTATIONS = 9999
-POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -175,19 +174,6 @@ def _unit_ranks(values, off):
         own = own - own.mean()
         ranks[index][off[index[-1]]] = own / (np.linalg.norm(own) or 1)
     return ranks
-
-
-def detectable(error: float, count: int, level: float = 0.05, power: float = POWER) -> float:
-    """The true mean that a two-sided t-test over `count` values of this standard error finds with probability `power`."""
-    import scipy.optimize
-    import scipy.stats
-
-    df = count - 1
-    critical = scipy.stats.t.ppf(1 - level / 2, df)
-    excess = lambda shift: (
-        scipy.stats.nct.sf(critical, df, shift) - power
-    )  # the other tail is nothing where this is not
-    return float(scipy.optimize.brentq(excess, 0, 1.6 * critical + 2)) * error
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -258,11 +258,10 @@ def write_report(
         from torch_utils.persistence import load_snapshot
 
         theory = theory_ratio(load_snapshot(net).net, len(sources))
-        a, b = (verdicts[measure].levels[arm] for arm in arms)
         notes.append(
-            f"Theory (order of the bounds): ratio {theory['ratio']:.3f} = sqrt(1 - (K-1)/K beta) with beta "
-            f"{theory['beta_sim']:.4f} ({theory['shared']} shared parameters, {theory['per_source']} per source); "
-            f"measured ratio of the means of {MEASURES[measure]} {a / b:.3f}."
+            f"Theory (order of the bounds): the shared model's excess over the best possible loss is "
+            f"{theory['ratio'] ** 2:.3f} of the single ones' = 1 - (K-1)/K beta with beta {theory['beta_sim']:.4f} "
+            f"({theory['shared']} shared parameters, {theory['per_source']} per source); the best one is not known here."
         )
     strips = _strips(rows, arms, sources, real, notes)
     text = to_markdown(cells, arms, sources, verdicts, notes, titles)

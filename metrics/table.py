@@ -94,6 +94,21 @@ def paired_difference(a: Iterable[float], b: Iterable[float]) -> tuple[float, fl
     return mean_interval(x - y for x, y in zip(a, b, strict=True))
 
 
+POWER = 0.8  # of the smallest effect that is called detectable
+
+
+def detectable(error: float, count: int, level: float = 0.05, power: float = POWER) -> float:
+    """The true mean that a two-sided t-test over `count` values of this standard error finds with probability `power`."""
+    import scipy.optimize
+    import scipy.stats
+
+    df = count - 1
+    critical = scipy.stats.t.ppf(1 - level / 2, df)
+    # The other tail is nothing where this one is not.
+    excess = lambda shift: scipy.stats.nct.sf(critical, df, shift) - power
+    return float(scipy.optimize.brentq(excess, 0, 1.6 * critical + 2)) * error
+
+
 def p_of_zero(values: Sequence[float]) -> float:
     """Two-sided p of the mean being zero (Student's t); values without spread give 0, or 1 if they are zero."""
     import scipy.stats
@@ -228,6 +243,7 @@ class Verdict:
     per_source: dict[str, float]
     levels: dict[str, float]  # arm -> mean over sources
     over: str = "training"  # seeds that the interval is over
+    detectable: float | None = None  # the smallest advantage that so many pairs find four times in five
 
     def __str__(self) -> str:
         wins = f"{self.better} better than {self.other} in {self.wins} of {len(self.per_source)} sources"
@@ -235,7 +251,8 @@ class Verdict:
         if self.interval is None:
             return f"{line} (one training seed per arm: no uncertainty known)"
         low, high = self.interval
-        clear = "clear of zero" if low > 0 or high < 0 else "zero is inside"
+        seen = f"zero is inside; {self.detectable:.1%} would have been seen four times in five"
+        clear = "clear of zero" if low > 0 or high < 0 else seen
         only = "" if self.over == "training" else " over sampling seeds alone, of one training per arm"
         return f"{line} +- {self.standard_error:.1%} (95 % interval{only} {low:.1%} to {high:.1%}: {clear})"
 
@@ -271,9 +288,9 @@ def verdict(
             pairs, over = [(drawn[0][q], drawn[1][q]) for q in common], "sampling"
     _, error, *interval = paired_difference(*zip(*pairs, strict=True))
     error, interval = (error, tuple(interval)) if len(pairs) > 1 else (None, None)
-    return Verdict(
-        better, other, wins, advantage, error, interval, per_source, {better: fmean(mine), other: fmean(base)}, over
-    )
+    least = None if error is None else detectable(error, len(pairs))
+    levels = {better: fmean(mine), other: fmean(base)}
+    return Verdict(better, other, wins, advantage, error, interval, per_source, levels, over, least)
 
 
 def seeds_mean(

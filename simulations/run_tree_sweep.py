@@ -17,9 +17,9 @@ Examples:
   # The table of docs/selection.md (about 25 minutes of one core):
   python simulations/run_tree_sweep.py
 \b
-  # The published size and arms (70 minutes of one core):
+  # The published size and arms (80 minutes of one core):
   python simulations/run_tree_sweep.py --batch=4096 --train-steps=4096 --snapshot-iter=256 --num=16384 \\
-      --arms=baseline,random,ajest,early-ajest,late-ajest
+      --arms=baseline,random,ajest,early-ajest,late-ajest,iajest
 """
 
 
@@ -27,7 +27,7 @@ ARMS = "baseline,random,jest,ajest,early-ajest,diverse"
 
 
 @cli.command(epilog=EXAMPLES)
-@click.option("--arms", type=cli.STRINGS, default=ARMS, help="Also: late-ajest")
+@click.option("--arms", type=cli.STRINGS, default=ARMS, help="Also: late-ajest, iajest")
 @click.option("--seeds", type=cli.SEEDS, default="0,73,172,231,357", help="Training seeds")
 @click.option(
     "--batch", "--batch-size", "batch_size", type=click.IntRange(min=16), default=1024, help="Points drawn per step"

@@ -176,6 +176,9 @@ SAID = [  # document; sentence with 0: mean, 1 and 2: interval, 3: p, 4: smalles
     ("selection", "lower by {0:.4f} ({1:.4f} to {2:.4f}; p = {3:.3f})", tree("early-ajest", "samples")),
     ("selection", "(loss {0:.4f}, {1:.4f} to {2:.4f}; {4:.4f} would have shown)", tree("ajest", than="random")),
     ("selection", "(loss {0:+.4f}; {1:.4f} to {2:.4f}; p = {3:.4f})", tree("ajest")),
+    ("selection", "mandala score by {0:.3f} ({1:.3f} to {2:.3f}; p = {3:.3f}), as",
+     less("selection-tree", "steps mandala", "iajest", "ajest")),
+    ("selection", "is seen ({0:.4f}; {1:.4f} to {2:.4f}; {4:.4f} would have shown). Its", tree("iajest", than="ajest")),
     ("selection", "behind the baseline by {0:.4f} ({1:.4f} to {2:.4f}; p = {3:.3f})", tree("ajest", "time")),
     ("selection", "ahead of it by {0:.4f} ({1:.4f} to {2:.4f}; p = {3:.3f})", tree("random", "time")),
     ("selection", "weight (at 2 by {0:.3f}; {1:.3f} to {2:.3f})", guidance("classifier-free, 2", "agreement")),
@@ -220,15 +223,18 @@ def test_what_a_document_says_of_an_effect(where, sentence, found):
 def test_tables_and_counts_of_intervals():
     """The tree's losses carry the error of its points; which of the intervals exclude zero or one."""
     text, z = document("docs/selection.md"), scipy.stats.norm.ppf(0.975)
-    for arm in ("baseline", "random", "ajest", "early-ajest", "late-ajest"):
+    for arm in ("baseline", "random", "ajest", "early-ajest", "late-ajest", "iajest"):
         cells = []
         for when, name in itertools.product(("steps", "samples", "time"), SCORES):
-            mean, low, *_ = mean_of(seeds_of("selection-tree", arm, f"{when} {name}").values())
+            if not (found := seeds_of("selection-tree", arm, f"{when} {name}").values()):
+                cells.append("")
+                continue
+            mean, low, *_ = mean_of(found)
             digits, more = (4, z * POINTS["loss"]) if name == "loss" else (3, 0)
             cells.append(f"{mean:.{digits}f} ± {math.hypot(mean - low, more):.{digits}f}")
-        assert short(f"| {arm} | {' | '.join(cells)} |") in text
+        assert " ".join(short(f"| {arm} | {' | '.join(cells)} |").split()) in text
     assert min(guided(arm)[0] for arm in ("baseline", "ajest", "early-ajest", "late-ajest")) > guided("random")[0]
-    assert max(guided(arm)[3] for arm in ("baseline", "random", "ajest", "early-ajest", "late-ajest")) < 0.001
+    assert max(guided(arm)[3] for arm in ("baseline", "random", "ajest", "early-ajest", "late-ajest", "iajest")) < 0.001
     steps = [
         np.mean(list(seeds_of("selection-tree", a, "samples steps").values())) for a in ("early-ajest", "baseline")
     ]
@@ -418,8 +424,9 @@ def test_the_reproduction_table():
             found = [mean_of(seeds_of("arm-path", f"{tag}={value}", side).values()) for side in ("single", "multi")]
             cells = (f"{p:.4f} | {f[0]:.4f} ± {f[0] - f[1]:.3f}" for p, f in zip(published, found, strict=True))
             assert f"| {tag} = {value} | {' | '.join(cells)} |" in text
-    arms = {"no selection": "baseline", "early AJEST": "early-ajest", "AJEST": "ajest", "random": "random"}
-    for when, names in (("steps", list(arms)[:3]), ("samples", arms)):
+    arms = {"no selection": "baseline", "early AJEST": "early-ajest", "AJEST": "ajest"}
+    arms |= {"late AJEST": "late-ajest", "inverted AJEST": "iajest", "random": "random"}
+    for when, names in (("steps", list(arms)[:5]), ("samples", (*list(arms)[:3], "random"))):
         for name in names:
             found = [list(seeds_of("selection-tree", arms[name], f"{when} {m}").values()) for m in SCORES]
             shown = short(" | ".join(f"{np.mean(v):.4f} +- {np.std(v, ddof=1):.4f}" for v in found))

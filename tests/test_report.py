@@ -68,6 +68,11 @@ def test_arms_without_a_common_seed_are_paired_in_order():
     base = np.mean(values["single"])
     truth = scipy.stats.ttest_rel(np.array(values["single"]) / base, np.array(values["multi"]) / base)
     assert got.interval == pytest.approx(tuple(truth.confidence_interval(0.95)), rel=1e-9)
+    power = scipy.stats.nct.sf(scipy.stats.t.ppf(0.975, 2), 2, got.detectable / got.standard_error)
+    assert power == pytest.approx(0.8, abs=1e-6)
+    low, high = (f"{v:.1%}" for v in got.interval)
+    nothing = f"{low} to {high}: zero is inside; {got.detectable:.1%} would have been seen four times in five)"
+    assert got.interval[0] < 0 < got.interval[1] and str(got).endswith(nothing)
 
 
 def test_interval_covers_zero_for_equal_arms_at_its_rate():
