@@ -1,6 +1,7 @@
 """Should your sources be trained together? A pilot on your data, or scores that are there already, and the answer in words."""
 
 import os
+import sys
 
 import click
 
@@ -35,15 +36,19 @@ def pilot(data, dest, sizes, settings):
             f"--sizes={','.join(map(str, sizes))}: give two numbers or more that leave 4 images of the smallest source's "
             f"{least} to judge by"
         )
-    kinds = lambda n: [
-        {"k": 1, "look": settings["look"], "names": sources, "sets": [{"set": k, "members": [k]} for k in sources]},
-        {"k": len(sources), "look": settings["look"] * len(sources), "names": ["all"],
-         "sets": [{"set": "all", "members": sources}]},
-    ]  # fmt: skip
-    pairs = [(a, b) for i, a in enumerate(sources) for b in sources[i + 1 :]] if len(sources) > 2 else []
-    paired = {"k": 2, "look": settings["look"] * 2, "names": [f"{a}-{b}" for a, b in pairs],
-              "sets": [{"set": f"{a}-{b}", "members": [a, b]} for a, b in pairs]}  # fmt: skip
-    groups = [{"n": n, "kinds": kinds(n)} for n in sizes] + ([{"n": min(sizes), "kinds": [paired]}] if pairs else [])
+
+    def kind(sets):
+        """Models of these sets of sources {name: ids}, all of one size."""
+        k = len(next(iter(sets.values())))
+        how = {name: settings[f"{name}_{'alone' if k == 1 else 'shared'}"] for name in ("lr", "patience")}
+        named = [{"set": name, "members": members} for name, members in sets.items()]
+        return {"k": k, "look": settings["look"] * k, **how, "names": list(sets), "sets": named}
+
+    kinds = [kind({k: [k] for k in sources}), kind({"all": sources})]
+    groups = [{"n": n, "kinds": kinds} for n in sizes]
+    if len(sources) > 2:
+        pairs = {f"{a}-{b}": [a, b] for i, a in enumerate(sources) for b in sources[i + 1 :]}
+        groups.append({"n": min(sizes), "kinds": [kind(pairs)]})
     return {
         "data": data,
         "out": dest,
@@ -74,15 +79,23 @@ def main(data, scores, outdir, measure, sizes, budget, jobs):
     from metrics.plan import write_plan
     from metrics.results import read_scores
 
+    about = ""
     if data is not None:
         from dnnlib import experiment
         from run_experiment import load_scripts
 
         settings, _ = experiment.load(FILE, budget, {"data": data})
         settings, steps = experiment.load(FILE, budget, pilot(data, outdir, sizes, settings))
+        count = sum(len(kind["names"]) for group in settings["groups"] for kind in group["kinds"])
+        seeds = len(settings["seeds"])
+        about = (
+            f"Pilot: {count * seeds} models of preset {settings['preset']} at {settings['resolution']}, {seeds} seeds, each "
+            "model at its own lowest validation loss. Other networks and resolutions may give another answer."
+        )
+        print(f"{about} The same command again resumes.", file=sys.stderr)
         experiment.run(steps, outdir, load_scripts, jobs)
         scores = os.path.join(outdir, "scores", "*.json")
-    print(write_plan(read_scores(scores), Path(outdir), measure))
+    print(write_plan(read_scores(scores), Path(outdir), measure, about))
 
 
 if __name__ == "__main__":

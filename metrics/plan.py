@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dnnlib.util import natural_key, write_text
-from metrics.contrasts import Contrast, chosen, gains
+from metrics.contrasts import Contrast, chosen, examine, gains
 from metrics.results import Row
 from metrics.table import grouped, markdown, mean_interval, write_csv
 
@@ -217,14 +217,20 @@ class Transfer:
         return self.gain.high < 0
 
 
-def transfers(rows: Sequence[Row], measure: str = "bits_per_dim", apart: str = "energy") -> list[Transfer]:
-    """Gains of all targets from all partners in models of two sources at the smallest n that has them; empty without any."""
+def of_pairs(rows: Sequence[Row], measure: str = "bits_per_dim") -> Contrast | None:
+    """Gains in models of two sources at the smallest n that has them, against nearness of the data; None without any."""
     two = chosen(rows, {"k": 2, "group": "real"}, measure)
-    if not two:
+    n = min((row.tags["n"] for row in two), key=int, default=None)
+    tags = [{"k": k, "group": "real", "n": n} for k in (2, 1)]
+    return Contrast("pairs", *tags, measure, rank="energy") if two else None
+
+
+def transfers(rows: Sequence[Row], measure: str = "bits_per_dim") -> list[Transfer]:
+    """Gains of all targets from all partners, `of_pairs`; empty without any."""
+    contrast = of_pairs(rows, measure)
+    if contrast is None:
         return []
-    n = min((row.tags["n"] for row in two), key=int)
-    contrast = Contrast("pairs", {"k": 2, "group": "real", "n": n}, {"k": 1, "group": "real", "n": n}, measure)
-    found = gains(rows, contrast)
+    apart, found = contrast.rank, gains(rows, contrast)
     members = grouped((row.file, row.section) for row, _ in found)
     distances = grouped(
         ((row.section, name), v) for row in rows if row.detector == apart for name, v in row.numbers.items()
@@ -259,10 +265,9 @@ def in_words(plan: Plan, sources: Sequence[str], pairs: Sequence[Transfer]) -> s
         rate = plan.estimate(lambda c: c.rate)
         loose = "; the sizes do not determine it" if rate.low <= RATES[0] and rate.high >= RATES[1] else ""
         lines.append(f"- The curves fall as n^-b, b = {rate}{loose}. Beyond {n} images alone they are a guess.")
-    ratio, least = plan.excess_ratio(n), 1 / len(sources)
-    lines.append(
-        f"- Excess loss at {n}, together over alone: {ratio}; theory's order, where all is shared, {least:.3g}."
-    )
+    ratio, order = plan.excess_ratio(n), f"theory's order, where all is shared, {1 / len(sources):.3g}"
+    said = "which determines nothing" if ratio.low <= 0 and ratio.high >= 1 else order
+    lines.append(f"- Excess loss at {n}, together over alone: {ratio}; {said}.")
     turn = plan.turn()
     if turn is None:
         lines.append(
@@ -277,12 +282,22 @@ def in_words(plan: Plan, sources: Sequence[str], pairs: Sequence[Transfer]) -> s
     bad = [pair for pair in pairs if pair.negative]
     if pairs:
         harm = ", ".join(f"{pair.target} from {pair.partner}" for pair in bad) or "none"
-        lines.append(f"- Of {len(pairs)} pairs, targets that a partner harms beyond the seeds' noise: {harm}.")
+        chance = (
+            f"by chance alone {0.025 * len(pairs):.2g} would seem to be"
+            if bad
+            else "one interval in forty errs so by chance"
+        )
+        lines.append(
+            f"- Of {len(pairs)} pairs, targets that a partner harms beyond the seeds' noise: {harm} ({chance})."
+        )
     return f"What {n} images or fewer of each source say:\n\n" + "\n".join(lines) + "\n"
 
 
-def write_plan(rows: Sequence[Row], dest: Path, measure: str = "bits_per_dim") -> str:
-    """Write plan.md, multiplier.csv, curves.png and, where pairs were trained, transfer.csv and .png; returns the text."""
+def write_plan(rows: Sequence[Row], dest: Path, measure: str = "bits_per_dim", about: str = "") -> str:
+    """Write plan.md, multiplier.csv, curves.png and, where pairs were trained, transfer.csv and .png; returns the text.
+
+    about: a line on where the scores come from.
+    """
     plan, most, sources = from_scores(rows, measure)
     pairs = transfers(rows, measure)
     table = []
@@ -302,9 +317,16 @@ def write_plan(rows: Sequence[Row], dest: Path, measure: str = "bits_per_dim") -
         ]  # fmt: skip
         write_csv(dest / "transfer.csv", [dict(zip(names, line, strict=True)) for line in lines])
         _draw_transfers(dest / "transfer", pairs, measure)
+        if len(sources) > 3 and all(p.distance is not None for p in pairs):
+            near = examine(rows, of_pairs(rows, measure))
+            text += (
+                f"\nBefore any training: nearer partners (energy distance of the training images) help by rank correlation "
+                f"{Estimate(near.effect, near.low, near.high)} within a target, p = {near.p:.4f}.\n"
+            )
         worst = sorted(pairs, key=lambda p: p.gain.value)
         shown = [[p.target, p.partner, str(p.gain), "harm" if p.negative else ""] for p in (*worst[:3], *worst[-3:])]
         text += f"\nThe least and the most helpful partners:\n\n{markdown(['target', 'partner', 'gain', ''], shown)}\n"
+    text += f"\n{about}\n" if about else ""
     write_text(dest / "plan.md", text)
     return text
 

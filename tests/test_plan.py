@@ -1,5 +1,8 @@
 """The planner on Gaussians whose learning curves are known in closed form, and on made-up score files."""
 
+import itertools
+import json
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -7,7 +10,8 @@ from small_runs import one_line, run
 from test_contrasts import write
 
 import plan as plan_script
-from metrics import plan
+from metrics import contrasts, plan
+from metrics.results import read_scores
 from metrics.table import read_csv
 from simulations.gaussian_exact import expected_tv_given_counts, expected_tv_student, tv_unit_gaussians
 
@@ -96,23 +100,23 @@ def test_what_no_number_of_images_alone_reaches():
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory):
-    """Score files of a pilot: three sources at 20, 40, 80 images, gains that halve with n; 2 is harmed by 0."""
+    """Score files of a pilot: four sources at 20, 40, 80 images, gains that halve with n; 2 is harmed by 0."""
     folder, rng = tmp_path_factory.mktemp("scores"), np.random.default_rng(0)
     noise = lambda: rng.normal(0, 0.002)
     for seed in range(4):
         for n in (20, 40, 80):
-            alone = {k: {"bits_per_dim": 3 + 4 / n + k + noise()} for k in range(3)}
-            together = {k: {"bits_per_dim": 3 + 2 / n + k + noise()} for k in range(3)}
+            alone = {k: {"bits_per_dim": 3 + 4 / n + k + noise()} for k in range(4)}
+            together = {k: {"bits_per_dim": 3 + 2 / n + k + noise()} for k in range(4)}
             for k, numbers in alone.items():
                 write(folder, f"one-{k}-{n}-{seed}", dict(group="real", k=1, n=n, seed=seed), {k: numbers})
-            write(folder, f"all-{n}-{seed}", dict(group="real", k=3, n=n, seed=seed), together)
-        for i, j in ((0, 1), (0, 2), (1, 2)):
+            write(folder, f"all-{n}-{seed}", dict(group="real", k=4, n=n, seed=seed), together)
+        for i, j in itertools.combinations(range(4), 2):
             pair = {
                 a: {"bits_per_dim": 3 + 4 / 20 + a + (0.05 if (a, b) == (2, 0) else -0.05) + noise()}
                 for a, b in ((i, j), (j, i))
             }
             write(folder, f"pair-{i}-{j}-{seed}", dict(group="real", k=2, n=20, seed=seed), pair)
-        far = {i: {f"energy_{j}": abs(i - j) for j in range(3) if j != i} for i in range(3)}
+        far = {i: {f"energy_{j}": abs(i - j) for j in range(4) if j != i} for i in range(4)}
         write(folder, f"energy-{seed}", dict(group="data", n=20, seed=seed), far, "energy")
     return folder / "*.json"
 
@@ -126,6 +130,8 @@ def test_command(scores, tmp_path):
     assert [key for key, row in pairs.items() if row["negative"]] == [(2, 0)] and "2 from 0" in text
     assert pairs[2, 0]["gain"] == pytest.approx(-0.05, abs=0.01) and pairs[0, 2]["distance"] == 2
     assert all((tmp_path / name).stat().st_size > 10000 for name in ("curves.png", "transfer.png"))
+    near = contrasts.examine(read_scores(scores), plan.of_pairs(read_scores(scores)))
+    assert f"rank correlation {near.effect:.3g} (95 % interval" in text and f"p = {near.p:.4f}" in text
 
 
 @pytest.mark.parametrize(
@@ -150,3 +156,9 @@ def test_pilot(digits, tmp_path):
     more = ["--sizes=4,6", "--budget=smoke", "--jobs=1"]
     text = run(plan_script.main, f"--data={digits}", f"--dest={tmp_path}/out", *more).stdout
     assert "6 images of each" in text and "Two sizes only" in text and (tmp_path / "out" / "curves.png").is_file()
+    assert (
+        "22 models of preset digits8 at 8x8, 2 seeds" in text and "rank correlation" not in text
+    )  # of three sources: no
+    options = lambda name: json.loads((tmp_path / "out" / "runs" / name / "training_options.json").read_text())
+    assert [options(name)["lr"] for name in ("0-n4-seed0", "0-1-n4-seed0", "all-n4-seed0")] == [0.16, 0.08, 0.08]
+    assert [options(name)["patience"] for name in ("0-n4-seed0", "all-n4-seed0")] == [30, 4]
