@@ -7,13 +7,14 @@ import re
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from small_runs import ROOT
 from test_simulations_gaussian import PUBLISHED as PUBLISHED_GAUSSIAN
 
 from metrics.contrasts import detectable, holm
 from metrics.plan import Plan, in_words
 from metrics.table import read_csv
-from simulations import gaussian, run_arm
+from simulations import gaussian, run_arm, toy_data
 from simulations.arm import ground_truth, sample
 from simulations.bounds import arm_bound, ebm_bound
 from simulations.configs import ArmConfig
@@ -491,13 +492,13 @@ def test_the_toy_problem_of_cld():
         "mixed": ["-0.96", "0.26", "0.092", "0.054", "0.045", "0.18", "0.047", "0.067", "0.044", "", "225"],
     }
     for prediction, theirs in official.items():
-        ours = [
-            (np.mean(v), np.std(v, ddof=1))
-            for name in ("nll", *names, "ode", "nfe")
-            for v in [[r[name] for r in rows if r["prediction"] == prediction]]
-        ]
-        assert f"| {prediction}, seeds: 2 | {' | '.join(f'{m:.3g} ± {s:.1g}' for m, s in ours)} |" in text
+        for row in (r for r in rows if r["prediction"] == prediction):
+            ours = " | ".join(f"{row[name]:.3g}" for name in ("nll", *names, "ode", "nfe"))
+            assert f"| {prediction}, seed {row['seed']} | {ours} |" in text
         assert f"| {prediction}, official code | {' | '.join(theirs)} |" in text
+    points = toy_data.get("multimodal_swissroll")(20000, torch.Generator().manual_seed(1))
+    entropy = -float(toy_data.logp("multimodal_swissroll")(points).mean())
+    assert float(re.search(r"\| the data \(entropy\) \| (\S+) \|", text)[1]) == pytest.approx(entropy, abs=0.03)
     floors = sorted({f"{r['floor']:.3f}" for r in rows})
     assert f"points: {' and '.join(floors)};" in " ".join(text.split())
     errors = sorted(f"{r['nll_error']:.2f}" for r in rows)

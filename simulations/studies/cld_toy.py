@@ -7,7 +7,7 @@ import torch
 
 from dnnlib.reading import read_json
 from dnnlib.util import write_text
-from metrics.table import grouped, markdown, mean_and_deviation, write_csv
+from metrics.table import grouped, markdown, write_csv
 from simulations import toy_data
 from simulations.studies.solvers import sliced_wasserstein
 from torch_utils.persistence import load_snapshot
@@ -99,7 +99,7 @@ def measure(path, how):
 
 
 def table(scores, dest):
-    """Write `dest`, a line per network, and its .md: means over training seeds, and the official code. Returns the text."""
+    """Write `dest`, a line per network, and its .md: beside the official code and the data's own density. Returns the text."""
     found = [read_json(path) for path in sorted(glob.glob(str(scores)))]
     if not found:
         raise ValueError(f"--scores={scores}: no files; run run_toy.py compare first")
@@ -117,11 +117,12 @@ def table(scores, dest):
     write_csv(dest, rows)
     lines = []
     for prediction, mine in grouped((row["prediction"], row) for row in rows).items():
-        cells = [mean_and_deviation([row[name] for row in mine]) for name in COLUMNS]
-        shown = [f"{mean:.3g}" + (f" ± {sd:.1g}" if sd == sd else "") for mean, sd in cells]
-        lines.append([f"{prediction}, seeds: {len(mine)}", *shown])
+        lines += [[f"{prediction}, seed {row['seed']}", *(f"{row[name]:.3g}" for name in COLUMNS)] for row in mine]
         official = OFFICIAL.get(prediction, {})
         lines.append([f"{prediction}, official code", *("" if (v := official.get(n)) is None else v for n in COLUMNS)])
+    points = toy_data.get("multimodal_swissroll")(20000, seeded_generator("cpu", 0))
+    truth = -float(toy_data.logp("multimodal_swissroll")(points).mean())
+    lines.append(["the data (entropy)", f"{truth:.3g}", *[""] * (len(COLUMNS) - 1)])
     heads = [f"{name} {steps}" for name in GRIDS.values() for steps in STEPS]
     text = markdown(["prediction", "NLL bound", *heads, "ODE", "its NFE"], lines)
     write_text(Path(dest).with_suffix(".md"), f"{text}\n")
