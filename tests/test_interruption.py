@@ -35,9 +35,9 @@ def digits(tmp_path_factory):
 
 
 def command(digits, outdir, *more):
-    """6 steps; snapshots and checkpoints every 2; the newest two checkpoints stay."""
+    """6 steps; snapshots, checkpoints and looks at the validation loss every 2; the newest two checkpoints stay."""
     tiny = ["--channel-mult=1", "--attn-resolutions=1", "--batch=512", "--duration=3Ki", "--keep=2"]
-    return small_command(digits, outdir, *tiny, *more)
+    return small_command(digits, outdir, *tiny, f"--val-data={digits}", *more)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,8 @@ MOMENTS = [
     ("before-rename", "training_options.json"),
     ("half-written", "network-snapshot-0000002-*"),
     ("after-rename", "network-snapshot-0000003-*"),
+    ("half-written", "network-snapshot-best.safetensors"),
+    ("after-rename", "network-snapshot-best.safetensors"),  # before the line of stats.jsonl that it belongs to
     ("half-written", "training-state-0000001.pt"),
     ("half-written", "training-state-0000002.pt"),
     ("before-rename", "training-state-0000003.pt.sha256"),
@@ -76,7 +78,7 @@ MOMENTS = [
 ]
 
 
-CASES = [(KILL, *moment) for moment in MOMENTS] + [(TERM, *MOMENTS[i]) for i in (1, 2, 3, 4, 7, 11)]
+CASES = [(KILL, *moment) for moment in MOMENTS] + [(TERM, *MOMENTS[i]) for i in (1, 2, 3, 4, 9, 13)]
 CASES.append((INT, *MOMENTS[1]))
 
 
@@ -102,9 +104,9 @@ def test_interrupted_and_resumed(digits, whole, tmp_path, number, what, which):
 
 
 def logged(run_dir):
-    """(kimg, loss) of every line of stats.jsonl."""
+    """(kimg, loss, validation loss) of every line of stats.jsonl."""
     lines = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
-    return [(line["Progress/kimg"], line.get("Loss/loss")) for line in lines]
+    return [(line["Progress/kimg"], line.get("Loss/loss"), line["Loss/validation"]) for line in lines]
 
 
 def assert_same_run_up_to_stops(whole, run_dir):
@@ -141,7 +143,7 @@ def test_slices(digits, whole, tmp_path):
         reached.append(checkpoint.load(checkpoint.newest_sound(run_dir))["state"]["cur_nimg"])
     assert reached == [1024, 2048, 3072]
     assert_same_run(whole, run_dir)
-    assert logged(run_dir) == logged(whole) and [kimg for kimg, _ in logged(run_dir)] == [0, 1.024, 2.048, 3.072]
+    assert logged(run_dir) == logged(whole) and [kimg for kimg, *_ in logged(run_dir)] == [0, 1.024, 2.048, 3.072]
 
 
 def test_killed_from_outside_again_and_again(digits, whole, tmp_path):
