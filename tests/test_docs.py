@@ -314,13 +314,18 @@ def test_solvers_at_many_evaluations_and_on_an_exact_gaussian():
     tests = []
     for arm in arms:
         most = last(mixture[arm, 0], "nfe 200", "tolerance 0.001")
-        tests.append(less("linear-mixture", most, arm, "data", against="fresh")[3])
-    assert (len(arms), round(min(holm(tests)), 2)) == (19, 0.25)
+        tests.append(less("linear-mixture", most, arm, "data", against="fresh"))
+    assert (len(arms), round(min(holm([t[3] for t in tests])), 2)) == (19, 0.25)
+    above, seen = ([f"{f(t[i] for t in tests):.3f}" for f in (min, max)] for i in (0, 4))
+    text = document("docs/linear.md")
+    assert "lie above those, by {} to {}, where {} to {} would".format(*above, *seen) in text
     rows = {r["arm"]: r for r in data("linear-digits")}
     cells = [(arm, source) for arm in rows if arm != HEUN for source in range(3)]
     most = lambda arm, source: last(rows[arm], f"source {source}, nfe 100", f"source {source}, tolerance 0.001")
-    found = [less("linear-digits", most(a, s), a, HEUN, against=f"source {s}, nfe 100")[3] for a, s in cells]
-    clear = {cell: round(p, 3) for cell, p in zip(cells, holm(found), strict=True) if p < 0.05}
+    found = [less("linear-digits", most(a, s), a, HEUN, against=f"source {s}, nfe 100") for a, s in cells]
+    clear = {cell: round(p, 3) for cell, p in zip(cells, holm([f[3] for f in found]), strict=True) if p < 0.05}
+    seen = [f[4] for f, (arm, _) in zip(found, cells, strict=True) if not arm.startswith("learned EM")]
+    assert f"{min(seen):.1f} to {max(seen):.1f} would have shown, unadjusted" in text
     nine = [at(20, HEUN, SSCS.format("quadratic"), s)[3] for s in range(3)]
     nine = holm([*nine, *(faster(grid, s)[3] for grid in ("quadratic", "uniform") for s in range(3))])
     assert (round(nine[1], 2), round(nine[7], 2)) == (0.18, 0.09) and all(nine[i] < 0.05 for i in (3, 4, 8))
@@ -334,6 +339,9 @@ def test_solvers_at_many_evaluations_and_on_an_exact_gaussian():
     gain = {(g, n): exact[EM.format(g), f"nfe {n}"] / exact[SSCS.format(g), f"nfe {n}"]
             for g in ("uniform", "quadratic") for n in (20, 50, 100)}  # fmt: skip
     assert [round(v, 1) for v in gain.values()] == [2.4, 1.2, 1.0, 2.2, 1.7, 1.6]
+    late = lambda way: sorted(exact[f"learned {way}, {g}", "nfe 200"] for g in ("sigma", "uniform", "quadratic"))
+    assert "(errors at 200: {2:.2f}, {0:.3f} and {1:.3f} on the sigma".format(*late("EM")) in text
+    assert "turns exactly, has {0:.3f} to {2:.3f}".format(*late("SSCS")) in text
     for arm, grid, nfe in (("CLD SSCS", "quadratic", 20), ("CLD EM", "uniform", 50), ("EDM Heun", "sigma", 10)):
         assert exact[f"{arm}, {grid}", f"nfe {nfe}"] == pytest.approx(solvers.exact_error((arm, grid, nfe)), rel=5e-3)
 
@@ -701,6 +709,20 @@ def test_tables_of_gains():
     assert short(f", {adjusted[1]:.3f} by Holm), and KID is not seen to differ (p = {found[2]:.2f})") in short(flat)
 
 
+def test_stops_of_single_models():
+    """How many had ended before the spike of their loss under the first rule, and found a lower one when trained on."""
+    text, last = document("docs/multi-vs-single.md"), {(r["n"], r["seed"], r["source"]): r for r in data("multi-vs-single")
+                                                      if (r["group"], r["k"]) == ("real", 1)}  # fmt: skip
+    early = {
+        n: [r for r in data("multi-vs-single-stops") if r["n"] == n and r["first_best_kimg"] < 12.3] for n in (50, 100)
+    }
+    lower = {n: sum(r["loss"] < r["first_loss"] for r in rows) for n, rows in early.items()}
+    assert f"With four looks {len(early[50])} and {len(early[100])} of these 50" in text
+    assert f"trained on, {lower[50]} and {lower[100]} of them found a lower one" in text
+    for row in data("multi-vs-single-stops"):
+        assert row["best_kimg"] == pytest.approx(last[row["n"], row["seed"], row["source"]]["best_kimg"])
+
+
 def test_what_a_near_partner_is_worth():
     """Gains of targets in pairs: how many exclude zero, and their rank correlation with nearness, p by permuting sources."""
     rows, text = data("multi-vs-single"), document("docs/multi-vs-single.md")
@@ -780,3 +802,6 @@ def test_what_the_whole_state_is_worth():
         interval = f"{gain.mean():+.4f} ({low:+.4f} to {high:+.4f})"
         seen = f"{detectable(scipy.stats.sem(gain), 5):.4f}"
         assert f"| {said} | {interval} | {small(test.pvalue)} | {small(p)} | {seen} |" in text, (said, interval)
+    worse = lambda kinds: mean_of(values("joint", kinds, common[0]) - values("reduced", kinds, common[0]))[:3]
+    said = "worse by {:.2f} ({:.2f} to {:.2f}), on VP alone not seen to be ({:.2f}; {:.2f} to {:.2f})"
+    assert said.format(*worse(("vp", *learned)), *worse(("vp",))) in " ".join(text.split())
