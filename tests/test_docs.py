@@ -346,6 +346,17 @@ def test_solvers_at_many_evaluations_and_on_an_exact_gaussian():
         assert exact[f"{arm}, {grid}", f"nfe {nfe}"] == pytest.approx(solvers.exact_error((arm, grid, nfe)), rel=5e-3)
 
 
+def test_networks_on_sources_without_structure():
+    text = document("docs/theory.md")
+    for K, (single, multi) in list(run_arm.PUBLISHED["K"].items())[1:]:
+        ours = [
+            mean_of(seeds_of("arm-dirichlet", f"K={K}", side).values())[0] for side in ("single", "multi", "counting")
+        ]
+        cells = [f"{single:.4f}", f"{multi:.4f}", *(f"{v:.3f}" for v in ours)]
+        interval = "{:.2f} ({:.2f} to {:.2f})".format(*ratio("arm-dirichlet", f"K={K}")[:3])
+        assert f"| {K} | {' | '.join(cells)} | {interval} |" in text, K
+
+
 def test_counting_beside_the_published_errors():
     """docs/theory.md's table; and the numbers behind it are what the command counts."""
     rows, text = data("arm-counting"), document("docs/theory.md")

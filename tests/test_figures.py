@@ -309,7 +309,7 @@ def test_small_multiples_are_complete(drawn):
     fig = drawn(draw_tree, 1)
     others = len(tree_sweep.ARMS) - 1
     titles = [axis.get_title() for axis in fig.axes]
-    assert titles[:others] == ["random", "JEST", "AJEST", "early AJEST", "late AJEST", "diverse"]
+    assert titles[:others] == ["random", "JEST", "AJEST", "early AJEST", "late AJEST", "diverse", "iAJEST"]
     assert titles[2 * others :] == ["equal steps", "equal trained samples", "equal CPU time"] * 2
     assert all(len(axis.lines) >= 2 for axis in fig.axes[: 2 * others])  # the arm, and the baseline behind it
     for axis in (axis for axis in fig.axes if axis.get_legend()):
