@@ -113,6 +113,8 @@ def at(nfe, one, other, source=None):
     return less(*which, one, other)
 
 
+LONGER = "K=3, 8000 steps"
+unstructured = lambda side: less("arm-dirichlet", side, "K=3", LONGER)
 HEUN, EM, SSCS = "EDM Heun, sigma", "CLD EM, {}", "CLD SSCS, {}"
 HEUN_MIXTURE = at(20, HEUN, SSCS.format("quadratic"))
 HEUN_DIGITS = at(20, HEUN, SSCS.format("quadratic"), 1)
@@ -148,6 +150,14 @@ SAID = [  # document; sentence with 0: mean, 1 and 2: interval, 3: p, 4: smalles
     ("theory", "{0:.2f} ({1:.2f} to {2:.2f}; p < .0001) at K = 10,", ratio("arm-dirichlet", "K=10", null=1)),
     ("theory", "at K = 10, {0:.3f} against", mean_of(seeds_of("arm-dirichlet", "K=10", "multi").values())),
     ("theory", "against {0:.3f}, where", mean_of(seeds_of("arm-dirichlet", "K=10", "single").values())),
+    ("theory", "shared network's error falls by {0:.3f} ({1:.3f} to {2:.3f}; p = {3:.4f})", unstructured("multi")),
+    ("theory", "the single ones' by {0:.3f} ({1:.3f} to {2:.3f}), and", unstructured("single")),
+    ("theory", "told apart ({0:.3f}; {1:.3f} to {2:.3f}; {4:.3f} would",
+     less("arm-dirichlet", "multi", LONGER, LONGER, against="single")),
+    ("theory", "at {0:.3f} and", mean_of(seeds_of("arm-dirichlet", LONGER, "multi").values())),
+    ("theory", "and {0:.3f} they are", mean_of(seeds_of("arm-dirichlet", LONGER, "single").values())),
+    ("theory", "single ones by {0:.3f} ({1:.3f} to {2:.3f}; p = {3:.4f})",
+     less("arm-dirichlet", "single", LONGER, LONGER, against="counting")),
     ("theory", "{0:.2f} ({1:.2f} to {2:.2f}; p = {3:.3f}) at K = 4", ratio("ebm", "K=4", null=1)),
     ("theory", "{0:.2f} ({1:.2f} to {2:.2f}) at K = 8, where {4:.2f} less", ratio("ebm", "K=8", null=1)),
     ("theory", "{0:.2f} ({1:.2f} to {2:.2f}; p = {3:.3f}) at n = 3000", ratio("ebm", "n=3000", null=1)),
