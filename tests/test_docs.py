@@ -410,6 +410,11 @@ def test_the_quickstarts_answer():
     said = re.search(r"lower by ([\d.]+) % \(95 % interval ([\d.]+) % to ([\d.]+) %, .* p = (\.\d+)\)", text)
     assert [float(v) for v in said.groups()[:3]] == [round(100 * v, 1) for v in (advantage, low, high)]
     assert float(said[4]) == round(test.pvalue, 3)
+    longer = data("quickstart-longer")
+    assert len(longer) == 15 and all(r["lowest_loss"] == r["loss"] for r in longer) and "none of the 15 found" in text
+    assert min(r["trained_kimg"] - r["best_kimg"] for r in longer) > 25
+    stops = [f"{f(r['best_kimg'] for r in longer):.0f}" for f in (min, max)]
+    assert f"the others at {stops[0]} to {stops[1]} thousand" in text
 
 
 def test_the_ema_lengths_of_digits():

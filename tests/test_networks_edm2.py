@@ -9,6 +9,7 @@ import scipy.signal
 import torch
 
 from training import networks_edm2
+from training.networks_edm import layers
 from training.networks_edm2 import Block, MPConv, MPFourier, Precond, UNet
 
 # EDM2 table 6 and the released networks: channels, parameters with 1000 classes and without, RGB, elements of buffers.
@@ -338,6 +339,16 @@ def test_wrong_resolution_is_named(resolution, mult):
         assert 28 % 8
     with pytest.raises(ValueError, match=f"img_resolution={resolution}"):
         UNet(resolution, 1, 0, model_channels=8, channel_mult=mult, channels_per_head=8)
+
+
+@pytest.mark.parametrize("per_head", [10, 0, -16])  # 3 heads of 32 channels; none; of a damaged file
+@pytest.mark.parametrize("network", ["edm2", "ddpmpp"])
+def test_heads_of_equal_width(network, per_head):
+    with pytest.raises(ValueError, match=f"channels_per_head={per_head} .* of 32 channels: give a divisor"):
+        if network == "edm2":
+            UNet(8, 1, 0, model_channels=32, channel_mult=[1], channels_per_head=per_head)
+        else:
+            layers.UNetBlock(32, 32, layers.BlockStyle(emb_channels=8, channels_per_head=per_head), attention=True)
 
 
 @pytest.mark.parametrize("resolution, mult, channels", [(8, [1, 2], 1), (28, [1, 2, 2], 3), (12, [1, 2, 2], 4)])

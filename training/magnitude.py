@@ -99,6 +99,16 @@ def resample(x: Tensor, f: Sequence[float] | Tensor | None = (1, 1), mode: str =
     return conv_transpose2d(x, kernel * 4, groups=channels, stride=2, padding=padding)
 
 
+def count_heads(channels: int, channels_per_head: int) -> int:
+    """Attention heads of a layer, of channels_per_head or somewhat more channels each; 0: too few channels. ValueError."""
+    heads = channels // channels_per_head if channels_per_head > 0 else -1
+    if heads < 0 or (heads and channels % heads):
+        raise ValueError(
+            f"channels_per_head={channels_per_head} does not make heads of equal width of {channels} channels: give a divisor"
+        )
+    return heads
+
+
 class MPFourier(torch.nn.Module):
     """Magnitude-preserving Fourier features (EDM2 eq. 75): [N] -> [N, num_channels]."""
 

@@ -28,6 +28,7 @@ from training.magnitude import (
     MPConv,
     MPFourier,
     NormalizedOnce,
+    count_heads,
     mp_cat,
     mp_silu,
     mp_sum,
@@ -61,7 +62,7 @@ class Block(torch.nn.Module):
         self.resample_mode = resample_mode
         kernel = resample_kernel(resample_filter) if resample_mode != "keep" else None
         self.register_buffer("resample_kernel", kernel, persistent=False)
-        self.num_heads = out_channels // channels_per_head if attention else 0
+        self.num_heads = count_heads(out_channels, channels_per_head) if attention else 0
         if attention and self.num_heads == 0:
             # The reference drops it without a word; weights only fit if we do the same.
             warnings.warn(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnnlib.util import one_of
-from training.magnitude import LOOKUP_WIDTH, project
+from training.magnitude import LOOKUP_WIDTH, count_heads, project
 
 
 def require(name: str, value: str, known: Collection[str]) -> None:
@@ -205,7 +205,11 @@ class UNetBlock(torch.nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.style = style
-        heads = out_channels // style.channels_per_head if style.num_heads is None else style.num_heads
+        heads = (
+            count_heads(out_channels, style.channels_per_head)
+            if attention and style.num_heads is None
+            else style.num_heads
+        )
         self.num_heads = heads if attention else 0
         resample = {"up": up, "down": down, "resample_filter": style.resample_filter}
         init, init_zero = style.init, style.init_zero
