@@ -259,8 +259,8 @@ def energy_command(**options):
 @_text("--contrasts", "Test what this experiment file declares under `contrasts`", "FILE")
 @_text(
     "--reading",
-    "--contrasts: also the validation loss after so many images; after which for each tag n: 25:10Ki,100:30Ki",
-    "NIMG",
+    "--contrasts: also the validation loss after so many images; by tag n: 25:10Ki,100:30Ki",
+    "NIMG|N:NIMG,...",
     type=cli.NIMG_BY_SIZE,
 )
 @click.option("--cells", is_flag=True, help="The lead paper's table: by the tags sim, k, n, its numbers beside ours")

@@ -88,9 +88,12 @@ def main(data, scores, outdir, measure, sizes, budget, jobs):
         settings, steps = experiment.load(FILE, budget, pilot(data, outdir, sizes, settings))
         count = sum(len(kind["names"]) for group in settings["groups"] for kind in group["kinds"])
         seeds = len(settings["seeds"])
+        models = (
+            f"{count * seeds} models of preset {settings['preset']} at {settings['resolution']} ({settings['options']})"
+        )
         about = (
-            f"Pilot: {count * seeds} models of preset {settings['preset']} at {settings['resolution']}, {seeds} seeds, each "
-            "model at its own lowest validation loss. Other networks and resolutions may give another answer."
+            f"Pilot: {models}, {seeds} seeds, each model at its own lowest validation loss. Other networks and resolutions may "
+            "give another answer."
         )
         print(f"{about} The same command again resumes.", file=sys.stderr)
         experiment.run(steps, outdir, load_scripts, jobs)

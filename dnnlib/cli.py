@@ -93,7 +93,13 @@ def _size(text):
 
 def _by_size(text):
     """25:10Ki,100:30Ki as {"25": 10240, "100": 30720}; 10Ki, for all sizes, as {"": 10240}."""
-    return {size: parse_nimg(nimg) for size, _, nimg in (part.rpartition(":") for part in text.split(","))}
+    found = {}
+    for part in text.split(","):
+        size, colon, nimg = part.strip().rpartition(":")
+        if colon and not re.fullmatch("[1-9][0-9]*", size) or size in found or parse_nimg(nimg) == 0:
+            raise ValueError(f"{part!r} of {text!r}: give images, or each size once, such as 25:10Ki,100:30Ki")
+        found[size] = parse_nimg(nimg)
+    return found
 
 
 NIMG = _Parsed("nimg", parse_nimg)

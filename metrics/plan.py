@@ -282,14 +282,8 @@ def in_words(plan: Plan, sources: Sequence[str], pairs: Sequence[Transfer]) -> s
     bad = [pair for pair in pairs if pair.negative]
     if pairs:
         harm = ", ".join(f"{pair.target} from {pair.partner}" for pair in bad) or "none"
-        chance = (
-            f"by chance alone {0.025 * len(pairs):.2g} would seem to be"
-            if bad
-            else "one interval in forty errs so by chance"
-        )
-        lines.append(
-            f"- Of {len(pairs)} pairs, targets that a partner harms beyond the seeds' noise: {harm} ({chance})."
-        )
+        chance = f" (if no partner had any effect, {0.025 * len(pairs):.2g} would be named by chance)" if bad else ""
+        lines.append(f"- Of {len(pairs)} pairs, targets that a partner harms beyond the seeds' noise: {harm}{chance}.")
     return f"What {n} images or fewer of each source say:\n\n" + "\n".join(lines) + "\n"
 
 
@@ -317,18 +311,26 @@ def write_plan(rows: Sequence[Row], dest: Path, measure: str = "bits_per_dim", a
         ]  # fmt: skip
         write_csv(dest / "transfer.csv", [dict(zip(names, line, strict=True)) for line in lines])
         _draw_transfers(dest / "transfer", pairs, measure)
-        if len(sources) > 3 and all(p.distance is not None for p in pairs):
-            near = examine(rows, of_pairs(rows, measure))
-            text += (
-                f"\nBefore any training: nearer partners (energy distance of the training images) help by rank correlation "
-                f"{Estimate(near.effect, near.low, near.high)} within a target, p = {near.p:.4f}.\n"
-            )
+        if len({p.target for p in pairs}) > 3:
+            text += f"\n{_nearness(rows, measure)}\n"
         worst = sorted(pairs, key=lambda p: p.gain.value)
         shown = [[p.target, p.partner, str(p.gain), "harm" if p.negative else ""] for p in (*worst[:3], *worst[-3:])]
         text += f"\nThe least and the most helpful partners:\n\n{markdown(['target', 'partner', 'gain', ''], shown)}\n"
     text += f"\n{about}\n" if about else ""
     write_text(dest / "plan.md", text)
     return text
+
+
+def _nearness(rows, measure):
+    """Whether the data alone would have told who helps whom."""
+    try:
+        near = examine(rows, of_pairs(rows, measure))
+    except ValueError as err:
+        return f"Whether nearer partners help more is not said: {err}."
+    return (
+        "Before any training: nearer partners (energy distance of the training images) help by rank correlation "
+        f"{Estimate(near.effect, near.low, near.high)} within a target, p = {near.p:.4f}."
+    )
 
 
 def _draw_curves(stem, plan, most, measure):

@@ -101,7 +101,12 @@ def cell_rows(lines: Sequence[dict]) -> list[dict[str, object]]:
         for name, table in tables.items():
             values = list(table.get(kind, {}).values())
             mean, _, low, high = mean_interval(values) if len(values) > 1 else [""] * 4
-            row |= {f"gain_{name}": mean, f"gain_{name}_low": low, f"gain_{name}_high": high}
+            row |= {
+                f"gain_{name}": mean,
+                f"gain_{name}_low": low,
+                f"gain_{name}_high": high,
+                f"seeds_{name}": len(values),
+            }
         for name in (*MEASURES, *FLOORS):
             values = [line[name] for line in mine if line.get(name, "") != ""]
             row[name] = fmean(values) if values else ""
@@ -132,7 +137,9 @@ def to_markdown(cells: Sequence[dict], results: Sequence[Result]) -> str:
         if row[f"gain_{name}"] == "":
             return ""
         mean, low, high = (scale * row[f"gain_{name}{end}"] for end in ("", "_low", "_high"))
-        return f"{mean:+.{digits}f}{unit} ({low:+.{digits}f} to {high:+.{digits}f})"
+        seeds = [other[f"seeds_{name}"] for other in (row, *cells)]
+        few = f", {seeds[0]} seeds" * (seeds[0] < max(seeds))
+        return f"{mean:+.{digits}f}{unit} ({low:+.{digits}f} to {high:+.{digits}f}){few}"
 
     head = ["group", "design", "n", "K", "models", "best at kimg", "gain in bits/dim", "gain in loss", "equal images per model",
             "equal total images"]  # fmt: skip

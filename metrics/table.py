@@ -251,8 +251,9 @@ class Verdict:
         if self.interval is None:
             return f"{line} (one training seed per arm: no uncertainty known)"
         low, high = self.interval
-        seen = f"zero is inside; {self.detectable:.1%} would have been seen four times in five"
-        clear = "clear of zero" if low > 0 or high < 0 else seen
+        clear = "clear of zero" if low > 0 or high < 0 else "zero is inside"
+        if clear == "zero is inside" and self.detectable:
+            clear += f"; {self.detectable:.1%} would have been seen four times in five"
         only = "" if self.over == "training" else " over sampling seeds alone, of one training per arm"
         return f"{line} +- {self.standard_error:.1%} (95 % interval{only} {low:.1%} to {high:.1%}: {clear})"
 

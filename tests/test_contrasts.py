@@ -154,6 +154,14 @@ def test_command(made, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text", ["25:10Ki,25:20Ki", "10Ki,20Ki", "25:10Ki:20Ki", "n=25:10Ki", "025:10Ki", "25:0", "25:", ""]
+)
+def test_readings_that_are_refused(made, tmp_path, text):
+    command = ["report", f"--scores={made[0]}", "--contrasts=x.yaml", f"--dest={tmp_path}/out", f"--reading={text}"]
+    one_line(calculate_metrics.cmdline, *command, says="--reading")
+
+
+@pytest.mark.parametrize(
     "change, says",
     [
         ({"of": {"k": 7}}, "no scores with bits_per_dim have the tags {'k': 7}"),

@@ -344,6 +344,8 @@ def test_wrong_resolution_is_named(resolution, mult):
 @pytest.mark.parametrize("per_head", [10, 0, -16])  # 3 heads of 32 channels; none; of a damaged file
 @pytest.mark.parametrize("network", ["edm2", "ddpmpp"])
 def test_heads_of_equal_width(network, per_head):
+    with pytest.raises(ValueError, match="num_heads=3 does not make heads of equal width of 32 channels"):
+        layers.UNetBlock(32, 32, layers.BlockStyle(emb_channels=8, num_heads=3), attention=True)
     with pytest.raises(ValueError, match=f"channels_per_head={per_head} .* of 32 channels: give a divisor"):
         if network == "edm2":
             UNet(8, 1, 0, model_channels=32, channel_mult=[1], channels_per_head=per_head)

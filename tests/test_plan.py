@@ -134,6 +134,12 @@ def test_command(scores, tmp_path):
     assert f"rank correlation {near.effect:.3g} (95 % interval" in text and f"p = {near.p:.4f}" in text
 
 
+def test_pairs_that_were_not_all_trained(scores, tmp_path):
+    rows = [row for row in read_scores(scores) if "pair-1-3" not in row.file]
+    assert "Whether nearer partners help more is not said" in plan.write_plan(rows, tmp_path)
+    assert (tmp_path / "plan.md").is_file()
+
+
 @pytest.mark.parametrize(
     "tags, says",
     [
@@ -156,9 +162,8 @@ def test_pilot(digits, tmp_path):
     more = ["--sizes=4,6", "--budget=smoke", "--jobs=1"]
     text = run(plan_script.main, f"--data={digits}", f"--dest={tmp_path}/out", *more).stdout
     assert "6 images of each" in text and "Two sizes only" in text and (tmp_path / "out" / "curves.png").is_file()
-    assert (
-        "22 models of preset digits8 at 8x8, 2 seeds" in text and "rank correlation" not in text
-    )  # of three sources: no
+    assert "22 models of preset digits8 at 8x8 (--sigma-data=0.5 --batch=16" in text
+    assert "rank correlation" not in text  # of three sources: no
     options = lambda name: json.loads((tmp_path / "out" / "runs" / name / "training_options.json").read_text())
     assert [options(name)["lr"] for name in ("0-n4-seed0", "0-1-n4-seed0", "all-n4-seed0")] == [0.16, 0.08, 0.08]
-    assert [options(name)["patience"] for name in ("0-n4-seed0", "all-n4-seed0")] == [30, 4]
+    assert [options(name)["patience"] for name in ("0-n4-seed0", "all-n4-seed0")] == [30, 12]

@@ -99,13 +99,16 @@ def resample(x: Tensor, f: Sequence[float] | Tensor | None = (1, 1), mode: str =
     return conv_transpose2d(x, kernel * 4, groups=channels, stride=2, padding=padding)
 
 
-def count_heads(channels: int, channels_per_head: int) -> int:
-    """Attention heads of a layer, of channels_per_head or somewhat more channels each; 0: too few channels. ValueError."""
-    heads = channels // channels_per_head if channels_per_head > 0 else -1
+def count_heads(channels: int, channels_per_head: int, num_heads: int | None = None) -> int:
+    """Attention heads of a layer: num_heads, or so many that each has channels_per_head or somewhat more; 0: too few
+    channels. Raises ValueError where they do not divide the channels.
+    """
+    heads = num_heads
+    if heads is None:
+        heads = channels // channels_per_head if channels_per_head > 0 else -1
     if heads < 0 or (heads and channels % heads):
-        raise ValueError(
-            f"channels_per_head={channels_per_head} does not make heads of equal width of {channels} channels: give a divisor"
-        )
+        given = f"channels_per_head={channels_per_head}" if num_heads is None else f"num_heads={num_heads}"
+        raise ValueError(f"{given} does not make heads of equal width of {channels} channels: give a divisor")
     return heads
 
 

@@ -205,12 +205,8 @@ class UNetBlock(torch.nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.style = style
-        heads = (
-            count_heads(out_channels, style.channels_per_head)
-            if attention and style.num_heads is None
-            else style.num_heads
-        )
-        self.num_heads = heads if attention else 0
+        heads = style.channels_per_head, style.num_heads
+        self.num_heads = count_heads(out_channels, *heads) if attention else 0
         resample = {"up": up, "down": down, "resample_filter": style.resample_filter}
         init, init_zero = style.init, style.init_zero
 
