@@ -607,6 +607,10 @@ def test_what_a_companion_is_worth():
 
     by_k = [gains("real", k, 25) for k in (1, 2, 5, 10)]
     assert printed("more sources", slope([1, 2, 5, 10], by_k)) < 1e-4
+    again = {(r["k"], r["seed"], r["source"]): r["bits_per_dim"] for r in data("multi-vs-single-rerun")}
+    bits = {k: np.array([np.mean([again[k, s, t] for t in range(10)]) for s in seeds]) for k in (1, 2, 5, 10)}
+    found = mean_of(slope([1, 2, 5, 10], [bits[1] - bits[k] for k in bits]))[:3]
+    assert len(again) == 200 and "rounds otherwise: {:.3f} ({:.3f} to {:.3f};".format(*found) in " ".join(text.split())
     headline = "{:.3f} bits/dim for every doubling of the number of sources (95 % interval {:.3f} to {:.3f}"
     assert headline.format(*mean_of(slope([1, 2, 5, 10], by_k))[:3]) in readme
     printed("more images", slope([25, 100], [by_k[3], gains("real", 10, 100)]))
