@@ -351,7 +351,7 @@ def test_nothing_is_allocated_for_a_header(snapshot, tmp_path, name):
     before = time.process_time()
     with pytest.raises(ValueError, match="x.safetensors: ") as error:
         load_snapshot(write(tmp_path / "x.safetensors", header, tensors))
-    assert "\n" not in str(error.value) and time.process_time() - before < 1
+    assert "\n" not in str(error.value) and time.process_time() - before < 5
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_every_part_of_a_header_is_checked(snapshot, tmp_path, part, spec):
     before = time.process_time()
     with pytest.raises(ValueError, match="x.safetensors: ") as error:
         load_snapshot(write(tmp_path / "x.safetensors", {**read_header(path), part: spec}, tensors))
-    assert "\n" not in str(error.value) and time.process_time() - before < 1
+    assert "\n" not in str(error.value) and time.process_time() - before < 5
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308])

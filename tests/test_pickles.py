@@ -142,7 +142,7 @@ def test_hostile_pickles_end_at_once(name):
     before = time.process_time()
     with pytest.raises(ValueError) as error:
         pickles.load(HOSTILE[name])
-    assert "\n" not in str(error.value) and time.process_time() - before < 1
+    assert "\n" not in str(error.value) and time.process_time() - before < 5
 
 
 def test_bytes_are_not_copied_without_end():
