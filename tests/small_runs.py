@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -15,6 +16,17 @@ ROOT = Path(__file__).parents[1]
 NET = dict(channels=8, channels_per_head=8)
 PERIODS = dict(total_nimg=2048, status_nimg=1024, snapshot_nimg=1024, checkpoint_nimg=1024)
 CALM = dict(batch_size=128, rampup=0.01, workers=0, grid=False)
+
+
+def assert_quick(work, seconds=1.0):
+    """Of this process's own time: what a refusal takes. Once more where it took longer, since the first one may import."""
+    for last in (False, True):
+        before = time.process_time()
+        result = work()
+        spent = time.process_time() - before
+        if spent < seconds:
+            return result
+        assert not last, f"{spent:.1f} seconds: {result}"
 
 
 def small_config(data, **options):

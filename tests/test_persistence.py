@@ -7,12 +7,12 @@ import math
 import os
 import pickle
 import re
-import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from small_runs import assert_quick
 
 from torch_utils import persistence
 from torch_utils.persistence import load_snapshot, persistent, read_header, save_snapshot
@@ -342,16 +342,24 @@ UNBUILT = {
 }
 
 
+def refused(path):
+    """What the loader says of a file, at once."""
+
+    def load():
+        with pytest.raises(ValueError, match="x.safetensors: ") as error:
+            load_snapshot(path)
+        return str(error.value)
+
+    return assert_quick(load)
+
+
 @pytest.mark.parametrize("name", UNBUILT)
 def test_nothing_is_allocated_for_a_header(snapshot, tmp_path, name):
     path, net = snapshot
     header = read_header(path)
     header["net"]["kwargs"].update(UNBUILT[name])
     tensors = {f"net.{name}": value.contiguous() for name, value in net.state_dict().items()}
-    before = time.process_time()
-    with pytest.raises(ValueError, match="x.safetensors: ") as error:
-        load_snapshot(write(tmp_path / "x.safetensors", header, tensors))
-    assert "\n" not in str(error.value) and time.process_time() - before < 5
+    assert "\n" not in refused(write(tmp_path / "x.safetensors", header, tensors))
 
 
 @pytest.mark.parametrize(
@@ -384,10 +392,7 @@ def test_nothing_is_allocated_for_a_header(snapshot, tmp_path, name):
 def test_every_part_of_a_header_is_checked(snapshot, tmp_path, part, spec):
     path, net = snapshot
     tensors = {f"net.{name}": value.contiguous() for name, value in net.state_dict().items()}
-    before = time.process_time()
-    with pytest.raises(ValueError, match="x.safetensors: ") as error:
-        load_snapshot(write(tmp_path / "x.safetensors", {**read_header(path), part: spec}, tensors))
-    assert "\n" not in str(error.value) and time.process_time() - before < 5
+    assert "\n" not in refused(write(tmp_path / "x.safetensors", {**read_header(path), part: spec}, tensors))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308])
