@@ -41,7 +41,7 @@ def seed_rows(rows: Sequence[Row], reading: dict[str, int] | None) -> list[dict[
             distance = apart.get((row.tags["seed"], row.section), {}).get(f"energy_{other}")
             line |= {} if distance is None or row.tags["group"] == "shuffled" else {"distance": distance}
         if row.detector == "denoising" and row.net is not None:
-            due = (reading or {}).get(row.tags.get("n", ""), (reading or {}).get(""))
+            due = reading.get(row.tags.get("n"), reading.get("")) if reading else None
             line |= _from_run(Path(row.net).parent, row.section, int(row.tags["k"]), due)
     names = list(dict.fromkeys(name for line in table.values() for name in line))
     keys = sorted(table, key=lambda key: [natural_key(part) for part in key])
@@ -137,8 +137,8 @@ def to_markdown(cells: Sequence[dict], results: Sequence[Result]) -> str:
         if row[f"gain_{name}"] == "":
             return ""
         mean, low, high = (scale * row[f"gain_{name}{end}"] for end in ("", "_low", "_high"))
-        seeds = [other[f"seeds_{name}"] for other in (row, *cells)]
-        few = f", {seeds[0]} seeds" * (seeds[0] < max(seeds))
+        seeds = row[f"seeds_{name}"]
+        few = f", {seeds} seeds" if seeds < max(other[f"seeds_{name}"] for other in cells) else ""
         return f"{mean:+.{digits}f}{unit} ({low:+.{digits}f} to {high:+.{digits}f}){few}"
 
     head = ["group", "design", "n", "K", "models", "best at kimg", "gain in bits/dim", "gain in loss", "equal images per model",
@@ -254,7 +254,9 @@ def write_contrasts_report(
     tag n ("": any).
     Without scores that say their number of sources (tag k), the contrasts alone: contrasts.csv and table.md.
     """
-    contrasts = read_contrasts(file)
+    contrasts, sizes = read_contrasts(file), {row.tags.get("n") for row in rows}
+    if reading and reading.keys().isdisjoint({"", *sizes}):
+        raise ValueError(f"--reading: no scores have the tag n = {' or '.join(reading)}; give those that do")
     apart = {contrast.rank for contrast in contrasts}
     by_level = [
         replace(row, detector=LEVEL, numbers=levels)

@@ -25,9 +25,9 @@ def multimodal_swissroll(n, generator=None):
     return 0.01 * roll + torch.tensor(CENTERS)[torch.randint(5, (n,), generator=generator)]
 
 
-def swissroll_logp(x, nodes=2048):
+def swissroll_logp(x: torch.Tensor, nodes: int = 2048) -> torch.Tensor:
     """log density [N] of `multimodal_swissroll` at points [N, 2]: noise around the curve of the nearest roll, by the midpoint
-    rule; the next one is 300 standard deviations away.
+    rule; the next one is 400 standard deviations away.
     """
     a = 1.5 * math.pi * (1 + 2 * (torch.arange(nodes, dtype=torch.float64) + 0.5) / nodes)
     roll = 0.01 * torch.stack([a * a.cos(), a * a.sin()], dim=1)

@@ -159,6 +159,17 @@ def test_command(made, tmp_path):
 def test_readings_that_are_refused(made, tmp_path, text):
     command = ["report", f"--scores={made[0]}", "--contrasts=x.yaml", f"--dest={tmp_path}/out", f"--reading={text}"]
     one_line(calculate_metrics.cmdline, *command, says="--reading")
+    assert not (tmp_path / "out").exists()
+
+
+def test_readings_of_sizes_that_no_model_has(made, tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text(json.dumps({"steps": [], "contrasts": [{"name": "a", "of": {"k": 2}, "against": {"k": 1}}]}))
+    command = ["report", f"--scores={made[0]}", f"--contrasts={file}", f"--dest={tmp_path}/out"]
+    one_line(
+        calculate_metrics.cmdline, *command, "--reading=50:1Ki,100:1Ki", says="no scores have the tag n = 50 or 100"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
